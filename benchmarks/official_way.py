@@ -1,0 +1,42 @@
+"""SPEM computed the way the published program computes it: the yardstick of the step benchmark.
+
+The same function of the same parameters as `SPEM(form="code")`, but step by step as published: an
+adaptive max pooling and two successive minima, both pools through the map (w2, b2), mixed by
+normalised squares, two sigmoids, and a last product with the feature map. Nothing here is shared
+with the library.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class OfficialWay(nn.Module):
+    """The published module for maps [N, C, H, W], its parameters as in its checkpoints."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        shape = (1, channels, 1, 1)
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.w1 = nn.Parameter(torch.zeros(shape))
+        self.b1 = nn.Parameter(torch.full(shape, -1.0))
+        self.w2 = nn.Parameter(torch.zeros(shape))
+        self.b2 = nn.Parameter(torch.full(shape, -1.0))
+        self.p = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.min(dim=-1, keepdim=True).values
+        low = rows.min(dim=-2, keepdim=True).values  # [N, C, 1, 1]
+        high = self.pool(x)
+        mapped_high = self.w2 * high + self.b2
+        mapped_low = self.w2 * low + self.b2
+        share = self.p.square() / self.p.square().sum()
+        mixed = share[0] * mapped_high + share[1] * mapped_low
+        excitation = torch.sigmoid(self.w1 * mixed + self.b1)
+        reweight = torch.sigmoid(mapped_high + mapped_low)
+        return x * (excitation * reweight)
+
+
+def official_penalty(model: nn.Module) -> Tensor:
+    """The sum of p0^2 + p1^2 over the model's modules, without its coefficient."""
+    terms = [m.p.square().sum() for m in model.modules() if isinstance(m, OfficialWay)]
+    return torch.stack(terms).sum()

@@ -1,0 +1,328 @@
+"""The module contract: what every channel-attention module is, declares, and hands to training
+loops."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.pooling import LearnedMix, Pool, PoolSpec, make_pool
+from spem.attention.precision import without_autocast
+from spem.ops import PlaneStats, plane_stats
+from spem.ops.stats import STATISTICS
+from spem.seeding import Initialiser
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a module's definition demands of its caller, checked in the first forward and shown in
+    generated tables.
+
+    Attributes:
+        statistics: Plane statistics its gate reads beside its pool's (``mean``, ``var``, ``max``,
+        ``min``). pixels: Smallest number of positions of a map (H W). batch: Smallest number of
+        images in training. values: Smallest number of values N H W in training. batch_statistics:
+        Whether training and evaluation differ (the module holds a batch norm). divides: Name of the
+        option that must divide the channels, or None. no_decay: Parameters (relative names) that
+        its authors train without weight decay.
+    """
+
+    statistics: tuple[str, ...] = ()
+    pixels: int = 1
+    batch: int = 1
+    values: int = 1
+    batch_statistics: bool = False
+    divides: str | None = None
+    no_decay: tuple[str, ...] = ()
+
+
+class ChannelAttention(nn.Module):
+    """Base of all channel-attention modules: y = x * gate(x).
+
+    A module whose gate is a function of plane statistics writes `gate_from`; it then takes maps of
+    any rank (N x C x L, N x C x H x W, N x C x D x H x W). Any other module writes `gate` and takes
+    N x C x H x W. Gates are computed in at least float32 with autocast off; only the final factor
+    is cast to the map's dtype.
+
+    Shape:
+        x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
+    """
+
+    name: ClassVar[str] = ""
+    """Registry key, set by `register_attention`."""
+    paper: ClassVar[str] = ""
+    """Where the module is defined: title, year, link."""
+    needs: ClassVar[Needs] = Needs()
+    random_init: ClassVar[Mapping[str, Initialiser]] = {}
+    """Rules for randomly drawn parameters (relative names) that differ from torch's default for
+    their layer."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Makes `gate` and `gate_from` of every module run with autocast off, whoever calls
+        them."""
+        super().__init_subclass__(**kwargs)
+        for method in ("gate", "gate_from"):
+            if method in cls.__dict__:
+                setattr(cls, method, without_autocast(cls.__dict__[method]))
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        pool: PoolSpec | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Checks the channel count and builds the pool, if the module has one."""
+        super().__init__()
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(
+                f"{type(self).__name__}: channels={channels!r} is not a positive integer."
+            )
+        self.channels = channels
+        self.statistics: tuple[str, ...] = ()
+        """Plane statistics the gate reads, in canonical order: the module's own and its pools'."""
+        self._reads(self.needs.statistics)
+        if pool is not None:
+            self.pool = self._make_pool(pool, device=device, dtype=dtype)
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """The gate as a function of plane statistics, [N, C] in at least float32."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is no function of plane statistics; call gate(x)."
+        )
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The recalibration factor, broadcastable to x, in at least float32 ([N, C, 1, ...] for a
+        pure channel gate)."""
+        v = self.gate_from(plane_stats(x, self.statistics))
+        return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x * gate(x).
+
+        Raises:
+            TypeError: x is no floating-point tensor.
+            ValueError: Wrong rank or channel count, or a map or batch smaller than `needs` says.
+        """
+        self._check(x)
+        return x * self.gate(x).to(x.dtype)
+
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """The end of a residual branch: relu(self(norm(z)) + residual).
+
+        Shape:
+            z, residual, output: [N, C, ...].
+        """
+        return torch.relu(self(z if norm is None else norm(z)) + residual)
+
+    def reset_parameters(self) -> None:
+        """Sets the parameters that start as constants; a module that has some extends this."""
+        for mix in self.modules():
+            if isinstance(mix, LearnedMix):
+                mix.reset_parameters()
+
+    @property
+    def start_gate(self) -> float | None:
+        """The gate's value at initialisation if it does not depend on the data, else None."""
+        return None
+
+    @classmethod
+    def takes_any_rank(cls) -> bool:
+        """Whether the gate is a function of plane statistics, so that maps of any rank are
+        taken."""
+        return cls.gate_from is not ChannelAttention.gate_from
+
+    def _make_pool(
+        self,
+        pool: PoolSpec,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> Pool:
+        """Builds a pool and adds what it reads to ``statistics``."""
+        try:
+            built = make_pool(pool, device=device, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+        self._reads(built.statistics)
+        return built
+
+    def _reads(self, names: Iterable[str]) -> None:
+        read = {*self.statistics, *names}
+        self.statistics = tuple(name for name in STATISTICS if name in read)
+
+    def _draw_start(self) -> None:
+        """Initialises with torch's global generator; called at the end of a constructor."""
+        for name, rule in self.random_init.items():
+            rule(self.get_parameter(name), None)
+        self.reset_parameters()
+
+    def _check(self, x: Tensor) -> None:
+        label = type(self).__name__
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{label}: needs a floating-point map, got {x.dtype}. Convert it, e.g. x.float()."
+            )
+        rank = x.dim()
+        if not (3 <= rank <= 5 if self.takes_any_rank() else rank == 4):
+            allowed = (
+                "[N, C, ...] with 1 to 3 spatial axes" if self.takes_any_rank() else "[N, C, H, W]"
+            )
+            raise ValueError(f"{label}: needs a map {allowed}, got {rank} axes {list(x.shape)}.")
+        if x.shape[1] != self.channels:
+            raise ValueError(
+                f"{label}: built for channels={self.channels}, got a map with {x.shape[1]} channels {list(x.shape)}."
+            )
+        pixels = 1
+        for extent in x.shape[2:]:
+            pixels = pixels * extent
+        if pixels < self.needs.pixels:
+            raise ValueError(
+                f"{label}: needs maps of at least {self.needs.pixels} positions, got {list(x.shape)}; "
+                f"its definition divides by the deviation of a plane."
+            )
+        count = x.shape[0]
+        if not self.training or not self.needs.batch_statistics or count == 0:
+            return
+        if count < self.needs.batch or count * pixels < self.needs.values:
+            least = (
+                f"{self.needs.batch} images"
+                if self.needs.batch > 1
+                else f"{self.needs.values} values (N H W)"
+            )
+            raise ValueError(
+                f"{label}: training needs a batch of at least {least}, since it normalises over the batch; "
+                f"got {list(x.shape)}. Use a larger batch, or eval()."
+            )
+
+
+_A = TypeVar("_A", bound=type[ChannelAttention])
+_REGISTRY: dict[str, type[ChannelAttention]] = {}
+
+
+def register_attention(name: str, *, paper: str, needs: Needs = Needs()) -> Callable[[_A], _A]:  # noqa: B008
+    """Registers a module class under a lower-case name for specs, the command line and every
+    generated table.
+
+    Args:
+        name: Registry key, an identifier in lower case.
+        paper: Title, year and link of the definition.
+        needs: What its definition demands.
+
+    Raises:
+        ValueError: The name is taken, reserved, or no lower-case identifier.
+    """
+    if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
+        raise ValueError(f"register_attention: {name!r} is no free lower-case identifier.")
+
+    def decorate(cls: _A) -> _A:
+        if name in _REGISTRY:
+            raise ValueError(
+                f"register_attention: {name!r} is already registered, by {_REGISTRY[name].__qualname__}."
+            )
+        cls.name, cls.paper, cls.needs = name, paper, needs
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def attention_class(name: str) -> type[ChannelAttention]:
+    """The registered class of a name.
+
+    Raises:
+        ValueError: No such name; the message lists the nearest ones.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = get_close_matches(name.lower(), [*_REGISTRY, "none"], n=3, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(list_attention())}."
+    )
+    raise ValueError(f"unknown attention {name!r}. {hint}")
+
+
+def list_attention(pattern: str = "*") -> list[str]:
+    """Registered names that match a wildcard pattern, sorted.
+
+    >>> list_attention("s*")
+    ['scale', 'se', 'sge', 'spem', 'srm']
+    """
+    return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
+
+
+def learned_mixes(model: nn.Module) -> list[tuple[str, LearnedMix]]:
+    """Every learned mix of a model with its name, shared ones once."""
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LearnedMix)
+    ]
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The sum of the penalties of a model's learned mixes, without the coefficient (0.1 in the
+    paper).
+
+    Formula:
+        sum over blocks of p0^2 + p1^2 (`Mix`: squares; the others name theirs). A sum, so it grows
+        with depth; 0.5 a block at the start.
+
+    Returns:
+        A 0-dim tensor in at least float32; zero for a model without learned mixes.
+
+    Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eq. (8).
+    """
+    parts = [mix.penalty() for _, mix in learned_mixes(model)]
+    if parts:
+        return torch.stack(parts).sum()
+    first = next(model.parameters(), None)
+    return torch.zeros((), device=None if first is None else first.device)
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float, *, mix_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimiser groups that honour what every module declares; each trainable parameter stands in
+    exactly one.
+
+    Parameters that a module's authors train without weight decay (`Needs.no_decay`) and those of
+    learned mixes get none (a mix without decay keeps lambda from drifting); all others get
+    ``weight_decay``.
+
+    Args:
+        model: The network.
+        lr: Learning rate.
+        weight_decay: Weight decay of ordinary parameters.
+        mix_lr: A learning rate of their own for learned mixes, or None for ``lr``.
+    """
+    mixes = {id(parameter) for _, mix in learned_mixes(model) for parameter in mix.parameters()}
+    spared = {id(parameter) for parameter in _declared_no_decay(model)} - mixes
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "mixes": []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            key = (
+                "mixes"
+                if id(parameter) in mixes
+                else "no_decay"
+                if id(parameter) in spared
+                else "decay"
+            )
+            groups[key].append(parameter)
+    rates = {"decay": lr, "no_decay": lr, "mixes": lr if mix_lr is None else mix_lr}
+    decays = {"decay": weight_decay, "no_decay": 0.0, "mixes": 0.0}
+    return [
+        {"params": members, "lr": rates[key], "weight_decay": decays[key]}
+        for key, members in groups.items()
+        if members
+    ]
+
+
+def _declared_no_decay(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, ChannelAttention):
+            for name in module.needs.no_decay:
+                yield module.get_parameter(name)

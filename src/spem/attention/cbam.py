@@ -1,0 +1,100 @@
+"""CBAM: convolutional block attention."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import batch_norm, conv, linear
+from spem.attention.se import hidden_units
+from spem.ops import plane_stats
+from spem.seeding import kaiming_normal_fan_out
+
+
+@register_attention(
+    "cbam",
+    paper="CBAM: Convolutional Block Attention Module (2018), https://arxiv.org/abs/1807.06521",
+    needs=Needs(values=2, batch_statistics=True),
+)
+class CBAM(ChannelAttention):
+    """Convolutional block attention: a channel gate from two pools, then a spatial gate from two
+    channel reductions.
+
+    Formula:
+        channel: c = s(sum over pools of W2 relu(W1 pool(x) + b1) + b2), one shared network of
+        hidden width C // reduction, b2 added once per pool; x' = x * c. spatial: p =
+        s(BN(conv_k([max_C x'; mean_C x']))), one output channel, zero padding, no bias, BN momentum
+        0.01. y = x' * p. Start: both biases 0, k x k kernel Kaiming normal (fan_out), BN weight and
+        bias 0, so p = 0.5. Parameters: 2 C h + h + C + 2 k^2 + 2.
+
+    Shape:
+        x: [N, C, H, W]; N H W >= 2 in training.
+
+    Args:
+        channels: C.
+        reduction: r, the hidden width is C // r.
+        pools: The pools of the channel gate.
+        kernel: k, odd, side of the spatial kernel.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``reduction`` leaves no hidden unit, ``kernel`` is even, or ``pools`` is empty.
+
+    Paper: CBAM (2018), https://arxiv.org/abs/1807.06521, eqs. (2), (3).
+
+    Differences: the paper does not mention the spatial batch norm; this is the official code's,
+    with its start at zero, which that code does not explain."""
+
+    random_init = {"spatial.weight": kaiming_normal_fan_out}  # noqa: RUF012  # typed in the base class
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        pools: tuple[PoolSpec, ...] = ("avg", "max"),
+        kernel: int = 7,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        hidden = hidden_units("CBAM", channels, reduction)
+        if isinstance(pools, str) or not pools:
+            raise ValueError(
+                f"CBAM: pools={pools!r} is no tuple of pools. Use for example ('avg', 'max')."
+            )
+        if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
+            raise ValueError(
+                f"CBAM: kernel={kernel!r} is not an odd positive integer. Use 3, 5 or 7."
+            )
+        self.pools = nn.ModuleList(
+            self._make_pool(pool, device=device, dtype=dtype) for pool in pools
+        )
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        self.spatial = nn.Conv2d(
+            2, 1, kernel, padding=kernel // 2, bias=False, device=device, dtype=dtype
+        )
+        self.norm = nn.BatchNorm2d(1, momentum=0.01, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """Biases of the shared network 0; weight and bias of the spatial norm 0."""
+        super().reset_parameters()
+        for parameter in (self.fc1.bias, self.fc2.bias, self.norm.weight, self.norm.bias):
+            nn.init.zeros_(parameter)
+        self.norm.reset_running_stats()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """c p, [N, C, H, W]."""
+        stats = plane_stats(x, self.statistics)
+        excited = [
+            linear(self.fc2, torch.relu(linear(self.fc1, pool(stats)))) for pool in self.pools
+        ]
+        channel = torch.sigmoid(torch.stack(excited).sum(0))[..., None, None]  # [N, C, 1, 1]
+        refined = x.to(channel.dtype) * channel
+        # Index-based, like the pools: the gradient goes to the first maximal channel.
+        strongest = refined.max(1, keepdim=True).values
+        described = torch.cat([strongest, refined.mean(1, keepdim=True)], dim=1)  # [N, 2, H, W]
+        return channel * torch.sigmoid(batch_norm(self.norm, conv(self.spatial, described)))

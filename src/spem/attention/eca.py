@@ -1,0 +1,76 @@
+"""ECA: efficient channel attention."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import conv
+from spem.ops import PlaneStats
+
+
+@register_attention(
+    "eca",
+    paper="ECA-Net: Efficient Channel Attention for Deep CNNs (2020), https://arxiv.org/abs/1910.03151",
+)
+class ECA(ChannelAttention):
+    """Efficient channel attention: a short convolution along the channel axis.
+
+    Formula:
+        y = x * s(conv_k(z)), z the pooled channels (global average by default), conv_k one filter
+        of k taps along the channels, zero padding, no bias. k = t if t is odd else t + 1, t =
+        int(|log2(C) + b| / gamma). Parameters: k.
+
+    Shape:
+        x: [N, C, ...], one to three spatial axes.
+
+    Args:
+        channels: C.
+        kernel: k, odd; None computes it from the channels (16..64 -> 3, 128..1024 -> 5, 2048 -> 7).
+        gamma: Divisor in the rule for k.
+        b: Offset in the rule for k.
+        pool: How a plane becomes a number.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``kernel`` is even or not positive, or ``gamma`` is not positive.
+
+    Paper: ECA-Net (2020), https://arxiv.org/abs/1910.03151, eqs. (9), (12).
+
+    Differences: the official code never computes k (it is 3 everywhere); this is the paper's rule.
+    C = 128 lies halfway between 3 and 5 and gets 5, as the rule written in code gives."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel: int | None = None,
+        gamma: float = 2,
+        b: float = 1,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        size = _adaptive_kernel(channels, gamma, b) if kernel is None else kernel
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
+            raise ValueError(
+                f"ECA: kernel={kernel!r} is not an odd positive integer. Use 3, 5, 7 or None."
+            )
+        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
+        self._draw_start()
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """s(conv_k(z)), [N, C]."""
+        z = self.pool(stats)
+        return torch.sigmoid(conv(self.conv, z[:, None, :])[:, 0, :])
+
+
+def _adaptive_kernel(channels: int, gamma: float, b: float) -> int:
+    if not gamma > 0:
+        raise ValueError(f"ECA: gamma={gamma!r} is not positive.")
+    t = int(abs(math.log2(channels) + b) / gamma)
+    return t if t % 2 else t + 1

@@ -1,0 +1,273 @@
+"""Pooling strategies on plane statistics: average, maximum, minimum, and their mix by a weight
+lambda.
+
+A pool is described by ``"avg"``, ``"max"``, ``"min"`` or a `Mix`, and built by `make_pool` into a
+module that takes `PlaneStats` to a descriptor [N, C] in at least float32."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spem.ops import PlaneStats
+from spem.ops.stats import compute_dtype
+
+Parametrization = Literal["squares", "anchored", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Mix-pooling: u = lambda max + (1 - lambda) min, with a constant or learned lambda. A
+    description, not a module.
+
+    Formula:
+        squares (the paper's): lambda = p0^2 / (p0^2 + p1^2), p = (0.5, 0.5) at the start, penalty
+        p0^2 + p1^2. anchored: the same lambda, penalty (p0^2 + p1^2 - 1/2)^2, so |p| stays near its
+        start. sigmoid: lambda = sigmoid(l), one logit l = 0 at the start, penalty l^2.
+
+    Args:
+        lam: A constant lambda in [0, 1] (1 is max pooling, 0 min pooling), or None for a learned
+        one. parametrization: How a learned lambda is parametrised; must be left alone for a
+        constant.
+
+    Raises:
+        ValueError: lam lies outside [0, 1], or the parametrization is unknown or given with a
+            constant.
+
+    Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eqs. (2), (3),
+    (8)."""
+
+    lam: float | None = None
+    parametrization: Parametrization = "squares"
+
+    def __post_init__(self) -> None:
+        allowed = get_args(Parametrization)
+        if self.parametrization not in allowed:
+            raise ValueError(
+                f"Mix: parametrization={self.parametrization!r} is unknown. Use one of {', '.join(allowed)}."
+            )
+        if self.lam is None:
+            return
+        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)):
+            raise ValueError(f"Mix: lam={self.lam!r} is not a number. Use one in [0, 1], or None.")
+        if not 0.0 <= self.lam <= 1.0:
+            raise ValueError(
+                f"Mix: lam={self.lam} lies outside [0, 1]. Use a weight in [0, 1], or None."
+            )
+        if self.parametrization != "squares":
+            raise ValueError(
+                f"Mix: parametrization={self.parametrization!r} needs a learned lambda. "
+                f"Leave lam={self.lam} out, or the parametrization."
+            )
+
+    def __str__(self) -> str:
+        if self.lam is not None:
+            return f"mix({self.lam!r})"
+        return (
+            "mix()"
+            if self.parametrization == "squares"
+            else f"mix(parametrization={self.parametrization})"
+        )
+
+
+PoolSpec = Literal["avg", "max", "min"] | Mix
+
+
+class Pool(nn.Module):
+    """Takes plane statistics to a descriptor [N, C]; ``statistics`` names those it reads."""
+
+    statistics: tuple[str, ...] = ()
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The descriptor, [N, C]."""
+        raise NotImplementedError
+
+
+class Single(Pool):
+    """One statistic as the descriptor: average, maximum or minimum pooling."""
+
+    _STATISTIC: ClassVar[dict[str, str]] = {"avg": "mean", "max": "max", "min": "min"}
+
+    def __init__(self, name: Literal["avg", "max", "min"]) -> None:
+        super().__init__()
+        self.name = name
+        self.statistics = (self._STATISTIC[name],)
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The mean, maximum or minimum, [N, C]."""
+        value = getattr(stats, self.statistics[0])
+        assert isinstance(value, Tensor)
+        return value
+
+    def extra_repr(self) -> str:
+        """The pool's name."""
+        return self.name
+
+
+class MixPool(Pool):
+    """u = lambda max + (1 - lambda) min; subclasses say where lambda comes from."""
+
+    statistics = ("max", "min")
+
+    @property
+    def lam(self) -> Tensor:
+        """The weight of the maximum, a 0-dim tensor in at least float32."""
+        raise NotImplementedError
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The mixed descriptor, [N, C]."""
+        highest, lowest = _extrema(stats)
+        lam = self.lam.to(highest.dtype)
+        return lam * highest + (1.0 - lam) * lowest
+
+
+def _extrema(stats: PlaneStats) -> tuple[Tensor, Tensor]:
+    assert stats.max is not None and stats.min is not None
+    return stats.max, stats.min
+
+
+class FixedMix(MixPool):
+    """Mix-pooling with a constant lambda; no parameter, no penalty.
+
+    The constant is a Python number, not a buffer: it belongs to the configuration, so loading
+    weights must not change it and ``half()`` must not round it."""
+
+    def __init__(self, lam: float) -> None:
+        super().__init__()
+        self.value = float(lam)
+
+    @property
+    def lam(self) -> Tensor:
+        """The constant, on the CPU (a 0-dim tensor mixes with any device)."""
+        return torch.tensor(self.value, dtype=torch.float64)
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The mixed descriptor, [N, C]."""
+        highest, lowest = _extrema(stats)
+        return self.value * highest + (1.0 - self.value) * lowest
+
+    def extra_repr(self) -> str:
+        """The constant."""
+        return f"lam={self.value}"
+
+
+class LearnedMix(MixPool):
+    """Mix-pooling with a learned lambda; `penalty` is its regulariser, without coefficient."""
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The size of the parameter behind lambda: |p|, or |l| for the logit. 0-dim, at least
+        float32."""
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor:
+        """The regulariser, a 0-dim tensor in at least float32."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Sets the parameter to its start, lambda = 0.5."""
+        raise NotImplementedError
+
+
+class SquaresMix(LearnedMix):
+    """lambda = p0^2 / (p0^2 + p1^2), p = (0.5, 0.5); with ``anchored`` the penalty holds |p|^2 at
+    1/2."""
+
+    def __init__(
+        self,
+        *,
+        anchored: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.anchored = anchored
+        self.p = nn.Parameter(torch.empty(2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """p = (0.5, 0.5)."""
+        nn.init.constant_(self.p, 0.5)
+
+    @property
+    def lam(self) -> Tensor:
+        """lambda, scale-invariant in p: exact for any |p| above the smallest normal float32, 0.5
+        below."""
+        p = self.p.to(compute_dtype(self.p.dtype))
+        scale = p.detach().abs().amax()
+        # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is
+        # 1/2 with gradient 0. Written so that a NaN in p is not taken for zero.
+        vanished = scale < torch.finfo(torch.float32).tiny
+        q = (p / torch.where(vanished, 1.0, scale)).square()
+        total = torch.where(vanished, 1.0, q[0] + q[1])
+        return torch.where(vanished, 0.5, q[0] / total)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """|p| = sqrt(p0^2 + p1^2)."""
+        p = self.p.to(compute_dtype(self.p.dtype))
+        return torch.linalg.vector_norm(p)
+
+    def penalty(self) -> Tensor:
+        """p0^2 + p1^2, or (p0^2 + p1^2 - 1/2)^2 when anchored."""
+        total = self.p.to(compute_dtype(self.p.dtype)).square().sum()
+        return (total - 0.5).square() if self.anchored else total
+
+    def extra_repr(self) -> str:
+        """The parametrisation's name."""
+        return "anchored" if self.anchored else "squares"
+
+
+class SigmoidMix(LearnedMix):
+    """lambda = sigmoid(logit), logit = 0 at the start."""
+
+    def __init__(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """logit = 0."""
+        nn.init.zeros_(self.logit)
+
+    @property
+    def lam(self) -> Tensor:
+        """sigmoid(logit)."""
+        return torch.sigmoid(self._wide())
+
+    @property
+    def magnitude(self) -> Tensor:
+        """|logit|."""
+        return self._wide().abs()
+
+    def penalty(self) -> Tensor:
+        """logit^2."""
+        return self._wide().square()
+
+    def _wide(self) -> Tensor:
+        return self.logit.to(compute_dtype(self.logit.dtype))
+
+
+def make_pool(
+    pool: PoolSpec,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pool:
+    """Builds the module a pool specification describes.
+
+    Raises:
+        ValueError: The specification is none of ``"avg"``, ``"max"``, ``"min"``, `Mix`.
+    """
+    if isinstance(pool, Mix):
+        if pool.lam is not None:
+            return FixedMix(pool.lam)
+        if pool.parametrization == "sigmoid":
+            return SigmoidMix(device=device, dtype=dtype)
+        return SquaresMix(anchored=pool.parametrization == "anchored", device=device, dtype=dtype)
+    if pool == "avg" or pool == "max" or pool == "min":
+        return Single(pool)
+    raise ValueError(f"pool={pool!r} is unknown. Use 'avg', 'max', 'min', Mix() or Mix(0.3).")

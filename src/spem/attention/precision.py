@@ -1,0 +1,88 @@
+"""Gate arithmetic in at least float32: layers applied in the precision of the statistics, whatever
+theirs is.
+
+Under autocast the map is half and the parameters are float32; in a pure half model both are half.
+In both the gate is computed in float32 and only the final factor is cast down."""
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_P = ParamSpec("_P")
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def without_autocast(
+    method: Callable[Concatenate[_M, Tensor, _P], Tensor],
+) -> Callable[Concatenate[_M, Tensor, _P], Tensor]:
+    """Runs a module's method with autocast off, on whichever device type its parameters or its
+    input are."""
+
+    @functools.wraps(method)
+    def wrapped(self: _M, x: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        # PlaneStats is passed here too: its first statistic that is there tells the device.
+        device = _device_type(x)
+        if device is None or not torch.is_autocast_enabled(device):
+            return method(self, x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(self, x, *args, **kwargs)
+
+    return wrapped
+
+
+def _device_type(value: object) -> str | None:
+    if isinstance(value, Tensor):
+        return None if value.device.type == "meta" else value.device.type
+    if isinstance(value, tuple):
+        return next((_device_type(part) for part in value if isinstance(part, Tensor)), None)
+    return None
+
+
+def cast(parameter: Tensor, like: Tensor) -> Tensor:
+    """A parameter in the dtype of the statistics it meets."""
+    return parameter.to(like.dtype)
+
+
+def linear(layer: nn.Linear, z: Tensor) -> Tensor:
+    """``layer(z)`` in the dtype of z, [N, in] -> [N, out]."""
+    if layer.weight.dtype == z.dtype:
+        return layer(z)
+    bias = None if layer.bias is None else cast(layer.bias, z)
+    return F.linear(z, cast(layer.weight, z), bias)
+
+
+def conv(layer: nn.Conv1d | nn.Conv2d, z: Tensor) -> Tensor:
+    """``layer(z)`` in the dtype of z, zero padding."""
+    if layer.weight.dtype == z.dtype:
+        return layer(z)
+    bias = None if layer.bias is None else cast(layer.bias, z)
+    apply = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+    return apply(
+        z, cast(layer.weight, z), bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, z: Tensor) -> Tensor:
+    """``norm(z)`` in the dtype of z; an empty batch passes without touching the running
+    statistics."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None
+    if z.shape[0] > 0 and norm.weight.dtype == z.dtype:
+        return norm(z)
+    training = norm.training and z.shape[0] > 0
+    wide_mean, wide_var = cast(mean, z), cast(var, z)
+    out = F.batch_norm(
+        z, wide_mean, wide_var, cast(norm.weight, z), cast(norm.bias, z), training,
+        norm.momentum if norm.momentum is not None else 0.1, norm.eps,
+    )  # fmt: skip
+    if training:
+        with torch.no_grad():
+            mean.copy_(wide_mean)
+            var.copy_(wide_var)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+    return out

@@ -1,0 +1,76 @@
+"""SE: squeeze-and-excitation."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import linear
+from spem.ops import PlaneStats
+
+
+@register_attention(
+    "se", paper="Squeeze-and-Excitation Networks (2018), https://arxiv.org/abs/1709.01507"
+)
+class SE(ChannelAttention):
+    """Squeeze-and-excitation: a two-layer network takes the pooled channels to their gates.
+
+    Formula:
+        y = x * s(W2 relu(W1 z + b1) + b2), z the pooled channels (global average by default), s the
+        logistic sigmoid, hidden width h = C // reduction. Parameters: 2 C h, and h + C with biases.
+
+    Shape:
+        x: [N, C, ...], one to three spatial axes.
+
+    Args:
+        channels: C.
+        reduction: r, the hidden width is C // r.
+        bias: Whether both layers have biases, as in the paper; several ports leave them out.
+        pool: How a plane becomes a number; ``Mix(0.3)`` is the paper's Fig. 2.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``reduction`` leaves no hidden unit.
+
+    Paper: Squeeze-and-Excitation Networks (2018), https://arxiv.org/abs/1709.01507, eqs. (2)-(4).
+
+    Differences: none; weights start as torch's Linear does, at any h (timm rounds h to a multiple
+    of 8)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        bias: bool = True,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        hidden = hidden_units("SE", channels, reduction)
+        self.fc1 = nn.Linear(channels, hidden, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, bias=bias, device=device, dtype=dtype)
+        self._draw_start()
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """s(W2 relu(W1 z + b1) + b2), [N, C]."""
+        z = self.pool(stats)
+        return torch.sigmoid(linear(self.fc2, torch.relu(linear(self.fc1, z))))
+
+
+def hidden_units(label: str, channels: int, reduction: int) -> int:
+    """The width C // r of a bottleneck.
+
+    Raises:
+        ValueError: The reduction is no positive integer or leaves no hidden unit.
+    """
+    if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
+        raise ValueError(f"{label}: reduction={reduction!r} is not a positive integer.")
+    if channels // reduction == 0:
+        raise ValueError(
+            f"{label}: reduction={reduction} leaves no hidden unit for channels={channels} "
+            f"({channels} // {reduction} = 0). Use reduction <= {channels}."
+        )
+    return channels // reduction

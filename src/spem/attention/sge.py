@@ -1,0 +1,92 @@
+"""SGE: spatial group-wise enhance."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import cast
+from spem.ops import plane_stats
+
+
+@register_attention(
+    "sge",
+    paper="Spatial Group-wise Enhance (2019), https://arxiv.org/abs/1905.09646",
+    needs=Needs(pixels=2, divides="groups"),
+)
+class SGE(ChannelAttention):
+    """Spatial group-wise enhance: in each group, positions that resemble the group's mean are
+    enhanced.
+
+    Formula:
+        Per group: q = sum over its channels of x * z, z the pooled channels (global average by
+        default), one H x W map; t = (q - mean(q)) / (std(q) + 1e-5) over H, W with the unbiased
+        deviation; y = x * s(w t + b). w = 0 and b = 1 at the start: the gate is s(1) = 0.7310586.
+        Parameters: 2 groups.
+
+    Shape:
+        x: [N, C, H, W], H W >= 2.
+
+    Args:
+        channels: C.
+        groups: G, must divide C. 64 is the official value; with C = 64 each group is one channel.
+        pool: How a plane becomes a number.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``groups`` does not divide ``channels``.
+
+    Paper: Spatial Group-wise Enhance (2019), https://arxiv.org/abs/1905.09646, eqs. (1)-(5).
+
+    Differences: computed in float32 for half-precision maps, where the official code overflows. On
+    a plane of equal q the deviation's gradient is taken as 0."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int = 64,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"SGE: groups={groups!r} is not a positive integer.")
+        if channels % groups:
+            raise ValueError(
+                f"SGE: groups={groups} does not divide channels={channels}. Use a divisor of {channels}, "
+                f"for example groups={_largest_divisor(channels, groups)}."
+            )
+        self.groups = groups
+        self.w = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """w = 0, b = 1."""
+        super().reset_parameters()
+        nn.init.zeros_(self.w)
+        nn.init.ones_(self.b)
+
+    @property
+    def start_gate(self) -> float:
+        """s(1)."""
+        return 0.7310585786300049
+
+    def gate(self, x: Tensor) -> Tensor:
+        """s(w t + b), [N, C, H, W]: one map a group, the same for all its channels."""
+        z = self.pool(plane_stats(x, self.statistics))  # [N, C]
+        grouped = x.flatten(2).to(z.dtype).unflatten(1, (self.groups, -1))  # [N, G, C/G, HW]
+        q = (grouped * z.unflatten(1, (self.groups, -1))[..., None]).sum(2)  # [N, G, HW]
+        centred = q - q.mean(2, keepdim=True)
+        # The weight is multiplied before the division: the product stays small where the deviation
+        # is.
+        w, b = cast(self.w, z)[:, None], cast(self.b, z)[:, None]
+        v = torch.sigmoid(w * centred / (q.std(2, keepdim=True) + 1e-5) + b)
+        return v.unflatten(2, x.shape[2:]).repeat_interleave(self.channels // self.groups, dim=1)
+
+
+def _largest_divisor(channels: int, at_most: int) -> int:
+    return next(k for k in range(min(channels, at_most), 0, -1) if channels % k == 0)

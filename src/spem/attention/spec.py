@@ -1,0 +1,197 @@
+"""The text form of an attention module, used by the command line, configs, tables and folder
+names."""
+
+import ast
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spem.attention.base import ChannelAttention, attention_class
+from spem.attention.pooling import Mix
+
+Value = bool | int | float | str | Mix | tuple["Value", ...] | None
+
+
+@dataclass(frozen=True, init=False)
+class AttentionSpec:
+    """A registered module with options, checked against its constructor.
+
+    >>> str(AttentionSpec.parse("se(reduction=8, pool='mix(0.3)')"))
+    'se(pool=mix(0.3), reduction=8)'
+
+    Args:
+        name: Registry key.
+        options: Constructor keywords other than ``device`` and ``dtype``.
+
+    Raises:
+        ValueError: Unknown name (the message lists the nearest) or option (it lists those there
+            are).
+    """
+
+    name: str
+    options: tuple[tuple[str, Value], ...]
+
+    def __init__(self, name: str, options: Mapping[str, Value] | None = None) -> None:
+        given = dict(options or {})
+        allowed = _options_of(attention_class(name))
+        for option in given:
+            if option not in allowed:
+                raise ValueError(f"{name} has no option {option!r}; it takes {allowed}")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(
+            self, "options", tuple(sorted((k, _frozen(v)) for k, v in given.items()))
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "AttentionSpec | None":
+        """Reads ``"se(pool=mix(0.3), reduction=8)"``; nothing in the text is evaluated. ``"none"``
+        gives None.
+
+        Raises:
+            ValueError: The text is no name with keyword options of literal values, or names
+                something unknown.
+        """
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise ValueError(_unreadable(text)) from None
+        if isinstance(tree, ast.Constant) and tree.value is None:
+            return None
+        if isinstance(tree, ast.Name):
+            return None if tree.id == "none" else cls(tree.id)
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+            raise ValueError(_unreadable(text))
+        options: dict[str, Value] = {}
+        for keyword in tree.keywords:
+            if keyword.arg is None:
+                raise ValueError(_unreadable(text))
+            options[keyword.arg] = _value(keyword.value, text)
+        return cls(tree.func.id, options)
+
+    def __str__(self) -> str:
+        """The canonical text: sorted options, bare values."""
+        if not self.options:
+            return self.name
+        return f"{self.name}({', '.join(f'{key}={_text(value)}' for key, value in self.options)})"
+
+    def build(
+        self,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ChannelAttention:
+        """Builds the module for a number of channels."""
+        options: dict[str, Any] = dict(self.options)
+        return attention_class(self.name)(channels, **options, device=device, dtype=dtype)
+
+
+def create_attention(
+    spec: str | AttentionSpec,
+    channels: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ChannelAttention:
+    """Builds an attention module from its text form.
+
+    >>> create_attention("se(reduction=8)", 64).channels
+    64
+
+    Raises:
+        ValueError: The spec is unreadable or unknown, or is ``"none"``, which is a network without
+            attention.
+    """
+    parsed = as_spec(spec)
+    if parsed is None:
+        raise ValueError(
+            "create_attention: 'none' is the plain network; there is no module to create."
+        )
+    return parsed.build(channels, device=device, dtype=dtype)
+
+
+def as_spec(attention: str | AttentionSpec | None) -> AttentionSpec | None:
+    """A spec from any of the forms the library takes; None and ``"none"`` are the plain network."""
+    return AttentionSpec.parse(attention) if isinstance(attention, str) else attention
+
+
+def spec_text(attention: str | AttentionSpec | None) -> str:
+    """The canonical text of an attention, ``"none"`` for the plain network."""
+    parsed = as_spec(attention)
+    return "none" if parsed is None else str(parsed)
+
+
+def _options_of(cls: type[ChannelAttention]) -> list[str]:
+    parameters = list(inspect.signature(cls).parameters)[1:]  # the first is the channel count
+    return [name for name in parameters if name not in ("device", "dtype")]
+
+
+def _unreadable(text: str) -> str:
+    return (
+        f"cannot read attention {text!r}. Write a name, or a name with keyword options of plain values, "
+        f"like se(pool=mix(0.3), reduction=8)."
+    )
+
+
+def _value(node: ast.expr, text: str) -> Value:
+    if isinstance(node, ast.Constant) and (
+        node.value is None or isinstance(node.value, (bool, int, float, str))
+    ):
+        return _quoted(node.value, text) if isinstance(node.value, str) else node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        inner = _value(node.operand, text)
+        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
+            return -inner
+    if isinstance(node, ast.Name):
+        return _word(node.id)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_value(item, text) for item in node.elts)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "mix":
+        return _mix(node, text)
+    raise ValueError(_unreadable(text))
+
+
+def _word(word: str) -> Value:
+    return Mix() if word == "mix" else word
+
+
+def _quoted(value: str, text: str) -> Value:
+    """A quoted mix, as shells and JSON suggest writing it, means the same as a bare one."""
+    if value.replace(" ", "").startswith("mix("):
+        try:
+            node = ast.parse(value.strip(), mode="eval").body
+        except SyntaxError:
+            raise ValueError(_unreadable(text)) from None
+        return _value(node, text)
+    return _word(value)
+
+
+def _mix(node: ast.Call, text: str) -> Mix:
+    arguments: dict[str, Any] = {}
+    names = ("lam", "parametrization")
+    for name, argument in zip(names, node.args, strict=False):
+        arguments[name] = _value(argument, text)
+    if len(node.args) > len(names):
+        raise ValueError(f"mix takes at most {len(names)} arguments; it takes {list(names)}")
+    for keyword in node.keywords:
+        if keyword.arg not in names:
+            raise ValueError(f"mix has no option {keyword.arg!r}; it takes {list(names)}")
+        arguments[keyword.arg] = _value(keyword.value, text)
+    return Mix(**arguments)
+
+
+def _frozen(value: Any) -> Value:
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, tuple):
+        inner = ", ".join(_text(item) for item in value)
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, str):
+        reserved = ("None", "True", "False")
+        return value if value.isidentifier() and value not in reserved else repr(value)
+    return str(value) if isinstance(value, Mix) else repr(value)

@@ -1,0 +1,77 @@
+"""SRM: style-based recalibration."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import batch_norm, cast
+from spem.ops import PlaneStats
+
+
+@register_attention(
+    "srm",
+    paper="SRM: A Style-based Recalibration Module for CNNs (2019), https://arxiv.org/abs/1903.10829",
+    needs=Needs(
+        statistics=("var",),
+        pixels=2,
+        batch=2,
+        batch_statistics=True,
+        no_decay=("a", "d", "norm.weight", "norm.bias"),
+    ),
+)
+class SRM(ChannelAttention):
+    """Style-based recalibration: mean and deviation of each channel, weighted, normalised over the
+    batch.
+
+    Formula:
+        y = x * s(BN(a z + d std)), z the pooled channels (global average by default), std =
+        sqrt(var + 1e-5) with the unbiased variance of the plane, BN over the batch. a = d = 0 and
+        BN 1/0 at the start: the gate is 0.5. Parameters: 4C.
+
+    Shape:
+        x: [N, C, ...], one to three spatial axes, at least two positions; N >= 2 in training.
+
+    Args:
+        channels: C.
+        pool: What stands in place of the mean.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Paper: SRM (2019), https://arxiv.org/abs/1903.10829, eqs. (1)-(4).
+
+    Differences: none. Its authors train all four parameters without weight decay
+    (`Needs.no_decay`)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        self.a = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.d = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.norm = nn.BatchNorm1d(channels, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """a = d = 0; the norm 1/0."""
+        super().reset_parameters()
+        nn.init.zeros_(self.a)
+        nn.init.zeros_(self.d)
+        self.norm.reset_parameters()
+
+    @property
+    def start_gate(self) -> float:
+        """0.5."""
+        return 0.5
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """s(BN(a z + d std)), [N, C]."""
+        assert stats.var is not None
+        std = torch.sqrt(stats.var * (stats.size / (stats.size - 1)) + 1e-5)
+        style = cast(self.a, std) * self.pool(stats) + cast(self.d, std) * std
+        return torch.sigmoid(batch_norm(self.norm, style))

@@ -1,0 +1,99 @@
+"""The command `spem`: finds the subcommand, runs it, and turns errors into one line and an exit code.
+
+Exit codes: 0 done; 1 a fault inside (run again with --debug); 2 a mistake in the call or its files; 130 and 143
+stopped by Ctrl-C or SIGTERM, after writing what is needed to go on.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from spem.cli.output import unknown
+from spem.extras import require
+
+COMMANDS = {
+    "demo": ("spem.cli.demo", "compare none, se and spem on a small data set, in about a minute"),
+    "list": ("spem.cli.listing", "the attention modules: parameters, gate at start, needs, paper"),
+    "cost": ("spem.cli.cost", "parameters and FLOPs of a network, layer by layer"),
+    "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
+    "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
+    "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: The arguments without the program's name; None takes those of the process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        _dispatch(args)
+        sys.stdout.flush()  # here, where a closed pipe can still be answered
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _answer(error, debug=debug)
+    return 0
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if args[0] == "--version":
+        from spem import __version__
+
+        print(f"spem {__version__}")
+        return
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"{unknown('command', name, COMMANDS)} Run `spem --help`.")
+    tyro = require("tyro", extra="train", purpose=f"spem {name}")
+    function = import_module(COMMANDS[name][0]).command(rest)
+    tyro.cli(function, prog=f"spem {name}", args=rest)
+
+
+def usage() -> str:
+    """The text of `spem --help`: one line per command."""
+    lines = ["usage: spem COMMAND [OPTIONS]", "", "commands:"]
+    lines += [f"  {name:<8} {line}" for name, (_, line) in COMMANDS.items()]
+    lines += ["", "options:"]
+    lines += ["  --debug    show the whole traceback of an error (any place in the line)"]
+    lines += ["  --version  print the version", "", "`spem COMMAND --help` shows a command's options."]
+    return "\n".join(lines)
+
+
+def _answer(error: BaseException, *, debug: bool) -> int:
+    """Say what went wrong in one line and return the exit code for it."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):  # an interruption that says how the process was asked to stop
+        print(f"spem: {error}", file=sys.stderr)
+        return code
+    if isinstance(error, KeyboardInterrupt):
+        print("spem: stopped.", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # `spem list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    if _spoken(error):
+        print(f"spem: {error}", file=sys.stderr)
+        return 2
+    print(f"spem: internal error: {type(error).__name__}: {error}", file=sys.stderr)
+    if not debug:
+        print("run again with --debug", file=sys.stderr)
+    return 1
+
+
+def _spoken(error: BaseException) -> bool:
+    """Whether the message was written for the caller: bad values and files, and what this package raises itself."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+    return type(error) in (RuntimeError, TypeError) and raised_in.startswith("spem.")

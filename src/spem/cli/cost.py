@@ -1,0 +1,116 @@
+"""`spem cost`: parameters and FLOPs of a CIFAR ResNet or of a weights file, layer by layer."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spem.cli.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from spem.cost import Cost
+    from spem.models import ResNet
+
+
+def command(args: list[str]) -> Callable[..., None]:
+    """The function whose signature is the command line of `spem cost`."""
+    from tyro.conf import Positional
+
+    del args
+
+    def cost(
+        model: Positional[str],
+        /,
+        *,
+        attention: str | None = None,
+        classes: int | None = None,
+        size: int = 32,
+        batch: int = 1,
+        json: bool = False,
+    ) -> None:
+        """Count parameters and FLOPs of a network, layer by layer. Needs no data.
+
+        Args:
+            model: resnet164 (bottleneck blocks, depth 9n+2), resnet-basic56 (basic blocks, depth 6n+2), or a
+                .safetensors file of weights.
+            attention: Attention of a named network, such as spem or "se(reduction=8)"; none without this option.
+            classes: Outputs of a named network; 10 without this option.
+            size: Side of the square input in pixels.
+            batch: Images in the batch.
+            json: Print JSON.
+        """
+        from spem.cost import count
+
+        network = build(model, attention, classes)
+        result = count(network, (batch, 3, size, size))
+        _print(_title(network), result, json=json)
+
+    return cost
+
+
+def build(model: str, attention: str | None, classes: int | None) -> "ResNet":
+    """The network that MODEL names.
+
+    Args:
+        model: `resnet<depth>`, `resnet-basic<depth>` or the path of a .safetensors file.
+        attention: Text of the attention; None for the plain network. Not for a file.
+        classes: Number of outputs, None for 10. Not for a file.
+
+    Raises:
+        ValueError: The name is none of these, or an option contradicts the file.
+    """
+    from spem.attention import AttentionSpec
+    from spem.models import resnet
+
+    if model.endswith(".safetensors"):
+        from spem.training.checkpoint import load_weights
+
+        if attention is not None or classes is not None:
+            raise ValueError(
+                f"cost: {model} says itself which attention and how many classes it has. "
+                "Leave --attention and --classes out."
+            )
+        return load_weights(Path(model))[0]
+    match = re.fullmatch(r"resnet(-basic)?(\d+)", model)
+    if match is None:
+        raise ValueError(
+            f"cost: unknown model {model!r}. Use resnet<depth> (bottleneck, such as resnet164), "
+            "resnet-basic<depth> (such as resnet-basic56) or a .safetensors file."
+        )
+    spec = AttentionSpec.parse(attention or "none")
+    block = "basic" if match[1] else "bottleneck"
+    return resnet(int(match[2]), classes or 10, attention=spec, block=block)
+
+
+def _title(network: "ResNet") -> str:
+    from spem.attention import spec_text
+
+    attention = spec_text(network.attention)
+    return f"ResNet-{network.depth}, {network.block} blocks, attention {attention}, {network.classes} classes"
+
+
+def _print(title: str, cost: "Cost", *, json: bool) -> None:
+    if json:
+        print_json({"model": title, **dataclasses.asdict(cost)})
+        return
+    rows = [
+        [row.name, row.kind, _shape(row.output), f"{row.parameters:,}", f"{row.flops:,}"]
+        for row in cost.layers
+    ]
+    rows.append(["total", "", "", f"{cost.parameters:,}", f"{cost.flops:,}"])
+    if any(row.attention for row in cost.layers):
+        share = f"{cost.attention_parameters:,}", f"{cost.attention_flops:,}"
+        rows.append(["of it attention", "", "", *share])
+    columns = ["layer", "kind", "output", "parameters", "FLOPs"]
+    print_table(columns, rows, left=3, title=f"{title}, input {_shape(cost.input_shape)}")
+    print()
+    if cost.attention_parameters:
+        share = 100 * cost.attention_parameters / cost.parameters
+        print(f"Attention holds {share:.2f} % of the parameters.")
+    print("FLOPs: 2 per multiply-add, convolutions and matrix products only, one forward pass.")
+    print("They leave out norms, pooling and gates, so they say little about time.")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "-" if shape is None else " x ".join(map(str, shape))

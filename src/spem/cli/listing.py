@@ -1,0 +1,101 @@
+"""`spem list`: every registered attention module and what there is to know about it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from spem.cli.output import print_json, print_table, unknown
+
+if TYPE_CHECKING:
+    from spem.attention import Needs
+
+CHANNELS = (64, 128, 256)
+
+
+def command(args: list[str]) -> Callable[..., None]:
+    """The function whose signature is the command line of `spem list`."""
+    from tyro.conf import Positional
+
+    del args
+
+    def list_modules(pattern: Positional[str] = "*", /, *, json: bool = False) -> None:
+        """List the attention modules: parameters, gate at start, statistics, needs, paper.
+
+        Args:
+            pattern: Names to show; * and ? stand for any characters.
+            json: Print JSON.
+        """
+        _list(pattern, json)
+
+    return list_modules
+
+
+def _list(pattern: str, json: bool) -> None:
+    from spem.attention import list_attention
+    names = list_attention(pattern)
+    if not names:
+        raise ValueError(unknown("attention module", pattern, list_attention()))
+    modules = [_describe(name) for name in names]
+    if json:
+        print_json(modules)
+        return
+    columns = ["name", "statistics", "no decay", "needs", "paper", "gate at start"]
+    columns += [f"parameters at C={c}" for c in CHANNELS]
+    print_table(columns, [_cells(module) for module in modules], left=5)
+    print("\nstatistics: the gate is a function of these plane statistics, so any pool= fits it.")
+    print("gate at start: its value before training where no input changes it.")
+
+
+def _describe(name: str) -> dict[str, Any]:
+    """What the registry and a fresh instance say about a module."""
+    from spem.attention import create_attention
+
+    parameters: dict[str, int | None] = {}
+    for channels in CHANNELS:
+        try:
+            module = create_attention(name, channels)
+        except ValueError:  # declared: this module does not take that many channels
+            parameters[str(channels)] = None
+            continue
+        parameters[str(channels)] = sum(p.numel() for p in module.parameters())
+    module = create_attention(name, CHANNELS[-1])
+    needs = type(module).needs
+    gate = module.start_gate
+    return {
+        "name": name,
+        "parameters": parameters,
+        "start_gate": None if gate is None else float(gate),
+        "statistics": list(module.statistics) if module.takes_any_rank() else [],
+        "no_decay": list(needs.no_decay),
+        "needs": _needs(needs),
+        "paper": type(module).paper,
+    }
+
+
+def _needs(needs: "Needs") -> list[str]:
+    """What a caller must know before using the module, one short phrase each."""
+    phrases: list[str] = []
+    if needs.pixels > 1:
+        phrases.append(f"maps of {needs.pixels} pixels or more")
+    if needs.batch > 1:
+        phrases.append(f"{needs.batch} images or more in training")
+    if needs.values > 1:
+        phrases.append(f"{needs.values} values (N H W) or more in training")
+    if needs.batch_statistics:
+        phrases.append("holds a batch norm")
+    if needs.divides is not None:
+        phrases.append(f"{needs.divides} divides the channels")
+    return phrases
+
+
+def _cells(module: dict[str, Any]) -> list[str]:
+    gate = module["start_gate"]
+    counts = [module["parameters"][str(channels)] for channels in CHANNELS]
+    return [
+        module["name"],
+        ", ".join(module["statistics"]) or "-",
+        ", ".join(module["no_decay"]) or "-",
+        "; ".join(module["needs"]) or "-",
+        module["paper"],
+        "-" if gate is None else f"{gate:.7g}",
+        *("-" if n is None else f"{n:,}" for n in counts),
+    ]

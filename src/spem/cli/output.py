@@ -1,0 +1,71 @@
+"""What the commands share in speaking: tables, JSON, numbers, and the nearest match of a misspelt name."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from spem.extras import require
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """One sentence for a name that does not exist, with the nearest ones that do.
+
+    >>> unknown("command", "trian", ["train", "list"])
+    "unknown command 'trian'. Nearest: train. Known: train, list."
+    """
+    names = list(known)
+    nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
+    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document to stdout; nothing else goes there under --json."""
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, title: str = ""
+) -> None:
+    """Print a table: drawn by rich on a terminal, aligned plain text with full cells elsewhere.
+
+    Args:
+        columns: Headings.
+        rows: Cells; numbers come formatted.
+        left: How many columns, counted from the left, hold text; the others are aligned to the right.
+        title: A line above the table.
+    """
+    if sys.stdout.isatty():
+        require("rich", extra="train", purpose="the table on a terminal")
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title or None, title_justify="left")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="left" if i < left else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, markup=False).print(table)
+        return
+    if title:
+        print(title)
+    print("\n".join(plain_table(columns, rows, left=left)))
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """The lines of an aligned table without decoration.
+
+    >>> plain_table(["name", "n"], [["a", "10"]], left=1)
+    ['name   n', 'a     10']
+    """
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

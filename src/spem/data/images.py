@@ -1,0 +1,123 @@
+"""A set of images held whole in memory, its checksum, and how validation images are held out."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spem.seeding import keyed_generator
+
+Split = Literal["train", "test"]
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all) while a set is decoded."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one size with their labels, as every source delivers them.
+
+    Shape:
+        images: uint8 [n, 3, H, W], red, green, blue, 0 to 255.
+        labels: int64 [n], each an index into ``classes``.
+
+    Args:
+        images: The pixels.
+        labels: The class of each image.
+        classes: The names of the classes, in the order of their labels.
+        name: Short name of the set, as tables and folders show it.
+        sha256: ``checksum(images, labels)``; computed here when left empty.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or labels do not fit together.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not self.sha256:
+            object.__setattr__(self, "sha256", checksum(self.images, self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "ImageSet":
+        """The images at these positions (int64 [k]), in this order, with a checksum of their own."""
+        where = indices.to(self.images.device)
+        return replace(self, images=self.images[where], labels=self.labels[where], sha256="")
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set on another device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def checksum(images: Tensor, labels: Tensor) -> str:
+    """SHA-256, in hex, of a set's shape, pixels (row-major) and labels, wherever it was read from.
+
+    **Formula**: sha256(b"uint8 n 3 H W\\n" + pixels + labels as little-endian int64). With the shape in front, sets
+    whose bytes happen to agree in another shape differ. Class names are left out: sources spell them differently.
+    """
+    shape = " ".join(str(size) for size in images.shape)
+    digest = hashlib.sha256(f"uint8 {shape}\n".encode())
+    digest.update(np.ascontiguousarray(images.cpu().numpy()).data)
+    digest.update(labels.cpu().numpy().astype("<i8").data)
+    return digest.hexdigest()
+
+
+def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """Splits training images into (rest, validation), always in the same way.
+
+    Which images are held out depends on the number of images alone, never on the seed of a run, so that runs of
+    several seeds are judged on the same images. Both parts keep the set's order.
+
+    Args:
+        train: The training images.
+        count: How many to hold out: at least 1, and at least one must remain.
+
+    Raises:
+        ValueError: ``count`` is out of range.
+    """
+    if not 0 < count < len(train):
+        raise ValueError(
+            f"hold_out: cannot hold out {count} of {len(train)} images. "
+            f"Use a number from 1 to {len(train) - 1}."
+        )
+    order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"))
+    return train.take(order[count:].sort().values), train.take(order[:count].sort().values)
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless ``split`` is "train" or "test"."""
+    if split not in get_args(Split):
+        raise ValueError(f"load_images: split={split!r} is unknown. Use 'train' or 'test'.")
+
+
+def _check(data: ImageSet) -> None:
+    images, labels = data.images, data.labels
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"ImageSet: images are {images.dtype} of shape {tuple(images.shape)}; "
+            "they must be torch.uint8 of shape (n, 3, H, W)."
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"ImageSet: labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+            f"{len(images)} images need torch.int64 of shape ({len(images)},)."
+        )
+    if labels.device != images.device:
+        raise ValueError(
+            f"ImageSet: images are on {images.device}, labels on {labels.device}. Move both to one."
+        )
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < len(data.classes)):
+        raise ValueError(
+            f"ImageSet: labels run from {int(labels.min())} to {int(labels.max())}, "
+            f"with {len(data.classes)} classes they must lie in 0 to {len(data.classes) - 1}."
+        )

@@ -1,0 +1,29 @@
+"""Optional dependencies: imported where they are used, with a message that ends in the line that
+installs them."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Imports an optional dependency.
+
+    Args:
+        module: Importable name, for example ``"sklearn.datasets"``.
+        extra: The extra of this package that brings it, for example ``"train"``.
+        purpose: What needs it, the subject of the message, for example ``"spem train"``.
+
+    Raises:
+        ImportError: The module is not installed; the message ends in the line that installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        missing = error.name or module
+        if missing.partition(".")[0] != module.partition(".")[0]:
+            raise  # the dependency is there and broken: its own message says more
+        raise ImportError(
+            f"{purpose} needs {missing.partition('.')[0]}, which is not installed. "
+            f'Install it: pip install "spem[{extra}]"',
+            name=error.name,
+        ) from error

@@ -1,0 +1,260 @@
+"""CIFAR ResNets with any attention after the last norm of each block's branch, and the official
+checkpoints' reader."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention import AttentionSpec, ChannelAttention, as_spec
+
+BlockName = Literal["bottleneck", "basic"]
+
+
+def residual_tail(
+    z: Tensor, residual: Tensor, norm: nn.Module, attention: ChannelAttention | None
+) -> Tensor:
+    """The end of a residual branch: relu(attention(norm(z)) + residual), or relu(norm(z) +
+    residual) without one.
+
+    Shape:
+        z, residual, output: [N, C, H, W].
+    """
+    if attention is None:
+        return torch.relu(norm(z) + residual)
+    return attention.tail(z, residual, norm)
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    """The shortcut where the shape changes: 1x1 convolution and norm; None is the identity."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+    )
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (stride here), 1x1 convolutions to four times the planes; attention on the last
+    norm's output."""
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self, inputs: int, planes: int, stride: int = 1, attention: AttentionSpec | None = None
+    ) -> None:
+        super().__init__()
+        outputs = planes * self.expansion
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv3x3(planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.attention = None if attention is None else attention.build(outputs)
+        self.downsample = _projection(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] -> [N, 4 planes, H/stride, W/stride]."""
+        residual = x if self.downsample is None else self.downsample(x)
+        out = torch.relu(self.bn1(self.conv1(x)))
+        out = torch.relu(self.bn2(self.conv2(out)))
+        return residual_tail(self.conv3(out), residual, self.bn3, self.attention)
+
+
+class Basic(nn.Module):
+    """Two 3x3 convolutions; attention on the last norm's output."""
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self, inputs: int, planes: int, stride: int = 1, attention: AttentionSpec | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(inputs, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.attention = None if attention is None else attention.build(planes)
+        self.downsample = _projection(inputs, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] -> [N, planes, H/stride, W/stride]."""
+        residual = x if self.downsample is None else self.downsample(x)
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return residual_tail(self.conv2(out), residual, self.bn2, self.attention)
+
+
+_BLOCKS: dict[str, tuple[type[Bottleneck] | type[Basic], int]] = {
+    "bottleneck": (Bottleneck, 9),
+    "basic": (Basic, 6),
+}
+"""Block class, and layers that one block in each of the three stages adds to the depth."""
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet: a 3x3 stem of 16 channels, three stages of n blocks (planes 16, 32, 64),
+    global mean, linear.
+
+    Attributes:
+        depth: Layers, 9n + 2 for bottleneck and 6n + 2 for basic blocks.
+        classes: Number of classes.
+        block: ``"bottleneck"`` or ``"basic"``.
+        spec: The attention in every block, or None.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        classes: int = 10,
+        *,
+        attention: AttentionSpec | None = None,
+        block: BlockName = "bottleneck",
+    ) -> None:
+        super().__init__()
+        kind, count = _blocks_per_stage(depth, block)
+        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+            raise ValueError(f"resnet: classes={classes!r} is not a positive integer.")
+        self.depth, self.classes, self.block, self.spec = depth, classes, block, attention
+        self.conv1 = _conv3x3(3, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        width = 16
+        for stage, planes in enumerate((16, 32, 64), start=1):
+            blocks: list[nn.Module] = []
+            for index in range(count):
+                stride = 2 if stage > 1 and index == 0 else 1
+                blocks.append(kind(width, planes, stride, attention))
+                width = planes * kind.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, [N, 3, H, W] -> [N, classes]; any H, W >= 1."""
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        # A mean, not an adaptive pool: any input size, deterministic, and it exports as a plain
+        # reduction.
+        return self.fc(x.mean((2, 3)))
+
+
+def _blocks_per_stage(depth: int, block: str) -> tuple[type[Bottleneck] | type[Basic], int]:
+    if block not in _BLOCKS:
+        raise ValueError(
+            f"resnet: block={block!r} is unknown. Use {' or '.join(map(repr, _BLOCKS))}."
+        )
+    kind, step = _BLOCKS[block]
+    if (
+        isinstance(depth, bool)
+        or not isinstance(depth, int)
+        or depth < step + 2
+        or (depth - 2) % step
+    ):
+        given = depth if isinstance(depth, int) else step + 2
+        below = max(1, (given - 2) // step)
+        near = sorted({below * step + 2, (below + 1) * step + 2})
+        raise ValueError(
+            f"resnet: depth={depth!r} is not {step}n + 2, which {block} blocks need. "
+            f"Nearest: {' or '.join(map(str, near))}."
+        )
+    return kind, (depth - 2) // step
+
+
+def resnet(
+    depth: int,
+    classes: int = 10,
+    *,
+    attention: str | AttentionSpec | None = None,
+    block: BlockName = "bottleneck",
+) -> ResNet:
+    """Builds a CIFAR ResNet and initialises it under seed 0 (`spem.initialise` draws another seed).
+
+    Args:
+        depth: 9n + 2 for bottleneck blocks (11, 29, 83, 164, 245, 326), 6n + 2 for basic ones (20
+        ... 110). classes: Number of classes. attention: A spec or its text, for example ``"spem"``
+        or ``"se(reduction=8)"``; None or ``"none"`` is the plain
+            network.
+        block: ``"bottleneck"`` or ``"basic"``.
+
+    Raises:
+        ValueError: A depth that the blocks cannot make, an unknown block or attention, or an
+            attention that does not fit the block's channels.
+
+    >>> sum(p.numel() for p in resnet(164, attention="spem").parameters())
+    1736518
+    """
+    from spem.seeding import initialise
+
+    model = ResNet(depth, classes, attention=as_spec(attention), block=block)
+    initialise(model, 0)
+    return model
+
+
+_OFFICIAL_NAMES = {"w1": "w_e", "b1": "b_e", "w2": "w_r", "b2": "b_r", "p": "pool.p"}
+
+
+def load_official(path: str | Path) -> ResNet:
+    """Reads a checkpoint of the official SPEM repository into a network of form ``code``.
+
+    Depth and number of classes are read off the weights. Nothing in the file is executed.
+
+    Args:
+        path: A file that ``torch.save`` wrote: a dict with ``state_dict`` (keys with or without
+            ``module.``).
+
+    Returns:
+        The network in evaluation mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file. ValueError: The file is damaged, holds other
+        objects than tensors and numbers, or is no such checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_official: there is no file {path}.")
+    try:
+        stored: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch reports damage and refused objects by many exception types.
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"load_official: {path} is damaged or no checkpoint: {reason}") from error
+    state = stored.get("state_dict") if isinstance(stored, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"load_official: {path} holds no 'state_dict' of tensors, as the official code saves it."
+        )
+    ours = {_our_name(str(key)): value for key, value in state.items()}
+    blocks = {key.split(".")[1] for key in ours if key.startswith("layer1.")}
+    if "fc.weight" not in ours or not blocks or "layer1.0.attention.w_e" not in ours:
+        raise ValueError(
+            f"load_official: {path} is no SPEM network of the official layout (layer1.0.w1, fc.weight)."
+        )
+    model = ResNet(
+        9 * len(blocks) + 2,
+        int(ours["fc.weight"].shape[0]),
+        attention=AttentionSpec("spem", {"form": "code"}),
+    )
+    for key, value in ours.items():
+        if re.search(r"\.attention\.[wb]_[er]$", key):
+            ours[key] = value.reshape(-1)  # 1 x C x 1 x 1 there
+    try:
+        model.load_state_dict(ours)
+    except RuntimeError as error:
+        raise ValueError(
+            f"load_official: {path} does not fit the official network: {error}"
+        ) from None
+    return model.eval()
+
+
+def _our_name(key: str) -> str:
+    key = key.removeprefix("module.")
+    head, _, last = key.rpartition(".")
+    if re.fullmatch(r"layer[123]\.\d+", head) and last in _OFFICIAL_NAMES:
+        return f"{head}.attention.{_OFFICIAL_NAMES[last]}"
+    return key

@@ -1,0 +1,155 @@
+"""What a few paired seeds can show: mean, deviation, and the 95 % t interval of a paired difference.
+
+The unit of every comparison is the difference of two runs with the same seed: they start from the same backbone and
+see the same images in the same order. With few seeds the interval is wide, and that is the honest answer.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spem.extras import require
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and standard deviation of one number over seeds.
+
+    Args:
+        n: How many values there are, at least 1.
+        mean: Their mean.
+        sd: Their standard deviation with n - 1 in the denominator; None for n = 1.
+    """
+
+    n: int
+    mean: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The mean of per-seed differences and its t interval.
+
+    Args:
+        n: How many pairs there are; 0 if the two share no seed.
+        mean: Mean difference; None for n = 0.
+        sd: Standard deviation of the differences, n - 1 in the denominator; None for n < 2.
+        low: Lower end of the interval; None where no interval exists (n < 2, or all differences equal).
+        high: Upper end; None like `low`.
+        level: The level of the interval.
+    """
+
+    n: int
+    mean: float | None
+    sd: float | None
+    low: float | None
+    high: float | None
+    level: float = 0.95
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True if an interval exists and 0 lies outside of it."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    @property
+    def interval_text(self) -> str:
+        """The interval for a table cell, or the reason why there is none."""
+        if self.low is not None and self.high is not None:
+            return f"[{self.low:+.2f}, {self.high:+.2f}]"
+        return "n too small" if self.n < 2 else "all equal"
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean and standard deviation of `values`.
+
+    **Formula** mean = sum(v) / n, sd = sqrt(sum((v - mean)^2) / (n - 1)).
+
+    Args:
+        values: At least one finite number.
+
+    Raises:
+        ValueError: `values` is empty or holds a number that is not finite.
+
+    >>> summarise([1.0, 2.0, 3.0])
+    Summary(n=3, mean=2.0, sd=1.0)
+    """
+    if not values:
+        raise ValueError("summarise: no values to summarise. Pass at least one number.")
+    _check_finite("summarise", values)
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return Summary(n, mean, None)
+    # Equal values have no spread; the rounding of their mean must not invent one.
+    spread = 0.0 if min(values) == max(values) else math.fsum((v - mean) ** 2 for v in values)
+    return Summary(n, mean, math.sqrt(spread / (n - 1)))
+
+
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float], level: float = 0.95
+) -> PairedDifference:
+    """The mean difference `values - baseline` over the seeds both have, with its t interval.
+
+    **Formula** mean(d) -+ t(n - 1, (1 + level) / 2) * sd(d) / sqrt(n), d = values[seed] - baseline[seed].
+
+    Args:
+        values: Seed -> number.
+        baseline: Seed -> number; seeds that only one of the two has are left out.
+        level: Level of the interval, between 0 and 1.
+
+    Returns:
+        The difference. There is no interval below two pairs, and none if all differences are the same number: their
+        deviation of 0 says that the values are coarse, not that the difference is certain.
+
+    Raises:
+        ValueError: `level` is not between 0 and 1, or a number is not finite.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"paired_difference: level={level} is no level. Use a number between 0 and 1.")
+    seeds = sorted(set(values) & set(baseline))
+    differences = [values[seed] - baseline[seed] for seed in seeds]
+    if not differences:
+        return PairedDifference(0, None, None, None, None, level)
+    summary = summarise(differences)
+    # Subtracting percentages leaves noise in the last digits; a deviation of that size is none.
+    largest = max(abs(v) for seed in seeds for v in (values[seed], baseline[seed]))
+    if summary.sd is None or summary.sd <= 1e-12 * largest:
+        sd = None if summary.sd is None else 0.0
+        return PairedDifference(summary.n, summary.mean, sd, None, None, level)
+    stats = require("scipy.stats", extra="reproduce", purpose="the t interval")
+    half = float(stats.t.ppf((1 + level) / 2, summary.n - 1)) * summary.sd / math.sqrt(summary.n)
+    return PairedDifference(
+        summary.n, summary.mean, summary.sd, summary.mean - half, summary.mean + half, level
+    )
+
+
+def reading(name: str, baseline: str, difference: PairedDifference) -> str:
+    """One plain sentence that says what the interval shows, and no more.
+
+    Args:
+        name: The module compared.
+        baseline: The module it is compared with.
+        difference: `name` minus `baseline`, in percentage points of accuracy.
+    """
+    d = difference
+    if d.n == 0 or d.mean is None:
+        return f"{name} and {baseline} share no seed: nothing can be compared."
+    pairs = f"{d.n} paired seed" + ("s" if d.n > 1 else "")
+    start = f"{name} - {baseline}: {d.mean:+.2f} points over {pairs}"
+    if d.n < 2:
+        return f"{start}. One seed shows no spread (n too small): no conclusion."
+    if d.low is None:
+        return f"{start}, the same for every seed: no interval can be drawn, no conclusion."
+    start = f"{start}, {d.level:.0%} interval {d.interval_text}".replace("%", " %")
+    if not d.excludes_zero:
+        return f"{start}: it contains 0, so these runs do not show a difference."
+    side = "above" if d.mean > 0 else "below"
+    return f"{start}: it lies {side} 0, so in this setting {name} is {side} {baseline}."
+
+
+def _check_finite(subject: str, values: Sequence[float]) -> None:
+    for value in values:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{subject}: {value} is not a finite number. Look for a run that diverged."
+            )

@@ -1,0 +1,162 @@
+"""Randomness as a pure function of what it is for: keyed generators, and initialisation by
+parameter name.
+
+With one global stream, inserting a module changes every weight drawn after it, so "the same seed"
+means nothing across attention modules. Here each parameter is drawn from a generator keyed by
+(seed, parameter name): all attention variants of one seed start from the identical backbone, and
+differences between them are paired."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Initialiser = Callable[[Tensor, torch.Generator | None], None]
+"""Fills a tensor in place from a generator (None: torch's global one)."""
+
+_Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Norm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  # the one class all batch norms share
+
+
+def keyed_generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator that depends on the seed and on what it is for, and on nothing else.
+
+    Args:
+        seed: The seed of the run.
+        purpose: What is drawn, for example ``("epoch", 3)`` or a parameter's name.
+
+    >>> a, b = keyed_generator(0, "epoch", 1), keyed_generator(0, "epoch", 1)
+    >>> bool(torch.rand(1, generator=a) == torch.rand(1, generator=b))
+    True
+    """
+    text = "\x00".join([str(int(seed)), *(f"{type(part).__name__}:{part}" for part in purpose)])
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+
+
+def kaiming_normal_fan_out(weight: Tensor, generator: torch.Generator | None) -> None:
+    """N(0, 2 / (k k out)): Kaiming normal over fan_out, as the paper's backbone and official CBAM
+    use it."""
+    fan_out = weight.shape[0] * math.prod(weight.shape[2:])
+    with torch.no_grad():
+        weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
+
+
+def uniform_fan_in(fan_in: int) -> Initialiser:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for weights and biases of Linear and Conv
+    layers."""
+
+    def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
+        bound = 1.0 / math.sqrt(fan_in)
+        with torch.no_grad():
+            parameter.uniform_(-bound, bound, generator=generator)
+
+    return fill
+
+
+def initialise(
+    model: nn.Module, seed: int, *, scope: Literal["backbone", "all"] = "backbone"
+) -> None:
+    """Draws every parameter of a model anew, each from a generator keyed by (seed, its name).
+
+    Convolutions of the backbone get N(0, 2/(k k out)) and zero biases, batch norms 1/0 (running
+    statistics 0/1), linear layers torch's default. An attention module owns its initialisation (its
+    ``random_init`` and ``reset_parameters``); inside it, layers without a rule of their own get
+    torch's default. Bare parameters outside attention modules are left as they are. Draws are made
+    on the CPU in float32, so they do not depend on device or dtype.
+
+    Args:
+        model: The network, changed in place. seed: The seed of the run. scope: ``"all"`` imitates
+        the official training code, whose loop over all convolutions and batch norms also
+            overwrites those inside attention modules.
+
+    Raises:
+        ValueError: ``scope`` is neither ``"backbone"`` nor ``"all"``.
+    """
+    if scope not in ("backbone", "all"):
+        raise ValueError(f"initialise: scope={scope!r} is unknown. Use 'backbone' or 'all'.")
+    owners = {
+        name: rules
+        for name, module in model.named_modules()
+        if (rules := getattr(module, "random_init", None)) is not None
+    }
+    for name, module in model.named_modules():
+        owner = _owner(name, owners)
+        if isinstance(module, _Norm):
+            module.reset_running_stats()
+        for local, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{local}" if name else local
+            if owner is None or (
+                scope == "all" and isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
+            ):
+                rule = _backbone_rule(module, local)
+            else:
+                inner = full[len(owner) + 1 :] if owner else full
+                rule = owners[owner].get(inner) or _default_rule(module, local)
+            if rule is not None:
+                _draw(parameter, rule, keyed_generator(seed, full))
+    for name in owners:
+        _reset_constants(model.get_submodule(name), scope)
+
+
+def _owner(name: str, owners: Mapping[str, object]) -> str | None:
+    """The attention module that this module is or lies in, by name."""
+    while True:
+        if name in owners:
+            return name
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+
+
+def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator) -> None:
+    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+    rule(drawn, generator)
+    with torch.no_grad():
+        parameter.copy_(drawn)
+
+
+def _backbone_rule(module: nn.Module, local: str) -> Initialiser | None:
+    if isinstance(module, _Conv):
+        return kaiming_normal_fan_out if local == "weight" else _constant(0.0)
+    return _default_rule(module, local)
+
+
+def _default_rule(module: nn.Module, local: str) -> Initialiser | None:
+    """Torch's default for the layers it knows, None for a bare parameter."""
+    if isinstance(module, _Norm):
+        return _constant(1.0 if local == "weight" else 0.0)
+    if isinstance(module, nn.Linear):
+        return uniform_fan_in(module.in_features)
+    if isinstance(module, _Conv):
+        return uniform_fan_in(module.in_channels // module.groups * math.prod(module.kernel_size))
+    return None
+
+
+def _constant(value: float) -> Initialiser:
+    def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
+        del generator
+        with torch.no_grad():
+            parameter.fill_(value)
+
+    return fill
+
+
+def _reset_constants(owner: nn.Module, scope: str) -> None:
+    """Sets the constants a module starts from; under scope "all" its Conv2d and BatchNorm2d keep
+    the backbone's draw."""
+    kept: dict[str, Tensor] = {}
+    if scope == "all":
+        for name, inner in owner.named_modules():
+            if isinstance(inner, (nn.Conv2d, nn.BatchNorm2d)):
+                for local, parameter in inner.named_parameters(recurse=False):
+                    kept[f"{name}.{local}" if name else local] = parameter.detach().clone()
+    reset = getattr(owner, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    with torch.no_grad():
+        for name, value in kept.items():
+            owner.get_parameter(name).copy_(value)

@@ -1,0 +1,70 @@
+"""Accuracy and loss of a network on a set of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from spem.data import NORMALISATION, ImageSet, normalise
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean cross entropy and share of correct answers.
+
+    Args:
+        loss: mean cross entropy, in nats.
+        top1: percent of images whose class has the largest logit.
+        correct: their number.
+        count: number of images.
+    """
+
+    loss: float
+    top1: float
+    correct: int
+    count: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    normalisation: str = "paper",
+    batch: int = 500,
+) -> Accuracy:
+    """Evaluate a network on all images of a set, in float32 on the network's own device.
+
+    It is float32 whatever the network was trained in, so that saved weights give the same count
+    of correct answers wherever they are evaluated. The mode of the network is restored.
+
+    Args:
+        model: takes images [n, 3, H, W] and returns logits [n, classes].
+        data: the images; they are moved to the network's device if they lie elsewhere.
+        normalisation: a key of `spem.data.NORMALISATION`, the one trained with.
+        batch: images at a time.
+
+    Raises:
+        ValueError: the set is empty.
+    """
+    if len(data) == 0:
+        raise ValueError("evaluate: the set has no images. Check the split and its folder.")
+    weight = next(model.parameters())
+    data = data.to(weight.device)
+    mean, std = NORMALISATION[normalisation]
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), device=weight.device)
+    correct = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for start in range(0, len(data), batch):
+        images = normalise(data.images[start : start + batch], mean, std)
+        labels = data.labels[start : start + batch]
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+        loss += functional.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    model.train(was_training)
+    right = int(correct)
+    return Accuracy(float(loss) / len(data), 100.0 * right / len(data), right, len(data))

@@ -1,0 +1,83 @@
+"""Complete configs to start from; a variant calls one and uses `dataclasses.replace`."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spem.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
+
+PAPER_EPOCHS = 164
+PAPER_MILESTONES = (81, 122)
+
+
+def paper(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -> RunConfig:
+    """Return the paper's recipe: 164 epochs of SGD in float32, everything decayed.
+
+    Paper:
+        Mix-Pooling Strategy for Attention Mechanism (2022), https://arxiv.org/abs/2208.10322,
+        section 4; rate, milestones, augmentation and decay from the official program.
+    """
+    return RunConfig(
+        model=ModelConfig(depth=depth, attention=attention),
+        data=DataConfig(name=dataset),
+        optim=OptimConfig(epochs=PAPER_EPOCHS, milestones=PAPER_MILESTONES),
+        runtime=RuntimeConfig(channels_last=False),
+    )
+
+
+def fast(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -> RunConfig:
+    """Return `paper` with what leaves the distribution of trained networks unchanged.
+
+    That is channels_last and a compiled step; it stays in float32.
+    """
+    recipe = paper(dataset, depth, attention)
+    return replace(recipe, runtime=replace(recipe.runtime, channels_last=True, step="compile"))
+
+
+def short(
+    dataset: str = "cifar10", depth: int = 11, attention: str = "spem", epochs: int = 3
+) -> RunConfig:
+    """Return the paper's recipe scaled down for a CPU; another recipe, and named so in tables.
+
+    Few epochs, with the milestones at the same fractions of the run, and bf16 where the processor
+    computes in it.
+    """
+    recipe = fast(dataset, depth, attention)
+    return replace(
+        recipe,
+        optim=replace(recipe.optim, epochs=epochs, milestones=scaled_milestones(epochs)),
+        runtime=replace(recipe.runtime, precision="bf16" if native_bf16() else "fp32"),
+        experiment="short",
+    )
+
+
+def smoke(attention: str = "spem", epochs: int = 6) -> RunConfig:
+    """Return a run on scikit-learn's digits: under a minute on one CPU thread, no download."""
+    return RunConfig(
+        model=ModelConfig(depth=11, attention=attention),
+        data=DataConfig(name="digits", size=16, flip=False, pad=2, normalisation="digits"),
+        optim=OptimConfig(epochs=epochs, batch=64, milestones=scaled_milestones(epochs)),
+        runtime=RuntimeConfig(threads=1),
+        experiment="smoke",
+    )
+
+
+def scaled_milestones(epochs: int) -> tuple[int, ...]:
+    """Milestones at the paper's fractions (81/164 and 122/164) of a run of this many epochs."""
+    scaled = {round(epochs * m / PAPER_EPOCHS) for m in PAPER_MILESTONES}
+    return tuple(sorted(m for m in scaled if 0 < m < epochs))
+
+
+def native_bf16() -> bool:
+    """Whether the device that "auto" takes computes in bfloat16 rather than emulating it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() == "arm64":
+        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set[str]()
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})

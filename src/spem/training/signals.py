@@ -1,0 +1,64 @@
+"""SIGTERM and Ctrl-C end a run after the current step, with a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal; its checkpoint is written.
+
+    Args:
+        message: what was stopped where, and how to go on.
+        code: exit status for the process: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StopSignals:
+    """Which signal asked for the end, if any has."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Remember the first signal; a second Ctrl-C does not wait for the step to end."""
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def interruption(self, where: str, folder: object) -> Interrupted:
+        """Build the exception that tells what happened and how to go on."""
+        assert self.received is not None
+        name = "Ctrl-C" if self.received == signal.SIGINT else self.received.name
+        return Interrupted(
+            f"Training stopped by {name} {where}. The checkpoint lies in {folder}; "
+            "run the same command again to go on from there.",
+            128 + self.received,
+        )
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Catch SIGTERM and SIGINT for the length of a `with` block.
+
+    Python handles signals in the main thread only; in any other, nothing is caught.
+    """
+    stop = StopSignals()
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, stop.receive)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,30 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread per worker: several workers with many threads each only slow one another down."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder that holds cifar10/ and cifar100/; without it the test is skipped, or fails where CI=true."""
+    root = Path(os.environ.get("SPEM_DATA") or REPOSITORY.parent / "shared" / "data")
+    missing = [name for name in ("cifar10", "cifar100") if not (root / name).is_dir()]
+    if missing:
+        reason = f"no {' and '.join(missing)} in {root}; set SPEM_DATA to the folder that holds them"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return root

@@ -1,0 +1,90 @@
+"""The frame around the code: versions, pinned packages, README and docstring examples."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+import re
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import spem
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = sorted(m.name for m in pkgutil.walk_packages(spem.__path__, "spem."))
+
+
+def canonical(requirement: str) -> str:
+    name = re.match(r"[\w.-]+", requirement)
+    assert name is not None, f"{requirement!r} names no package"
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+def pins(file: str) -> list[str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
+    assert cited is not None
+    assert spem.__version__ == PROJECT["version"] == cited[1]
+    assert f"## [{spem.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8") or (
+        f"first version, {spem.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    )
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+def test_constraints_are_exact_versions(file: str) -> None:
+    """Names and versions only: no address of a package index, no path."""
+    for line in pins(file):
+        assert re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+!]+", line), line
+
+
+def test_every_dependency_is_pinned() -> None:
+    extras = PROJECT["optional-dependencies"]
+    wanted = {canonical(line) for line in PROJECT["dependencies"]}
+    wanted |= {canonical(line) for group in extras.values() for line in group} - {"spem"}
+    missing = wanted - {canonical(line) for line in pins("constraints.txt")}
+    assert not missing
+    assert PROJECT["dependencies"] == ["numpy>=1.26", "torch>=2.6"]  # the core stays this small
+
+
+def test_oldest_torch_is_the_lower_bound() -> None:
+    assert "torch==2.6.0" in pins("constraints-oldest.txt")
+
+
+def test_readme_example_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_table_is_true() -> None:
+    """Every registered module has its row, with the parameters and the start that the code has."""
+    rows = re.findall(r"^\| `([^`]+)`[^|]*\|[^|]*\|([^|]*)\|([^|]*)\|$", README, re.M)
+    named = {spec.partition("(")[0] for spec, _, _ in rows}
+    assert named == set(spem.list_attention())
+    for spec, formula, start in rows:
+        for channels in (64, 128, 256):
+            module = spem.create_attention(spec, channels)
+            k = 3 if channels == 64 else 5  # ECA's kernel
+            expression = formula.strip().replace("4C", "4*C").replace("^", "**")
+            expected = eval(expression, {"C": channels, "k": k})
+            assert sum(p.numel() for p in module.parameters()) == expected, spec
+            if module.start_gate is None:
+                assert "about" in start, spec
+            else:
+                assert module.start_gate == pytest.approx(float(start), abs=1e-6), spec
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(import_module(name))
+    assert result.failed == 0
