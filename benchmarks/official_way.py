@@ -35,6 +35,12 @@ class OfficialWay(nn.Module):
         reweight = torch.sigmoid(mapped_high + mapped_low)
         return x * (excitation * reweight)
 
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module) -> Tensor:
+        """The end of the published block, with its in-place sum and ReLU."""
+        out = self(norm(z))
+        out += residual
+        return out.relu_()
+
 
 def official_penalty(model: nn.Module) -> Tensor:
     """The sum of p0^2 + p1^2 over the model's modules, without its coefficient."""

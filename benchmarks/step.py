@@ -10,6 +10,7 @@ providers are checked; one that computes something else than it should ends the 
 """
 
 import argparse
+import copy
 import csv
 import platform
 import statistics
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spem
+from spem.models import Bottleneck
 
 OFFICIAL = "official program's way"
 CODE = "spem(form=code)"
@@ -74,21 +76,27 @@ def provider(name: str, depth: int, dtype: torch.dtype = torch.float32) -> Provi
 
 def use_official_way(model: nn.Module) -> None:
     """Puts the published computation in the place of every SPEM, with the SPEM's parameters."""
-    for block in [
-        m for m in model.modules() if isinstance(getattr(m, "attention", None), spem.SPEM)
-    ]:
+    for block in blocks_of(model):
         ours = block.attention
-        theirs = OfficialWay(ours.w_e.numel()).to(ours.w_e.dtype)
+        assert isinstance(ours, spem.SPEM)
+        theirs = OfficialWay(ours.channels).to(ours.w_e.dtype)
         with torch.no_grad():
             for target, source in paired_parameters(theirs, ours):
                 target.copy_(source.view_as(target))
-        block.attention = theirs
+        # It has what a block asks of its attention, a method `tail`, without being one of ours.
+        block.attention = theirs  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def paired_parameters(theirs: OfficialWay, ours: nn.Module) -> list[tuple[Tensor, Tensor]]:
+def blocks_of(model: nn.Module) -> list[Bottleneck]:
+    return [module for module in model.modules() if isinstance(module, Bottleneck)]
+
+
+def paired_parameters(
+    theirs: nn.Module, ours: nn.Module
+) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """The parameters that mean the same in the published module and in ours."""
     names = {"w1": "w_e", "b1": "b_e", "w2": "w_r", "b2": "b_r", "p": "pool.p"}
-    return [(getattr(theirs, a), ours.get_parameter(b)) for a, b in names.items()]
+    return [(theirs.get_parameter(a), ours.get_parameter(b)) for a, b in names.items()]
 
 
 def batch(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -105,32 +113,26 @@ def check_official_way() -> None:
         for parameter in ours.model.parameters():  # at its start the gate is a constant
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(0.2 * noise)
-    theirs = provider(OFFICIAL, 11, torch.float64)
-    plain = {n: v for n, v in ours.model.state_dict().items() if ".attention." not in n}
-    theirs.model.load_state_dict(plain, strict=False)
+    theirs = Provider(OFFICIAL, copy.deepcopy(ours.model), official_penalty, ours.optimizer)
+    use_official_way(theirs.model)
+    images, labels = batch(4, torch.float64)
+    for p in (theirs, ours):
+        p.loss(images, labels).backward()
+    require_close(theirs.loss(images, labels), ours.loss(images, labels))
+    require_close(theirs.model(images), ours.model(images))
     pairs = [
         pair
-        for a, b in zip(attentions(theirs.model), attentions(ours.model), strict=True)
-        for pair in paired_parameters(a, b)
+        for a, b in zip(blocks_of(theirs.model), blocks_of(ours.model), strict=True)
+        if a.attention is not None and b.attention is not None
+        for pair in paired_parameters(a.attention, b.attention)
     ]
-    with torch.no_grad():
-        for target, source in pairs:
-            target.copy_(source.view_as(target))
-    images, labels = batch(4, torch.float64)
-    images.requires_grad_()
-    both = []
-    for p in (theirs, ours):
-        loss = p.loss(images, labels)
-        loss.backward()
-        both.append((p.model(images).detach(), loss.detach(), images.grad))
-        images.grad = None
-    for found, expected in zip(*both, strict=True):
-        require_close(found, expected)
-    named = dict(ours.model.named_parameters())
-    for name, parameter in theirs.model.named_parameters():
-        if ".attention." not in name:
-            require_close(parameter.grad, named[name].grad)
+    backbone = dict(ours.model.named_parameters())
+    pairs += [(v, backbone[n]) for n, v in theirs.model.named_parameters() if n in backbone]
+    if len(pairs) < len(backbone):
+        sys.exit("benchmark: the official way lacks parameters of the network.")
     for target, source in pairs:
+        assert target.grad is not None
+        assert source.grad is not None
         require_close(target.grad, source.grad.view_as(target))
 
 
@@ -140,11 +142,6 @@ def require_close(found: Tensor, expected: Tensor) -> None:
         sys.exit(f"benchmark: the official way and {CODE} differ (relative error {error:.1e}).")
 
 
-def attentions(model: nn.Module) -> list[nn.Module]:
-    found = (getattr(block, "attention", None) for block in model.modules())
-    return [m for m in found if isinstance(m, (OfficialWay, spem.ChannelAttention))]
-
-
 def check_networks(providers: Sequence[Provider], blocks: int) -> None:
     """Every network has the plain one's backbone, and its attention in every block."""
     plain = providers[0].model.state_dict()
@@ -152,7 +149,7 @@ def check_networks(providers: Sequence[Provider], blocks: int) -> None:
         state = p.model.state_dict()
         if not all(torch.equal(state[name], value) for name, value in plain.items()):
             sys.exit(f"benchmark: the backbone of {p.name} differs from the plain network's.")
-        count = len(attentions(p.model))
+        count = sum(block.attention is not None for block in blocks_of(p.model))
         if count != (0 if p.name == "none" else blocks):
             sys.exit(f"benchmark: {p.name} has {count} attention modules in {blocks} blocks.")
 
@@ -169,7 +166,8 @@ def measure(
             elapsed = p.step(images, labels)
             if turn >= 0:
                 times[p.name].append(elapsed)
-        print(f"\rround {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+        note = "warming up" if turn < 0 else f"round {turn + 1} of {rounds}"
+        print(f"\r{note}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for p in providers:
         if not torch.isfinite(p.loss(images, labels)):

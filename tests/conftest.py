@@ -19,11 +19,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder that holds cifar10/ and cifar100/; without it the test is skipped, or fails where CI=true."""
+    """The folder of cifar10/ and cifar100/; without it the test is skipped, or fails if CI=true."""
     root = Path(os.environ.get("SPEM_DATA") or REPOSITORY.parent / "shared" / "data")
     missing = [name for name in ("cifar10", "cifar100") if not (root / name).is_dir()]
     if missing:
-        reason = f"no {' and '.join(missing)} in {root}; set SPEM_DATA to the folder that holds them"
+        reason = (
+            f"no {' and '.join(missing)} in {root}; set SPEM_DATA to the folder that holds them"
+        )
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

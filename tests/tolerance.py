@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# keyword arguments of torch.testing.assert_close and numpy.testing.assert_allclose, by the dtype the numbers were
-# computed in (or, for half precision, rounded to)
+# keyword arguments of torch.testing.assert_close and numpy.testing.assert_allclose, by the dtype
+# the numbers were computed in (or, for half precision, rounded to)
 TOLERANCE: dict[torch.dtype, dict[str, float]] = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
     torch.float32: {"rtol": 2e-5, "atol": 2e-6},

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
 
+__all__ = ["Cost", "LayerCost", "count"]
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -19,7 +21,7 @@ class LayerCost:
         output: Shape of its last output; None if it was not called as a module of its own.
         parameters: Number of parameters it holds.
         flops: FLOPs of its forward pass.
-        attention: Whether it is a channel-attention module; such a module is one row with all its parts.
+        attention: Whether it is a channel-attention module, which is one row with all its parts.
     """
 
     name: str
@@ -54,11 +56,12 @@ class Cost:
 def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     """Count parameters and forward FLOPs of a model, layer by layer.
 
-    FLOPs are counted by `torch.utils.flop_counter`: 2 per multiply-add, convolutions and matrix products only. Norms,
-    activations, pooling and the scaling of the map by its gate count 0 there although they take time, mostly for
-    memory traffic; so a difference in FLOPs says little about a difference in speed.
+    FLOPs are counted by `torch.utils.flop_counter`: 2 per multiply-add, convolutions and matrix
+    products only. Norms, activations, pooling and the scaling of the map by its gate count 0 there
+    although they take time, mostly for memory traffic; so a difference in FLOPs says little about a
+    difference in speed.
 
-    The model runs once, in evaluation mode, on zeros; its mode is restored and nothing in it changes.
+    The model runs once, in evaluation mode, on zeros; its mode is restored, nothing in it changes.
 
     Args:
         model: Any module that takes one tensor.
@@ -73,7 +76,8 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     """
     if not input_shape or min(input_shape) < 1:
         raise ValueError(
-            f"count: input_shape={input_shape} is not the shape of a batch. Use numbers from 1 up, such as (1, 3, 32, 32)."
+            f"count: input_shape={input_shape} is not the shape of a batch. "
+            "Use numbers from 1 up, such as (1, 3, 32, 32)."
         )
     totals, outputs = _run(model, input_shape)
     layers = tuple(_rows(model, totals, outputs))
@@ -90,7 +94,7 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
 def _run(
     model: nn.Module, input_shape: tuple[int, ...]
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """FLOPs of every module with all it contains, and the shape of its last output, by module name."""
+    """By module name: FLOPs with all that it contains, and the shape of its last output."""
     from torch.utils.flop_counter import FlopCounterMode
 
     totals: dict[str, int] = {}
@@ -129,7 +133,7 @@ def _run(
 
 
 def _spent(module: nn.Module, name: str, totals: dict[str, int]) -> int:
-    """FLOPs of a module; one that was not called itself (a fused tail) spends what its parts spend."""
+    """FLOPs of a module; one not called itself (a fused tail) spends what its parts spend."""
     if name in totals:
         return totals[name]
     return sum(_spent(child, _join(name, key), totals) for key, child in module.named_children())
@@ -142,7 +146,7 @@ def _join(name: str, child: str) -> str:
 def _rows(
     module: nn.Module, totals: dict[str, int], outputs: dict[str, tuple[int, ...]], name: str = ""
 ) -> Iterator[LayerCost]:
-    """A row for each attention module, each module without children, and what a container does by itself."""
+    """Rows: attention modules, modules without children, and what containers do themselves."""
     attention = isinstance(module, ChannelAttention)
     children = [] if attention else list(module.named_children())
     parameters = sum(p.numel() for p in module.parameters(recurse=attention))

@@ -24,7 +24,7 @@ def residual_tail(
         z, residual, output: [N, C, H, W].
     """
     if attention is None:
-        return torch.relu(norm(z) + residual)
+        return (norm(z) + residual).relu_()
     return attention.tail(z, residual, norm)
 
 
@@ -64,8 +64,8 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, 4 planes, H/stride, W/stride]."""
         residual = x if self.downsample is None else self.downsample(x)
-        out = torch.relu(self.bn1(self.conv1(x)))
-        out = torch.relu(self.bn2(self.conv2(out)))
+        out = self.bn1(self.conv1(x)).relu_()
+        out = self.bn2(self.conv2(out)).relu_()
         return residual_tail(self.conv3(out), residual, self.bn3, self.attention)
 
 
@@ -88,7 +88,7 @@ class Basic(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, planes, H/stride, W/stride]."""
         residual = x if self.downsample is None else self.downsample(x)
-        out = torch.relu(self.bn1(self.conv1(x)))
+        out = self.bn1(self.conv1(x)).relu_()
         return residual_tail(self.conv2(out), residual, self.bn2, self.attention)
 
 
@@ -125,19 +125,21 @@ class ResNet(nn.Module):
         self.depth, self.classes, self.block, self.spec = depth, classes, block, attention
         self.conv1 = _conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
-        width = 16
-        for stage, planes in enumerate((16, 32, 64), start=1):
-            blocks: list[nn.Module] = []
-            for index in range(count):
-                stride = 2 if stage > 1 and index == 0 else 1
-                blocks.append(kind(width, planes, stride, attention))
-                width = planes * kind.expansion
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(width, classes)
+
+        def stage(inputs: int, planes: int, stride: int) -> nn.Sequential:
+            outputs = planes * kind.expansion
+            first = kind(inputs, planes, stride, attention)
+            rest = [kind(outputs, planes, 1, attention) for _ in range(count - 1)]
+            return nn.Sequential(first, *rest)
+
+        self.layer1 = stage(16, 16, 1)
+        self.layer2 = stage(16 * kind.expansion, 32, 2)
+        self.layer3 = stage(32 * kind.expansion, 64, 2)
+        self.fc = nn.Linear(64 * kind.expansion, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, [N, 3, H, W] -> [N, classes]; any H, W >= 1."""
-        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.bn1(self.conv1(x)).relu_()
         x = self.layer3(self.layer2(self.layer1(x)))
         # A mean, not an adaptive pool: any input size, deterministic, and it exports as a plain
         # reduction.
@@ -227,17 +229,20 @@ def load_official(path: str | Path) -> ResNet:
     state = stored.get("state_dict") if isinstance(stored, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            f"load_official: {path} holds no 'state_dict' of tensors, as the official code saves it."
+            f"load_official: {path} holds no 'state_dict' of tensors, as the official code "
+            f"saves it."
         )
     ours = {_our_name(str(key)): value for key, value in state.items()}
     blocks = {key.split(".")[1] for key in ours if key.startswith("layer1.")}
-    if "fc.weight" not in ours or not blocks or "layer1.0.attention.w_e" not in ours:
+    head = ours.get("fc.weight")
+    if head is None or head.dim() != 2 or not blocks or "layer1.0.attention.w_e" not in ours:
         raise ValueError(
-            f"load_official: {path} is no SPEM network of the official layout (layer1.0.w1, fc.weight)."
+            f"load_official: {path} is no SPEM network of the official layout "
+            f"(layer1.0.w1, fc.weight)."
         )
     model = ResNet(
         9 * len(blocks) + 2,
-        int(ours["fc.weight"].shape[0]),
+        head.shape[0],
         attention=AttentionSpec("spem", {"form": "code"}),
     )
     for key, value in ours.items():

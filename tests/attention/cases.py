@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from attention import oracles
 from torch import nn
 
 import spem
-from attention import oracles
 
 CHANNELS = 8
 
@@ -34,7 +34,7 @@ POOLS: dict[str, tuple[Callable[[], object], oracles.Pool]] = {
     "max": (lambda: "max", "max"),
     "min": (lambda: "min", "min"),
     "mix0.3": (lambda: spem.Mix(0.3), 0.3),
-    "squares": (lambda: spem.Mix(), "squares"),
+    "squares": (spem.Mix, "squares"),
     "anchored": (lambda: spem.Mix(parametrization="anchored"), "anchored"),
     "sigmoid": (lambda: spem.Mix(parametrization="sigmoid"), "sigmoid"),
 }
@@ -46,11 +46,15 @@ class Case:
 
     label: str
     make: Callable[[], nn.Module]
-    gate: Callable[..., np.ndarray]  # (parameters, x), or (parameters, x, training=...) with batch statistics
+    gate: Callable[
+        ..., np.ndarray
+    ]  # (parameters, x), or (parameters, x, training=...) with batch statistics
     any_rank: bool
     batch_statistics: bool = False
 
-    def expected(self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool) -> np.ndarray:
+    def expected(
+        self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool
+    ) -> np.ndarray:
         """The oracle's gate."""
         if self.batch_statistics:
             return self.gate(parameters, x, training=training)
@@ -102,7 +106,9 @@ def _cbam(first: str, second: str, kernel: int = 7) -> Case:
     (make_first, word_first), (make_second, word_second) = POOLS[first], POOLS[second]
     return Case(
         f"cbam-{first}-{second}-{kernel}",
-        lambda: spem.CBAM(CHANNELS, reduction=2, pools=(make_first(), make_second()), kernel=kernel),
+        lambda: spem.CBAM(
+            CHANNELS, reduction=2, pools=(make_first(), make_second()), kernel=kernel
+        ),
         partial(oracles.cbam, pools=(word_first, word_second)),
         any_rank=False,
         batch_statistics=True,
@@ -111,7 +117,12 @@ def _cbam(first: str, second: str, kernel: int = 7) -> Case:
 
 CASES: list[Case] = [
     *(_spem(form, variant, "squares") for form in ("text", "figure") for variant in REWEIGHTS),
-    *(_spem(form, "shared_sum", pool) for form in ("text", "figure") for pool in POOLS if pool != "squares"),
+    *(
+        _spem(form, "shared_sum", pool)
+        for form in ("text", "figure")
+        for pool in POOLS
+        if pool != "squares"
+    ),
     *(_spem("code", "shared_sum", pool) for pool in POOLS),
     *(case for pool in POOLS for case in _pooling(pool)),
     Case(
@@ -120,7 +131,12 @@ CASES: list[Case] = [
         partial(oracles.se, pool="avg"),
         any_rank=True,
     ),
-    Case("eca-5", lambda: spem.ECA(CHANNELS, kernel=5), partial(oracles.eca, pool="avg"), any_rank=True),
+    Case(
+        "eca-5",
+        lambda: spem.ECA(CHANNELS, kernel=5),
+        partial(oracles.eca, pool="avg"),
+        any_rank=True,
+    ),
     Case(
         "sge-one-channel-groups",
         lambda: spem.SGE(CHANNELS, groups=CHANNELS),

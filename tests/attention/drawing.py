@@ -1,6 +1,6 @@
-"""Random maps, and modules whose parameters and running statistics are all drawn at random.
+"""Random maps, and modules whose parameters and running statistics are all random.
 
-At initialisation most gates are constants, so that an equality or a gradient test could not fail there.
+At initialisation most gates are constants, so that an equality or a gradient test could not fail.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 def randomise(module: M, *key: object) -> M:
-    """Draw every parameter and every running statistic; the scale keeps the gates away from 0 and 1."""
+    """Draw every parameter and running statistic; the scale keeps gates away from 0 and 1."""
     rng = generator("module", *key)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,8 +1,9 @@
 """The gates of the published modules in plain numpy, written from their formulas and nothing else.
 
-Every function takes the module's parameters by name (float64 arrays) and a map ``x`` [N, C, ...] and returns the factor
-that the map is multiplied by. A pool is written "avg", "max", "min", a number (a constant lambda), or the name of a
-parametrisation of a learned lambda: "squares", "anchored", "sigmoid".
+Every function takes the module's parameters by name (float64 arrays) and a map ``x`` [N, C, ...]
+and returns the factor that the map is multiplied by. A pool is written "avg", "max", "min", a
+number (a constant lambda), or the name of a parametrisation of a learned lambda: "squares",
+"anchored", "sigmoid".
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ def spem(parameters: Parameters, x: Array, *, form: str, variant: str, pool: Poo
 def mlp(parameters: Parameters, z: Array) -> Array:
     """W2 relu(W1 z + b1) + b2; biases that are not there are zero."""
     hidden = z @ parameters["fc1.weight"].T + parameters.get("fc1.bias", np.zeros(()))
-    return np.maximum(hidden, 0.0) @ parameters["fc2.weight"].T + parameters.get("fc2.bias", np.zeros(()))
+    return np.maximum(hidden, 0.0) @ parameters["fc2.weight"].T + parameters.get(
+        "fc2.bias", np.zeros(())
+    )
 
 
 def se(parameters: Parameters, x: Array, *, pool: Pool) -> Array:
@@ -134,7 +137,7 @@ def se(parameters: Parameters, x: Array, *, pool: Pool) -> Array:
 
 
 def batch_norm(parameters: Parameters, v: Array, *, training: bool) -> Array:
-    """Batch norm of [N, C, ...] with the parameters `norm.*`: batch statistics (biased variance) in training."""
+    """Batch norm of [N, C, ...] with the parameters `norm.*`; in training of the batch (biased)."""
     shape = (1, -1) + (1,) * (v.ndim - 2)
     if training:
         axes = (0, *range(2, v.ndim))
@@ -142,7 +145,9 @@ def batch_norm(parameters: Parameters, v: Array, *, training: bool) -> Array:
     else:
         mean, var = parameters["norm.running_mean"], parameters["norm.running_var"]
     normed = (v - mean.reshape(shape)) / np.sqrt(var.reshape(shape) + BN_EPS)
-    return normed * parameters["norm.weight"].reshape(shape) + parameters["norm.bias"].reshape(shape)
+    return normed * parameters["norm.weight"].reshape(shape) + parameters["norm.bias"].reshape(
+        shape
+    )
 
 
 def running(before: Array, batch: Array, momentum: float) -> Array:
@@ -150,7 +155,9 @@ def running(before: Array, batch: Array, momentum: float) -> Array:
     return (1.0 - momentum) * before + momentum * batch
 
 
-def cbam_spatial_input(parameters: Parameters, x: Array, pools: tuple[Pool, Pool]) -> tuple[Array, Array]:
+def cbam_spatial_input(
+    parameters: Parameters, x: Array, pools: tuple[Pool, Pool]
+) -> tuple[Array, Array]:
     """CBAM's channel gate [N, C, 1, 1] and what its spatial norm sees, [N, 1, H, W]."""
     learned = iter(mix_parameters(parameters))
     total = np.zeros(x.shape[:2])
@@ -174,7 +181,7 @@ def cbam_spatial_input(parameters: Parameters, x: Array, pools: tuple[Pool, Pool
 
 
 def cbam(parameters: Parameters, x: Array, *, pools: tuple[Pool, Pool], training: bool) -> Array:
-    """CBAM: the channel gate, then on the scaled map the spatial gate s(BN(conv([max_C; mean_C])))."""
+    """CBAM: the channel gate, then on the scaled map s(BN(conv([max_C; mean_C])))."""
     channel, conv = cbam_spatial_input(parameters, x, pools)
     return channel * sigmoid(batch_norm(parameters, conv, training=training))
 
@@ -194,7 +201,9 @@ def eca(parameters: Parameters, x: Array, *, pool: Pool) -> Array:
 def srm_style(parameters: Parameters, x: Array, pool: Pool) -> Array:
     """SRM's z [N, C]: a times the descriptor plus d times the deviation (unbiased variance)."""
     deviation = np.sqrt(planes(x).var(-1, ddof=1) + 1e-5)
-    return parameters["a"] * pooled(x, pool, mix_parameter(parameters)) + parameters["d"] * deviation
+    return (
+        parameters["a"] * pooled(x, pool, mix_parameter(parameters)) + parameters["d"] * deviation
+    )
 
 
 def srm(parameters: Parameters, x: Array, *, pool: Pool, training: bool) -> Array:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
-import spem
 import torch
 from attention.cases import POOLS, REWEIGHTS
 from attention.drawing import feature_map, randomise
 from tolerance import PRINTED, TOLERANCE
 from torch import nn
+
+import spem
 
 # gate at initialisation of text (and of code) and of figure, as the facts print them
 START = {
@@ -30,7 +31,9 @@ START = {
 
 def assert_start(module: nn.Module, expected: float) -> None:
     for training in (True, False):
-        gate = module.train(training).gate(feature_map(3, 8, 4, 5, key="start", dtype=torch.float32))
+        gate = module.train(training).gate(
+            feature_map(3, 8, 4, 5, key="start", dtype=torch.float32)
+        )
         assert (gate - expected).abs().max().item() < PRINTED
     assert module.start_gate == pytest.approx(expected, abs=PRINTED)
 
@@ -44,7 +47,9 @@ def test_start_of_every_reweight(form: str, reweight: str) -> None:
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("form", ["text", "figure", "code"])
 def test_start_does_not_depend_on_the_pool(form: str, pool: str) -> None:
-    assert_start(spem.SPEM(8, form=form, pool=POOLS[pool][0]()), START["shared_sum"][form == "figure"])
+    assert_start(
+        spem.SPEM(8, form=form, pool=POOLS[pool][0]()), START["shared_sum"][form == "figure"]
+    )
 
 
 def test_default_form_is_text() -> None:
@@ -72,9 +77,24 @@ def test_code_has_the_shared_sum_only(reweight: str) -> None:
 
 # derivative of the gate at initialisation: (constant, times which data) of the facts' table
 DERIVATIVES = {
-    "text": {"w_e": (0.0234367, "u"), "b_e": (0.0234367, "1"), "w_r": (0.0282371, "sum"), "b_r": (0.0564742, "1")},
-    "code": {"w_e": (-0.0234367, "1"), "b_e": (0.0234367, "1"), "w_r": (0.0282371, "sum"), "b_r": (0.0564742, "1")},
-    "figure": {"w_e": (0.0296951, "u"), "b_e": (0.0296951, "1"), "w_r": (-0.0261554, "sum"), "b_r": (-0.0523107, "1")},
+    "text": {
+        "w_e": (0.0234367, "u"),
+        "b_e": (0.0234367, "1"),
+        "w_r": (0.0282371, "sum"),
+        "b_r": (0.0564742, "1"),
+    },
+    "code": {
+        "w_e": (-0.0234367, "1"),
+        "b_e": (0.0234367, "1"),
+        "w_r": (0.0282371, "sum"),
+        "b_r": (0.0564742, "1"),
+    },
+    "figure": {
+        "w_e": (0.0296951, "u"),
+        "b_e": (0.0296951, "1"),
+        "w_r": (-0.0261554, "sum"),
+        "b_r": (-0.0523107, "1"),
+    },
 }
 
 
@@ -116,7 +136,9 @@ def test_shared_equals_unshared_when_both_maps_are_equal() -> None:
     lowered = x.clone()
     lowered[:, :, 1, 1] = x.flatten(2).amin(-1) - 1.0
     only_excitation = spem.SPEM(8, reweight="unshared_sum", pool="max").double()
-    only_excitation.load_state_dict({k: v for k, v in unshared.state_dict().items() if k != "pool.p"})
+    only_excitation.load_state_dict(
+        {k: v for k, v in unshared.state_dict().items() if k != "pool.p"}
+    )
     assert torch.equal(only_excitation.gate(x), only_excitation.gate(lowered))
 
 
@@ -140,7 +162,9 @@ def test_parameter_counts(channels: int) -> None:
     for form in ("text", "figure", "code"):
         assert count(spem.SPEM(c, form=form)) == 4 * c + 2
         assert count(spem.SPEM(c, form=form, pool=spem.Mix(0.5))) == 4 * c
-        assert count(spem.SPEM(c, form=form, pool=spem.Mix(parametrization="anchored"))) == 4 * c + 2
+        assert (
+            count(spem.SPEM(c, form=form, pool=spem.Mix(parametrization="anchored"))) == 4 * c + 2
+        )
         assert count(spem.SPEM(c, form=form, pool=spem.Mix(parametrization="sigmoid"))) == 4 * c + 1
 
 
@@ -153,7 +177,14 @@ def test_parameter_counts_of_the_reweight_variants(form: str, reweight: str) -> 
 
 def test_initial_values_of_spem() -> None:
     module = spem.SPEM(5, reweight="unshared_sum")
-    for name, value in (("w_e", 0.0), ("b_e", -1.0), ("w_r", 0.0), ("b_r", -1.0), ("w_r2", 0.0), ("b_r2", -1.0)):
+    for name, value in (
+        ("w_e", 0.0),
+        ("b_e", -1.0),
+        ("w_r", 0.0),
+        ("b_r", -1.0),
+        ("w_r2", 0.0),
+        ("b_r2", -1.0),
+    ):
         assert torch.equal(getattr(module, name).detach(), torch.full((5,), value)), name
 
 
@@ -186,26 +217,36 @@ def test_initial_values_of_cbam() -> None:
     assert cbam.spatial.weight.shape == (1, 2, 7, 7)
     assert (cbam.norm.momentum, cbam.norm.eps) == (0.01, 1e-5)
     x = feature_map(3, 64, 4, 5, dtype=torch.float32)
-    channel = torch.sigmoid(sum(cbam.fc2(cbam.fc1(v).relu()) for v in (x.mean((2, 3)), x.amax((2, 3)))))
+    channel = torch.sigmoid(
+        sum(cbam.fc2(cbam.fc1(v).relu()) for v in (x.mean((2, 3)), x.amax((2, 3))))
+    )
     gate = cbam.gate(x)  # the spatial gate is exactly one half
-    torch.testing.assert_close(gate, 0.5 * channel[..., None, None].expand_as(gate), **TOLERANCE[torch.float32])
+    torch.testing.assert_close(
+        gate, 0.5 * channel[..., None, None].expand_as(gate), **TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("kernel", [3, 7])
 def test_cbam_convolution_is_drawn_with_variance_2_over_fan_out(kernel: int) -> None:
-    weights = torch.cat([spem.CBAM(16, kernel=kernel).spatial.weight.detach().flatten() for _ in range(200)])
+    weights = torch.cat(
+        [spem.CBAM(16, kernel=kernel).spatial.weight.detach().flatten() for _ in range(200)]
+    )
     assert weights.var().item() == pytest.approx(2 / kernel**2, rel=0.1)
 
 
 @pytest.mark.parametrize("start", ["spem", "se", "cbam", "eca", "srm", "sge", "scale"])
 def test_reset_parameters_restores_the_constants(start: str) -> None:
-    """reset_parameters is the deterministic part: every parameter that is constant in a new module."""
+    """reset_parameters sets every parameter that is constant in a new module."""
     fresh = spem.create_attention(start, 64)
     used = randomise(spem.create_attention(start, 64), "used")
     used.reset_parameters()
     after = used.state_dict()
     for name, value in fresh.state_dict().items():
-        if name.endswith("running_mean") or name.endswith("running_var") or name.endswith("num_batches_tracked"):
+        if (
+            name.endswith("running_mean")
+            or name.endswith("running_var")
+            or name.endswith("num_batches_tracked")
+        ):
             continue
         if value.unique().numel() == 1 and value.numel() > 1:
             assert torch.equal(after[name], value), name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import spem
 import torch
 from attention import oracles
 from attention.cases import CHANNELS, POOLS
 from attention.drawing import arrays, feature_map, randomise
 from tolerance import TOLERANCE
 from torch import Tensor, nn
+
+import spem
 
 
 def mix(parametrization: str = "squares", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -64,7 +65,9 @@ def test_a_value(name: str) -> None:
     assert set_p(mix(name, torch.float64), 0.3, -0.8).lam.item() == pytest.approx(9 / 73, rel=1e-14)
 
 
-@pytest.mark.parametrize(("p0", "p1", "expected"), [(1.0, 0.0, 1.0), (0.0, -2.0, 0.0), (-3.0, 3.0, 0.5)])
+@pytest.mark.parametrize(
+    ("p0", "p1", "expected"), [(1.0, 0.0, 1.0), (0.0, -2.0, 0.0), (-3.0, 3.0, 0.5)]
+)
 def test_edges(p0: float, p1: float, expected: float) -> None:
     lam, gradient = lam_and_gradient(set_p(mix(), p0, p1))
     assert lam.item() == expected
@@ -87,7 +90,10 @@ def test_even_in_p() -> None:
         assert torch.equal(set_p(mix(), *p).lam, expected)
 
 
-@pytest.mark.parametrize("p", [(float("nan"), 0.5), (0.5, float("nan")), (float("nan"), float("nan")), (float("nan"), 0.0)])
+@pytest.mark.parametrize(
+    "p",
+    [(float("nan"), 0.5), (0.5, float("nan")), (float("nan"), float("nan")), (float("nan"), 0.0)],
+)
 def test_a_nan_is_not_hidden(p: tuple[float, float]) -> None:
     assert torch.isnan(set_p(mix(), *p).lam)
 
@@ -100,7 +106,9 @@ def test_equals_the_formula(parametrization: str) -> None:
         assert pool.lam.shape == ()
         assert pool.lam.item() == pytest.approx(oracles.lam(parametrization, parameter), rel=1e-12)
         assert pool.magnitude.shape == ()
-        assert pool.magnitude.item() == pytest.approx(float(np.sqrt((parameter**2).sum())), rel=1e-12)
+        assert pool.magnitude.item() == pytest.approx(
+            float(np.sqrt((parameter**2).sum())), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize("parametrization", ["squares", "anchored"])
@@ -109,7 +117,9 @@ def test_gradient_in_float64(parametrization: str) -> None:
     p0, p1 = arrays(pool)["p"]
     _, gradient = lam_and_gradient(pool)
     square = (p0 * p0 + p1 * p1) ** 2
-    np.testing.assert_allclose(gradient.numpy(), [2 * p0 * p1**2 / square, -2 * p0**2 * p1 / square], rtol=1e-12)
+    np.testing.assert_allclose(
+        gradient.numpy(), [2 * p0 * p1**2 / square, -2 * p0**2 * p1 / square], rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -126,7 +136,9 @@ def test_lambda_has_at_least_float32(parametrization: str, dtype: torch.dtype) -
 
 def test_float16_components_where_the_direct_formula_is_wrong() -> None:
     pool = set_p(mix(dtype=torch.float16), 3e-4, 6e-4)
-    assert pool.lam.item() == pytest.approx(0.2, rel=2e-3)  # the components themselves are rounded to 5e-4
+    assert pool.lam.item() == pytest.approx(
+        0.2, rel=2e-3
+    )  # the components themselves are rounded to 5e-4
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 0.3, 1.0])
@@ -193,9 +205,13 @@ def test_penalty(parametrization: str) -> None:
         np.testing.assert_allclose(parameter.grad.numpy(), slope, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("parametrization", "start"), [("squares", 0.5), ("anchored", 0.0), ("sigmoid", 0.0)])
+@pytest.mark.parametrize(
+    ("parametrization", "start"), [("squares", 0.5), ("anchored", 0.0), ("sigmoid", 0.0)]
+)
 def test_penalty_of_a_fresh_module(parametrization: str, start: float) -> None:
-    assert spem.penalty(spem.SPEM(8, pool=spem.Mix(parametrization=parametrization))).item() == start
+    assert (
+        spem.penalty(spem.SPEM(8, pool=spem.Mix(parametrization=parametrization))).item() == start
+    )
 
 
 def test_penalty_without_a_learned_mix_is_a_zero() -> None:
@@ -216,7 +232,9 @@ def test_penalty_is_summed_in_float32_for_half_models() -> None:
 
 
 def test_learned_mixes_are_named() -> None:
-    net = nn.Sequential(spem.SPEM(4), spem.SE(64), spem.SE(64, pool=spem.Mix(parametrization="sigmoid")))
+    net = nn.Sequential(
+        spem.SPEM(4), spem.SE(64), spem.SE(64, pool=spem.Mix(parametrization="sigmoid"))
+    )
     mixes = spem.learned_mixes(net)
     assert [name.split(".")[0] for name, _ in mixes] == ["0", "2"]
     assert mixes[0][1] is net[0].pool

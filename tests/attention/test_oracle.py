@@ -40,7 +40,9 @@ def check(case: Case, x: Tensor, *, training: bool) -> None:
     )
     out = module(x)
     assert out.shape == x.shape
-    np.testing.assert_allclose(out.detach().numpy(), x.numpy() * expected, **TOLERANCE[torch.float64])
+    np.testing.assert_allclose(
+        out.detach().numpy(), x.numpy() * expected, **TOLERANCE[torch.float64]
+    )
 
 
 @MODES
@@ -77,7 +79,9 @@ def test_not_a_number_and_infinity_spread_as_in_the_formula(case: Case) -> None:
         gate = case.expected(arrays(module), x.numpy(), training=False)
         expected = x.numpy() * gate
     out = module(x).detach()
-    np.testing.assert_allclose(out.numpy(), expected, **TOLERANCE[torch.float64])  # NaN must meet NaN
+    np.testing.assert_allclose(
+        out.numpy(), expected, **TOLERANCE[torch.float64]
+    )  # NaN must meet NaN
     assert torch.isnan(out[1, 2, 1, 1])
     torch.testing.assert_close(out[0], module(clean)[0], **TOLERANCE[torch.float64])
 
@@ -86,7 +90,7 @@ def test_not_a_number_and_infinity_spread_as_in_the_formula(case: Case) -> None:
     "label", ["cbam-avg-max-7", "cbam-avg-squares-7", "srm-avg", "srm-max", "srm-squares"]
 )
 def test_running_statistics(label: str) -> None:
-    """One training batch moves them by the momentum (CBAM 0.01, SRM 0.1) towards mean and unbiased variance."""
+    """A training batch moves them by 0.01 (CBAM), 0.1 (SRM) to the mean and unbiased variance."""
     case = by_label[label]
     module = random_module(case, training=True)
     before = arrays(module)
@@ -107,7 +111,9 @@ def test_running_statistics(label: str) -> None:
         assert not np.allclose(after[f"norm.{name}"], before[f"norm.{name}"])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.batch_statistics], ids=lambda case: case.label)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.batch_statistics], ids=lambda case: case.label
+)
 def test_train_equals_eval_without_batch_statistics(case: Case) -> None:
     module = random_module(case, training=True)
     x = feature_map(3, CHANNELS, 4, 5, key=case.label)

@@ -118,7 +118,7 @@ class ChannelAttention(nn.Module):
         Shape:
             z, residual, output: [N, C, ...].
         """
-        return torch.relu(self(z if norm is None else norm(z)) + residual)
+        return (self(z if norm is None else norm(z)) + residual).relu_()
 
     def reset_parameters(self) -> None:
         """Sets the parameters that start as constants; a module that has some extends this."""
@@ -176,15 +176,16 @@ class ChannelAttention(nn.Module):
             raise ValueError(f"{label}: needs a map {allowed}, got {rank} axes {list(x.shape)}.")
         if x.shape[1] != self.channels:
             raise ValueError(
-                f"{label}: built for channels={self.channels}, got a map with {x.shape[1]} channels {list(x.shape)}."
+                f"{label}: built for channels={self.channels}, got a map with {x.shape[1]} "
+                f"channels {list(x.shape)}."
             )
         pixels = 1
         for extent in x.shape[2:]:
             pixels = pixels * extent
         if pixels < self.needs.pixels:
             raise ValueError(
-                f"{label}: needs maps of at least {self.needs.pixels} positions, got {list(x.shape)}; "
-                f"its definition divides by the deviation of a plane."
+                f"{label}: needs maps of at least {self.needs.pixels} positions, "
+                f"got {list(x.shape)}; its definition divides by the deviation of a plane."
             )
         count = x.shape[0]
         if not self.training or not self.needs.batch_statistics or count == 0:
@@ -196,8 +197,8 @@ class ChannelAttention(nn.Module):
                 else f"{self.needs.values} values (N H W)"
             )
             raise ValueError(
-                f"{label}: training needs a batch of at least {least}, since it normalises over the batch; "
-                f"got {list(x.shape)}. Use a larger batch, or eval()."
+                f"{label}: training needs a batch of at least {least}, since it normalises over "
+                f"the batch; got {list(x.shape)}. Use a larger batch, or eval()."
             )
 
 
@@ -205,7 +206,7 @@ _A = TypeVar("_A", bound=type[ChannelAttention])
 _REGISTRY: dict[str, type[ChannelAttention]] = {}
 
 
-def register_attention(name: str, *, paper: str, needs: Needs = Needs()) -> Callable[[_A], _A]:  # noqa: B008
+def register_attention(name: str, *, paper: str, needs: Needs = Needs()) -> Callable[[_A], _A]:
     """Registers a module class under a lower-case name for specs, the command line and every
     generated table.
 
@@ -223,7 +224,8 @@ def register_attention(name: str, *, paper: str, needs: Needs = Needs()) -> Call
     def decorate(cls: _A) -> _A:
         if name in _REGISTRY:
             raise ValueError(
-                f"register_attention: {name!r} is already registered, by {_REGISTRY[name].__qualname__}."
+                f"register_attention: {name!r} is already registered, "
+                f"by {_REGISTRY[name].__qualname__}."
             )
         cls.name, cls.paper, cls.needs = name, paper, needs
         _REGISTRY[name] = cls

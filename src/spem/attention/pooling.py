@@ -45,7 +45,8 @@ class Mix:
         allowed = get_args(Parametrization)
         if self.parametrization not in allowed:
             raise ValueError(
-                f"Mix: parametrization={self.parametrization!r} is unknown. Use one of {', '.join(allowed)}."
+                f"Mix: parametrization={self.parametrization!r} is unknown. "
+                f"Use one of {', '.join(allowed)}."
             )
         if self.lam is None:
             return
@@ -123,7 +124,8 @@ class MixPool(Pool):
 
 
 def _extrema(stats: PlaneStats) -> tuple[Tensor, Tensor]:
-    assert stats.max is not None and stats.min is not None
+    assert stats.max is not None
+    assert stats.min is not None
     return stats.max, stats.min
 
 

@@ -47,22 +47,31 @@ def cast(parameter: Tensor, like: Tensor) -> Tensor:
     return parameter.to(like.dtype)
 
 
+def _bias(layer: nn.Module, z: Tensor) -> Tensor | None:
+    bias = getattr(layer, "bias", None)
+    return cast(bias, z) if isinstance(bias, Tensor) else None
+
+
 def linear(layer: nn.Linear, z: Tensor) -> Tensor:
     """``layer(z)`` in the dtype of z, [N, in] -> [N, out]."""
     if layer.weight.dtype == z.dtype:
         return layer(z)
-    bias = None if layer.bias is None else cast(layer.bias, z)
-    return F.linear(z, cast(layer.weight, z), bias)
+    return F.linear(z, cast(layer.weight, z), _bias(layer, z))
 
 
 def conv(layer: nn.Conv1d | nn.Conv2d, z: Tensor) -> Tensor:
     """``layer(z)`` in the dtype of z, zero padding."""
     if layer.weight.dtype == z.dtype:
         return layer(z)
-    bias = None if layer.bias is None else cast(layer.bias, z)
     apply = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
     return apply(
-        z, cast(layer.weight, z), bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        z,
+        cast(layer.weight, z),
+        _bias(layer, z),
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
     )
 
 
@@ -70,14 +79,16 @@ def batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, z: Tensor) -> Tensor:
     """``norm(z)`` in the dtype of z; an empty batch passes without touching the running
     statistics."""
     mean, var = norm.running_mean, norm.running_var
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
+    assert norm.momentum is not None  # no module here averages cumulatively
     if z.shape[0] > 0 and norm.weight.dtype == z.dtype:
         return norm(z)
     training = norm.training and z.shape[0] > 0
     wide_mean, wide_var = cast(mean, z), cast(var, z)
     out = F.batch_norm(
         z, wide_mean, wide_var, cast(norm.weight, z), cast(norm.bias, z), training,
-        norm.momentum if norm.momentum is not None else 0.1, norm.eps,
+        norm.momentum, norm.eps,
     )  # fmt: skip
     if training:
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """The control: a learned factor per channel that sees no input."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,8 @@ class Scale(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
+        if not isinstance(start, (int, float)) or not math.isfinite(start):
+            raise ValueError(f"Scale: start={start!r} is not a finite number.")
         self.start = float(start)
         self.factor = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self._draw_start()

@@ -50,6 +50,8 @@ class SE(ChannelAttention):
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         hidden = hidden_units("SE", channels, reduction)
+        if not isinstance(bias, bool):
+            raise ValueError(f"SE: bias={bias!r} is not True or False.")
         self.fc1 = nn.Linear(channels, hidden, bias=bias, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, channels, bias=bias, device=device, dtype=dtype)
         self._draw_start()

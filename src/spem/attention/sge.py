@@ -56,8 +56,9 @@ class SGE(ChannelAttention):
             raise ValueError(f"SGE: groups={groups!r} is not a positive integer.")
         if channels % groups:
             raise ValueError(
-                f"SGE: groups={groups} does not divide channels={channels}. Use a divisor of {channels}, "
-                f"for example groups={_largest_divisor(channels, groups)}."
+                f"SGE: groups={groups} does not divide channels={channels}. "
+                f"Use a divisor of {channels}, for example "
+                f"groups={_largest_divisor(channels, groups)}."
             )
         self.groups = groups
         self.w = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
@@ -84,7 +85,9 @@ class SGE(ChannelAttention):
         # The weight is multiplied before the division: the product stays small where the deviation
         # is.
         w, b = cast(self.w, z)[:, None], cast(self.b, z)[:, None]
-        v = torch.sigmoid(w * centred / (q.std(2, keepdim=True) + 1e-5) + b)
+        # torch's std warns on an empty batch, where there is nothing to normalise.
+        std = q.std(2, keepdim=True) if q.numel() else q.sum(2, keepdim=True)
+        v = torch.sigmoid(w * centred / (std + 1e-5) + b)
         return v.unflatten(2, x.shape[2:]).repeat_interleave(self.channels // self.groups, dim=1)
 
 

@@ -66,7 +66,7 @@ class AttentionSpec:
             raise ValueError(_unreadable(text))
         options: dict[str, Value] = {}
         for keyword in tree.keywords:
-            if keyword.arg is None:
+            if keyword.arg is None or keyword.arg in options:
                 raise ValueError(_unreadable(text))
             options[keyword.arg] = _value(keyword.value, text)
         return cls(tree.func.id, options)
@@ -131,8 +131,8 @@ def _options_of(cls: type[ChannelAttention]) -> list[str]:
 
 def _unreadable(text: str) -> str:
     return (
-        f"cannot read attention {text!r}. Write a name, or a name with keyword options of plain values, "
-        f"like se(pool=mix(0.3), reduction=8)."
+        f"cannot read attention {text!r}. Write a name, or a name with keyword options of plain "
+        f"values, like se(pool=mix(0.3), reduction=8)."
     )
 
 
@@ -179,6 +179,8 @@ def _mix(node: ast.Call, text: str) -> Mix:
     for keyword in node.keywords:
         if keyword.arg not in names:
             raise ValueError(f"mix has no option {keyword.arg!r}; it takes {list(names)}")
+        if keyword.arg in arguments:
+            raise ValueError(_unreadable(text))
         arguments[keyword.arg] = _value(keyword.value, text)
     return Mix(**arguments)
 

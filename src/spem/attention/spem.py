@@ -90,8 +90,8 @@ class SPEM(ChannelAttention):
         _check_choice("reweight", reweight, get_args(Reweight))
         if form == "code" and reweight != "shared_sum":
             raise ValueError(
-                f"SPEM: form='code' has reweight='shared_sum' only (the official program has no other), got "
-                f"reweight={reweight!r}. Use form='text' or 'figure'."
+                f"SPEM: form='code' has reweight='shared_sum' only (the official program has no "
+                f"other), got reweight={reweight!r}. Use form='text' or 'figure'."
             )
         self.form: Form = form
         self.reweight: Reweight = reweight
@@ -127,7 +127,8 @@ class SPEM(ChannelAttention):
         w_e, b_e = cast(self.w_e, u), cast(self.b_e, u)
         if self.reweight == "none":
             return torch.sigmoid(w_e * u + b_e)
-        assert stats.max is not None and stats.min is not None
+        assert stats.max is not None
+        assert stats.min is not None
         w_r, b_r = cast(self.w_r, u), cast(self.b_r, u)
         unshared = self.reweight == "unshared_sum"
         w_m, b_m = (cast(self.w_r2, u), cast(self.b_r2, u)) if unshared else (w_r, b_r)

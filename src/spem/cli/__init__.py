@@ -1,7 +1,8 @@
-"""The command `spem`: finds the subcommand, runs it, and turns errors into one line and an exit code.
+"""The command `spem`: runs a subcommand and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 a fault inside (run again with --debug); 2 a mistake in the call or its files; 130 and 143
-stopped by Ctrl-C or SIGTERM, after writing what is needed to go on.
+Exit codes: 0 done; 1 a training that diverged, or a fault inside (run again with --debug); 2 a
+mistake in the call or its files; 130 and 143 stopped by Ctrl-C or SIGTERM, after writing what is
+needed to go on.
 """
 
 import os
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _dispatch(args)
         sys.stdout.flush()  # here, where a closed pipe can still be answered
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: all are told
         if debug:
             traceback.print_exc()
         return _answer(error, debug=debug)
@@ -54,9 +55,8 @@ def _dispatch(args: list[str]) -> None:
     name, rest = args[0], args[1:]
     if name not in COMMANDS:
         raise ValueError(f"{unknown('command', name, COMMANDS)} Run `spem --help`.")
-    tyro = require("tyro", extra="train", purpose=f"spem {name}")
-    function = import_module(COMMANDS[name][0]).command(rest)
-    tyro.cli(function, prog=f"spem {name}", args=rest)
+    require("tyro", extra="train", purpose=f"spem {name}")
+    import_module(COMMANDS[name][0]).run(rest)
 
 
 def usage() -> str:
@@ -65,24 +65,32 @@ def usage() -> str:
     lines += [f"  {name:<8} {line}" for name, (_, line) in COMMANDS.items()]
     lines += ["", "options:"]
     lines += ["  --debug    show the whole traceback of an error (any place in the line)"]
-    lines += ["  --version  print the version", "", "`spem COMMAND --help` shows a command's options."]
+    lines += [
+        "  --version  print the version",
+        "",
+        "`spem COMMAND --help` shows a command's options.",
+    ]
     return "\n".join(lines)
 
 
 def _answer(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong in one line and return the exit code for it."""
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int):  # an interruption that says how the process was asked to stop
-        print(f"spem: {error}", file=sys.stderr)
-        return code
-    if isinstance(error, KeyboardInterrupt):
-        print("spem: stopped.", file=sys.stderr)
-        return 130
+    if isinstance(error, KeyboardInterrupt):  # a training says itself where it stopped, and by what
+        print(f"spem: {str(error) or 'stopped.'}", file=sys.stderr)
+        return getattr(error, "code", 130)
     if isinstance(error, BrokenPipeError):  # `spem list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    if _spoken(error):
+    if isinstance(
+        error, FloatingPointError
+    ):  # a training diverged: neither a wrong call nor a fault
         print(f"spem: {error}", file=sys.stderr)
+        return 1
+    if _spoken(error):
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{error.filename}: {error.strerror}"  # without the number of the error
+        print(f"spem: {text}", file=sys.stderr)
         return 2
     print(f"spem: internal error: {type(error).__name__}: {error}", file=sys.stderr)
     if not debug:
@@ -91,7 +99,7 @@ def _answer(error: BaseException, *, debug: bool) -> int:
 
 
 def _spoken(error: BaseException) -> bool:
-    """Whether the message was written for the caller: bad values and files, and what this package raises itself."""
+    """Whether the message was written for the caller: about values, files, or by this package."""
     if isinstance(error, (ValueError, OSError, ImportError)):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +12,10 @@ if TYPE_CHECKING:
     from spem.models import ResNet
 
 
-def command(args: list[str]) -> Callable[..., None]:
-    """The function whose signature is the command line of `spem cost`."""
+def run(args: list[str]) -> None:
+    """Run `spem cost` with these arguments."""
+    import tyro
     from tyro.conf import Positional
-
-    del args
 
     def cost(
         model: Positional[str],
@@ -32,9 +30,10 @@ def command(args: list[str]) -> Callable[..., None]:
         """Count parameters and FLOPs of a network, layer by layer. Needs no data.
 
         Args:
-            model: resnet164 (bottleneck blocks, depth 9n+2), resnet-basic56 (basic blocks, depth 6n+2), or a
-                .safetensors file of weights.
-            attention: Attention of a named network, such as spem or "se(reduction=8)"; none without this option.
+            model: resnet164 (bottleneck blocks, depth 9n+2), resnet-basic56 (basic blocks, depth
+                6n+2), or a .safetensors file of weights.
+            attention: Attention of a named network, such as spem or "se(reduction=8)"; none
+                without this option.
             classes: Outputs of a named network; 10 without this option.
             size: Side of the square input in pixels.
             batch: Images in the batch.
@@ -46,7 +45,7 @@ def command(args: list[str]) -> Callable[..., None]:
         result = count(network, (batch, 3, size, size))
         _print(_title(network), result, json=json)
 
-    return cost
+    tyro.cli(cost, prog="spem cost", args=args)
 
 
 def build(model: str, attention: str | None, classes: int | None) -> "ResNet":
@@ -86,8 +85,9 @@ def build(model: str, attention: str | None, classes: int | None) -> "ResNet":
 def _title(network: "ResNet") -> str:
     from spem.attention import spec_text
 
-    attention = spec_text(network.attention)
-    return f"ResNet-{network.depth}, {network.block} blocks, attention {attention}, {network.classes} classes"
+    attention = spec_text(network.spec)
+    blocks = f"ResNet-{network.depth}, {network.block} blocks"
+    return f"{blocks}, attention {attention}, {network.classes} classes"
 
 
 def _print(title: str, cost: "Cost", *, json: bool) -> None:
@@ -103,7 +103,7 @@ def _print(title: str, cost: "Cost", *, json: bool) -> None:
         share = f"{cost.attention_parameters:,}", f"{cost.attention_flops:,}"
         rows.append(["of it attention", "", "", *share])
     columns = ["layer", "kind", "output", "parameters", "FLOPs"]
-    print_table(columns, rows, left=3, title=f"{title}, input {_shape(cost.input_shape)}")
+    print_table(columns, rows, align="lllrr", title=f"{title}, input {_shape(cost.input_shape)}")
     print()
     if cost.attention_parameters:
         share = 100 * cost.attention_parameters / cost.parameters

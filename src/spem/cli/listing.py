@@ -1,6 +1,5 @@
 """`spem list`: every registered attention module and what there is to know about it."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from spem.cli.output import print_json, print_table, unknown
@@ -11,11 +10,10 @@ if TYPE_CHECKING:
 CHANNELS = (64, 128, 256)
 
 
-def command(args: list[str]) -> Callable[..., None]:
-    """The function whose signature is the command line of `spem list`."""
+def run(args: list[str]) -> None:
+    """Run `spem list` with these arguments."""
+    import tyro
     from tyro.conf import Positional
-
-    del args
 
     def list_modules(pattern: Positional[str] = "*", /, *, json: bool = False) -> None:
         """List the attention modules: parameters, gate at start, statistics, needs, paper.
@@ -26,11 +24,12 @@ def command(args: list[str]) -> Callable[..., None]:
         """
         _list(pattern, json)
 
-    return list_modules
+    tyro.cli(list_modules, prog="spem list", args=args)
 
 
 def _list(pattern: str, json: bool) -> None:
     from spem.attention import list_attention
+
     names = list_attention(pattern)
     if not names:
         raise ValueError(unknown("attention module", pattern, list_attention()))
@@ -38,11 +37,16 @@ def _list(pattern: str, json: bool) -> None:
     if json:
         print_json(modules)
         return
-    columns = ["name", "statistics", "no decay", "needs", "paper", "gate at start"]
-    columns += [f"parameters at C={c}" for c in CHANNELS]
-    print_table(columns, [_cells(module) for module in modules], left=5)
-    print("\nstatistics: the gate is a function of these plane statistics, so any pool= fits it.")
-    print("gate at start: its value before training where no input changes it.")
+    columns = ["name", *(f"C={channels}" for channels in CHANNELS), "gate at start"]
+    columns += ["statistics", "no decay"]
+    print_table(columns, [_numbers(module) for module in modules], align="lrrrrll")
+    print("C=64 ...: parameters for a map of that many channels.")
+    print("gate at start: its value before training, where no input changes it.")
+    print(
+        "statistics: the plane statistics that the gate is a function of; - if it needs the map.\n"
+    )
+    columns = ["name", "needs", "paper"]
+    print_table(columns, [_words(module) for module in modules], align="lll")
 
 
 def _describe(name: str) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def _describe(name: str) -> dict[str, Any]:
         "name": name,
         "parameters": parameters,
         "start_gate": None if gate is None else float(gate),
+        "fusable": module.takes_any_rank(),
         "statistics": list(module.statistics) if module.takes_any_rank() else [],
         "no_decay": list(needs.no_decay),
         "needs": _needs(needs),
@@ -87,15 +92,17 @@ def _needs(needs: "Needs") -> list[str]:
     return phrases
 
 
-def _cells(module: dict[str, Any]) -> list[str]:
+def _numbers(module: dict[str, Any]) -> list[str]:
     gate = module["start_gate"]
     counts = [module["parameters"][str(channels)] for channels in CHANNELS]
     return [
         module["name"],
-        ", ".join(module["statistics"]) or "-",
-        ", ".join(module["no_decay"]) or "-",
-        "; ".join(module["needs"]) or "-",
-        module["paper"],
-        "-" if gate is None else f"{gate:.7g}",
         *("-" if n is None else f"{n:,}" for n in counts),
+        "-" if gate is None else f"{gate:.7g}",
+        ", ".join(module["statistics"]) or ("none" if module["fusable"] else "-"),
+        ", ".join(module["no_decay"]) or "-",
     ]
+
+
+def _words(module: dict[str, Any]) -> list[str]:
+    return [module["name"], "; ".join(module["needs"]) or "-", module["paper"]]

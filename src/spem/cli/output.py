@@ -1,4 +1,4 @@
-"""What the commands share in speaking: tables, JSON, numbers, and the nearest match of a misspelt name."""
+"""What the commands share in speaking: tables, JSON, the nearest match of a misspelt name."""
 
 import json
 import sys
@@ -27,45 +27,49 @@ def print_json(document: Any) -> None:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, title: str = ""
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, title: str = ""
 ) -> None:
     """Print a table: drawn by rich on a terminal, aligned plain text with full cells elsewhere.
 
     Args:
         columns: Headings.
         rows: Cells; numbers come formatted.
-        left: How many columns, counted from the left, hold text; the others are aligned to the right.
+        align: A letter for each column: l for text, r for numbers.
         title: A line above the table.
     """
     if sys.stdout.isatty():
         require("rich", extra="train", purpose="the table on a terminal")
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title or None, title_justify="left")
-        for i, column in enumerate(columns):
-            table.add_column(column, justify="left" if i < left else "right")
+        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column, side in zip(columns, align, strict=True):
+            if side == "r":  # a number is never broken
+                table.add_column(column, justify="right", no_wrap=True)
+            else:
+                table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*row)
         Console(highlight=False, markup=False).print(table)
         return
     if title:
         print(title)
-    print("\n".join(plain_table(columns, rows, left=left)))
+    print("\n".join(plain_table(columns, rows, align=align)))
 
 
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> list[str]:
     """The lines of an aligned table without decoration.
 
-    >>> plain_table(["name", "n"], [["a", "10"]], left=1)
+    >>> plain_table(["name", "n"], [["a", "10"]], align="lr")
     ['name   n', 'a     10']
     """
     lines = [columns, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return [
         "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(line, widths, align, strict=True)
         ).rstrip()
         for line in lines
     ]

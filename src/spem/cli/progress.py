@@ -2,17 +2,22 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spem.extras import require
-from spem.training.log import PLAIN_SECONDS, Status, duration, epoch_text
+
+if TYPE_CHECKING:
+    from spem.training.log import Status
+
+PLAIN_SECONDS = 30.0
+LIVE_SECONDS = 0.2
 
 
 class SeveralRuns:
     """The progress of one run after the other, as `spem.training.train` reports it.
 
-    On a terminal two bars move in place, one for the runs and one for the current run; elsewhere there is a line for
-    each epoch and each finished run, on standard error.
+    On a terminal two bars move in place, one for the runs and one for the current run; elsewhere
+    there is a line for each run and one every half minute. All goes to standard error.
 
     Args:
         total: How many runs there are in all.
@@ -52,13 +57,17 @@ class SeveralRuns:
 
     def due(self) -> bool:
         """Whether it is time for another `step`."""
-        return time.monotonic() - self._told >= (PLAIN_SECONDS if self._bars is None else 0.2)
+        return time.monotonic() - self._told >= (
+            PLAIN_SECONDS if self._bars is None else LIVE_SECONDS
+        )
 
-    def step(self, status: Status) -> None:
+    def step(self, status: "Status") -> None:
         """Progress within an epoch."""
         self._told = time.monotonic()
         if self._bars is None:
-            self.message(f"{self._name}: {status.text}; {self._left(status.seconds_left)} left in all")
+            self.message(
+                f"{self._name}: {status.text}; {self._left(status.seconds_left)} left in all"
+            )
             return
         done, total = status.epoch * status.steps + status.step, status.epochs * status.steps
         text = f"{self._name}: {status.text}"
@@ -66,10 +75,7 @@ class SeveralRuns:
         self._overall(status.seconds_left, done / total)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """An epoch is complete."""
-        self._told = time.monotonic()
-        if self._bars is None:
-            self.message(f"{self._name}: {epoch_text(line, epochs)}")
+        """An epoch is complete: nothing, the run's own `metrics.jsonl` tells it."""
 
     def message(self, text: str) -> None:
         """Something worth a line of its own."""
@@ -82,7 +88,9 @@ class SeveralRuns:
         """One run has ended; the bars stay for the next."""
 
     def _open_bars(self) -> None:
-        console = require("rich.console", extra="train", purpose="live progress").Console(stderr=True)
+        console = require("rich.console", extra="train", purpose="live progress").Console(
+            stderr=True
+        )
         bars = require("rich.progress", extra="train", purpose="live progress")
         columns = (bars.BarColumn(bar_width=24), bars.TaskProgressColumn())
         text = bars.TextColumn("{task.description}", markup=False)
@@ -101,7 +109,9 @@ class SeveralRuns:
         self._bars.update(self._all, completed=self._done + fraction, description=text)
 
     def _left(self, seconds_left: float) -> str:
-        """Time for the rest of this run and for those to come, each like the mean of those so far."""
+        """Time for the rest of this run and for those to come, each like the mean so far."""
+        from spem.training.log import duration
+
         running = time.monotonic() - self._started + seconds_left
         each = sum(self._took) / len(self._took) if self._took else running
         within = 1 if seconds_left else 0  # the current run is counted by its own estimate

@@ -1,6 +1,6 @@
 """Recipes by name, with the settings that belong to the data set they are used on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from spem.training.config import DataConfig, RunConfig
 
 RECIPES = ("paper", "fast", "short", "smoke")
+SHORT_FORMS = {
+    "--root": "--data.root",
+    "--val": "--data.val",
+    "--limit": "--data.limit",
+    "--precision": "--runtime.precision",
+    "--checkpoint-minutes": "--runtime.checkpoint-minutes",
+}
+"""Options of a config that are asked for often, by a name without its section."""
 
 
 def recipe_config(
@@ -17,6 +25,7 @@ def recipe_config(
     *,
     dataset: str | None = None,
     depth: int | None = None,
+    attention: str | None = None,
     epochs: int | None = None,
 ) -> "RunConfig":
     """A complete config: the recipe, and where given another data set, depth or length.
@@ -25,6 +34,7 @@ def recipe_config(
         recipe: One of `RECIPES`.
         dataset: Name or path of the images; brings its own settings (size, flips, normalisation).
         depth: Depth of the network.
+        attention: Text of the attention.
         epochs: Length of the run; the milestones move to the same fractions of it.
 
     Raises:
@@ -40,12 +50,22 @@ def recipe_config(
         config = replace(config, data=_data_settings(dataset))
     if depth is not None:
         config = replace(config, model=replace(config.model, depth=depth))
+    if attention is not None:
+        config = replace(config, model=replace(config.model, attention=attention))
     if epochs is not None and epochs != config.optim.epochs:
         milestones = recipes.scaled_milestones(epochs)
-        config = replace(
-            config, optim=replace(config.optim, epochs=epochs, milestones=milestones)
-        )
+        config = replace(config, optim=replace(config.optim, epochs=epochs, milestones=milestones))
     return config
+
+
+def in_full(args: Sequence[str]) -> list[str]:
+    """The arguments with `SHORT_FORMS` written out.
+
+    >>> in_full(["--val", "5000", "--root=data"])
+    ['--data.val', '5000', '--data.root=data']
+    """
+    parts = [arg.partition("=") for arg in args]
+    return [SHORT_FORMS.get(name, name) + sign + value for name, sign, value in parts]
 
 
 def _data_settings(dataset: str) -> "DataConfig":

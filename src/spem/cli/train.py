@@ -3,60 +3,90 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from spem.cli.output import print_json, unknown
-from spem.cli.recipe import RECIPES, recipe_config
+from spem.cli.output import print_json
+from spem.cli.recipe import RECIPES, in_full, recipe_config
 
 if TYPE_CHECKING:
-    from spem.training.config import RunConfig
-    from spem.training.runs import Result
+    from spem.training import Result, RunConfig
 
 
-def command(args: list[str]) -> Callable[..., None]:
-    """The function whose signature is the command line of `spem train`, with the recipe's values as defaults."""
+class Request(NamedTuple):
+    """What the command line asks for."""
+
+    config: "RunConfig"
+    attention: str | None
+    data: str | None
+    depth: int | None
+    epochs: int | None
+    folder: Path
+    json: bool
+
+
+def run(args: list[str]) -> None:
+    """Run `spem train` with these arguments."""
     import tyro
 
     recipe = args[0] if args and not args[0].startswith("-") else None
-    if recipe is None and not {"-h", "--help"} & set(args):
-        raise ValueError(f"train: no recipe given. Use one of {', '.join(RECIPES)}, such as `spem train short`.")
-    if recipe is not None and recipe not in RECIPES:
-        raise ValueError(unknown("recipe", recipe, RECIPES))
-    if recipe is None or "-h" in args or "--help" in args:
-        return _signature(recipe_config(recipe or "paper"), run=True)
-    # The data set brings settings of its own (size, flips, normalisation), which are defaults like the recipe's. So
-    # the line is read once to learn the data set, and then with the defaults that belong to it.
-    dataset = tyro.cli(_signature(recipe_config(recipe), run=False), prog="spem train", args=args)
-    return _signature(recipe_config(recipe, dataset=dataset), run=True)
+    help_only = bool({"-h", "--help"} & set(args))
+    if recipe is None and not help_only:
+        names = ", ".join(RECIPES)
+        raise ValueError(f"train: no recipe given. Use one of {names}, such as `spem train short`.")
+    default = recipe_config(recipe or "paper")
+    args = in_full(args)
+    if recipe is not None and not help_only:
+        # The data set brings settings of its own (size, flips, normalisation), which are defaults
+        # like the recipe's. So the line is read once to learn it, and again with its defaults.
+        asked = tyro.cli(_signature(default), prog="spem train", args=args)
+        default = recipe_config(
+            recipe,
+            dataset=asked.data or asked.config.data.name,
+            depth=asked.depth,
+            attention=asked.attention,
+            epochs=asked.epochs,
+        )
+    request = tyro.cli(_signature(default), prog="spem train", args=args)
+    _train(request.config, request.folder, json=request.json)
 
 
-def _signature(default: "RunConfig", *, run: bool) -> Callable[..., str]:
+def _signature(default: "RunConfig") -> Callable[..., Request]:
     from tyro.conf import Positional, arg
 
-    from spem.training.config import RunConfig
+    from spem.training import RunConfig
 
     def train(
         recipe: Positional[str],
         /,
         config: Annotated[RunConfig, arg(name="")] = default,
         *,
+        attention: str | None = None,
+        data: str | None = None,
+        depth: int | None = None,
+        epochs: int | None = None,
         runs: Path = Path("runs"),
         folder: Path | None = None,
         json: bool = False,
-    ) -> str:
-        """Train one network. An interrupted run goes on where it stopped; a finished one shows its result.
+    ) -> Request:
+        """Train one network; an interrupted run goes on, a finished one shows its result.
+
+        Short forms: --root, --val, --limit, --precision, --checkpoint-minutes.
 
         Args:
-            recipe: paper (the paper's), fast (the same, faster), short (scaled down for a CPU), smoke (digits).
+            recipe: paper (the paper's), fast (the same, faster), short (scaled down for a CPU) or
+                smoke (digits).
             config: Every field of the recipe can be changed.
+            attention: The attention, such as spem or "se(reduction=8)"; none is the plain network.
+            data: Data set or path; brings its own size, flips and normalisation.
+            depth: Depth of the network.
+            epochs: Length of the run; the milestones move along.
             runs: Folder of all runs; this one gets a folder of its own in it.
             folder: Folder of this run, instead of one under --runs.
             json: Print the result as JSON.
         """
         del recipe
-        if run:
-            _train(config, folder or config.folder(runs), json=json)
-        return config.data.name
+        where = folder or config.folder(runs)
+        return Request(config, attention, data, depth, epochs, where, json)
 
     return train
 
@@ -69,3 +99,19 @@ def _train(config: "RunConfig", folder: Path, *, json: bool) -> None:
         print_json({"folder": str(folder), **dataclasses.asdict(result)})
         return
     _print(result, folder)
+
+
+def _print(result: "Result", folder: Path) -> None:
+    network = f"ResNet-{result.depth}, attention {result.attention}"
+    best = f"{result.best_accuracy:.2f} % in epoch {result.best_epoch + 1}"
+    step = f"{1000 * result.step_seconds:.1f} ms a step"
+    rows = {
+        "network": f"{network}, {result.parameters:,} parameters",
+        "data": f"{result.dataset}, seed {result.seed}, {result.epochs} epochs",
+        "test accuracy": f"{result.accuracy:.2f} % after the last epoch",
+        "best epoch": f"{best}, selected on {result.best_selected_on}",
+        "time": f"{result.train_seconds:.1f} s training, {step}, on {result.hardware}",
+        "folder": str(folder),
+    }
+    for name, value in rows.items():
+        print(f"{name:<14} {value}")

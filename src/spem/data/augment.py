@@ -1,4 +1,4 @@
-"""What happens to images between memory and network: the epoch's plan, crop and flip, normalisation."""
+"""Between memory and network: the epoch's plan, crop and flip, normalisation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from spem.seeding import keyed_generator
 Triple = tuple[float, float, float]
 
 NORMALISATION: dict[str, tuple[Triple, Triple]] = {
-    # The paper's constants, for both CIFARs. Its deviations are the mean of per-image ones, not those of the pixels.
+    # The paper's constants, for both CIFARs. Its deviations are the mean of per-image ones, not
+    # those of the pixels.
     "paper": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # Mean and deviation over all pixels of the training images.
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -61,8 +62,9 @@ def epoch_plan(seed: int, epoch: int, n: int, *, pad: int = 4) -> EpochPlan:
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> Tensor:
     """Pads with zeros, crops to the old size and mirrors, all images in one gather.
 
-    **Formula**: out[i, c, y, x] = padded[i, c, offsets[i, 0] + y, offsets[i, 1] + x'], where x' = W - 1 - x if flips[i],
-    else x. Bit for bit what padding, cropping and flipping image by image gives. No host synchronisation.
+    **Formula**: out[i, c, y, x] = padded[i, c, offsets[i, 0] + y, offsets[i, 1] + x'], where
+    x' = W - 1 - x if flips[i], else x. Bit for bit what padding, cropping and flipping image by
+    image gives. No host synchronisation.
 
     Shape:
         images: uint8 (any dtype) [n, C, H, W], any memory format; n = 0 is fine.
@@ -81,7 +83,8 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> 
     """
     if images.dim() != 4 or pad < 0:
         raise ValueError(
-            f"augment: images must be [n, C, H, W] and pad >= 0, got {images.dim()} dimensions, pad={pad}."
+            f"augment: images must be [n, C, H, W] and pad >= 0, "
+            f"got {images.dim()} dimensions and pad={pad}."
         )
     n, channels, height, width = images.shape
     if offsets.shape != (n, 2) or flips.shape != (n,):
@@ -90,14 +93,14 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> 
             f"got {tuple(offsets.shape)} and {tuple(flips.shape)}."
         )
     device = images.device
-    offsets, flips = offsets.to(device, non_blocking=True), flips.to(device, non_blocking=True)
+    offsets = offsets.to(device, non_blocking=True)
+    flips = flips.to(device, non_blocking=True)
     padded = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
     padded[:, pad : pad + height, pad : pad + width] = images.permute(0, 2, 3, 1)
     across = torch.arange(width, device=device)
+    across = torch.where(flips[:, None], width - 1 - across, across)  # [n, W]
     rows = offsets[:, 0, None] + torch.arange(height, device=device)  # [n, H]
-    columns = offsets[:, 1, None] + torch.where(
-        flips[:, None], width - 1 - across, across
-    )  # [n, W]
+    columns = offsets[:, 1, None] + across  # [n, W]
     which = torch.arange(n, device=device)[:, None, None]
     return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -107,7 +110,8 @@ def normalise(
 ) -> Tensor:
     """Scales pixels to 0 .. 1, subtracts the mean and divides by the deviation of each channel.
 
-    **Formula**: (images / 255 - mean) / std, in at least float32 and rounded to ``dtype`` once at the end.
+    **Formula**: (images / 255 - mean) / std, in at least float32 and rounded to ``dtype`` once at
+    the end.
 
     Shape:
         images: uint8 [n, C, H, W]; the result has the same shape and memory format.
@@ -123,7 +127,8 @@ def normalise(
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ValueError(
-            f"normalise: images must be torch.uint8 [n, C, H, W], got {images.dtype} of shape {tuple(images.shape)}."
+            f"normalise: images must be torch.uint8 [n, C, H, W], "
+            f"got {images.dtype} of shape {tuple(images.shape)}."
         )
     if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The folders of CIFAR's own Python version, as torchvision keeps them, read without running what they contain."""
+"""CIFAR's own Python version, as torchvision keeps it, read without running what it contains."""
 
 import hashlib
 import io
@@ -76,14 +76,15 @@ def load_cifar_folder(
 ) -> ImageSet:
     """Reads one split of ``cifar-10-batches-py`` or ``cifar-100-python`` (the fine labels).
 
-    The files are pickles. Each is compared with its MD5 sum before it is read, and the reader builds nothing but
-    plain values and arrays of bytes (``restricted_load``).
+    The files are pickles. Each is compared with its MD5 sum before it is read, and the reader
+    builds nothing but plain values and arrays of bytes (``restricted_load``).
 
     Args:
         folder: The folder itself, not the one it lies in.
         split: ``"train"`` or ``"test"``.
         name: Name of the set.
-        sha256: Expected SHA-256 of the split's files and the file of class names, one after another, sorted by name.
+        sha256: Expected SHA-256 of the split's files and the file of class names, one after
+            another, sorted by name.
         known_md5: File name -> MD5 sum in hex; every file that is read must be listed.
 
     Raises:
@@ -93,7 +94,8 @@ def load_cifar_folder(
     layout = _layout(folder)
     if layout is None:
         raise FileNotFoundError(
-            f"{folder}: holds none of CIFAR's files ({_CIFAR10.meta}, data_batch_1 ...; {_CIFAR100.meta}, train, test)."
+            f"{folder}: holds none of CIFAR's files ({_CIFAR10.meta}, data_batch_1 ...; "
+            f"{_CIFAR100.meta}, train, test)."
         )
     batches = layout.train if split == "train" else layout.test
     paths = [folder / file for file in sorted((*batches, layout.meta))]
@@ -115,8 +117,9 @@ def load_cifar_folder(
 def restricted_load(data: bytes) -> object:
     """Reads a pickle that holds plain values and arrays of bytes, and nothing else.
 
-    A pickle is a program; this reader knows three names it may call on, as CIFAR's files do for their arrays, and
-    answers them itself without touching numpy's own. Any other name ends the reading.
+    A pickle is a program; this reader knows three names it may call on, as CIFAR's files do for
+    their arrays, and answers them itself without touching numpy's own. Any other name ends the
+    reading.
 
     Raises:
         pickle.UnpicklingError: The pickle names anything else.
@@ -141,7 +144,7 @@ _ARRAY = "numpy.ndarray"
 
 
 def _empty_array(kind: object, shape: object, code: object) -> NDArray[np.uint8]:
-    """What numpy's ``_reconstruct`` is asked for: an empty array, filled afterwards from the pickle's own bytes."""
+    """Numpy's ``_reconstruct``: an empty array, filled afterwards from the pickle's own bytes."""
     if kind != _ARRAY or shape != (0,) or code not in ("b", b"b"):
         raise pickle.UnpicklingError(f"it asks for an array of kind {kind!r}, shape {shape!r}")
     return np.empty(0, dtype=np.uint8)
@@ -207,8 +210,8 @@ def _read_batch(
     numbers = cast(list[object], labels)
     if array.dtype != np.uint8 or array.shape != (len(numbers), _VALUES) or not len(numbers):
         raise ValueError(
-            f"{path}: 'data' is {array.dtype} of shape {array.shape}; {len(numbers)} labels need uint8 of shape "
-            f"({len(numbers)}, {_VALUES})."
+            f"{path}: 'data' is {array.dtype} of shape {array.shape}; "
+            f"{len(numbers)} labels need uint8 of shape ({len(numbers)}, {_VALUES})."
         )
     if not all(isinstance(n, int) and 0 <= n < layout.classes for n in numbers):
         raise ValueError(

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from spem.data.images import Progress
 from spem.extras import require
 
 # Formats that are one image and nothing else; Pillow knows others that start external programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 4096 * 4096
 MAX_BYTES = 32 * 2**30
 """A set is held whole in memory; beyond these a file is taken for damaged."""
 
 _REPORT_EVERY = 500
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 def decode_all(
@@ -42,8 +44,8 @@ def decode_all(
             if count * image.size > MAX_BYTES:
                 raise ValueError(
                     f"{label}: {count} images of {image.shape[1]}x{image.shape[0]} would take "
-                    f"{count * image.size / 2**30:.0f} GiB; at most {MAX_BYTES // 2**30} are held in memory. "
-                    "Scale the images down."
+                    f"{count * image.size / 2**30:.0f} GiB; at most "
+                    f"{MAX_BYTES // 2**30} are held in memory. Scale the images down."
                 )
             pixels = np.empty((count, *image.shape), dtype=np.uint8)
         if image.shape != pixels.shape[1:]:
@@ -68,7 +70,8 @@ def decode(label: str, data: bytes, pillow: ModuleType) -> NDArray[np.uint8]:
         pillow: The module ``PIL.Image``.
 
     Raises:
-        ValueError: The bytes are no image of an admitted format, are broken or incomplete, or too large.
+        ValueError: The bytes are no image of an admitted format, are broken or incomplete, or too
+            large.
     """
     try:
         with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -77,12 +80,23 @@ def decode(label: str, data: bytes, pillow: ModuleType) -> NDArray[np.uint8]:
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
             if kind != "PNG":
-                return np.asarray(image.convert("RGB"))
-            image.verify()  # the checksums of its parts, which decoding does not look at; ends the image's life
+                return _colour(image)
+            if _PNG_END not in data:
+                raise ValueError("its end is missing")
+            image.verify()  # checksums of all parts, which decoding skips; uses the image up
         with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
-    # Damaged bytes make the decoders raise almost anything (OSError, SyntaxError, struct.error, zlib.error ...).
+            return _colour(image)
+    except pillow.UnidentifiedImageError as error:
+        raise ValueError(
+            f"{label}: not an image of a known kind ({', '.join(FORMATS)}). Fetch the file again."
+        ) from error
+    # Damaged bytes make the decoders raise almost anything (OSError, SyntaxError, struct.error,
+    # zlib.error ...).
     except Exception as error:
         raise ValueError(
             f"{label}: not a readable image ({error}). Fetch the file again."
         ) from error
+
+
+def _colour(image: Any) -> NDArray[np.uint8]:
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -17,14 +17,16 @@ _DEFAULT_SIZE = 16
 
 
 def load_digits(split: Split, *, size: int | None = None) -> ImageSet:
-    """The 1797 digits bundled with scikit-learn, 8x8 grey pixels scaled up and repeated to three channels.
+    """The 1797 handwritten digits that come with scikit-learn, as colour images.
 
-    The first 1437 images are the training split, the last 360 the test split. The order is kept on purpose: images come
-    writer by writer, so the last fifth is by other hands than the rest. A shuffled split would show the network every
-    test writer beforehand, and its accuracy would say little of new ones.
+    They are 8x8 grey pixels, scaled up and repeated to three channels. The first 1437 images are
+    the training split, the last 360 the test split. The order is kept on purpose: images come
+    writer by writer, so the last fifth is by other hands than the rest. A shuffled split would show
+    the network every test writer beforehand, and its accuracy would say little of new ones.
 
-    Values 0 .. 16 become 0 .. 255, rounded. Each pixel becomes a square of ``size / 8`` pixels, without interpolation:
-    no information is added, and the map is large enough for the stages of a CIFAR network.
+    Values 0 .. 16 become 0 .. 255, rounded. Each pixel becomes a square of ``size / 8`` pixels,
+    without interpolation: no information is added, and the map is large enough for the stages of a
+    CIFAR network.
 
     Args:
         split: ``"train"`` or ``"test"``.
@@ -36,9 +38,9 @@ def load_digits(split: Split, *, size: int | None = None) -> ImageSet:
     """
     check_split(split)
     size = _DEFAULT_SIZE if size is None else size
-    if size < _SOURCE or size % _SOURCE or size > 4096:
+    if size < _SOURCE or size % _SOURCE or size > 512:
         raise ValueError(
-            f"digits: size={size} is not a multiple of 8 from 8 to 4096. Use 8, 16, 24 or 32."
+            f"digits: size={size} is not a multiple of 8 from 8 to 512. Use 8, 16, 24 or 32."
         )
     sklearn = require("sklearn.datasets", extra="train", purpose="the digits data set")
     bunch = sklearn.load_digits()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_files(paths: Sequence[Path], *, sha256: str | None = None) -> list[bytes]:
-    """Reads files and, if a sum is given, compares it with that of their bytes, one file after another.
+    """Reads files and, if a sum is given, compares it with that of all their bytes in a row.
 
     Args:
         paths: The files, in the order they are summed in.

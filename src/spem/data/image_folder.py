@@ -6,10 +6,9 @@ import torch
 
 from spem.data.decode import decode_all
 from spem.data.files import read_files
-from spem.data.images import ImageSet, Progress, Split
-from spem.data.images import check_split as _check_split
+from spem.data.images import ImageSet, Progress, Split, check_split
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def load_image_folder(
@@ -20,32 +19,34 @@ def load_image_folder(
     sha256: str | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
-    """Reads ``folder/<split>/<class>/**``: a class for each folder, sorted by name, its images sorted by path.
+    """Reads ``folder/<split>/<class>/**``: one class a folder.
 
-    Every folder below the split is a class; files that are no images by their suffix, and hidden ones, are left out.
-    Grey, palette and transparent images become plain red, green and blue.
+    Classes are sorted by name, the images of a class by path. Every folder below the split counts;
+    files that are no images by their suffix, and hidden ones, are left out. Grey, palette and
+    transparent images become plain red, green and blue.
 
     Args:
         folder: Holds ``train/`` and ``test/``.
         split: ``"train"`` or ``"test"``.
         name: Name of the set.
-        sha256: Expected SHA-256 of the split's image files, one after another in the order they are read in.
+        sha256: Expected SHA-256 of the split's image files, one after another in the order they are
+            read in.
         progress: Called with (done, count) while images are decoded.
 
     Raises:
         FileNotFoundError: The split's folder, or any image in a class, is missing.
-        ValueError: The two splits disagree on the classes, an image is damaged or of another size, or the sum of the
-            files is another one.
+        ValueError: The two splits disagree on the classes, an image is damaged or of another size,
+            or the sum of the files is another one.
         ImportError: Pillow is not installed.
     """
-    _check_split(split)
+    check_split(split)
     classes = _classes(folder / split)
     other = folder / ("test" if split == "train" else "train")
     if other.is_dir() and _classes(other) != classes:
         unmatched = sorted(set(classes) ^ set(_classes(other)))
         raise ValueError(
-            f"{folder}: train/ and test/ must hold the same classes; {', '.join(unmatched[:5])} is in one only. "
-            "Labels would mean different things in the two."
+            f"{folder}: train/ and test/ must hold the same classes; "
+            f"{', '.join(unmatched[:5])} is in one only. Labels would differ in meaning."
         )
     paths: list[Path] = []
     labels: list[int] = []
@@ -53,7 +54,8 @@ def load_image_folder(
         found = sorted(path for path in (folder / split / class_name).rglob("*") if _is_image(path))
         if not found:
             raise FileNotFoundError(
-                f"{folder / split / class_name}: no image ({', '.join(SUFFIXES)}). Add some or remove the folder."
+                f"{folder / split / class_name}: no image ({', '.join(SUFFIXES)}). "
+                "Add some or remove the folder."
             )
         paths += found
         labels += [label] * len(found)

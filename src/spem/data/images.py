@@ -50,7 +50,7 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "ImageSet":
-        """The images at these positions (int64 [k]), in this order, with a checksum of their own."""
+        """The images at these positions (int64 [k]), in this order, with their own checksum."""
         where = indices.to(self.images.device)
         return replace(self, images=self.images[where], labels=self.labels[where], sha256="")
 
@@ -60,10 +60,11 @@ class ImageSet:
 
 
 def checksum(images: Tensor, labels: Tensor) -> str:
-    """SHA-256, in hex, of a set's shape, pixels (row-major) and labels, wherever it was read from.
+    r"""SHA-256, in hex, of a set's shape, pixels (row-major) and labels, wherever it was read from.
 
-    **Formula**: sha256(b"uint8 n 3 H W\\n" + pixels + labels as little-endian int64). With the shape in front, sets
-    whose bytes happen to agree in another shape differ. Class names are left out: sources spell them differently.
+    **Formula**: sha256(b"uint8 n 3 H W\n" + pixels + labels as little-endian int64). With the
+    shape in front, sets whose bytes happen to agree in another shape differ. Class names are left
+    out: sources spell them differently.
     """
     shape = " ".join(str(size) for size in images.shape)
     digest = hashlib.sha256(f"uint8 {shape}\n".encode())
@@ -75,8 +76,8 @@ def checksum(images: Tensor, labels: Tensor) -> str:
 def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     """Splits training images into (rest, validation), always in the same way.
 
-    Which images are held out depends on the number of images alone, never on the seed of a run, so that runs of
-    several seeds are judged on the same images. Both parts keep the set's order.
+    Which images are held out depends on the number of images alone, never on the seed of a run, so
+    that runs of several seeds are judged on the same images. Both parts keep the set's order.
 
     Args:
         train: The training images.
@@ -116,7 +117,7 @@ def _check(data: ImageSet) -> None:
         raise ValueError(
             f"ImageSet: images are on {images.device}, labels on {labels.device}. Move both to one."
         )
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < len(data.classes)):
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= len(data.classes)):
         raise ValueError(
             f"ImageSet: labels run from {int(labels.min())} to {int(labels.max())}, "
             f"with {len(data.classes)} classes they must lie in 0 to {len(data.classes) - 1}."

@@ -1,6 +1,5 @@
-"""Parquet files in the layout of the Hugging Face hub: an image column, a label column, class names in the schema."""
+"""Parquet files as the Hugging Face hub lays them out: images, labels, names in the schema."""
 
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
 def find_shards(folder: Path, split: Split) -> list[Path]:
-    """The parquet files of one split, in order: ``<split>*.parquet`` in the folder or in one folder below it.
+    """The parquet files of one split, in order, from the folder itself or one folder below it.
 
     Raises:
         FileNotFoundError: There is none, or one of ``-00000-of-00002`` is missing.
@@ -34,13 +33,14 @@ def find_shards(folder: Path, split: Split) -> list[Path]:
     shards = [path for path in shards if re.match(rf"{split}[-.]", path.name)]
     if not shards:
         raise FileNotFoundError(
-            f"{folder}: no parquet file of the split {split!r} ({split}-*.parquet), here or one folder below. "
-            "Fetch the whole set."
+            f"{folder}: no parquet file of the split {split!r} ({split}-*.parquet), "
+            "here or one folder below. Fetch the whole set."
         )
     parents = sorted({path.parent for path in shards})
     if len(parents) > 1:
         raise ValueError(
-            f"{folder}: several folders hold the split {split!r} ({describe(parents)}). Name one of them."
+            f"{folder}: several folders hold the split {split!r} ({describe(parents)}). "
+            "Name one of them."
         )
     numbers = [match for path in shards if (match := _SHARD.search(path.name))]
     if numbers:
@@ -75,7 +75,8 @@ def load_parquet(
         folder: Holds ``train-*.parquet`` and ``test-*.parquet``, or one folder below that does.
         split: ``"train"`` or ``"test"``.
         name: Name of the set.
-        sha256: Expected SHA-256 of the split's files, one after another in the order of their names.
+        sha256: Expected SHA-256 of the split's files, one after another in the order of their
+            names.
         progress: Called with (done, count) while images are decoded.
 
     Raises:
@@ -103,7 +104,7 @@ def load_parquet(
 
 
 def load_hub(hub_id: str, split: Split, *, name: str, progress: Progress | None = None) -> ImageSet:
-    """Fetches one split of a set from the hub with ``datasets``, which keeps a copy and checks its own sums.
+    """Fetches one split from the hub with ``datasets``, which keeps a copy and checks its own sums.
 
     Raises:
         FileNotFoundError: The hub does not answer, and there is no copy.
@@ -114,11 +115,13 @@ def load_hub(hub_id: str, split: Split, *, name: str, progress: Progress | None 
     try:
         data = datasets.load_dataset(hub_id, split=split)
         table = data.with_format("arrow")[:]
-    # What a missing network raises depends on where it is noticed, and on the versions of four libraries.
+    # What a missing network raises depends on where it is noticed, and on the versions of four
+    # libraries.
     except Exception as error:
         raise FileNotFoundError(
             f"{name}: no local folder, and {hub_id} could not be fetched from the hub "
-            f"({type(error).__name__}: {error}). Point SPEM_DATA or root= at a folder that holds {name}/."
+            f"({type(error).__name__}: {error}). "
+            f"Point SPEM_DATA or root= at a folder that holds {name}/."
         ) from error
     image, label = _columns(hub_id, table.column_names)
     classes = getattr(data.features[label], "names", None)
@@ -133,16 +136,21 @@ _Piece = tuple[list[bytes], NDArray[np.int64], tuple[str, ...]]
 
 def _read_shard(path: Path, content: bytes) -> _Piece:
     """The encoded images, labels and class names of one file."""
+    arrow = require("pyarrow", extra="train", purpose="reading parquet files")
     parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
     # Damaged bytes make pyarrow raise its own errors, OSError, ValueError, MemoryError and more.
     try:
-        with parquet.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
+        with parquet.ParquetFile(
+            arrow.BufferReader(content), pre_buffer=False, page_checksum_verification=True
+        ) as file:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
             if sum(sizes) > MAX_BYTES or min(sizes, default=0) < 0:
                 raise ValueError(f"it claims to hold {sum(sizes)} bytes")
             metadata = cast(dict[bytes, bytes], file.schema_arrow.metadata or {})
             names = cast(list[str], file.schema_arrow.names)
-            table = file.read(columns=[c for c in names if c in IMAGE_COLUMNS + LABEL_COLUMNS])
+            table = file.read(
+                columns=[c for c in names if c in IMAGE_COLUMNS + LABEL_COLUMNS], use_threads=False
+            )
             table.validate(full=True)
     except Exception as error:
         raise ValueError(

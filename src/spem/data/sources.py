@@ -25,31 +25,34 @@ def load_images(
 ) -> ImageSet:
     """Loads one split of a set of images into memory, from wherever it lies.
 
-    | name or path | source |
-    |---|---|
-    | ``digits`` | scikit-learn's bundled digits, no network |
-    | ``cifar10``, ``cifar100``, or their hub ids | ``root/<name>``; else ``$SPEM_DATA/<name>``; else the hub |
-    | a folder with ``train-*.parquet``, ``test-*.parquet`` | the hub's layout, here or one folder below |
-    | ``cifar-10-batches-py``, ``cifar-100-python`` | torchvision's folders, checked against the published MD5 sums |
-    | a folder with ``train/<class>/``, ``test/<class>/`` | image files, one folder a class |
+    - ``digits``: scikit-learn's bundled digits, no network.
+    - ``cifar10``, ``cifar100`` or their hub ids: ``root/<name>`` if a root is given, else
+      ``$SPEM_DATA/<name>`` if that is there, else the hub.
+    - A folder with ``train-*.parquet`` and ``test-*.parquet``, here or one folder below: the hub's
+      layout.
+    - ``cifar-10-batches-py``, ``cifar-100-python``: torchvision's folders, compared with the
+      published MD5 sums.
+    - A folder with ``train/<class>/`` and ``test/<class>/``: image files, one folder a class.
 
-    All end in the same tensors. ``ImageSet.sha256`` is the sum of what was decoded. ``sha256=`` is another sum: that of
-    the raw files of the split (``cat train-*.parquet | sha256sum``, image files in the order of their paths, a CIFAR
-    folder's files of class names included), compared before anything is decoded. Without a known sum, files that are
-    cut off or broken in structure are refused, but a changed byte inside an image can pass unseen.
+    All end in the same tensors. ``ImageSet.sha256`` is the sum of what was decoded. ``sha256=`` is
+    another sum: that of the raw files of the split (``cat train-*.parquet | sha256sum``, image
+    files in the order of their paths, a CIFAR folder's files of class names included), compared
+    before anything is decoded. Without a known sum, files that are cut off or broken in structure
+    are refused, but a changed byte inside an image can pass unseen.
 
     Args:
-        name_or_path: See the table.
+        name_or_path: One of the above.
         split: ``"train"`` or ``"test"``.
         root: Folder in which named sets lie, each under its short name.
-        size: Height and width in pixels. The digits are scaled to it (multiples of 8, 16 if left out); of other sets
-            it must be the size, since sources never change images.
+        size: Height and width in pixels. The digits are scaled to it (multiples of 8, 16 if left
+            out); of other sets it must be the size, since sources never change images.
         sha256: Expected SHA-256 of the raw files of the split, in hex.
         progress: Called with (images done, images in all) while image files are decoded.
 
     Raises:
         FileNotFoundError: There is no such name or folder, or files of it are missing.
         ValueError: A file is damaged or its sum is another one, or an argument does not fit.
+        OSError: A file is there and cannot be opened.
         ImportError: An extra is missing; the message ends in the line that installs it.
     """
     check_split(split)
@@ -63,8 +66,8 @@ def load_images(
     height, width = images.images.shape[2:]
     if size is not None and (height, width) != (size, size):
         raise ValueError(
-            f"{name_or_path}: images are {width}x{height}, size={size} was asked for, and only digits are scaled. "
-            "Leave size out."
+            f"{name_or_path}: images are {width}x{height}, size={size} was asked for, "
+            "and only digits are scaled. Leave size out."
         )
     return images
 
@@ -80,15 +83,18 @@ def _load(
     if name not in HUB_IDS:
         if root is not None:
             raise ValueError(
-                f"{name_or_path}: root= is for named sets ({', '.join(HUB_IDS)}). Give the whole path instead."
+                f"{name_or_path}: root= is for named sets ({', '.join(HUB_IDS)}). "
+                "Give the whole path instead."
             )
-        return _load_folder(Path(name_or_path).expanduser(), split, sha256, progress)
+        folder = Path(name_or_path).expanduser()
+        return _load_folder(folder, folder.resolve().name, split, sha256, progress)
     folder = _local_folder(name, root)
     if folder is not None:
-        return _load_folder(folder, split, sha256, progress)
+        return _load_folder(folder, name, split, sha256, progress)
     if sha256 is not None:
         raise ValueError(
-            f"{name}: sha256= is for data files; the hub's are checked when they are fetched. Leave it out."
+            f"{name}: sha256= is for data files; the hub's are checked when they are "
+            "fetched. Leave it out."
         )
     return load_hub(HUB_IDS[name], split, name=name, progress=progress)
 
@@ -99,7 +105,8 @@ def _local_folder(name: str, root: Path | None) -> Path | None:
         folder = root.expanduser() / name
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{name}: {folder} is not there. Give the folder that holds {name}/ as root=, or leave it out."
+                f"{name}: {folder} is not there. "
+                f"Give the folder that holds {name}/ as root=, or leave it out."
             )
         return folder
     base = os.environ.get("SPEM_DATA")
@@ -110,7 +117,7 @@ def _local_folder(name: str, root: Path | None) -> Path | None:
 
 
 def _load_folder(
-    folder: Path, split: Split, sha256: str | None, progress: Progress | None
+    folder: Path, name: str, split: Split, sha256: str | None, progress: Progress | None
 ) -> ImageSet:
     if not folder.is_dir():
         known = ["digits", *HUB_IDS, *HUB_IDS.values()]
@@ -119,7 +126,6 @@ def _load_folder(
         raise FileNotFoundError(
             f"{folder}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
         )
-    name = folder.resolve().name
     if is_cifar_folder(folder):
         return load_cifar_folder(folder, split, name=name, sha256=sha256)
     if any(folder.glob("*.parquet")) or any(folder.glob("*/*.parquet")):
@@ -127,6 +133,7 @@ def _load_folder(
     if (folder / "train").is_dir() or (folder / "test").is_dir():
         return load_image_folder(folder, split, name=name, sha256=sha256, progress=progress)
     raise FileNotFoundError(
-        f"{folder}: holds no known layout. Wanted: train-*.parquet and test-*.parquet (here or one folder below), "
-        "torchvision's CIFAR files, or train/<class>/ and test/<class>/ with images."
+        f"{folder}: holds no known layout. Wanted: train-*.parquet and test-*.parquet "
+        "(here or one folder below), torchvision's CIFAR files, or train/<class>/ and "
+        "test/<class>/ with images."
     )

@@ -67,7 +67,9 @@ def plane_stats(x: Tensor, which: Collection[str] = STATISTICS) -> PlaneStats:
     if "mean" in which:
         mean = planes.mean(2, dtype=dtype)
     if "var" in which:
-        var = planes.to(dtype).var(2, correction=0)
+        wide = planes.to(dtype)
+        # torch's var warns on an empty batch, whose every statistic is an empty [0, C].
+        var = wide.var(2, correction=0) if wide.numel() else wide.sum(2)
     # max(dim) sends its gradient to the first index; amax splits it over ties, but is faster and
     # exports as a plain reduction. Values are the same.
     indexed = torch.is_grad_enabled() and x.requires_grad

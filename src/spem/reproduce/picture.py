@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spem.extras import require
 
@@ -18,40 +18,45 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 
 
-def draw(lines: Sequence["Line"], runs: Sequence["Run"], path: Path, *, title: str) -> None:
-    """Draw accuracy, paired difference and learning curves of a comparison into an image file.
+def draw(
+    lines: Sequence["Line"], runs: Sequence["Run"], path: Path, *, title: str, reference: str
+) -> None:
+    """Draw a comparison into an image file.
 
     Args:
-        lines: The rows of the comparison's table; the first is what the others are compared with.
+        lines: The rows of the comparison's table.
         runs: The finished runs behind them.
         path: Where to write; the suffix gives the format (.png, .svg, .pdf).
         title: What was trained, in one line.
+        reference: The attention the others are compared with.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    require("matplotlib", extra="reproduce", purpose="the picture of a comparison")
+    figure = build_figure(lines, runs, title=title, reference=reference)
+    figure.savefig(path, dpi=150)
+
+
+def build_figure(
+    lines: Sequence["Line"], runs: Sequence["Run"], *, title: str, reference: str
+) -> "Figure":
+    """Accuracy, difference to the reference (where there is one) and learning curves, in a row."""
+    require("matplotlib", extra="train", purpose="the picture of a comparison")
     from matplotlib.figure import Figure
 
-    panels = 3 if len(lines) > 1 else 2
+    panels = 3 if any(line.difference is not None for line in lines) else 2
     height = 2.1 + 0.45 * max(len(lines), 4)
     figure = Figure(figsize=(3.2 + 3.4 * panels, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     axes: list[Axes] = list(figure.subplots(1, panels))
     _accuracy(axes[0], lines, runs)
     if panels == 3:
-        _difference(axes[1], lines, runs)
+        _difference(axes[1], lines, runs, reference)
     _curves(axes[-1], lines, runs)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)
-    _save(figure, path)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    # Without the date two pictures of the same runs are the same bytes.
-    metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(path, dpi=150, metadata=metadata)
+    return figure
 
 
 def _accuracy(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) -> None:
@@ -62,15 +67,20 @@ def _accuracy(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) -> N
     _label_rows(axis, [line.attention for line in lines])
     spread = any(line.last.sd is not None for line in lines)
     axis.set_title("Accuracy after the last epoch", fontsize=10)
-    axis.set_xlabel("test accuracy, %" + ("\nbar: mean and standard deviation" if spread else ""), fontsize=9)
+    axis.set_xlabel(
+        "test accuracy, %" + ("\nbar: mean and standard deviation" if spread else ""), fontsize=9
+    )
 
 
-def _difference(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) -> None:
-    """Paired difference to the first line: a dot per seed, the mean with its interval."""
-    first = lines[0]
-    baseline = {run.seed: run.accuracy for run in runs if run.attention == first.attention}
+def _difference(
+    axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"], reference: str
+) -> None:
+    """Paired difference to the reference: a dot per seed, the mean with its interval."""
+    baseline = {run.seed: run.accuracy for run in runs if run.attention == reference}
+    row = [line.attention for line in lines].index(reference)
     axis.axvline(0, color="0.4", linewidth=1, linestyle="--")
-    axis.annotate("reference", (0, 0), (6, 0), textcoords="offset points", color="0.4", fontsize=9)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    axis.text(0, row, "reference", color="0.4", fontsize=9, ha="center", va="center", bbox=box)
     for i, line in enumerate(lines):
         d = line.difference
         if d is None or d.mean is None:
@@ -85,7 +95,7 @@ def _difference(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) ->
     drawn = [line.difference for line in lines if line.difference is not None]
     interval = any(d.low is not None for d in drawn)
     note = f"\nbar: mean and {drawn[0].level:.0%} t interval".replace("%", " %") if interval else ""
-    axis.set_title(f"Difference to {first.attention}, same seed", fontsize=10)
+    axis.set_title(f"Difference to {reference}, same seed", fontsize=10)
     axis.set_xlabel("percentage points" + note, fontsize=9)
 
 
@@ -94,7 +104,9 @@ def _row(axis: "Axes", i: int, seeds: Sequence[float], mean: float, half: float)
     colour = COLOURS[i % len(COLOURS)]
     axis.errorbar(mean, i - 0.1, xerr=half or None, color=colour, linewidth=2, capsize=5)
     axis.plot(mean, i - 0.1, color=colour, marker="|", markersize=18, markeredgewidth=3)
-    axis.scatter(seeds, [i + 0.22] * len(seeds), s=34, marker=_marker(i), color=colour, alpha=0.8)
+    # Seeds of equal accuracy would hide each other in one line.
+    rows = [i + 0.16 + 0.18 * k / max(len(seeds) - 1, 1) for k in range(len(seeds))]
+    axis.scatter(seeds, rows, s=30, marker=_marker(i), color=colour, alpha=0.8)
 
 
 def _marker(i: int) -> str:
@@ -108,6 +120,7 @@ def _label_rows(axis: "Axes", names: Sequence[str]) -> None:
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.margins(x=0.08)
+    axis.locator_params(axis="x", nbins=6)
 
 
 def _curves(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) -> None:
@@ -131,7 +144,7 @@ def _curves(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) -> Non
     axis.set_title("Learning curves, mean of seeds", fontsize=10)
     axis.set_xlabel("epoch", fontsize=9)
     axis.set_ylabel("test accuracy, %", fontsize=9)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="x", integer=True)
     axis.grid(color="0.9")
     axis.set_axisbelow(True)
     axis.legend(fontsize=8, frameon=False, loc="lower right")

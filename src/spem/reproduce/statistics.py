@@ -1,7 +1,8 @@
-"""What a few paired seeds can show: mean, deviation, and the 95 % t interval of a paired difference.
+"""What a few paired seeds can show: mean, deviation, t interval of a paired difference.
 
-The unit of every comparison is the difference of two runs with the same seed: they start from the same backbone and
-see the same images in the same order. With few seeds the interval is wide, and that is the honest answer.
+The unit of every comparison is the difference of two runs with the same seed: they start from the
+same backbone and see the same images in the same order. With few seeds the interval is wide, and
+that is the honest answer.
 """
 
 import math
@@ -34,7 +35,7 @@ class PairedDifference:
         n: How many pairs there are; 0 if the two share no seed.
         mean: Mean difference; None for n = 0.
         sd: Standard deviation of the differences, n - 1 in the denominator; None for n < 2.
-        low: Lower end of the interval; None where no interval exists (n < 2, or all differences equal).
+        low: Lower end of the interval; None where there is none (n < 2, or all differences equal).
         high: Upper end; None like `low`.
         level: The level of the interval.
     """
@@ -90,7 +91,8 @@ def paired_difference(
 ) -> PairedDifference:
     """The mean difference `values - baseline` over the seeds both have, with its t interval.
 
-    **Formula** mean(d) -+ t(n - 1, (1 + level) / 2) * sd(d) / sqrt(n), d = values[seed] - baseline[seed].
+    **Formula** mean(d) -+ t(n - 1, (1 + level) / 2) * sd(d) / sqrt(n), where d[seed] is
+    values[seed] - baseline[seed] and t(k, q) the quantile q of Student's t with k degrees.
 
     Args:
         values: Seed -> number.
@@ -98,29 +100,31 @@ def paired_difference(
         level: Level of the interval, between 0 and 1.
 
     Returns:
-        The difference. There is no interval below two pairs, and none if all differences are the same number: their
-        deviation of 0 says that the values are coarse, not that the difference is certain.
+        The difference. There is no interval below two pairs, and none if all differences are the
+        same number: a deviation of 0 says that the values are coarse, not that the difference is
+        certain.
 
     Raises:
         ValueError: `level` is not between 0 and 1, or a number is not finite.
     """
     if not 0 < level < 1:
-        raise ValueError(f"paired_difference: level={level} is no level. Use a number between 0 and 1.")
+        raise ValueError(
+            f"paired_difference: level={level} is no level. Use a number between 0 and 1."
+        )
     seeds = sorted(set(values) & set(baseline))
-    differences = [values[seed] - baseline[seed] for seed in seeds]
-    if not differences:
+    if not seeds:
         return PairedDifference(0, None, None, None, None, level)
-    summary = summarise(differences)
-    # Subtracting percentages leaves noise in the last digits; a deviation of that size is none.
-    largest = max(abs(v) for seed in seeds for v in (values[seed], baseline[seed]))
-    if summary.sd is None or summary.sd <= 1e-12 * largest:
-        sd = None if summary.sd is None else 0.0
-        return PairedDifference(summary.n, summary.mean, sd, None, None, level)
-    stats = require("scipy.stats", extra="reproduce", purpose="the t interval")
-    half = float(stats.t.ppf((1 + level) / 2, summary.n - 1)) * summary.sd / math.sqrt(summary.n)
-    return PairedDifference(
-        summary.n, summary.mean, summary.sd, summary.mean - half, summary.mean + half, level
-    )
+    both = [number for seed in seeds for number in (values[seed], baseline[seed])]
+    _check_finite("paired_difference", both)
+    # Subtracting percentages leaves noise in the last digits; what is no larger is 0.
+    noise = 1e-12 * max(map(abs, both))
+    summary = summarise([_settle(values[seed] - baseline[seed], noise) for seed in seeds])
+    mean, sd = _settle(summary.mean, noise), summary.sd
+    if sd is None or sd <= noise:
+        return PairedDifference(summary.n, mean, None if sd is None else 0.0, None, None, level)
+    stats = require("scipy.stats", extra="train", purpose="the t interval")
+    half = float(stats.t.ppf((1 + level) / 2, summary.n - 1)) * sd / math.sqrt(summary.n)
+    return PairedDifference(summary.n, mean, sd, mean - half, mean + half, level)
 
 
 def reading(name: str, baseline: str, difference: PairedDifference) -> str:
@@ -153,3 +157,7 @@ def _check_finite(subject: str, values: Sequence[float]) -> None:
             raise ValueError(
                 f"{subject}: {value} is not a finite number. Look for a run that diverged."
             )
+
+
+def _settle(value: float, noise: float) -> float:
+    return value if abs(value) > noise else 0.0

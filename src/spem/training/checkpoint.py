@@ -33,11 +33,11 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -66,12 +66,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     payload, footer = content[:-_FOOTER], content[-_FOOTER:]
     if footer != _MAGIC + hashlib.sha256(payload).digest():
-        raise _damaged(path, "its SHA-256 does not match", "Delete it to train this run from the start.")
+        raise _damaged(
+            path, "its SHA-256 does not match", "Delete it to train this run from the start."
+        )
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
         # The sum is right, so these bytes were written on purpose, by another program or version.
-        raise _damaged(path, f"it cannot be read ({error})", "Train into another folder.") from error
+        raise _damaged(
+            path, f"it cannot be read ({error})", "Train into another folder."
+        ) from error
     return cast("dict[str, Any]", state)
 
 
@@ -138,7 +142,9 @@ def load_weights(path: Path) -> tuple[ResNet, RunConfig]:
         raise _damaged(path, f"it is not a whole safetensors file ({error})", remedy) from error
     text, digest = metadata.get("config"), metadata.get("sha256")
     if not isinstance(text, str) or not isinstance(digest, str):
-        raise _damaged(path, "its metadata holds no config and SHA-256", "Use a file of save_weights.")
+        raise _damaged(
+            path, "its metadata holds no config and SHA-256", "Use a file of save_weights."
+        )
     if digest != _weights_digest(tensors, text):
         raise _damaged(path, "its SHA-256 does not match", remedy)
     config = RunConfig.from_dict(json.loads(text))

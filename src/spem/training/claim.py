@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,8 +68,8 @@ class Claim:
         """
         if self._read().get("token") != self._token:
             raise RuntimeError(
-                f"train: the claim on {self.folder} was taken over by another process while this one "
-                "was silent. Nothing more is written; leave the run to that process."
+                f"train: the claim on {self.folder} was taken over by another process while this "
+                "one was silent. Nothing more is written; leave the run to that process."
             )
 
     def release(self) -> None:
@@ -118,7 +118,7 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, *, silence_seconds: float = SILENCE_SECONDS) -> Iterator[Claim]:
+def claimed(folder: Path, *, silence_seconds: float = SILENCE_SECONDS) -> Generator[Claim]:
     """Hold the claim on a folder for the length of a `with` block."""
     claim = Claim(folder, silence_seconds=silence_seconds)
     claim.acquire()
@@ -131,9 +131,8 @@ def claimed(folder: Path, *, silence_seconds: float = SILENCE_SECONDS) -> Iterat
 def process_start(pid: int) -> str | None:
     """A text that tells two processes of one id apart; None if no such process runs."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The second field is the program's name in parentheses and may hold spaces.
-            fields = file.read().rpartition(b")")[2].split()
+        # The second field is the program's name in parentheses and may hold spaces.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
@@ -148,7 +147,7 @@ def process_start(pid: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None]:
     """Serialise claiming and releasing; the kernel frees the lock when its process dies."""
     import fcntl  # not on every system, and `import spem.training` must work everywhere
 

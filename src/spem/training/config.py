@@ -61,7 +61,8 @@ class DataConfig:
         pad: zeros added on each side before the crop, in pixels.
         normalisation: a key of `spem.data.NORMALISATION`.
         size: side in pixels to which the images are brought; None keeps theirs.
-        sha256: expected checksum of the decoded training images; not part of the run's id.
+        sha256: expected SHA-256 of the raw files of the training split (see
+            `spem.data.load_images`); not part of the run's id.
     """
 
     name: str = "cifar10"
@@ -121,7 +122,10 @@ class OptimConfig:
             # 1 and 1.0 are the same rate and must give the same id.
             object.__setattr__(self, name, float(getattr(self, name)))
         _one_of("optim.rules", self.rules, ("host", "declared"))
-        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+        if (
+            list(self.milestones) != sorted(set(self.milestones))
+            or min(self.milestones, default=1) < 1
+        ):
             raise ValueError(
                 f"optim.milestones={self.milestones} must be rising epoch numbers from 1 on. "
                 "Sort them and drop repeats."
@@ -236,7 +240,12 @@ class RunConfig:
             ValueError: a field is unknown, missing or has a value of the wrong type.
         """
         parts: dict[str, Any] = {}
-        sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "runtime": RuntimeConfig}
+        sections = {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "optim": OptimConfig,
+            "runtime": RuntimeConfig,
+        }
         _same_keys("config", values, cls)
         for name, value in values.items():
             parts[name] = _section(name, value, sections[name]) if name in sections else value
@@ -271,7 +280,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _section(name: str, values: Any, kind: type) -> Any:
     """Build one of the four parts, checking names and types of its fields."""
     if not isinstance(values, dict):
-        raise ValueError(f"config: {name} must be a table of fields, found {type(values).__name__}.")
+        raise ValueError(
+            f"config: {name} must be a table of fields, found {type(values).__name__}."
+        )
     fields = cast("dict[str, Any]", values)
     _same_keys(f"config: {name}", fields, kind)
     default = kind()

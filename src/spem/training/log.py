@@ -38,7 +38,10 @@ class Status:
         """One line for people."""
         parts = [f"epoch {self.epoch + 1}/{self.epochs}", f"step {self.step}/{self.steps}"]
         if self.last is not None:
-            parts += [f"loss {self.last['loss']:.3f}", f"accuracy {self.last['test_accuracy']:.2f} %"]
+            parts += [
+                f"loss {self.last['loss']:.3f}",
+                f"accuracy {self.last['test_accuracy']:.2f} %",
+            ]
         parts += [f"{self.images_per_second:.0f} images/s", f"{duration(self.seconds_left)} left"]
         return ", ".join(parts)
 
@@ -110,7 +113,8 @@ class PlainLines:
 
     def message(self, text: str) -> None:
         """Print the text."""
-        print(text, file=self._stream, flush=True)
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """Nothing to do."""
@@ -120,7 +124,9 @@ class LiveBar:
     """A bar that moves in place, for terminals."""
 
     def __init__(self) -> None:
-        console = require("rich.console", extra="train", purpose="live progress").Console(stderr=True)
+        console = require("rich.console", extra="train", purpose="live progress").Console(
+            stderr=True
+        )
         bars = require("rich.progress", extra="train", purpose="live progress")
         self._bar = bars.Progress(
             bars.BarColumn(bar_width=24),
@@ -173,12 +179,12 @@ class RunLog:
 
     def open_board(self, first_epoch: int) -> None:
         """Start the TensorBoard copy; a resumed run replaces what lies from `first_epoch` on."""
-        board = require("torch.utils.tensorboard", extra="reproduce", purpose="runtime.tensorboard")
+        board = require("torch.utils.tensorboard", extra="train", purpose="runtime.tensorboard")
         self._board = board.SummaryWriter(str(self._board_folder), purge_step=first_epoch)
 
     def message(self, text: str) -> None:
         """Write a line into `log.txt` and show it."""
-        with open(self._messages, "a", encoding="utf-8") as file:
+        with self._messages.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {text}\n")
         self.progress.message(text)
 
@@ -188,7 +194,7 @@ class RunLog:
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """Append an epoch to `metrics.jsonl`, to TensorBoard if open, and show it."""
-        with open(self._metrics, "a", encoding="utf-8") as file:
+        with self._metrics.open("a", encoding="utf-8") as file:
             file.write(_json_line(line))
             file.flush()
             os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 from typing import Any
 
@@ -47,7 +47,7 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
+def stop_signals() -> Generator[StopSignals]:
     """Catch SIGTERM and SIGINT for the length of a `with` block.
 
     Python handles signals in the main thread only; in any other, nothing is caught.

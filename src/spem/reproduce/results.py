@@ -1,0 +1,268 @@
+"""From run folders to tidy CSV and to the table of a comparison."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spem.reproduce.statistics import PairedDifference, Summary, paired_difference, summarise
+from spem.training import Result, RunConfig, read_metrics
+from spem.training.checkpoint import write_atomic
+from spem.training.runs import finished
+
+Cell = str | int | float | None
+Row = Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its config, its result, and its epochs as `metrics.jsonl` holds them."""
+
+    config: RunConfig
+    result: Result
+    epochs: tuple[dict[str, Any], ...]
+
+    @property
+    def attention(self) -> str:
+        """Canonical text of the attention, "none" for the plain network."""
+        return self.config.model.attention
+
+    @property
+    def seed(self) -> int:
+        """The seed."""
+        return self.config.seed
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last epoch, in percent."""
+        return self.result.accuracy
+
+    @property
+    def curve(self) -> tuple[float, ...]:
+        """Test accuracy after every epoch, in percent."""
+        return tuple(line["test_accuracy"] for line in self.epochs)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a comparison's table; accuracies in percent.
+
+    Args:
+        attention: What is compared.
+        last: Test accuracy after the last epoch, over seeds.
+        best: Test accuracy at each run's best epoch, over seeds.
+        best_selected_on: The set on which the best epoch was chosen.
+        difference: Paired difference of `last` to the reference; None for the reference itself.
+        parameters: Parameters of the network.
+        flops: FLOPs of one image, forward.
+        step_ms: Median over runs of the time of a training step.
+        step_ratio: `step_ms` over that of the reference.
+    """
+
+    attention: str
+    last: Summary
+    best: Summary
+    best_selected_on: str
+    difference: PairedDifference | None
+    parameters: int
+    flops: int
+    step_ms: float
+    step_ratio: float | None
+
+
+def collect(configs: Iterable[RunConfig], runs: Path) -> list[Run]:
+    """Read those of the planned runs that have finished, in the order of the plan.
+
+    Raises:
+        ValueError: A file of a run is damaged, or a folder holds another run.
+    """
+    found: list[Run] = []
+    for config in configs:
+        folder = config.folder(runs)
+        result = finished(config, folder)
+        if result is not None:
+            found.append(Run(config, result, tuple(read_metrics(folder))))
+    return found
+
+
+def table(runs: Sequence[Run], reference: str) -> list[Line]:
+    """One line for each attention, in the order in which they first appear.
+
+    Args:
+        runs: Finished runs.
+        reference: The attention the others are compared with; without its runs nothing is compared.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.attention, []).append(run)
+    return [_line(members, groups.get(reference)) for members in groups.values()]
+
+
+def _line(members: Sequence[Run], reference: Sequence[Run] | None) -> Line:
+    one = members[0].result
+    difference = ratio = None
+    if reference is not None:
+        ratio = _step_ms(members) / _step_ms(reference)
+        if reference is not members:
+            difference = paired_difference(_by_seed(members), _by_seed(reference))
+    return Line(
+        attention=one.attention,
+        last=summarise([run.accuracy for run in members]),
+        best=summarise([run.result.best_accuracy for run in members]),
+        best_selected_on=one.best_selected_on,
+        difference=difference,
+        parameters=one.parameters,
+        flops=one.flops,
+        step_ms=_step_ms(members),
+        step_ratio=ratio,
+    )
+
+
+def _by_seed(runs: Sequence[Run]) -> dict[int, float]:
+    return {run.seed: run.accuracy for run in runs}
+
+
+def _step_ms(runs: Sequence[Run]) -> float:
+    return 1000 * statistics.median(run.result.step_seconds for run in runs)
+
+
+def write_csv(
+    runs: Sequence[Run], lines: Sequence[Line], out: Path, *, reference: str
+) -> list[Path]:
+    """Write runs.csv, epochs.csv, mixes.csv (if a mix was learned) and summary.csv.
+
+    Rows of runs are sorted by data set, depth, attention and seed. Columns that depend on the clock
+    or the machine begin with `time_` or `host_`; all others of two equal comparisons on one machine
+    are the same bytes. Epochs count from 0.
+
+    Args:
+        runs: Finished runs.
+        lines: Their table.
+        out: Folder to write into.
+        reference: The attention the others are compared with.
+
+    Returns:
+        The files written.
+    """
+    ordered = sorted(runs, key=lambda r: (r.result.dataset, r.result.depth, r.attention, r.seed))
+    contents = {
+        "runs.csv": [_run_row(run) for run in ordered],
+        "epochs.csv": [row for run in ordered for row in _epoch_rows(run)],
+        "mixes.csv": [row for run in ordered for row in _mix_rows(run)],
+        "summary.csv": [_summary_row(line, reference) for line in lines],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    for name, rows in contents.items():
+        path = out / name
+        if rows:
+            write_atomic(path, _csv(rows).encode())
+            written.append(path)
+        elif path.exists():
+            path.unlink()  # of an earlier comparison in the same folder
+    return written
+
+
+def _key(run: Run) -> dict[str, Cell]:
+    result = run.result
+    return {
+        "dataset": result.dataset,
+        "depth": result.depth,
+        "attention": run.attention,
+        "seed": run.seed,
+        "id": result.id,
+    }
+
+
+def _run_row(run: Run) -> Row:
+    result = run.result
+    return {
+        **_key(run),
+        "epochs": result.epochs,
+        "steps": result.steps,
+        "precision": run.config.runtime.precision,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "train_accuracy": result.train_accuracy,
+        "train_loss": result.train_loss,
+        "validation_accuracy": result.validation_accuracy,
+        "best_accuracy": result.best_accuracy,
+        "best_epoch": result.best_epoch,
+        "best_selected_on": result.best_selected_on,
+        "parameters": result.parameters,
+        "attention_parameters": result.attention_parameters,
+        "flops": result.flops,
+        "train_sha256": result.train_sha256,
+        "test_sha256": result.test_sha256,
+        "time_train_seconds": result.train_seconds,
+        "time_evaluation_seconds": result.evaluation_seconds,
+        "time_step_ms": 1000 * result.step_seconds,
+        "time_images_per_second": result.images_per_second,
+        "host_hardware": result.hardware,
+        **{f"host_{name}": number for name, number in sorted(result.versions.items())},
+    }
+
+
+def _epoch_rows(run: Run) -> Iterable[Row]:
+    for line in run.epochs:
+        numbers = {_column(k): v for k, v in line.items() if not isinstance(v, (dict, list))}
+        yield {**_key(run), **dict(sorted(numbers.items(), key=lambda item: _machine(item[0])))}
+
+
+def _mix_rows(run: Run) -> Iterable[Row]:
+    for line in run.epochs:
+        for name, numbers in line["mixes"].items():
+            yield {**_key(run), "epoch": line["epoch"], "mix": name, **numbers}
+
+
+def _summary_row(line: Line, reference: str) -> Row:
+    d = line.difference
+    return {
+        "attention": line.attention,
+        "n": line.last.n,
+        "accuracy_mean": line.last.mean,
+        "accuracy_sd": line.last.sd,
+        "best_accuracy_mean": line.best.mean,
+        "best_accuracy_sd": line.best.sd,
+        "best_selected_on": line.best_selected_on,
+        "difference_to": None if d is None else reference,
+        "difference_n": None if d is None else d.n,
+        "difference_mean": None if d is None else d.mean,
+        "difference_sd": None if d is None else d.sd,
+        "difference_low95": None if d is None else d.low,
+        "difference_high95": None if d is None else d.high,
+        "parameters": line.parameters,
+        "flops": line.flops,
+        "time_step_ms": line.step_ms,
+        "time_step_ratio": line.step_ratio,
+    }
+
+
+def _column(name: str) -> str:
+    """A metric's name as a column; what depends on the clock or the machine says so in front."""
+    if "second" in name:
+        return f"time_{name}"
+    return f"host_{name}" if "memory" in name else name
+
+
+def _machine(column: str) -> bool:
+    return column.startswith(("time_", "host_"))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_text(row.get(column)) for column in columns])
+    return text.getvalue()
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.7g}" if isinstance(cell, float) else str(cell)

@@ -1,0 +1,314 @@
+"""Training, from a config and a folder to a result: plan, resume, epochs, result."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention import learned_mixes
+from spem.data import NORMALISATION, normalise
+from spem.seeding import initialise
+from spem.training.checkpoint import build_model, load_checkpoint, save_checkpoint, save_weights
+from spem.training.claim import Claim, claimed
+from spem.training.config import RunConfig
+from spem.training.environment import record_environment
+from spem.training.evaluation import evaluate
+from spem.training.log import Progress, RunLog, Status, choose_progress
+from spem.training.results import Result, best_line, summarise, write_result
+from spem.training.runs import CHECKPOINT, WEIGHTS, finished, plan_run, require_same_run
+from spem.training.sets import epoch_images, load_sets
+from spem.training.signals import StopSignals, stop_signals
+from spem.training.step import execution, make_optimizer, make_step, set_rate
+
+
+def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> Result:
+    """Train in a folder, from the start or from its checkpoint; at once if it is finished.
+
+    On the CPU a resumed run ends in the same bits as an undisturbed one.
+
+    Args:
+        config: what to train; what it leaves open (device, threads) is resolved and written down.
+        folder: the run folder, made if needed. One process at a time may train in it.
+        progress: what is told about the run; None shows a live bar or plain lines.
+
+    Raises:
+        ValueError: the folder holds another run, or a damaged file.
+        RuntimeError: another process trains in the folder.
+        FloatingPointError: the loss became infinite or NaN.
+        Interrupted: SIGTERM or Ctrl-C; a checkpoint is written, and the exception carries the
+            exit code.
+    """
+    folder = Path(folder)
+    result = finished(config, folder)
+    if result is not None:
+        return result
+    with stop_signals() as stop, claimed(folder) as claim:
+        result = finished(config, folder)  # by another process, since the first look
+        if result is not None:
+            return result
+        for leftover in folder.glob(".*.tmp"):  # of a process killed while it wrote
+            leftover.unlink()
+        log = RunLog(folder, progress or choose_progress())
+        try:
+            if claim.taken_over:
+                log.message(claim.taken_over)
+            config = plan_run(config, folder, log.message)
+            with execution(config.runtime) as device:
+                return _Training(config, folder, device, log, claim, stop).run()
+        finally:
+            log.close()
+
+
+@dataclass
+class _State:
+    """Where a run stands: everything of a checkpoint but model and optimiser."""
+
+    sums: dict[str, Tensor]
+    """Sums over the steps of the current epoch: loss, penalty, correct, change of each lambda."""
+    epoch: int = 0
+    step: int = 0
+    """Steps done in the current epoch."""
+    seconds: float = 0.0
+    """Time of those steps."""
+    history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Lines of `metrics.jsonl`."""
+
+
+class _Training:
+    """One run in progress."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        device: torch.device,
+        log: RunLog,
+        claim: Claim,
+        stop: StopSignals,
+    ) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        self.log, self.claim, self.stop = log, claim, stop
+        self.sets = load_sets(config.data, device)
+        model = build_model(config, classes=len(self.sets.train.classes))
+        initialise(model, config.seed, scope=config.model.init_scope)
+        self.format = (
+            torch.channels_last if config.runtime.channels_last else torch.contiguous_format
+        )
+        self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.take_step = make_step(self.model, self.optimizer, config.optim, config.runtime)
+        self.mixes = learned_mixes(self.model)
+        self.steps = math.ceil(len(self.sets.train) / config.optim.batch)
+        self.state = _State(self._zero_sums())
+        self.saved_at = time.monotonic()
+
+    def run(self) -> Result:
+        """Train the epochs that are missing and write the result."""
+        self._resume()
+        state, optim = self.state, self.config.optim
+        record_environment(self.folder, self._checksums(), self.config.runtime)
+        if self.config.runtime.tensorboard:
+            self.log.open_board(first_epoch=state.epoch)
+        while state.epoch < optim.epochs:
+            rate = set_rate(self.optimizer, optim, state.epoch)
+            self._train_epoch()
+            line = self._epoch_line(rate)
+            state.history.append(line)
+            state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+            state.sums = self._zero_sums()
+            self._save()
+            self.log.epoch(line, optim.epochs)
+            if self.stop.received and state.epoch < optim.epochs:
+                raise self.stop.interruption(f"after epoch {state.epoch}", self.folder)
+        result = self._finish()
+        if self.stop.received:
+            raise self.stop.interruption("after its last epoch; the result is written", self.folder)
+        return result
+
+    def _train_epoch(self) -> None:
+        """Take the missing steps of the current epoch, without waiting for the device between."""
+        config, state = self.config, self.state
+        mean, std = NORMALISATION[config.data.normalisation]
+        dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
+        images, labels = epoch_images(self.sets.train, config.data, config.seed, state.epoch)
+        before = self._lambdas()
+        started, carried, first = time.monotonic(), state.seconds, state.step
+        while state.step < self.steps:
+            here = slice(state.step * config.optim.batch, (state.step + 1) * config.optim.batch)
+            batch = normalise(images[here], mean, std, dtype).contiguous(memory_format=self.format)
+            output = self.take_step(batch, labels[here])
+
+            state.sums["loss"] += output.loss * len(batch)
+            state.sums["penalty"] += output.penalty
+            state.sums["correct"] += output.correct
+            now = self._lambdas()
+            state.sums["change"] += (now - before).abs()
+            before = now
+
+            state.step += 1
+            state.seconds = carried + time.monotonic() - started
+            if self.stop.received:
+                self._save()
+                where = f"in epoch {state.epoch + 1} after step {state.step} of {self.steps}"
+                raise self.stop.interruption(where, self.folder)
+            if time.monotonic() - self.saved_at > 60 * config.runtime.checkpoint_minutes:
+                self._save()
+            if self.log.progress.due():
+                self.log.progress.step(self._status(state.step - first, time.monotonic() - started))
+        self._synchronise()
+        state.seconds = carried + time.monotonic() - started
+
+    def _epoch_line(self, rate: float) -> dict[str, Any]:
+        """Read the epoch's sums (once), evaluate, and put the epoch's line together."""
+        state, count = self.state, len(self.sets.train)
+        loss = float(state.sums["loss"]) / count
+        self._require_finite("training loss", loss)
+        started = time.monotonic()
+        normalisation = self.config.data.normalisation
+        test = evaluate(self.model, self.sets.test, normalisation=normalisation)
+        self._require_finite("test loss", test.loss)
+        line: dict[str, Any] = {
+            "epoch": state.epoch,
+            "lr": rate,
+            "loss": loss,
+            "penalty": float(state.sums["penalty"]) / self.steps,
+            "train_accuracy": 100.0 * int(state.sums["correct"]) / count,
+            "test_loss": test.loss,
+            "test_accuracy": test.top1,
+        }
+        if self.sets.validation is not None:
+            held_out = evaluate(self.model, self.sets.validation, normalisation=normalisation)
+            line |= {"validation_loss": held_out.loss, "validation_accuracy": held_out.top1}
+        best = best_line([*state.history, line])
+        line |= {"best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
+        line["seconds"] = state.seconds
+        line["evaluation_seconds"] = time.monotonic() - started
+        line["images_per_second"] = count / state.seconds
+        line["mixes"] = {
+            name: {
+                "lambda": float(mix.lam.detach()),
+                "magnitude": float(mix.magnitude.detach()),
+                "change": change / self.steps,
+            }
+            for (name, mix), change in zip(self.mixes, state.sums["change"].tolist(), strict=True)
+        }
+        return line
+
+    def _finish(self) -> Result:
+        self.claim.check()
+        save_weights(self.model, self.config, self.folder / WEIGHTS)
+        result = summarise(self.config, self.model, self.sets, self.state.history)
+        write_result(result, self.folder)
+        if not self.config.runtime.keep_checkpoint:
+            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        return result
+
+    def _save(self) -> None:
+        """Write the checkpoint. This waits for the device, so it does not happen every step."""
+        state = self.state
+        self._require_finite("training loss", float(state.sums["loss"]))
+        weights = [parameter.detach() for parameter in self.model.parameters()]
+        self._require_finite("norm of the weights", float(nn.utils.get_total_norm(weights)))
+        self.claim.check()
+        content = {
+            "config": self.config.to_dict(),
+            "data_sha256": self._checksums(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **vars(state),
+        }
+        save_checkpoint(content, self.folder / CHECKPOINT)
+        self.saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go to where the checkpoint stands, if there is one."""
+        path = self.folder / CHECKPOINT
+        if path.exists():
+            content = load_checkpoint(path)
+            require_same_run(RunConfig.from_dict(content["config"]), self.config, self.folder)
+            if content["data_sha256"] != self._checksums():
+                raise ValueError(
+                    f"train: the images differ from those {path} was trained on "
+                    f"({content['data_sha256']} -> {self._checksums()}). Use another folder."
+                )
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            names = vars(self.state).keys()
+            self.state = _State(**{name: content[name] for name in names})
+            self.state.sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
+            self.log.message(
+                f"resuming in epoch {self.state.epoch + 1} after step {self.state.step}"
+            )
+        self.log.restart(self.state.history)
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        path = self.folder / CHECKPOINT
+        good = (
+            f"The last good checkpoint is {path}" if path.exists() else "There is no checkpoint yet"
+        )
+        rate = self.optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(
+            f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
+            f"Norm layers, worst first: {_norm_report(self.model)}. {good}. Use a lower optim.lr."
+        )
+
+    def _status(self, steps_now: int, seconds_now: float) -> Status:
+        state, config = self.state, self.config
+        per_step = seconds_now / steps_now
+        evaluation = state.history[-1]["evaluation_seconds"] if state.history else 0.0
+        epochs_left = config.optim.epochs - state.epoch
+        steps_left = epochs_left * self.steps - state.step
+        return Status(
+            epoch=state.epoch,
+            epochs=config.optim.epochs,
+            step=state.step,
+            steps=self.steps,
+            images_per_second=config.optim.batch / per_step,
+            seconds_left=steps_left * per_step + epochs_left * evaluation,
+            last=state.history[-1] if state.history else None,
+        )
+
+    def _zero_sums(self) -> dict[str, Tensor]:
+        real = torch.float32 if self.device.type == "mps" else torch.float64
+        return {
+            "loss": torch.zeros((), dtype=real, device=self.device),
+            "penalty": torch.zeros((), dtype=real, device=self.device),
+            "correct": torch.zeros((), dtype=torch.int64, device=self.device),
+            "change": torch.zeros(len(self.mixes), dtype=real, device=self.device),
+        }
+
+    @torch.no_grad()
+    def _lambdas(self) -> Tensor:
+        """The lambda of every learned mix, on the device."""
+        if not self.mixes:
+            return torch.zeros(0, device=self.device)
+        return torch.stack([mix.lam for _, mix in self.mixes])
+
+    def _checksums(self) -> dict[str, str]:
+        return {"train": self.sets.train.sha256, "test": self.sets.test.sha256}
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _norm_report(model: nn.Module, count: int = 4) -> str:
+    """The norm layers with NaN or with the largest running variance, for an error message."""
+    found: list[tuple[float, str]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
+            variance = float(module.running_var.max())
+            weight = float(module.weight.norm())
+            badness = variance if math.isfinite(variance) else math.inf
+            found.append(
+                (badness, f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})")
+            )
+    return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:count])

@@ -1,0 +1,117 @@
+"""One training step, and the settings of torch it runs under."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Generator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spem.attention import param_groups, penalty
+from spem.training.config import OptimConfig, RuntimeConfig
+
+
+class StepOutput(NamedTuple):
+    """What a step computed, on the device: mean cross entropy, penalty, correct answers."""
+
+    loss: Tensor
+    penalty: Tensor
+    correct: Tensor
+
+
+Step = Callable[[Tensor, Tensor], StepOutput]
+"""Takes normalised images and labels, updates the network, and does not wait for the device."""
+
+
+def make_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, optim: OptimConfig, runtime: RuntimeConfig
+) -> Step:
+    """Build the training step: cross entropy plus penalty, backward, SGD.
+
+    Args:
+        model: in training mode, on its device.
+        optimizer: of `make_optimizer`.
+        optim: gives the coefficient of the penalty.
+        runtime: gives precision, and whether forward and loss are compiled.
+    """
+    device = next(model.parameters()).device
+    bf16 = runtime.precision == "bf16"
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = model(images)
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels)
+        return loss, penalty(model), (logits.argmax(1) == labels).sum()
+
+    if runtime.step == "compile":
+        # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    def step(images: Tensor, labels: Tensor) -> StepOutput:
+        optimizer.zero_grad(set_to_none=True)
+        loss, extra, correct = forward(images, labels)
+        (loss + optim.penalty * extra).backward()
+        optimizer.step()
+        return StepOutput(loss.detach(), extra.detach(), correct)
+
+    return step
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
+    """Build SGD with one group that decays everything, or with every module's declared rules.
+
+    Each group keeps its starting rate as "initial_lr", from which `set_rate` computes.
+    """
+    if optim.rules == "declared":
+        groups = param_groups(model, optim.lr, optim.weight_decay, mix_lr=optim.mix_lr)
+    else:
+        groups = [
+            {"params": list(model.parameters()), "lr": optim.lr, "weight_decay": optim.weight_decay}
+        ]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
+
+
+def decay(optim: OptimConfig, epoch: int) -> float:
+    """What the starting rates are multiplied by in an epoch, counted from 0."""
+    return optim.factor ** sum(epoch >= milestone for milestone in optim.milestones)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, epoch: int) -> float:
+    """Set the rates of an epoch; a function of the epoch alone, so a resumed run cannot lose it.
+
+    Returns:
+        The rate of the parameters without one of their own.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * decay(optim, epoch)
+    return optim.lr * decay(optim, epoch)
+
+
+@contextlib.contextmanager
+def execution(runtime: RuntimeConfig) -> Generator[torch.device]:
+    """Set threads, determinism and full float32 for the length of a `with` block."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(runtime.threads)
+    torch.backends.cudnn.benchmark = not runtime.deterministic
+    # torch would round the inputs of float32 convolutions to TF32, which is another precision.
+    torch.backends.cudnn.allow_tf32 = False
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield torch.device(runtime.device)
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic)

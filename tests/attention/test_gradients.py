@@ -1,0 +1,197 @@
+"""Gradients: numerically, and where the extremum of a plane is not unique."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attention.cases import CASES, CHANNELS, Case
+from attention.drawing import distinct_map, feature_map, generator, randomise
+from tolerance import GRADCHECK
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import spem
+
+LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+EXTREMA = ("max", "min", "mix0.3", "squares", "anchored", "sigmoid")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """A copy of its own in the layout."""
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return x.clone(memory_format=memory)
+
+
+def gradcheck(module: nn.Module, x: Tensor) -> None:
+    names = [name for name, _ in module.named_parameters()]
+    values = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
+
+    def forward(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(module, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *values), **GRADCHECK)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_gradcheck(case: Case, training: bool) -> None:
+    if not training and not case.batch_statistics:
+        pytest.skip("the same function as in training")
+    module = randomise(case.make().double(), "gradcheck", case.label).train(training)
+    gradcheck(module, distinct_map(2, CHANNELS, 2, 3, key=case.label))
+
+
+@pytest.mark.parametrize("name", spem.list_attention())
+def test_every_registered_module_passes_gradcheck(name: str) -> None:
+    spec = {
+        "se": "se(reduction=8)",
+        "cbam": "cbam(reduction=8, kernel=3)",
+        "sge": "sge(groups=4)",
+    }.get(name, name)
+    module = randomise(
+        spem.create_attention(spec, CHANNELS, dtype=torch.float64), "registered", name
+    )
+    gradcheck(module, distinct_map(2, CHANNELS, 2, 2, key=name))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_every_parameter_receives_a_gradient(case: Case) -> None:
+    module = randomise(case.make().double(), case.label)
+    x = feature_map(3, CHANNELS, 4, 5, key=case.label).requires_grad_()
+    (module(x) * feature_map(3, CHANNELS, 4, 5, key="weights")).sum().backward()
+    assert x.grad is not None
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def tied_map(kind: str, *shape: int) -> Tensor:
+    """A map [N, C, H, W] in whose planes extrema repeat."""
+    if kind == "few values":
+        return torch.randint(0, 3, shape, generator=generator(kind, shape)).double()
+    if kind == "constant":
+        planes = torch.randn(shape[:2], generator=generator(kind, shape), dtype=torch.float64)
+        return planes[..., None, None].expand(shape).contiguous()
+    if kind == "zero":
+        return torch.zeros(shape, dtype=torch.float64)
+    if kind == "last maximum first minimum":
+        x = torch.zeros(shape, dtype=torch.float64)
+        x[..., -1, -1] = 1.0
+        return x
+    raise AssertionError(kind)
+
+
+KINDS = pytest.mark.parametrize(
+    "kind", ["few values", "constant", "zero", "last maximum first minimum"]
+)
+
+
+def first_extrema(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Row-major index of the first maximum and of the first minimum of every plane, [N, C]."""
+    flat = x.contiguous().flatten(2).numpy()
+    return flat.argmax(-1), flat.argmin(-1)  # numpy gives the first one
+
+
+@LAYOUTS
+@KINDS
+def test_statistics_send_the_gradient_to_the_first_extremum(kind: str, layout: str) -> None:
+    shape = (3, 6, 5, 4)
+    x = tied_map(kind, *shape)
+    leaf = laid_out(x, layout).requires_grad_()
+    stats = spem.ops.plane_stats(leaf, which=("max", "min"))
+    high = torch.randn(shape[:2], generator=generator("high"), dtype=torch.float64)
+    low = torch.randn(shape[:2], generator=generator("low"), dtype=torch.float64)
+    ((stats.max * high) + (stats.min * low)).sum().backward()
+    expected = torch.zeros(3, 6, 20, dtype=torch.float64)
+    first_max, first_min = (torch.from_numpy(i)[..., None] for i in first_extrema(x))
+    expected.scatter_add_(2, first_max, high[..., None])
+    expected.scatter_add_(2, first_min, low[..., None])
+    assert torch.equal(leaf.grad.contiguous().flatten(2), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9), (2, 3, 2, 3, 4)])
+def test_statistics_of_lines_and_volumes_do_so_too(shape: tuple[int, ...]) -> None:
+    leaf = torch.randint(0, 3, shape, generator=generator("rank", shape)).double().requires_grad_()
+    spem.ops.plane_stats(leaf, which=("max",)).max.sum().backward()
+    flat = leaf.detach().flatten(2)
+    expected = torch.zeros_like(flat).scatter_(
+        2, torch.from_numpy(flat.numpy().argmax(-1))[..., None], 1.0
+    )
+    assert torch.equal(leaf.grad.flatten(2), expected)
+
+
+def gate_gradient(module: nn.Module, x: Tensor, layout: str) -> Tensor:
+    leaf = laid_out(x, layout).requires_grad_()
+    gate = module.gate(leaf)
+    (
+        gate * torch.randn(gate.shape, generator=generator("upstream"), dtype=torch.float64)
+    ).sum().backward()
+    return leaf.grad.contiguous().flatten(2)
+
+
+def extremal_cases() -> list[Case]:
+    """Modules whose gate is a function of maxima and minima alone."""
+    return [
+        case
+        for case in CASES
+        if case.label.startswith(("spem", "se-", "eca-")) and case.label.endswith(EXTREMA)
+    ]
+
+
+@LAYOUTS
+@KINDS
+@pytest.mark.parametrize("case", extremal_cases(), ids=lambda case: case.label)
+def test_modules_send_the_gradient_to_the_first_extremum(
+    case: Case, kind: str, layout: str
+) -> None:
+    module = randomise(case.make().double(), "first extremum", case.label)
+    x = tied_map(kind, 3, CHANNELS, 5, 4)
+    gradient = gate_gradient(module, x, layout)
+    first_max, first_min = (torch.from_numpy(i)[..., None] for i in first_extrema(x))
+    allowed = torch.zeros_like(gradient, dtype=torch.bool)
+    allowed.scatter_(2, first_max, True)
+    allowed.scatter_(2, first_min, True)
+    assert not gradient[~allowed].any()
+    assert gradient.any()
+
+    # the same extrema at the same places, now unique: the gradient must be the same
+    if kind in ("constant", "zero"):
+        return
+    flat = x.flatten(2)
+    high, low = flat.amax(-1, keepdim=True), flat.amin(-1, keepdim=True)
+    unique = low + (high - low) * (
+        0.25 + 0.5 * torch.rand(flat.shape, generator=generator("rest"), dtype=torch.float64)
+    )
+    unique = unique.scatter(2, first_max, high).scatter(2, first_min, low).reshape(x.shape)
+    assert torch.equal(gradient, gate_gradient(module, unique, layout))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_constant_planes_have_finite_gradients(case: Case, layout: str) -> None:
+    module = randomise(case.make().double(), "constant", case.label)
+    for kind in ("constant", "zero"):
+        x = laid_out(tied_map(kind, 3, CHANNELS, 4, 5), layout).requires_grad_()
+        out = module(x)
+        assert torch.isfinite(out).all()
+        (out * feature_map(3, CHANNELS, 4, 5)).sum().backward()
+        assert torch.isfinite(x.grad).all()
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all(), name
+
+
+@LAYOUTS
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_gradients_do_not_depend_on_the_layout(case: Case, layout: str) -> None:
+    """With ties: where a plane's extremum repeats, both layouts must choose the same pixel."""
+    module = randomise(case.make().double(), "layout", case.label)
+    x = tied_map("few values", 3, CHANNELS, 5, 4)
+    weights = feature_map(3, CHANNELS, 5, 4)
+    gradients = []
+    for memory in ("contiguous", layout):
+        leaf = laid_out(x, memory).requires_grad_()
+        (module(leaf) * weights).sum().backward()
+        gradients.append(leaf.grad.contiguous())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)

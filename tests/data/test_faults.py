@@ -1,0 +1,141 @@
+"""Damaged files: every one ends in a documented error that names a file, or in the right result."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from data.samples import (
+    encode,
+    hub_table,
+    md5_of,
+    python2_pickle,
+    random_images,
+    sha256_of,
+    write_cifar10,
+    write_image_folder,
+    write_parquet,
+)
+
+from spem.data import ImageSet, load_images
+from spem.data.cifar_folder import load_cifar_folder, restricted_load
+
+ROUNDS = 200
+Load = Callable[[str | None], ImageSet]
+Case = tuple[Path, list[Path], Load]
+
+
+def parquet_case(root: Path, kind: str, compression: str) -> Case:
+    table = hub_table(random_images(8, 6, 5), [k % 3 for k in range(8)], ["a", "b", "c"], kind=kind)
+    paths = [root / f"train-0000{part}-of-00002.parquet" for part in range(2)]
+    for part, path in enumerate(paths):
+        write_parquet(path, table.slice(4 * part, 4), compression=compression)
+    return root, paths, lambda sum_: load_images(str(root), "train", sha256=sum_)
+
+
+def folder_case(root: Path, kind: str) -> Case:
+    images = random_images(4, 9, 7)
+    paths = write_image_folder(root, "train", {"a": images[:2], "b": images[2:]})
+    for path, image in zip(paths, images, strict=True):
+        path.write_bytes(encode(image, kind))
+    return root, paths, lambda sum_: load_images(str(root), "train", sha256=sum_)
+
+
+def cifar_case(root: Path) -> Case:
+    folder = root / "cifar-10-batches-py"
+    write_cifar10(folder, random_images(12, 32, 32), [k % 10 for k in range(12)])
+    known = md5_of(folder)
+    paths = sorted(path for path in folder.iterdir() if path.name != "test_batch")
+
+    def load(sum_: str | None) -> ImageSet:
+        return load_cifar_folder(folder, "train", name="c", sha256=sum_, known_md5=known)
+
+    return folder, paths, load
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "parquet-png": lambda root: parquet_case(root, "PNG", "snappy"),
+    "parquet-webp": lambda root: parquet_case(root, "WEBP", "none"),
+    "folder-png": lambda root: folder_case(root, "PNG"),
+    "folder-jpeg": lambda root: folder_case(root, "JPEG"),
+    "folder-webp": lambda root: folder_case(root, "WEBP"),
+    "cifar": cifar_case,
+}
+
+
+def damage(content: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """Cuts a file off, or changes one of its bytes."""
+    if draw.random() < 0.5:
+        return "cut", content[: draw.randrange(len(content))]
+    changed = bytearray(content)
+    changed[draw.randrange(len(content))] ^= draw.randrange(1, 256)
+    return "flip", bytes(changed)
+
+
+def outcomes(case: Case, sum_: str | None, seed: int) -> Counter[tuple[str, str]]:
+    """Damages one file at a time and counts (damage, "error" | "right" | "other")."""
+    root, paths, load = case
+    right = load(sum_)
+    draw, counts = random.Random(seed), Counter()
+    for _ in range(ROUNDS):
+        path = draw.choice(paths)
+        content = path.read_bytes()
+        kind, damaged = damage(content, draw)
+        path.write_bytes(damaged)
+        try:
+            found, message = load(sum_), None
+        except (ValueError, FileNotFoundError) as error:
+            found, message = None, str(error)
+        path.write_bytes(content)
+        if found is None:
+            # A known sum is that of several files together; else the damaged one is known.
+            assert str(path if sum_ is None else root) in str(message)
+            counts[kind, "error"] += 1
+        else:
+            same = (found.sha256, found.classes) == (right.sha256, right.classes)
+            counts[kind, "right" if same else "other"] += 1
+    assert sum(counts.values()) == ROUNDS
+    return counts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_a_known_sum_every_damage_is_found(tmp_path: Path, name: str) -> None:
+    case = CASES[name](tmp_path)
+    counts = outcomes(case, sha256_of(case[1]), seed=1)
+    assert counts["cut", "error"] + counts["flip", "error"] == ROUNDS
+
+
+def test_the_published_sums_alone_find_every_damage(tmp_path: Path) -> None:
+    counts = outcomes(cifar_case(tmp_path), None, seed=2)
+    assert counts["cut", "error"] + counts["flip", "error"] == ROUNDS
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "cifar"])
+def test_without_a_sum_cut_off_files_are_found(tmp_path: Path, name: str) -> None:
+    counts = outcomes(CASES[name](tmp_path), None, seed=3)
+    assert counts["cut", "error"] > ROUNDS / 4
+    assert counts["cut", "right"] == counts["cut", "other"] == 0
+    assert counts["flip", "error"] > 0
+    if name == "folder-png":  # each part of a PNG carries a checksum
+        assert counts["flip", "other"] == 0
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_image_cut_off_anywhere_is_found(tmp_path: Path, kind: str) -> None:
+    _, paths, load = folder_case(tmp_path, kind)
+    content = paths[0].read_bytes()
+    for length in [*range(0, len(content) - 20, 7), *range(len(content) - 20, len(content))]:
+        paths[0].write_bytes(content[:length])
+        with pytest.raises(ValueError, match=paths[0].name):
+            load(None)
+
+
+def test_a_cut_off_pickle_never_passes() -> None:
+    pickled = python2_pickle({"labels": list(range(20)), "name": "x" * 30})
+    restricted_load(pickled)
+    for length in range(len(pickled)):
+        with pytest.raises(Exception):  # noqa: B017, PT011 -- which one is left open
+            restricted_load(pickled[:length])

@@ -1,0 +1,219 @@
+"""`import spem` stays light, and the parts of the package import only what they may."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "spem"
+
+HEAVY = [
+    "triton",
+    "timm",
+    "numba",
+    "torchvision",
+    "datasets",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "ray",
+    "rich",
+    "tyro",
+    "pyarrow",
+    "PIL",
+    "safetensors",
+    "tensorboard",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "huggingface_hub",
+    "statsmodels",
+    "jinja2",
+]
+
+# who may import whom inside the package; extras.py (which names the missing extra) is open to all
+ARROWS: dict[str, set[str]] = {
+    "extras": set(),
+    "seeding": set(),
+    "ops": {"ops"},
+    "attention": {"ops", "attention"},
+    "models": {"seeding", "ops", "attention"},
+    "insert": {"attention"},
+    "data": {"seeding", "data"},
+    "training": {"seeding", "attention", "models", "data", "training"},
+    "reproduce": {"attention", "models", "data", "training", "reproduce"},
+    "cost": {"ops", "attention", "models", "insert"},
+    "export": {"ops", "attention", "models", "insert"},
+    # the commands import inside themselves only (see the test below)
+    "cli": {
+        "seeding",
+        "ops",
+        "attention",
+        "models",
+        "insert",
+        "data",
+        "training",
+        "reproduce",
+        "cost",
+        "export",
+        "cli",
+    },
+}
+# third parties a part may import at import time
+THIRD_PARTIES: dict[str, set[str]] = {
+    "extras": set(),
+    "seeding": {"torch"},
+    "ops": {"torch"},
+    "attention": {"torch"},
+    "models": {"torch"},
+    "insert": {"torch"},
+    "data": {"torch", "numpy"},
+    "training": {"torch", "numpy"},
+    "reproduce": {"torch", "numpy"},
+    "cost": {"torch"},
+    "export": {"torch"},
+    "cli": {"tyro"},
+}
+# third parties that only one place may import at all
+CONFINED = {"triton": "ops/kernels.py", "numba": "ops/cpu.py", "ray": "reproduce/grid.py"}
+
+
+def in_a_fresh_interpreter(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_import_is_light() -> None:
+    loaded = in_a_fresh_interpreter(
+        "import torch, numpy, sys; before = set(sys.modules); import spem;"
+        "print('\\n'.join(sorted(set(sys.modules) - before)))"
+    ).split()
+    assert "spem" in loaded
+    tops = {name.partition(".")[0] for name in loaded}
+    assert not tops & set(HEAVY)
+    # nothing else from outside either
+    assert {t for t in tops if t not in sys.stdlib_module_names} <= {"spem", "torch", "numpy"}
+
+
+def test_import_alone_loads_nothing_heavy() -> None:
+    loaded = in_a_fresh_interpreter("import spem, sys; print('\\n'.join(sys.modules))").split()
+    assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+
+
+def test_the_parts_are_reachable_and_still_light() -> None:
+    loaded = in_a_fresh_interpreter(
+        "import spem, sys; spem.ops.plane_stats; spem.cost.count; spem.training.train;"
+        "print('\\n'.join(sys.modules))"
+    ).split()
+    assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+
+
+def test_import_adds_less_than_a_tenth_of_a_second() -> None:
+    """The best of five: a busy machine can only make it slower."""
+    program = (
+        "import torch, time; t = time.perf_counter(); import spem; print(time.perf_counter() - t)"
+    )
+    seconds = float("inf")
+    for _ in range(5):
+        seconds = min(seconds, float(in_a_fresh_interpreter(program)))
+        if seconds < 0.1:
+            break
+    assert seconds < 0.1
+
+
+def files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The row of the table a file belongs to: `attention` for attention/se.py."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(dotted name, whether it runs when the file is imported) of every import in a file."""
+
+    def walk(node: ast.AST, at_import: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, at_import) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    package = ["spem", *path.relative_to(SOURCE).parts[:-1]]
+                    package = package[: len(package) - child.level + 1]
+                    base = ".".join([*package, *([child.module] if child.module else [])])
+                yield from ((f"{base}.{alias.name}", at_import) for alias in child.names)
+            else:
+                function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                checking = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+                yield from walk(child, at_import and not function and not checking)
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def test_the_package_was_found() -> None:
+    assert {"__init__", "seeding", "ops", "attention", "models"} <= {
+        part_of(path) for path in files()
+    }
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_arrows(path: Path) -> None:
+    part = part_of(path)
+    if part in ("__init__", "__main__"):
+        return
+    assert part in ARROWS, f"{part} has no row in the table of imports"
+    for name, at_import in imports(path):
+        top, *rest = name.split(".")
+        if top == "spem":
+            target = rest[0] if rest else "__init__"
+            if target == "__version__":
+                continue
+            allowed = ARROWS[part] | {part, "extras"}
+            assert target in allowed, f"{part} must not import {name}"
+            if part == "cli":
+                assert not at_import or target in ("cli", "extras"), (
+                    f"{name} belongs inside the command"
+                )
+        elif top not in sys.stdlib_module_names:
+            assert not at_import or top in THIRD_PARTIES[part], (
+                f"{part} must not import {name} at import time"
+            )
+            if top in CONFINED:
+                assert path == SOURCE / CONFINED[top], (
+                    f"{top} may be imported in {CONFINED[top]} only"
+                )
+
+
+def test_nothing_but_torch_at_the_top_of_the_package() -> None:
+    for name, at_import in imports(SOURCE / "__init__.py"):
+        top, *rest = name.split(".")
+        if at_import and top == "spem":
+            assert rest[0] in ("attention", "models", "seeding", "ops"), (
+                f"{name} is loaded by import spem"
+            )
+        elif at_import:
+            assert top in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_nothing_is_unpickled_freely(path: Path) -> None:
+    """torch.load always gets weights_only=True; no plain pickle loader, eval or exec is used."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called == "torch.load":
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert given.get("weights_only") == "True", f"line {node.lineno}"
+        assert called not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec"), (
+            f"line {node.lineno}"
+        )

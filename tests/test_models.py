@@ -1,0 +1,425 @@
+"""The CIFAR networks: counts, structure, placement of attention, initialisation."""
+
+from __future__ import annotations
+
+import csv
+from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention.drawing import feature_map, randomise
+from tolerance import TOLERANCE
+from torch import Tensor, nn
+
+import spem
+
+PAPER = Path(__file__).parent / "data" / "paper.csv"
+PLAIN = "none"
+
+
+def build(
+    depth: int, classes: int = 10, attention: str = PLAIN, block: str = "bottleneck"
+) -> nn.Module:
+    """Without memory for the numbers: only shapes are looked at."""
+    with torch.device("meta"):
+        return spem.resnet(depth, classes, attention=attention, block=block)
+
+
+@cache
+def network_count(depth: int, classes: int, attention: str = PLAIN) -> int:
+    return count(build(depth, classes, attention))
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("depth", "plain10", "plain100", "spem10", "spem100"),
+    [
+        (11, 127_642, 150_772, 129_440, 152_570),
+        (29, 313_114, 336_244, 318_508, 341_638),
+        (83, 869_530, 892_660, 885_712, 908_842),
+        (164, 1_704_154, 1_727_284, 1_736_518, 1_759_648),
+        (245, 2_538_778, 2_561_908, 2_587_324, 2_610_454),
+        (326, 3_373_402, 3_396_532, 3_438_130, 3_461_260),
+    ],
+)
+def test_parameters_by_depth(
+    depth: int, plain10: int, plain100: int, spem10: int, spem100: int
+) -> None:
+    assert network_count(depth, 10) == plain10
+    assert network_count(depth, 100) == plain100
+    assert network_count(depth, 10, "spem") == spem10
+    assert network_count(depth, 100, "spem") == spem100
+
+
+@pytest.mark.parametrize(
+    ("attention", "ten", "hundred"),
+    [
+        ("se", 1_906_258, 1_929_388),
+        ("se(bias=False)", 1_897_690, 1_920_820),
+        ("cbam", 1_911_658, 1_934_788),
+        ("eca(kernel=3)", 1_704_316, 1_727_446),
+        ("eca", 1_704_388, 1_727_518),
+        ("srm", 1_736_410, 1_759_540),
+        ("sge", 1_711_066, 1_734_196),
+        ("sge(groups=32)", 1_707_610, 1_730_740),
+        ("sge(groups=16)", 1_705_882, 1_729_012),
+        ("sge(groups=8)", 1_705_018, 1_728_148),
+        ("spem", 1_736_518, 1_759_648),
+        ("spem(form=code)", 1_736_518, 1_759_648),
+        ("spem(form=figure)", 1_736_518, 1_759_648),
+        ("spem(reweight=none)", 1_720_390, 1_743_520),
+        ("spem(reweight=unshared_sum)", 1_752_646, 1_775_776),
+        ("spem(pool=mix(0.5))", 1_736_410, 1_759_540),
+        ("spem(pool=mix(parametrization=sigmoid))", 1_736_464, 1_759_594),
+    ],
+)
+def test_parameters_of_resnet164(attention: str, ten: int, hundred: int) -> None:
+    assert network_count(164, 10, attention) == ten
+    assert network_count(164, 100, attention) == hundred
+
+
+# Table 4: which of these variants has which letter of b-g cannot be recovered; all of them have
+# the count of `shared_sum`
+VARIANTS = {
+    "": "spem",
+    "ours": "spem",
+    "a": "spem(reweight=unshared_sum)",
+    "without": "spem(reweight=none)",
+    "b": "spem(reweight=linear_sum)",
+    "c": "spem(reweight=sum_of_sigmoids)",
+    "d": "spem(reweight=double_sigmoid)",
+    "e": "spem(reweight=sigmoid_of_product)",
+    "f": "spem(reweight=max_only)",
+    "g": "spem(reweight=min_only)",
+}
+NOT_REPRODUCIBLE = {("cbam", "CIFAR10"), ("cbam", "CIFAR100"), ("eca", "CIFAR100")}
+
+
+def paper_cells() -> list[dict[str, str]]:
+    with PAPER.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["params_millions"]]
+
+
+def millions(parameters: int) -> str:
+    return str((Decimal(parameters) / 10**6).quantize(Decimal("0.01"), ROUND_HALF_UP))
+
+
+def test_the_paper_prints_48_counts() -> None:
+    assert len(paper_cells()) == 48
+    assert {cell["table"] for cell in paper_cells()} == {"1", "2", "4"}
+
+
+@pytest.mark.parametrize(
+    "cell", paper_cells(), ids=lambda c: f"{c['table']}-{c['row']}-{c['attention']}{c['variant']}"
+)
+def test_parameter_cells_of_the_paper(cell: dict[str, str]) -> None:
+    """45 of 48 by ordinary rounding; both CBAM cells and ECA on CIFAR100 do not come out."""
+    attention = VARIANTS[cell["variant"]] if cell["attention"] == "spem" else cell["attention"]
+    classes = {"CIFAR10": 10, "CIFAR100": 100}[cell["dataset"]]
+    ours = millions(network_count(int(cell["depth"]), classes, attention))
+    if (cell["attention"], cell["dataset"]) in NOT_REPRODUCIBLE:
+        assert ours != cell["params_millions"]
+    else:
+        assert ours == cell["params_millions"]
+
+
+def test_eca_on_cifar100_cannot_have_the_printed_count() -> None:
+    assert network_count(164, 100) > 1_725_000  # the plain network alone rounds to 1.73
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_basic_networks(depth: int) -> None:
+    """Two 3x3 convs and norms per block, a 1x1 projection where stride or width change."""
+
+    def block(inputs: int, width: int) -> int:
+        projection = inputs * width + 2 * width if inputs != width else 0
+        return 9 * inputs * width + 9 * width * width + 4 * width + projection
+
+    n = (depth - 2) // 6
+    expected = 464 + 650 + n * block(16, 16) + block(16, 32) + block(32, 64)
+    expected += (n - 1) * (block(32, 32) + block(64, 64))
+    model = build(depth, block="basic")
+    assert count(model) == expected
+    assert (model.depth, model.classes, model.block, model.spec) == (depth, 10, "basic", None)
+    scaled = build(depth, attention="scale", block="basic")
+    assert count(scaled) == expected + n * (16 + 32 + 64)
+
+
+@pytest.mark.parametrize("block", ["bottleneck", "basic"])
+@pytest.mark.parametrize("depth", [0, 1, 2, 10, 12, 18, 165, -7, 19])
+def test_a_depth_that_does_not_exist_is_refused(depth: int, block: str) -> None:
+    formula = r"9 ?\*? ?n ?\+ ?2" if block == "bottleneck" else r"6 ?\*? ?n ?\+ ?2"
+    with pytest.raises(ValueError, match=rf"(?s){depth}.*{formula}|{formula}.*{depth}"):
+        spem.resnet(depth, block=block)
+
+
+def test_other_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"inverted.*(bottleneck|basic)"):
+        spem.resnet(11, block="inverted")
+    with pytest.raises(ValueError, match=r"classes.*0"):
+        spem.resnet(11, 0)
+    with pytest.raises((ValueError, KeyError), match=r"spm.*spem"):
+        spem.resnet(11, attention="spm")
+    with pytest.raises(ValueError, match=r"SE: reduction=17 .*channels=16"):
+        spem.resnet(20, attention="se(reduction=17)", block="basic")
+
+
+def test_attributes_and_keys() -> None:
+    model = spem.resnet(29, 7, attention="spem(form=code)")
+    assert (model.depth, model.classes, model.block) == (29, 7, "bottleneck")
+    assert model.spec == spem.AttentionSpec.parse("spem(form=code)")
+    norm = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+    expected = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{k}" for k in norm}
+    for stage in (1, 2, 3):
+        for i in range(3):
+            prefix = f"layer{stage}.{i}."
+            expected |= {f"{prefix}conv{k}.weight" for k in (1, 2, 3)}
+            expected |= {f"{prefix}bn{j}.{k}" for j in (1, 2, 3) for k in norm}
+            expected |= {f"{prefix}attention.{k}" for k in ("w_e", "b_e", "w_r", "b_r", "pool.p")}
+            if i == 0:
+                expected |= {f"{prefix}downsample.0.weight"} | {
+                    f"{prefix}downsample.1.{k}" for k in norm
+                }
+    assert set(model.state_dict()) == expected
+    plain = spem.resnet(29, 7)
+    assert set(plain.state_dict()) == {k for k in expected if ".attention." not in k}
+    assert plain.spec is None
+    assert spem.resnet(29, 7, attention="none").spec is None
+    parsed = spem.resnet(11, attention=spem.AttentionSpec.parse("se"))
+    assert parsed.spec == spem.AttentionSpec.parse("se")
+
+
+def functional(model: spem.ResNet, x: Tensor, gates: dict[str, Tensor]) -> Tensor:
+    """The network written out from its description, evaluation mode, given channel factors."""
+    state = model.state_dict()
+
+    def conv(name: str, v: Tensor, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return F.conv2d(v, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def norm(name: str, v: Tensor) -> Tensor:
+        mean, var, weight, bias = (
+            state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        normed = (v - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        return normed * weight[:, None, None] + bias[:, None, None]
+
+    last = 3 if model.block == "bottleneck" else 2
+    v = norm("bn1", conv("conv1", x)).relu()
+    for stage in (1, 2, 3):
+        for i in range((model.depth - 2) // (9 if last == 3 else 6)):
+            name = f"layer{stage}.{i}"
+            stride = 2 if stage > 1 and i == 0 else 1
+            strided = 2 if last == 3 else 1  # the conv that has the stride
+            branch = v
+            for k in range(1, last + 1):
+                branch = norm(
+                    f"{name}.bn{k}", conv(f"{name}.conv{k}", branch, stride if k == strided else 1)
+                )
+                if k < last:
+                    branch = branch.relu()
+            if f"{name}.downsample.0.weight" in state:
+                v = norm(f"{name}.downsample.1", conv(f"{name}.downsample.0", v, stride))
+            v = (branch * gates.get(name, torch.ones(1, 1, 1, dtype=x.dtype)) + v).relu()
+    return F.linear(v.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+@pytest.mark.parametrize(
+    ("depth", "block"), [(11, "bottleneck"), (29, "bottleneck"), (14, "basic")]
+)
+@pytest.mark.parametrize("attention", ["none", "scale"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 20)], ids=str)
+def test_forward(depth: int, block: str, attention: str, size: tuple[int, int]) -> None:
+    """Equal to the description; the factor acts on the last norm, before the shortcut is added."""
+    model = randomise(
+        spem.resnet(depth, 5, attention=attention, block=block).double(), "forward", depth
+    ).eval()
+    gates = {
+        name.removesuffix(".attention.factor"): value[:, None, None]
+        for name, value in model.state_dict().items()
+        if name.endswith(".attention.factor")
+    }
+    assert bool(gates) == (attention == "scale")
+    x = feature_map(2, 3, *size)
+    torch.testing.assert_close(model(x), functional(model, x, gates), **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("block", ["bottleneck", "basic"])
+@pytest.mark.parametrize("attention", ["spem", "cbam", "srm"])
+def test_attention_sees_the_last_norm_and_leaves_the_shortcut(block: str, attention: str) -> None:
+    model = randomise(
+        spem.resnet(
+            11 if block == "bottleneck" else 8, attention=f"{attention}", block=block
+        ).double()
+        if not (attention == "cbam" and block == "basic")
+        else spem.resnet(8, attention="cbam(reduction=4)", block=block).double(),
+        "placement",
+        attention,
+    ).eval()
+    seen: dict[str, Tensor] = {}
+    for stage in (model.layer1, model.layer2, model.layer3):
+        first = stage[0]
+        width = first.conv1.in_channels
+        x = feature_map(2, width, 8, 8, key=width)
+        last = first.bn3 if block == "bottleneck" else first.bn2
+        hook = last.register_forward_hook(lambda _m, _i, out: seen.__setitem__("branch", out))
+        out = first(x)
+        hook.remove()
+        shortcut = x if first.downsample is None else first.downsample(x)
+        expected = (first.attention(seen["branch"]) + shortcut).relu()
+        torch.testing.assert_close(out, expected, **TOLERANCE[torch.float64])
+        assert not torch.allclose(out, (seen["branch"] + shortcut).relu())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (32, 32), (64, 64), (17, 40)], ids=str)
+@pytest.mark.parametrize("classes", [2, 100])
+def test_any_input_size_and_any_number_of_classes(size: tuple[int, int], classes: int) -> None:
+    model = randomise(spem.resnet(11, classes, attention="spem"), "size").eval()
+    logits = model(feature_map(3, 3, *size, dtype=torch.float32))
+    assert logits.shape == (3, classes)
+    assert torch.isfinite(logits).all()
+
+
+ATTENTIONS = ["none", "spem", "se", "cbam", "eca", "srm", "sge", "scale"]
+
+
+def backbone(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if ".attention." not in k}
+
+
+@pytest.mark.parametrize(("depth", "block"), [(11, "bottleneck"), (8, "basic")])
+def test_all_attentions_of_a_seed_start_from_one_backbone(depth: int, block: str) -> None:
+    reference: dict[str, Tensor] | None = None
+    for attention in ATTENTIONS:
+        narrow = {"sge": "sge(groups=16)"} if block == "basic" else {}
+        for scope in ("backbone", "all"):
+            model = spem.resnet(depth, attention=narrow.get(attention, attention), block=block)
+            spem.initialise(model, 5, scope=scope)
+            mine = backbone(model)
+            reference = reference or mine
+            assert mine.keys() == reference.keys()
+            assert all(torch.equal(mine[k], reference[k]) for k in reference), attention
+    other = spem.resnet(depth, block=block)
+    spem.initialise(other, 6)
+    drawn = [k for k, v in backbone(other).items() if v.dim() >= 2 or k == "fc.bias"]
+    assert len(drawn) > 8
+    assert all(not torch.equal(backbone(other)[k], reference[k]) for k in drawn)
+
+
+def test_the_random_parts_of_attention_are_keyed_too() -> None:
+    for attention, key in (
+        ("se", "fc1.weight"),
+        ("eca", "conv.weight"),
+        ("cbam", "spatial.weight"),
+    ):
+        states = []
+        for seed in (1, 1, 2):
+            model = spem.resnet(11, attention=attention)
+            spem.initialise(model, seed)
+            states.append(model.state_dict())
+        name = f"layer2.0.attention.{key}"
+        assert torch.equal(states[0][name], states[1][name])
+        assert not torch.equal(states[0][name], states[2][name])
+        assert states[0][name].shape != states[0][
+            f"layer3.0.attention.{key}"
+        ].shape or not torch.equal(states[0][name], states[0][f"layer3.0.attention.{key}"])
+
+
+def test_initial_values() -> None:
+    model = spem.resnet(29, 10)
+    spem.initialise(model, 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            weight = module.weight.detach()
+            variance = 2 / (weight.shape[-1] ** 2 * weight.shape[0])
+            count = weight.numel()
+            # a sample variance has a relative error of sqrt(2 / count)
+            assert weight.var().item() == pytest.approx(variance, rel=5 * (2 / count) ** 0.5), name
+            assert abs(weight.mean().item()) < 5 * (variance / count) ** 0.5, name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+            assert (module.running_mean == 0).all()
+            assert (module.running_var == 1).all()
+            assert (module.eps, module.momentum) == (1e-5, 0.1)
+    for tensor in (model.fc.weight, model.fc.bias):
+        assert tensor.abs().max() <= 1 / 16
+    assert model.fc.weight.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.06)
+
+
+def test_attention_owns_its_initialisation() -> None:
+    """The backbone's rules do not reach into the modules, unless scope="all" asks for it."""
+    model = spem.resnet(11, attention="cbam")
+    spem.initialise(model, 0)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        cbam = stage[0].attention
+        assert not cbam.norm.weight.any()
+        assert not cbam.fc1.bias.any()
+        assert not cbam.fc2.bias.any()
+        assert cbam.fc1.weight.any()
+    spem.initialise(model, 0, scope="all")
+    for stage in (model.layer1, model.layer2, model.layer3):
+        assert (stage[0].attention.norm.weight == 1).all()
+        assert not stage[0].attention.fc1.bias.any()
+    for attention, constant in (("srm", "a"), ("spem", "w_e"), ("sge", "w")):
+        for scope in ("backbone", "all"):
+            model = spem.resnet(11, attention=attention)
+            spem.initialise(model, 0, scope=scope)
+            module = model.layer1[0].attention
+            assert not getattr(module, constant).any()
+            gate = module.gate(feature_map(4, 64, 3, 3, dtype=torch.float32))
+            torch.testing.assert_close(
+                gate, torch.full_like(gate, module.start_gate), **TOLERANCE[torch.float32]
+            )
+
+
+def test_the_seed_is_the_only_input() -> None:
+    torch.manual_seed(1)
+    first = spem.resnet(11, attention="se")
+    spem.initialise(first, 2)
+    torch.manual_seed(99)
+    second = spem.resnet(11, attention="se").double()
+    spem.initialise(second, 2)
+    for (name, a), (_, b) in zip(
+        first.state_dict().items(), second.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_training_step_moves_every_parameter(attention: str) -> None:
+    model = randomise(spem.resnet(11, attention=attention), "step", attention)
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
+    x, labels = feature_map(8, 3, 32, 32, dtype=torch.float32), torch.arange(8) % 10
+    (F.cross_entropy(model(x), labels) + 0.1 * spem.penalty(model)).backward()
+    torch.optim.SGD(spem.param_groups(model, 0.1, 1e-4), lr=0.1).step()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_the_penalty_of_a_network_is_the_sum_over_its_blocks() -> None:
+    for depth, total in ((11, 1.5), (29, 4.5), (83, 13.5)):
+        assert spem.penalty(spem.resnet(depth, attention="spem")).item() == pytest.approx(
+            total, abs=1e-6
+        )
+
+
+def test_compiles_and_keeps_channels_last() -> None:
+    model = randomise(spem.resnet(11, attention="spem"), "compile").eval()
+    x = feature_map(2, 3, 16, 16, dtype=torch.float32)
+    expected = model(x)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+    last = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        last(x.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5
+    )

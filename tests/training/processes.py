@@ -1,0 +1,139 @@
+"""What the tests let other processes do: hold a claim, race for one, train and be killed.
+
+Run as a program; children are forked from it before torch has computed anything, which is much
+faster than starting an interpreter for each.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from training.tiny import differences, outcome, tiny
+
+from spem.training import Interrupted, Silent, train
+from spem.training.claim import claimed
+
+HERE = Path(__file__).resolve()
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Start this file as a program."""
+    paths = [str(HERE.parents[1]), *sys.path]
+    return subprocess.Popen(
+        [sys.executable, str(HERE), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def hold(folder: Path) -> None:
+    """Claim a folder, say so, and wait to be told to end (or killed)."""
+    with claimed(folder):
+        say("held")
+        sys.stdin.readline()
+
+
+def race(folder: Path, count: int) -> None:
+    """Let many processes go for one folder at the same moment; print how many got it."""
+    gate, winners = os.pipe(), []
+    children = [fork(lambda: _enter(folder, gate)) for _ in range(count)]
+    os.close(gate[1])  # all children wait for this end of file
+    os.close(gate[0])
+    for child in children:
+        winners.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0)
+    say(str(sum(winners)))
+
+
+def _enter(folder: Path, gate: tuple[int, int]) -> int:
+    os.close(gate[1])
+    os.read(gate[0], 1)
+    try:
+        with claimed(folder):
+            time.sleep(1)  # longer than the others need to fail
+    except RuntimeError:
+        return 1
+    return 0
+
+
+def kills(folder: Path, wanted: int) -> None:
+    """Kill trainings at random moments, resume them, compare; print what differed."""
+    config, chance = tiny(epochs=2, checkpoint_minutes=0.0), random.Random(0)
+    training = lambda where: lambda: _train(where)  # noqa: E731
+    began = time.monotonic()
+    undisturbed = folder / "undisturbed"
+    assert wait(fork(training(undisturbed))) == 0
+    length = time.monotonic() - began
+    expected = outcome(undisturbed)
+    hits = {signal.SIGKILL: 0, signal.SIGTERM: 0}
+    mid_run = 0
+    for trial in range(6 * wanted):
+        if sum(hits.values()) == wanted:
+            break
+        where, number = folder / f"trial{trial}", list(hits)[trial % 2]
+        child = fork(training(where))
+        time.sleep(chance.uniform(0, length))
+        os.kill(child, number)
+        status = wait(child)
+        if status == 0:
+            continue  # it had ended before
+        assert status in (-number, 128 + number), f"trial {trial} ended with {status}"
+        hits[number] += 1
+        mid_run += (where / "checkpoint.pt").exists()
+        assert wait(fork(training(where))) == 0, f"trial {trial} did not resume"
+        differing = differences(outcome(where), expected)
+        assert not differing, f"trial {trial}: {differing}"
+        shutil.rmtree(where)
+    assert config.runtime.checkpoint_minutes == 0
+    say(f"{hits[signal.SIGKILL]} {hits[signal.SIGTERM]} {mid_run}")
+
+
+def _train(where: Path) -> int:
+    try:
+        train(tiny(epochs=2, checkpoint_minutes=0.0), where, progress=Silent())
+    except Interrupted as stopped:
+        return stopped.code
+    return 0
+
+
+def fork(work: Callable[[], int]) -> int:
+    """Run a function in a child process; returns the child's id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        code = work()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """Exit status of a child, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    command, target = sys.argv[1], Path(sys.argv[2])
+    if command == "hold":
+        hold(target)
+    elif command == "race":
+        race(target, int(sys.argv[3]))
+    else:
+        kills(target, int(sys.argv[3]))

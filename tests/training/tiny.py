@@ -1,0 +1,58 @@
+"""A training of a second or two, and how two of its folders are compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
+from spem.training.checkpoint import load_checkpoint
+from spem.training.log import read_metrics
+
+CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
+"""Numbers of a metrics line that depend on the clock."""
+
+
+def tiny(attention: str = "spem", *, epochs: int = 4, **runtime: Any) -> RunConfig:
+    """256 digits of 8x8 pixels in batches of 40, so that the last one is a part; 7 steps an epoch."""
+    settings: dict[str, Any] = {"threads": 1, "device": "cpu", "keep_checkpoint": True, **runtime}
+    return RunConfig(
+        model=ModelConfig(depth=11, attention=attention),
+        data=DataConfig(
+            name="digits", size=8, limit=256, pad=1, flip=False, normalisation="digits"
+        ),
+        optim=OptimConfig(epochs=epochs, batch=40, milestones=(1, 3) if epochs > 3 else (1,)),
+        runtime=RuntimeConfig(**settings),
+        experiment="tiny",
+    )
+
+
+def validated(config: RunConfig, count: int) -> RunConfig:
+    """The same run with so many images held out."""
+    return replace(config, data=replace(config.data, val=count))
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run ends in, but for the clock: weights, momentum, metrics."""
+    content = load_checkpoint(folder / "checkpoint.pt")
+    lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(folder)]
+    momenta = content["optimizer"]["state"].items()
+    return {
+        "weights": content["model"],
+        "momentum": {i: s["momentum_buffer"] for i, s in momenta},
+        "metrics": lines,
+    }
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Names of tensors that differ in any bit, and "metrics"; empty if all is equal."""
+    found = [
+        f"{part} {name}"
+        for part in ("weights", "momentum")
+        for name in a[part].keys() | b[part].keys()
+        if not torch.equal(a[part][name], b[part][name])
+    ]
+    return found if a["metrics"] == b["metrics"] else [*found, "metrics"]
