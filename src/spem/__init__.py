@@ -1,5 +1,4 @@
-"""Channel attention for convolutional networks: SPEM, its competitors, and what it takes to compare
-them."""
+"""Channel attention for convolutional networks: SPEM, its competitors, their comparison."""
 
 from importlib import import_module
 from types import ModuleType

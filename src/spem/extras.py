@@ -1,5 +1,4 @@
-"""Optional dependencies: imported where they are used, with a message that ends in the line that
-installs them."""
+"""Optional dependencies: imported where used; a missing one names the line that installs it."""
 
 from importlib import import_module
 from types import ModuleType

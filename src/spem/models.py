@@ -1,5 +1,4 @@
-"""CIFAR ResNets with any attention after the last norm of each block's branch, and the official
-checkpoints' reader."""
+"""CIFAR ResNets with any attention in each block, and the reader of official checkpoints."""
 
 import re
 from collections.abc import Mapping
@@ -17,8 +16,7 @@ BlockName = Literal["bottleneck", "basic"]
 def residual_tail(
     z: Tensor, residual: Tensor, norm: nn.Module, attention: ChannelAttention | None
 ) -> Tensor:
-    """The end of a residual branch: relu(attention(norm(z)) + residual), or relu(norm(z) +
-    residual) without one.
+    """The end of a residual branch: relu(attention(norm(z)) + residual); None leaves the map.
 
     Shape:
         z, residual, output: [N, C, H, W].
@@ -42,8 +40,7 @@ def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (stride here), 1x1 convolutions to four times the planes; attention on the last
-    norm's output."""
+    """1x1, 3x3 (stride here) and 1x1 convolutions; attention on the last norm's output."""
 
     expansion: ClassVar[int] = 4
 
@@ -100,8 +97,7 @@ _BLOCKS: dict[str, tuple[type[Bottleneck] | type[Basic], int]] = {
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet: a 3x3 stem of 16 channels, three stages of n blocks (planes 16, 32, 64),
-    global mean, linear.
+    """The CIFAR ResNet: 3x3 stem, three stages of n blocks (planes 16, 32, 64), mean, linear.
 
     Attributes:
         depth: Layers, 9n + 2 for bottleneck and 6n + 2 for basic blocks.

@@ -1,10 +1,10 @@
-"""Randomness as a pure function of what it is for: keyed generators, and initialisation by
-parameter name.
+"""Randomness as a pure function of what it is for: keyed generators, initialisation by name.
 
 With one global stream, inserting a module changes every weight drawn after it, so "the same seed"
 means nothing across attention modules. Here each parameter is drawn from a generator keyed by
 (seed, parameter name): all attention variants of one seed start from the identical backbone, and
-differences between them are paired."""
+differences between them are paired.
+"""
 
 import hashlib
 import math
@@ -38,16 +38,14 @@ def keyed_generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 
 def kaiming_normal_fan_out(weight: Tensor, generator: torch.Generator | None) -> None:
-    """N(0, 2 / (k k out)): Kaiming normal over fan_out, as the paper's backbone and official CBAM
-    use it."""
+    """N(0, 2 / (k k out)): Kaiming normal over fan_out (the paper's backbone, official CBAM)."""
     fan_out = weight.shape[0] * math.prod(weight.shape[2:])
     with torch.no_grad():
         weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
 
 
 def uniform_fan_in(fan_in: int) -> Initialiser:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for weights and biases of Linear and Conv
-    layers."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for Linear and Conv layers."""
 
     def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
         bound = 1.0 / math.sqrt(fan_in)
@@ -146,8 +144,7 @@ def _constant(value: float) -> Initialiser:
 
 
 def _reset_constants(owner: nn.Module, scope: str) -> None:
-    """Sets the constants a module starts from; under scope "all" its Conv2d and BatchNorm2d keep
-    the backbone's draw."""
+    """Sets a module's constants; under "all" its Conv2d and BatchNorm2d keep their draw."""
     kept: dict[str, Tensor] = {}
     if scope == "all":
         for name, inner in owner.named_modules():

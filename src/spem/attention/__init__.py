@@ -1,5 +1,7 @@
-"""Channel-attention modules, their pooling slot, registry and text form. A new module adds one
-import line here."""
+"""Channel-attention modules, their pooling slot, registry and text form.
+
+A new module adds one import line here.
+"""
 
 from spem.attention.base import (
     ChannelAttention,

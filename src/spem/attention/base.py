@@ -1,5 +1,4 @@
-"""The module contract: what every channel-attention module is, declares, and hands to training
-loops."""
+"""The module contract: what every channel-attention module is, and declares to its users."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from spem.seeding import Initialiser
 
 @dataclass(frozen=True)
 class Needs:
-    """What a module's definition demands of its caller, checked in the first forward and shown in
-    generated tables.
+    """What a module's definition demands of its caller; checked in forward and shown in tables.
 
     Attributes:
         statistics: Plane statistics its gate reads beside its pool's (``mean``, ``var``, ``max``,
@@ -62,8 +60,7 @@ class ChannelAttention(nn.Module):
     their layer."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes `gate` and `gate_from` of every module run with autocast off, whoever calls
-        them."""
+        """Makes `gate` and `gate_from` of every module run with autocast off, whoever calls."""
         super().__init_subclass__(**kwargs)
         for method in ("gate", "gate_from"):
             if method in cls.__dict__:
@@ -97,8 +94,7 @@ class ChannelAttention(nn.Module):
         )
 
     def gate(self, x: Tensor) -> Tensor:
-        """The recalibration factor, broadcastable to x, in at least float32 ([N, C, 1, ...] for a
-        pure channel gate)."""
+        """The recalibration factor in at least float32, broadcastable to x ([N, C, 1, ...])."""
         v = self.gate_from(plane_stats(x, self.statistics))
         return v.reshape(*v.shape, *[1] * (x.dim() - 2))
 
@@ -133,8 +129,7 @@ class ChannelAttention(nn.Module):
 
     @classmethod
     def takes_any_rank(cls) -> bool:
-        """Whether the gate is a function of plane statistics, so that maps of any rank are
-        taken."""
+        """Whether the gate is a function of plane statistics, so that any rank is taken."""
         return cls.gate_from is not ChannelAttention.gate_from
 
     def _make_pool(
@@ -207,8 +202,7 @@ _REGISTRY: dict[str, type[ChannelAttention]] = {}
 
 
 def register_attention(name: str, *, paper: str, needs: Needs = Needs()) -> Callable[[_A], _A]:
-    """Registers a module class under a lower-case name for specs, the command line and every
-    generated table.
+    """Registers a module class under a name for specs, the command line and generated tables.
 
     Args:
         name: Registry key, an identifier in lower case.
@@ -266,8 +260,7 @@ def learned_mixes(model: nn.Module) -> list[tuple[str, LearnedMix]]:
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """The sum of the penalties of a model's learned mixes, without the coefficient (0.1 in the
-    paper).
+    """The sum of the penalties of a model's learned mixes, without the paper's coefficient 0.1.
 
     Formula:
         sum over blocks of p0^2 + p1^2 (`Mix`: squares; the others name theirs). A sum, so it grows
@@ -288,12 +281,11 @@ def penalty(model: nn.Module) -> Tensor:
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float, *, mix_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Optimiser groups that honour what every module declares; each trainable parameter stands in
-    exactly one.
+    """Optimiser groups that honour what every module declares.
 
-    Parameters that a module's authors train without weight decay (`Needs.no_decay`) and those of
-    learned mixes get none (a mix without decay keeps lambda from drifting); all others get
-    ``weight_decay``.
+    Each trainable parameter stands in exactly one group. Parameters that a module's authors train
+    without weight decay (`Needs.no_decay`) and those of learned mixes get none (a mix without decay
+    keeps lambda from drifting); all others get ``weight_decay``.
 
     Args:
         model: The network.

@@ -17,8 +17,7 @@ from spem.seeding import kaiming_normal_fan_out
     needs=Needs(values=2, batch_statistics=True),
 )
 class CBAM(ChannelAttention):
-    """Convolutional block attention: a channel gate from two pools, then a spatial gate from two
-    channel reductions.
+    """Convolutional block attention: a channel gate from two pools, then a spatial gate.
 
     Formula:
         channel: c = s(sum over pools of W2 relu(W1 pool(x) + b1) + b2), one shared network of
@@ -44,7 +43,8 @@ class CBAM(ChannelAttention):
     Paper: CBAM (2018), https://arxiv.org/abs/1807.06521, eqs. (2), (3).
 
     Differences: the paper does not mention the spatial batch norm; this is the official code's,
-    with its start at zero, which that code does not explain."""
+    with its start at zero, which that code does not explain.
+    """
 
     random_init = {"spatial.weight": kaiming_normal_fan_out}  # noqa: RUF012  # typed in the base class
 

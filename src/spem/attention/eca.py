@@ -41,7 +41,8 @@ class ECA(ChannelAttention):
     Paper: ECA-Net (2020), https://arxiv.org/abs/1910.03151, eqs. (9), (12).
 
     Differences: the official code never computes k (it is 3 everywhere); this is the paper's rule.
-    C = 128 lies halfway between 3 and 5 and gets 5, as the rule written in code gives."""
+    C = 128 lies halfway between 3 and 5 and gets 5, as the rule written in code gives.
+    """
 
     def __init__(
         self,

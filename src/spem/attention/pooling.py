@@ -1,8 +1,8 @@
-"""Pooling strategies on plane statistics: average, maximum, minimum, and their mix by a weight
-lambda.
+"""Pooling strategies on plane statistics: average, maximum, minimum, and their mix by lambda.
 
 A pool is described by ``"avg"``, ``"max"``, ``"min"`` or a `Mix`, and built by `make_pool` into a
-module that takes `PlaneStats` to a descriptor [N, C] in at least float32."""
+module that takes `PlaneStats` to a descriptor [N, C] in at least float32.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -18,10 +18,10 @@ Parametrization = Literal["squares", "anchored", "sigmoid"]
 
 @dataclass(frozen=True)
 class Mix:
-    """Mix-pooling: u = lambda max + (1 - lambda) min, with a constant or learned lambda. A
-    description, not a module.
+    """Mix-pooling with a constant or learned lambda: a description, not a module.
 
     Formula:
+        u = lambda max + (1 - lambda) min.
         squares (the paper's): lambda = p0^2 / (p0^2 + p1^2), p = (0.5, 0.5) at the start, penalty
         p0^2 + p1^2. anchored: the same lambda, penalty (p0^2 + p1^2 - 1/2)^2, so |p| stays near its
         start. sigmoid: lambda = sigmoid(l), one logit l = 0 at the start, penalty l^2.
@@ -36,7 +36,8 @@ class Mix:
             constant.
 
     Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eqs. (2), (3),
-    (8)."""
+    (8).
+    """
 
     lam: float | None = None
     parametrization: Parametrization = "squares"
@@ -133,7 +134,8 @@ class FixedMix(MixPool):
     """Mix-pooling with a constant lambda; no parameter, no penalty.
 
     The constant is a Python number, not a buffer: it belongs to the configuration, so loading
-    weights must not change it and ``half()`` must not round it."""
+    weights must not change it and ``half()`` must not round it.
+    """
 
     def __init__(self, lam: float) -> None:
         super().__init__()
@@ -159,8 +161,7 @@ class LearnedMix(MixPool):
 
     @property
     def magnitude(self) -> Tensor:
-        """The size of the parameter behind lambda: |p|, or |l| for the logit. 0-dim, at least
-        float32."""
+        """The size of the parameter behind lambda: |p|, or |l|; 0-dim, at least float32."""
         raise NotImplementedError
 
     def penalty(self) -> Tensor:
@@ -173,8 +174,7 @@ class LearnedMix(MixPool):
 
 
 class SquaresMix(LearnedMix):
-    """lambda = p0^2 / (p0^2 + p1^2), p = (0.5, 0.5); with ``anchored`` the penalty holds |p|^2 at
-    1/2."""
+    """lambda = p0^2 / (p0^2 + p1^2); with ``anchored`` the penalty holds |p|^2 at 1/2."""
 
     def __init__(
         self,
@@ -194,8 +194,7 @@ class SquaresMix(LearnedMix):
 
     @property
     def lam(self) -> Tensor:
-        """lambda, scale-invariant in p: exact for any |p| above the smallest normal float32, 0.5
-        below."""
+        """lambda, exact for any |p| above the smallest normal float32, 0.5 below."""
         p = self.p.to(compute_dtype(self.p.dtype))
         scale = p.detach().abs().amax()
         # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is

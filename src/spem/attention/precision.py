@@ -1,8 +1,8 @@
-"""Gate arithmetic in at least float32: layers applied in the precision of the statistics, whatever
-theirs is.
+"""Gate arithmetic in at least float32: layers applied in the precision of the statistics.
 
 Under autocast the map is half and the parameters are float32; in a pure half model both are half.
-In both the gate is computed in float32 and only the final factor is cast down."""
+In both the gate is computed in float32 and only the final factor is cast down.
+"""
 
 import functools
 from collections.abc import Callable
@@ -19,8 +19,7 @@ _M = TypeVar("_M", bound=nn.Module)
 def without_autocast(
     method: Callable[Concatenate[_M, Tensor, _P], Tensor],
 ) -> Callable[Concatenate[_M, Tensor, _P], Tensor]:
-    """Runs a module's method with autocast off, on whichever device type its parameters or its
-    input are."""
+    """Runs a module's method with autocast off for the device type of its input."""
 
     @functools.wraps(method)
     def wrapped(self: _M, x: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
@@ -76,8 +75,7 @@ def conv(layer: nn.Conv1d | nn.Conv2d, z: Tensor) -> Tensor:
 
 
 def batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, z: Tensor) -> Tensor:
-    """``norm(z)`` in the dtype of z; an empty batch passes without touching the running
-    statistics."""
+    """``norm(z)`` in the dtype of z; an empty batch leaves the running statistics alone."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
     assert var is not None

@@ -36,7 +36,8 @@ class SE(ChannelAttention):
     Paper: Squeeze-and-Excitation Networks (2018), https://arxiv.org/abs/1709.01507, eqs. (2)-(4).
 
     Differences: none; weights start as torch's Linear does, at any h (timm rounds h to a multiple
-    of 8)."""
+    of 8).
+    """
 
     def __init__(
         self,

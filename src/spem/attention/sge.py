@@ -15,8 +15,7 @@ from spem.ops import plane_stats
     needs=Needs(pixels=2, divides="groups"),
 )
 class SGE(ChannelAttention):
-    """Spatial group-wise enhance: in each group, positions that resemble the group's mean are
-    enhanced.
+    """Spatial group-wise enhance: positions that resemble their group's mean are enhanced.
 
     Formula:
         Per group: q = sum over its channels of x * z, z the pooled channels (global average by
@@ -40,7 +39,8 @@ class SGE(ChannelAttention):
     Paper: Spatial Group-wise Enhance (2019), https://arxiv.org/abs/1905.09646, eqs. (1)-(5).
 
     Differences: computed in float32 for half-precision maps, where the official code overflows. On
-    a plane of equal q the deviation's gradient is taken as 0."""
+    a plane of equal q the deviation's gradient is taken as 0.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""The text form of an attention module, used by the command line, configs, tables and folder
-names."""
+"""The text form of an attention module, for command line, configs, tables and folder names."""
 
 import ast
 import inspect
@@ -47,8 +46,7 @@ class AttentionSpec:
 
     @classmethod
     def parse(cls, text: str) -> "AttentionSpec | None":
-        """Reads ``"se(pool=mix(0.3), reduction=8)"``; nothing in the text is evaluated. ``"none"``
-        gives None.
+        """Reads ``"se(pool=mix(0.3), reduction=8)"``; ``"none"`` gives None. Nothing is evaluated.
 
         Raises:
             ValueError: The text is no name with keyword options of literal values, or names

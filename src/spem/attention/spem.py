@@ -1,5 +1,4 @@
-"""SPEM: self-adaptive pooling enhanced attention, in its three published forms, with all reweight
-variants."""
+"""SPEM: self-adaptive pooling enhanced attention, three published forms, all reweight variants."""
 
 import math
 from typing import Literal, get_args
@@ -34,8 +33,7 @@ Reweight = Literal[
     needs=Needs(statistics=("max", "min")),
 )
 class SPEM(ChannelAttention):
-    """Self-adaptive pooling enhanced attention: a mix of maximum and minimum excites, both together
-    reweight.
+    """Self-adaptive pooling enhanced attention: a mix of max and min excites, both reweight.
 
     Formula:
         M, m the maximum and minimum of a plane; u = lambda M + (1 - lambda) m; e = w_e u + b_e;
@@ -73,7 +71,8 @@ class SPEM(ChannelAttention):
     w1, b1, w2, b2).
 
     Differences: lambda is computed scale-invariantly in at least float32 (the direct formula is 0/0
-    for small p). The penalty 0.1 sum(p0^2 + p1^2) is a function over the model, `spem.penalty`."""
+    for small p). The penalty 0.1 sum(p0^2 + p1^2) is a function over the model, `spem.penalty`.
+    """
 
     def __init__(
         self,

@@ -21,8 +21,7 @@ from spem.ops import PlaneStats
     ),
 )
 class SRM(ChannelAttention):
-    """Style-based recalibration: mean and deviation of each channel, weighted, normalised over the
-    batch.
+    """Style-based recalibration: weighted mean and deviation, normalised over the batch.
 
     Formula:
         y = x * s(BN(a z + d std)), z the pooled channels (global average by default), std =
@@ -41,7 +40,8 @@ class SRM(ChannelAttention):
     Paper: SRM (2019), https://arxiv.org/abs/1903.10829, eqs. (1)-(4).
 
     Differences: none. Its authors train all four parameters without weight decay
-    (`Needs.no_decay`)."""
+    (`Needs.no_decay`).
+    """
 
     def __init__(
         self,

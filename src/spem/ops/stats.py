@@ -10,11 +10,11 @@ STATISTICS = ("mean", "var", "max", "min")
 
 
 class PlaneStats(NamedTuple):
-    """Statistics of the planes of a map [N, C, ...spatial], each [N, C] in at least float32, or
-    None if not asked for.
+    """Statistics of the planes of a map [N, C, ...], each [N, C], or None if not asked for.
 
-    ``var`` is the biased variance (divided by ``size``); ``size`` is the number of positions of a
-    plane (H W) and ``batch`` is N."""
+    They are in at least float32. ``var`` is the biased variance (divided by ``size``); ``size`` is
+    the number of positions of a plane (H W) and ``batch`` is N.
+    """
 
     mean: Tensor | None
     var: Tensor | None
