@@ -14,15 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from training.tiny import differences, outcome, tiny
+from training.tiny import differences, outcome, shortened, tiny
 
 from spem.training import Interrupted, Silent, train
 from spem.training.claim import claimed
+from spem.training.sets import load_sets
 
 HERE = Path(__file__).resolve()
+KILLED = shortened(tiny(epochs=2, checkpoint_minutes=0.0), images=100)
+"""Six steps and two evaluations, with a checkpoint after each step."""
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -46,13 +50,11 @@ def hold(folder: Path) -> None:
 
 def race(folder: Path, count: int) -> None:
     """Let many processes go for one folder at the same moment; print how many got it."""
-    gate, winners = os.pipe(), []
-    children = [fork(lambda: _enter(folder, gate)) for _ in range(count)]
+    gate = os.pipe()
+    children = [fork(partial(_enter, folder, gate)) for _ in range(count)]
     os.close(gate[1])  # all children wait for this end of file
     os.close(gate[0])
-    for child in children:
-        winners.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0)
-    say(str(sum(winners)))
+    say(str(sum(wait(child) == 0 for child in children)))
 
 
 def _enter(folder: Path, gate: tuple[int, int]) -> int:
@@ -68,11 +70,11 @@ def _enter(folder: Path, gate: tuple[int, int]) -> int:
 
 def kills(folder: Path, wanted: int) -> None:
     """Kill trainings at random moments, resume them, compare; print what differed."""
-    config, chance = tiny(epochs=2, checkpoint_minutes=0.0), random.Random(0)
-    training = lambda where: lambda: _train(where)  # noqa: E731
+    chance = random.Random(0)
+    load_sets(KILLED.data, torch.device("cpu"))  # so that no child has to import and read them
     began = time.monotonic()
     undisturbed = folder / "undisturbed"
-    assert wait(fork(training(undisturbed))) == 0
+    assert wait(fork(partial(_train, undisturbed))) == 0
     length = time.monotonic() - began
     expected = outcome(undisturbed)
     hits = {signal.SIGKILL: 0, signal.SIGTERM: 0}
@@ -81,7 +83,7 @@ def kills(folder: Path, wanted: int) -> None:
         if sum(hits.values()) == wanted:
             break
         where, number = folder / f"trial{trial}", list(hits)[trial % 2]
-        child = fork(training(where))
+        child = fork(partial(_train, where))
         time.sleep(chance.uniform(0, length))
         os.kill(child, number)
         status = wait(child)
@@ -90,17 +92,16 @@ def kills(folder: Path, wanted: int) -> None:
         assert status in (-number, 128 + number), f"trial {trial} ended with {status}"
         hits[number] += 1
         mid_run += (where / "checkpoint.pt").exists()
-        assert wait(fork(training(where))) == 0, f"trial {trial} did not resume"
+        assert wait(fork(partial(_train, where))) == 0, f"trial {trial} did not resume"
         differing = differences(outcome(where), expected)
         assert not differing, f"trial {trial}: {differing}"
         shutil.rmtree(where)
-    assert config.runtime.checkpoint_minutes == 0
     say(f"{hits[signal.SIGKILL]} {hits[signal.SIGTERM]} {mid_run}")
 
 
 def _train(where: Path) -> int:
     try:
-        train(tiny(epochs=2, checkpoint_minutes=0.0), where, progress=Silent())
+        train(KILLED, where, progress=Silent())
     except Interrupted as stopped:
         return stopped.code
     return 0

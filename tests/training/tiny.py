@@ -17,7 +17,7 @@ CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
 
 
 def tiny(attention: str = "spem", *, epochs: int = 4, **runtime: Any) -> RunConfig:
-    """256 digits of 8x8 pixels in batches of 40, so that the last one is a part; 7 steps an epoch."""
+    """256 digits of 8x8 pixels in batches of 40, the last one smaller: 7 steps an epoch."""
     settings: dict[str, Any] = {"threads": 1, "device": "cpu", "keep_checkpoint": True, **runtime}
     return RunConfig(
         model=ModelConfig(depth=11, attention=attention),
@@ -33,6 +33,11 @@ def tiny(attention: str = "spem", *, epochs: int = 4, **runtime: Any) -> RunConf
 def validated(config: RunConfig, count: int) -> RunConfig:
     """The same run with so many images held out."""
     return replace(config, data=replace(config.data, val=count))
+
+
+def shortened(config: RunConfig, images: int) -> RunConfig:
+    """The same run on fewer images."""
+    return replace(config, data=replace(config.data, limit=images))
 
 
 def outcome(folder: Path) -> dict[str, Any]:

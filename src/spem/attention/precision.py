@@ -37,7 +37,9 @@ def _device_type(value: object) -> str | None:
     if isinstance(value, Tensor):
         return None if value.device.type == "meta" else value.device.type
     if isinstance(value, tuple):
-        return next((_device_type(part) for part in value if isinstance(part, Tensor)), None)
+        for part in value:
+            if isinstance(part, Tensor):
+                return _device_type(part)
     return None
 
 

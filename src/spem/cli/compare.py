@@ -22,7 +22,6 @@ class Request(NamedTuple):
     config: "RunConfig"
     recipe: str | None
     data: str | None
-    depth: int | None
     epochs: int | None
     seeds: str
     runs: Path
@@ -41,7 +40,7 @@ def run(args: list[str]) -> None:
         asked = tyro.cli(_signature(default), prog="spem compare", args=args)
         data = asked.data or asked.config.data.name
         recipe = asked.recipe or ("smoke" if data == "digits" else "short")
-        default = recipe_config(recipe, dataset=data, depth=asked.depth, epochs=asked.epochs)
+        default = recipe_config(recipe, dataset=data, epochs=asked.epochs)
     request = tyro.cli(_signature(default), prog="spem compare", args=args)
     compare(
         request.config,
@@ -65,7 +64,6 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
         *,
         data: str | None = None,
         recipe: str | None = None,
-        depth: int | None = None,
         epochs: int | None = None,
         seeds: str = "3",
         runs: Path = Path("runs"),
@@ -74,21 +72,20 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
     ) -> Request:
         """Compare attentions on one data set: run what is missing, then table, CSV and picture.
 
-        Short forms: --root, --val, --limit, --precision, --checkpoint-minutes.
+        Short forms: --depth, --root, --val, --limit, --precision, --checkpoint-minutes.
 
         Args:
             attentions: What to compare, the reference first: none se "spem(form=code)" ...
             config: Every field of the recipe can be changed, for all runs alike.
             data: Data set or path; brings its own size, flips and normalisation.
             recipe: paper, fast, short or smoke; without it smoke for digits and short for all else.
-            depth: Depth of the network.
             epochs: Length of a run; the milestones move along.
             seeds: A number of seeds (3 is 0, 1, 2) or a list (0,4,7).
             runs: Folder of all runs; finished ones are not run again.
             out: Folder for the CSV files and the picture.
             json: Print the table as JSON.
         """
-        return Request(attentions, config, recipe, data, depth, epochs, seeds, runs, out, json)
+        return Request(attentions, config, recipe, data, epochs, seeds, runs, out, json)
 
     return compare
 

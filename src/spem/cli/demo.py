@@ -53,8 +53,8 @@ def demo_config() -> "RunConfig":
 def _next(out: Path) -> str:
     return f"""
 Picture: {out / "comparison.png"}   table: {out / "summary.csv"}
-Ten epochs on digits show that everything works, not which module is better: spem starts with a gate
-of 0.032 on every branch (spem list), so it needs more steps than none and se. What to try next:
+Ten epochs on tiny digits show that everything works, not which module is better on real images.
+What to try next:
   spem list                                        the modules there are
   spem cost resnet164 --attention spem             what they cost
   spem compare none scale se spem --data cifar10   on CIFAR-10 (--root DIR if you have it)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 RECIPES = ("paper", "fast", "short", "smoke")
 SHORT_FORMS = {
+    "--attention": "--model.attention",
+    "--depth": "--model.depth",
     "--root": "--data.root",
     "--val": "--data.val",
     "--limit": "--data.limit",
@@ -24,17 +26,13 @@ def recipe_config(
     recipe: str,
     *,
     dataset: str | None = None,
-    depth: int | None = None,
-    attention: str | None = None,
     epochs: int | None = None,
 ) -> "RunConfig":
-    """A complete config: the recipe, and where given another data set, depth or length.
+    """A complete config: the recipe, and where given another data set or length.
 
     Args:
         recipe: One of `RECIPES`.
         dataset: Name or path of the images; brings its own settings (size, flips, normalisation).
-        depth: Depth of the network.
-        attention: Text of the attention.
         epochs: Length of the run; the milestones move to the same fractions of it.
 
     Raises:
@@ -48,10 +46,6 @@ def recipe_config(
     config = create()
     if dataset is not None and dataset != config.data.name:
         config = replace(config, data=_data_settings(dataset))
-    if depth is not None:
-        config = replace(config, model=replace(config.model, depth=depth))
-    if attention is not None:
-        config = replace(config, model=replace(config.model, attention=attention))
     if epochs is not None and epochs != config.optim.epochs:
         milestones = recipes.scaled_milestones(epochs)
         config = replace(config, optim=replace(config.optim, epochs=epochs, milestones=milestones))

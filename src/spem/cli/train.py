@@ -16,9 +16,7 @@ class Request(NamedTuple):
     """What the command line asks for."""
 
     config: "RunConfig"
-    attention: str | None
     data: str | None
-    depth: int | None
     epochs: int | None
     folder: Path
     json: bool
@@ -42,8 +40,6 @@ def run(args: list[str]) -> None:
         default = recipe_config(
             recipe,
             dataset=asked.data or asked.config.data.name,
-            depth=asked.depth,
-            attention=asked.attention,
             epochs=asked.epochs,
         )
     request = tyro.cli(_signature(default), prog="spem train", args=args)
@@ -60,9 +56,7 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
         /,
         config: Annotated[RunConfig, arg(name="")] = default,
         *,
-        attention: str | None = None,
         data: str | None = None,
-        depth: int | None = None,
         epochs: int | None = None,
         runs: Path = Path("runs"),
         folder: Path | None = None,
@@ -70,15 +64,14 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
     ) -> Request:
         """Train one network; an interrupted run goes on, a finished one shows its result.
 
-        Short forms: --root, --val, --limit, --precision, --checkpoint-minutes.
+        Short forms: --attention, --depth, --root, --val, --limit, --precision and
+        --checkpoint-minutes.
 
         Args:
             recipe: paper (the paper's), fast (the same, faster), short (scaled down for a CPU) or
                 smoke (digits).
             config: Every field of the recipe can be changed.
-            attention: The attention, such as spem or "se(reduction=8)"; none is the plain network.
             data: Data set or path; brings its own size, flips and normalisation.
-            depth: Depth of the network.
             epochs: Length of the run; the milestones move along.
             runs: Folder of all runs; this one gets a folder of its own in it.
             folder: Folder of this run, instead of one under --runs.
@@ -86,7 +79,7 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
         """
         del recipe
         where = folder or config.folder(runs)
-        return Request(config, attention, data, depth, epochs, where, json)
+        return Request(config, data, epochs, where, json)
 
     return train
 

@@ -1,0 +1,35 @@
+"""Every registered module for C channels, drawn at random, for tests over the registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention.drawing import feature_map, randomise
+from torch import Tensor
+
+import spem
+
+C = 64
+ALL = spem.list_attention()
+EVERY = pytest.mark.parametrize("name", ALL)
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def drawn(
+    name: str, dtype: torch.dtype = torch.float32, *, training: bool = True
+) -> spem.ChannelAttention:
+    return randomise(spem.create_attention(name, C), "contract", name).to(dtype).train(training)
+
+
+def maps(dtype: torch.dtype = torch.float32, *shape: int, key: object = "contract") -> Tensor:
+    return feature_map(*(shape or (4, C, 5, 7)), key=key, dtype=dtype)
+
+
+def needs(name: str) -> spem.Needs:
+    return type(spem.create_attention(name, C)).needs
+
+
+def refused(name: str, *, batch: int, pixels: int, training: bool) -> bool:
+    """Whether the module declares that it cannot work on such a map."""
+    declared = needs(name)
+    return pixels < declared.pixels or (training and batch < declared.batch)

@@ -1,0 +1,152 @@
+"""The edges of the contract: bad input, empty batches, small maps, other ranks, NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention.registered import EVERY, MODES, C, drawn, maps, refused
+from tolerance import TOLERANCE
+
+import spem
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(4, C), (C,), (4, C, 2, 2, 2, 2)], ids=["2", "1", "6"])
+def test_a_wrong_rank_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    module = drawn(name)
+    with pytest.raises(
+        ValueError, match=rf"{type(module).__name__}.*[(\[]{', '.join(map(str, shape))}"
+    ):
+        module(torch.zeros(shape))
+
+
+@EVERY
+@pytest.mark.parametrize("channels", [C // 2, C + 1, 1])
+def test_a_wrong_channel_count_is_refused(name: str, channels: int) -> None:
+    module = drawn(name)
+    with pytest.raises(
+        ValueError, match=rf"{type(module).__name__}.*\b({C}\b.*\b{channels}|{channels}\b.*\b{C})\b"
+    ):
+        module(torch.zeros(4, channels, 5, 7))
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_a_wrong_dtype_is_refused(name: str, dtype: torch.dtype) -> None:
+    module = drawn(name)
+    with pytest.raises((TypeError, ValueError), match=rf"{type(module).__name__}.*{dtype}"):
+        module(torch.zeros(4, C, 5, 7, dtype=dtype))
+
+
+@EVERY
+@pytest.mark.parametrize("channels", [0, -4])
+def test_a_wrong_number_of_channels_is_refused_at_construction(name: str, channels: int) -> None:
+    with pytest.raises(ValueError, match=rf"{channels}"):
+        spem.create_attention(name, channels)
+
+
+@EVERY
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)], ids=str)
+def test_a_map_without_pixels_is_refused(name: str, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"empty|at least"):
+        drawn(name)(torch.zeros(4, C, *size))
+
+
+@EVERY
+@MODES
+def test_empty_batch(name: str, training: bool) -> None:
+    module = drawn(name, training=training)
+    before = [b.clone() for b in module.buffers()]
+    x = torch.zeros(0, C, 5, 7, requires_grad=True)
+    out = module(x)
+    assert out.shape == x.shape
+    assert out.dtype == x.dtype
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    for buffer, old in zip(module.buffers(), before, strict=True):
+        assert torch.isfinite(buffer.double()).all()
+        if buffer.is_floating_point():
+            assert torch.equal(buffer, old), "no sample may move a running statistic"
+
+
+@EVERY
+@MODES
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1), (5, 7)], ids=str)
+def test_small_maps_and_single_samples(
+    name: str, batch: int, size: tuple[int, int], training: bool
+) -> None:
+    """They work, or are refused with the need that the module declares."""
+    module = drawn(name, training=training)
+    x = maps(torch.float32, batch, C, *size).requires_grad_()
+    if refused(name, batch=batch, pixels=size[0] * size[1], training=training):
+        with pytest.raises(ValueError, match=type(module).__name__):
+            module(x)
+        return
+    if name == "cbam" and training and batch == 1 and size == (1, 1):
+        with pytest.raises(ValueError, match="CBAM"):  # one value has no batch variance
+            module(x)
+        return
+    out = module(x)
+    assert out.shape == x.shape
+    assert torch.isfinite(out).all()
+    out.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_only_the_declared_modules_refuse_small_input() -> None:
+    """SGE needs two pixels, SRM two training samples; no other published module may refuse."""
+    assert refused("sge", batch=4, pixels=1, training=False)
+    assert not refused("sge", batch=1, pixels=2, training=True)
+    assert refused("srm", batch=1, pixels=4, training=True)
+    assert not refused("srm", batch=1, pixels=4, training=False)
+    assert not refused("srm", batch=2, pixels=4, training=True)
+    for name in ("spem", "se", "eca", "cbam", "scale"):
+        assert not refused(name, batch=1, pixels=1, training=True)
+
+
+def test_the_refusals_name_the_need() -> None:
+    with pytest.raises(ValueError, match=r"SGE.*(2|two).*1"):
+        drawn("sge")(torch.zeros(4, C, 1, 1))
+    with pytest.raises(ValueError, match=r"SRM.*(2|two).*1"):
+        drawn("srm")(torch.zeros(1, C, 5, 7))
+
+
+@EVERY
+def test_extra_ranks(name: str) -> None:
+    """A module that writes gate_from takes lines and volumes; the others refuse by name."""
+    module = drawn(name, training=False)
+    takes = type(module).gate_from is not spem.ChannelAttention.gate_from
+    for shape in ((2, C, 9), (2, C, 2, 3, 4)):
+        x = maps(torch.float32, *shape)
+        if takes or name == "scale":
+            assert module(x).shape == shape
+        else:
+            with pytest.raises(ValueError, match=type(module).__name__):
+                module(x)
+
+
+def test_which_modules_are_functions_of_plane_statistics() -> None:
+    for name in ("spem", "se", "eca", "srm"):
+        cls = type(spem.create_attention(name, C))
+        assert cls.gate_from is not spem.ChannelAttention.gate_from, name
+        x = maps(torch.float64)
+        module = drawn(name, torch.float64, training=False)
+        stats = spem.ops.plane_stats(x)
+        gate = module.gate_from(stats)
+        assert gate.shape == x.shape[:2]
+        torch.testing.assert_close(
+            gate[..., None, None], module.gate(x), **TOLERANCE[torch.float64]
+        )
+
+
+@EVERY
+def test_not_a_number_stays_in_its_sample_and_is_not_hidden(name: str) -> None:
+    module = drawn(name, torch.float64, training=False)
+    clean = maps(torch.float64)
+    x = clean.clone()
+    x[1, 3, 2, 2] = float("nan")
+    out = module(x)
+    assert torch.isnan(out[1, 3, 2, 2])
+    keep = [0, 2, 3]
+    torch.testing.assert_close(out[keep], module(clean)[keep], **TOLERANCE[torch.float64])
