@@ -15,14 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from training.tiny import differences, outcome, shortened, tiny
 
 from spem.training import Interrupted, Silent, train
+from spem.training.checkpoint import build_model
 from spem.training.claim import claimed
-from spem.training.sets import load_sets
+from spem.training.step import make_optimizer
 
 HERE = Path(__file__).resolve()
 KILLED = shortened(tiny(epochs=2, checkpoint_minutes=0.0), images=100)
@@ -71,7 +73,7 @@ def _enter(folder: Path, gate: tuple[int, int]) -> int:
 def kills(folder: Path, wanted: int) -> None:
     """Kill trainings at random moments, resume them, compare; print what differed."""
     chance = random.Random(0)
-    load_sets(KILLED.data, torch.device("cpu"))  # so that no child has to import and read them
+    _import_everything()
     began = time.monotonic()
     undisturbed = folder / "undisturbed"
     assert wait(fork(partial(_train, undisturbed))) == 0
@@ -97,6 +99,13 @@ def kills(folder: Path, wanted: int) -> None:
         assert not differing, f"trial {trial}: {differing}"
         shutil.rmtree(where)
     say(f"{hits[signal.SIGKILL]} {hits[signal.SIGTERM]} {mid_run}")
+
+
+def _import_everything() -> None:
+    """Load here what a training loads on its way, so that no child spends its time on that."""
+    for module in ("safetensors.torch", "sklearn.datasets", "torch.utils.flop_counter"):
+        import_module(module)
+    make_optimizer(build_model(KILLED, classes=10), KILLED.optim)
 
 
 def _train(where: Path) -> int:

@@ -32,7 +32,8 @@ def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) ->
     Raises:
         ValueError: the folder holds another run, or one of its files is damaged.
     """
-    stored = _stored_config(folder)
+    written = read_config(folder)
+    stored = written or _checkpoint_config(folder)
     if stored is None:
         planned = replace(config, runtime=_resolved(config.runtime))
     else:
@@ -42,7 +43,7 @@ def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) ->
         asked = _differing_wishes(config.runtime, stored.runtime)
         if asked:
             message(f"resuming as planned, so that the result stays exact: {asked}")
-    if planned != stored:
+    if planned != written:
         values = {"schema": SCHEMA, "id": planned.id, "config": planned.to_dict()}
         save_json(values, folder / CONFIG)
     return planned
@@ -104,13 +105,12 @@ def finished(config: RunConfig, folder: Path) -> Result | None:
     return result
 
 
-def _stored_config(folder: Path) -> RunConfig | None:
-    """How the folder's run was planned: from `config.json`, else from the checkpoint."""
-    stored = read_config(folder)
+def _checkpoint_config(folder: Path) -> RunConfig | None:
+    """How the folder's run was planned, from its checkpoint: `config.json` may have been lost."""
     checkpoint = folder / CHECKPOINT
-    if stored is None and checkpoint.exists():
-        stored = RunConfig.from_dict(load_checkpoint(checkpoint)["config"])
-    return stored
+    if not checkpoint.exists():
+        return None
+    return RunConfig.from_dict(load_checkpoint(checkpoint)["config"])
 
 
 def _resolved(runtime: RuntimeConfig) -> RuntimeConfig:

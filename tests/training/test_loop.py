@@ -1,0 +1,277 @@
+"""What a training records, the curve it follows, and what it refuses to go on with."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import TOLERANCE
+from training.tiny import tiny, validated
+
+from spem import initialise
+from spem.data import load_images
+from spem.training import (
+    RunConfig,
+    RuntimeConfig,
+    Silent,
+    evaluate,
+    load_weights,
+    read_metrics,
+    read_result,
+    recipes,
+    train,
+)
+from spem.training.checkpoint import build_model
+from spem.training.log import PlainLines, Status, duration
+from spem.training.results import best_line
+from spem.training.sets import epoch_images, load_sets
+from spem.training.step import make_optimizer, make_step
+
+# Loss of three epochs of `tiny`, seed 0, on one processor. Another one sums in another order; the
+# differences grow along the training and stay far below these.
+CURVE = {"none": [2.3902, 2.2045, 1.9503], "spem": [2.3273, 2.1972, 2.0986]}
+CURVE_TOLERANCE = 0.02
+
+
+@pytest.mark.parametrize("attention", CURVE)
+def test_loss_follows_the_committed_curve(attention: str, tmp_path: Path):
+    train(tiny(attention, epochs=3), tmp_path, progress=Silent())
+    losses = [line["loss"] for line in read_metrics(tmp_path)]
+    assert losses == pytest.approx(CURVE[attention], abs=CURVE_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    config, folder = validated(tiny(epochs=2), 50), tmp_path_factory.mktemp("finished")
+    train(config, folder, progress=Silent())
+    return config, folder
+
+
+def test_metrics_line_holds_what_is_promised(finished: tuple[RunConfig, Path]):
+    lines = read_metrics(finished[1])
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.01])
+    for line in lines:
+        assert set(line) == {
+            *("epoch", "lr", "loss", "penalty", "train_accuracy", "test_loss", "test_accuracy"),
+            *("validation_loss", "validation_accuracy", "best_epoch", "best_test_accuracy"),
+            *("seconds", "evaluation_seconds", "images_per_second", "mixes"),
+        }
+        assert list(line["mixes"]) == [f"layer{i}.0.attention.pool" for i in (1, 2, 3)]
+        for mix in line["mixes"].values():
+            assert 0 <= mix["lambda"] <= 1
+            assert mix["magnitude"] > 0
+            assert mix["change"] > 0
+    # Three blocks start at 0.5 each, and the penalty pulls them down.
+    assert 0 < lines[1]["penalty"] < lines[0]["penalty"] < 1.5
+
+
+def test_result_agrees_with_metrics_and_weights(finished: tuple[RunConfig, Path]):
+    config, folder = finished
+    result, lines = read_result(folder), read_metrics(folder)
+    assert result is not None
+    assert (result.id, result.seed, result.attention) == (config.id, 0, "spem")
+    assert result.accuracy == lines[-1]["test_accuracy"]
+    assert result.best_selected_on == "validation"
+    assert result.best_accuracy == lines[result.best_epoch]["test_accuracy"]
+    assert result.steps == 2 * 7
+    assert result.parameters == 129_440
+    assert result.attention_parameters == 1_798
+    test = load_images("digits", "test", size=8)
+    assert result.test_sha256 == test.sha256
+    model, _ = load_weights(folder / "model.safetensors")
+    again = evaluate(model, test, normalisation="digits")
+    assert again.top1 == result.accuracy
+    assert again.loss == pytest.approx(result.loss, rel=1e-5)
+
+
+def test_folder_holds_the_documented_files(finished: tuple[RunConfig, Path]):
+    assert {p.name for p in finished[1].iterdir()} == {
+        *("config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"),
+        *("model.safetensors", "result.json"),
+    }
+    (session,) = json.loads((finished[1] / "environment.json").read_text())["sessions"]
+    assert session["versions"]["torch"] == torch.__version__
+    assert set(session["data_sha256"]) == {"train", "test"}
+
+
+def test_best_epoch_is_the_first_best_on_validation_images_if_there_are_any():
+    test_only = [{"test_accuracy": a} for a in (80.0, 90.0, 90.0)]
+    assert best_line(test_only) is test_only[1]
+    held_out = [{"test_accuracy": 95.0, "validation_accuracy": 70.0}]
+    held_out += [{"test_accuracy": 85.0, "validation_accuracy": 75.0}]
+    assert best_line(held_out) is held_out[1]
+
+
+def test_evaluation_equals_counting_by_hand():
+    test = load_images("digits", "test", size=8).take(torch.arange(23))
+    model = build_model(tiny(), classes=10)
+    initialise(model, 3)
+    found = evaluate(model.train(), test, normalisation="digits", batch=7)
+    assert model.training
+    mean, std = 0.3061, 0.3766
+    logits = model.eval()((test.images / 255 - mean) / std).detach().double()
+    losses = [-torch.log_softmax(z, 0)[y] for z, y in zip(logits, test.labels, strict=True)]
+    assert found.count == 23
+    assert found.correct == sum(
+        int(z.argmax()) == int(y) for z, y in zip(logits, test.labels, strict=True)
+    )
+    assert found.top1 == 100 * found.correct / 23
+    torch.testing.assert_close(
+        torch.tensor(found.loss), torch.stack(losses).mean().float(), **TOLERANCE[torch.float32]
+    )
+
+
+def test_evaluation_of_nothing_is_refused():
+    test = load_images("digits", "test", size=8).take(torch.arange(0))
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(build_model(tiny(), classes=10), test)
+
+
+def test_limit_and_validation_do_not_depend_on_the_seed():
+    config = validated(tiny(), 50)
+    a, b = (load_sets(replace(config, seed=s).data, torch.device("cpu")) for s in (0, 1))
+    assert a.validation is not None
+    assert len(a.validation) == 50
+    assert len(a.train) == 256
+    assert a.train.sha256 == b.train.sha256
+
+
+def test_epoch_shows_every_image_once_and_flips_only_if_asked():
+    config = tiny()
+    train_set = load_sets(config.data, torch.device("cpu")).train
+    still = replace(config.data, augment=False)
+    images, labels = epoch_images(train_set, still, 0, 0)
+    assert sorted(i.tobytes() for i in images.numpy()) == sorted(
+        i.tobytes() for i in train_set.images.numpy()
+    )
+    assert torch.equal(labels.bincount(), train_set.labels.bincount())
+    unshifted = replace(config.data, pad=0)
+    assert torch.equal(epoch_images(train_set, unshifted, 0, 0)[0], images)
+    flipped = epoch_images(train_set, replace(unshifted, flip=True), 0, 0)[0]
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    kept = (flipped == images).flatten(1).all(1)
+    assert bool((mirrored | kept).all())
+    assert 80 < int((mirrored & ~kept).sum()) < 176
+
+
+def one_step(config: RunConfig, count: int = 1) -> list[float]:
+    """Losses of some steps on one batch."""
+    model = build_model(config, classes=10)
+    initialise(model, 0)
+    step = make_step(
+        model.train(), make_optimizer(model, config.optim), config.optim, config.runtime
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, 8, 8, generator=generator)
+    labels = torch.randint(0, 10, (16,), generator=generator)
+    return [float(step(images, labels).loss) for _ in range(count)]
+
+
+def test_compiled_step_follows_the_eager_one():
+    eager = one_step(tiny("spem"), 3)
+    compiled = one_step(tiny("spem", step="compile"), 3)
+    torch.testing.assert_close(
+        torch.tensor(compiled), torch.tensor(eager), **TOLERANCE[torch.bfloat16]
+    )
+    assert len(set(eager)) == 3
+
+
+def test_bf16_step_is_near_the_float32_one():
+    exact, rounded = one_step(tiny("spem")), one_step(tiny("spem", precision="bf16"))
+    torch.testing.assert_close(
+        torch.tensor(rounded), torch.tensor(exact), **TOLERANCE[torch.bfloat16]
+    )
+    assert exact != rounded
+
+
+def test_penalty_is_in_the_loss_that_is_descended_but_not_in_the_one_reported():
+    config = tiny("spem")
+    free = replace(config, optim=replace(config.optim, penalty=0.0))
+    assert one_step(config) == one_step(free)
+    assert one_step(config, 9)[8] != one_step(free, 9)[8]
+
+
+def test_diverged_training_stops_and_names_epoch_layers_and_checkpoint(tmp_path: Path):
+    config = tiny("none")
+    config = replace(config, optim=replace(config.optim, lr=1e30))
+    with pytest.raises(FloatingPointError) as stopped:
+        train(config, tmp_path, progress=Silent())
+    text = str(stopped.value)
+    assert "in epoch 1 at rate 1e+30" in text
+    assert "bn" in text
+    assert "There is no checkpoint yet" in text
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert read_result(tmp_path) is None
+
+
+def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path):
+    config = tiny("none", epochs=3)
+    # The "factor" raises the rate after the first epoch.
+    config = replace(config, optim=replace(config.optim, factor=1e30, milestones=(1,)))
+    with pytest.raises(FloatingPointError, match=r"in epoch 2 .*last good checkpoint is .*pt"):
+        train(config, tmp_path, progress=Silent())
+    from spem.training.checkpoint import load_checkpoint
+
+    content = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert content["epoch"] == 1
+    assert all(bool(t.isfinite().all()) for t in content["model"].values())
+
+
+def test_tensorboard_gets_the_same_lines(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(epochs=2, tensorboard=True), tmp_path, progress=Silent())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    lines = read_metrics(tmp_path)
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([x["loss"] for x in lines])
+    assert "mix/layer1.0.attention.pool/lambda" in events.Tags()["scalars"]
+
+
+def test_plain_progress_prints_a_line_an_epoch(tmp_path: Path):
+    stream = io.StringIO()
+    train(tiny(epochs=2), tmp_path, progress=PlainLines(stream))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/2: rate 0.1, loss ")
+    assert "images/s" in lines[1]
+
+
+def test_live_bar_shows_epoch_speed_and_time_left(monkeypatch: pytest.MonkeyPatch):
+    console = pytest.importorskip("rich.console")
+    from spem.training import log
+
+    stream = io.StringIO()
+    screen = console.Console(file=stream, force_terminal=True, width=140)
+    monkeypatch.setattr(console, "Console", lambda **kwargs: screen)
+    bar = log.LiveBar()
+    last = {"loss": 0.5, "test_accuracy": 87.65}
+    bar.step(Status(2, 5, 3, 10, 1234.0, 3723.0, last))
+    bar.message("a [message]")
+    bar._bar.refresh()
+    bar.close()
+    shown = stream.getvalue()
+    for part in ("epoch 3/5", "step 3/10", "87.65 %", "1234 images/s", "1:02:03 left", "[message]"):
+        assert part in shown
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59.4, 185, 3723)] == ["0 s", "59 s", "3:05", "1:02:03"]
+
+
+def test_smoke_recipe_learns_the_digits(tmp_path: Path):
+    result = train(recipes.smoke("se"), tmp_path, progress=Silent())
+    assert result.accuracy > 90
+
+
+def test_runtime_left_open_is_written_down(tmp_path: Path):
+    config = replace(tiny(epochs=1), runtime=RuntimeConfig(threads=1))
+    train(config, tmp_path, progress=Silent())
+    written = json.loads((tmp_path / "config.json").read_text())["config"]["runtime"]
+    assert written["device"] in ("cpu", "cuda")
+    assert written["impl"] == "reference"
