@@ -174,10 +174,11 @@ def resnet(
     """Builds a CIFAR ResNet and initialises it under seed 0 (`spem.initialise` draws another seed).
 
     Args:
-        depth: 9n + 2 for bottleneck blocks (11, 29, 83, 164, 245, 326), 6n + 2 for basic ones (20
-        ... 110). classes: Number of classes. attention: A spec or its text, for example ``"spem"``
-        or ``"se(reduction=8)"``; None or ``"none"`` is the plain
-            network.
+        depth: 9n + 2 for bottleneck blocks (11, 29, 83, 164, 245, 326), 6n + 2 for basic ones
+            (20 ... 110).
+        classes: Number of classes.
+        attention: A spec or its text, for example ``"spem"`` or ``"se(reduction=8)"``; None or
+            ``"none"`` is the plain network.
         block: ``"bottleneck"`` or ``"basic"``.
 
     Raises:
@@ -210,8 +211,9 @@ def load_official(path: str | Path) -> ResNet:
         The network in evaluation mode, float32, on the CPU.
 
     Raises:
-        FileNotFoundError: There is no such file. ValueError: The file is damaged, holds other
-        objects than tensors and numbers, or is no such checkpoint.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, holds other objects than tensors and numbers, or is no such
+            checkpoint.
     """
     path = Path(path)
     if not path.is_file():

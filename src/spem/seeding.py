@@ -34,7 +34,7 @@ def keyed_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """
     text = "\x00".join([str(int(seed)), *(f"{type(part).__name__}:{part}" for part in purpose)])
     digest = hashlib.sha256(text.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
 def kaiming_normal_fan_out(weight: Tensor, generator: torch.Generator | None) -> None:
@@ -67,9 +67,10 @@ def initialise(
     on the CPU in float32, so they do not depend on device or dtype.
 
     Args:
-        model: The network, changed in place. seed: The seed of the run. scope: ``"all"`` imitates
-        the official training code, whose loop over all convolutions and batch norms also
-            overwrites those inside attention modules.
+        model: The network, changed in place.
+        seed: The seed of the run.
+        scope: ``"all"`` imitates the official training code, whose loop over all convolutions and
+            batch norms also overwrites those inside attention modules.
 
     Raises:
         ValueError: ``scope`` is neither ``"backbone"`` nor ``"all"``.
@@ -111,7 +112,8 @@ def _owner(name: str, owners: Mapping[str, object]) -> str | None:
 
 
 def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator) -> None:
-    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+    # The CPU by name: torch.set_default_device must not move the draw away from its generator.
+    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     rule(drawn, generator)
     with torch.no_grad():
         parameter.copy_(drawn)

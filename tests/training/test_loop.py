@@ -20,12 +20,13 @@ from spem.training import (
     Silent,
     evaluate,
     load_weights,
+    loop,
     read_metrics,
     read_result,
     recipes,
     train,
 )
-from spem.training.checkpoint import build_model
+from spem.training.checkpoint import build_model, load_checkpoint
 from spem.training.log import PlainLines, Status, duration
 from spem.training.results import best_line
 from spem.training.sets import epoch_images, load_sets
@@ -62,12 +63,24 @@ def test_metrics_line_holds_what_is_promised(finished: tuple[RunConfig, Path]):
             *("seconds", "evaluation_seconds", "images_per_second", "mixes"),
         }
         assert list(line["mixes"]) == [f"layer{i}.0.attention.pool" for i in (1, 2, 3)]
-        for mix in line["mixes"].values():
-            assert 0 <= mix["lambda"] <= 1
-            assert mix["magnitude"] > 0
-            assert mix["change"] > 0
-    # Three blocks start at 0.5 each, and the penalty pulls them down.
-    assert 0 < lines[1]["penalty"] < lines[0]["penalty"] < 1.5
+    moved = [mix["change"] for mix in lines[0]["mixes"].values()]
+    final = [abs(mix["lambda"] - 0.5) for mix in lines[0]["mixes"].values()]
+    assert max(moved) > 0
+    for change, distance in zip(moved, final, strict=True):
+        assert distance <= 7 * change + 1e-9
+
+
+def test_penalty_and_magnitude_follow_the_closed_form(finished: tuple[RunConfig, Path]):
+    line = read_metrics(finished[1])[0]
+    # While lambda stays near 1/2, nothing but penalty and weight decay acts on p0 = p1 = p.
+    p, velocity, penalties = 0.5, 0.0, []
+    for _ in range(7):
+        penalties.append(3 * (p**2 + p**2))
+        velocity = 0.9 * velocity + (2 * 0.1 + 1e-4) * p
+        p -= 0.1 * velocity
+    assert line["penalty"] == pytest.approx(sum(penalties) / 7, rel=1e-5)
+    for mix in line["mixes"].values():
+        assert mix["magnitude"] == pytest.approx(2**0.5 * abs(p), rel=1e-5)
 
 
 def test_result_agrees_with_metrics_and_weights(finished: tuple[RunConfig, Path]):
@@ -215,8 +228,6 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path):
     config = replace(config, optim=replace(config.optim, factor=1e30, milestones=(1,)))
     with pytest.raises(FloatingPointError, match=r"in epoch 2 .*last good checkpoint is .*pt"):
         train(config, tmp_path, progress=Silent())
-    from spem.training.checkpoint import load_checkpoint
-
     content = load_checkpoint(tmp_path / "checkpoint.pt")
     assert content["epoch"] == 1
     assert all(bool(t.isfinite().all()) for t in content["model"].values())
@@ -230,7 +241,46 @@ def test_tensorboard_gets_the_same_lines(tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = read_metrics(tmp_path)
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([x["loss"] for x in lines])
-    assert "mix/layer1.0.attention.pool/lambda" in events.Tags()["scalars"]
+    lambdas = [e.value for e in events.Scalars("mix/layer1.0.attention.pool/lambda")]
+    assert lambdas == pytest.approx(
+        [line["mixes"]["layer1.0.attention.pool"]["lambda"] for line in lines]
+    )
+
+
+@pytest.mark.parametrize("attention", ["none", "spem", "cbam"])
+def test_nothing_in_an_epoch_reads_a_tensor(
+    attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU each of these would wait for the device."""
+    whole_epoch = loop._Training._train_epoch
+
+    def read(tensor: torch.Tensor, *arguments: object) -> None:
+        raise AssertionError("a tensor was read within an epoch")
+
+    def watched(training: loop._Training) -> None:
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+                patch.setattr(torch.Tensor, name, read)
+            whole_epoch(training)
+
+    monkeypatch.setattr(loop._Training, "_train_epoch", watched)
+    train(tiny(attention, epochs=1), tmp_path, progress=Silent())
+    assert read_result(tmp_path) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ten_steps_do_not_wait_for_the_gpu():
+    config = tiny("spem", device="cuda")
+    model = build_model(config, classes=10).to("cuda").train()
+    step = make_step(model, make_optimizer(model, config.optim), config.optim, config.runtime)
+    images, labels = torch.randn(16, 3, 8, 8, device="cuda"), torch.zeros(16, device="cuda").long()
+    step(images, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):
+            step(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_plain_progress_prints_a_line_an_epoch(tmp_path: Path):

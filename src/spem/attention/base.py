@@ -22,11 +22,13 @@ class Needs:
 
     Attributes:
         statistics: Plane statistics its gate reads beside its pool's (``mean``, ``var``, ``max``,
-        ``min``). pixels: Smallest number of positions of a map (H W). batch: Smallest number of
-        images in training. values: Smallest number of values N H W in training. batch_statistics:
-        Whether training and evaluation differ (the module holds a batch norm). divides: Name of the
-        option that must divide the channels, or None. no_decay: Parameters (relative names) that
-        its authors train without weight decay.
+            ``min``).
+        pixels: Smallest number of positions of a map (H W).
+        batch: Smallest number of images in training.
+        values: Smallest number of values N H W in training.
+        batch_statistics: Whether training and evaluation differ (the module holds a batch norm).
+        divides: Name of the option that must divide the channels, or None.
+        no_decay: Parameters (relative names) that its authors train without weight decay.
     """
 
     statistics: tuple[str, ...] = ()

@@ -71,7 +71,15 @@ class ECA(ChannelAttention):
 
 
 def _adaptive_kernel(channels: int, gamma: float, b: float) -> int:
-    if not gamma > 0:
-        raise ValueError(f"ECA: gamma={gamma!r} is not positive.")
+    if not _finite(gamma) or gamma <= 0:
+        raise ValueError(f"ECA: gamma={gamma!r} is not a positive number.")
+    if not _finite(b):
+        raise ValueError(f"ECA: b={b!r} is not a finite number.")
     t = int(abs(math.log2(channels) + b) / gamma)
     return t if t % 2 else t + 1
+
+
+def _finite(value: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)

@@ -22,14 +22,18 @@ class Mix:
 
     Formula:
         u = lambda max + (1 - lambda) min.
-        squares (the paper's): lambda = p0^2 / (p0^2 + p1^2), p = (0.5, 0.5) at the start, penalty
-        p0^2 + p1^2. anchored: the same lambda, penalty (p0^2 + p1^2 - 1/2)^2, so |p| stays near its
-        start. sigmoid: lambda = sigmoid(l), one logit l = 0 at the start, penalty l^2.
+
+        ``squares`` (the paper's): lambda = p0^2 / (p0^2 + p1^2), p = (0.5, 0.5) at the start,
+        penalty p0^2 + p1^2.
+
+        ``anchored``: the same lambda, penalty (p0^2 + p1^2 - 1/2)^2, so |p| stays near its start.
+
+        ``sigmoid``: lambda = sigmoid(l), one logit l = 0 at the start, penalty l^2.
 
     Args:
         lam: A constant lambda in [0, 1] (1 is max pooling, 0 min pooling), or None for a learned
-        one. parametrization: How a learned lambda is parametrised; must be left alone for a
-        constant.
+            one.
+        parametrization: How a learned lambda is parametrised; must be left alone for a constant.
 
     Raises:
         ValueError: lam lies outside [0, 1], or the parametrization is unknown or given with a
@@ -62,6 +66,8 @@ class Mix:
                 f"Mix: parametrization={self.parametrization!r} needs a learned lambda. "
                 f"Leave lam={self.lam} out, or the parametrization."
             )
+        # mix(1) and mix(1.0) are the same pool and must have the same text.
+        object.__setattr__(self, "lam", float(self.lam))
 
     def __str__(self) -> str:
         if self.lam is not None:

@@ -43,7 +43,11 @@ class Scale(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        if not isinstance(start, (int, float)) or not math.isfinite(start):
+        if (
+            isinstance(start, bool)
+            or not isinstance(start, (int, float))
+            or not math.isfinite(start)
+        ):
             raise ValueError(f"Scale: start={start!r} is not a finite number.")
         self.start = float(start)
         self.factor = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))

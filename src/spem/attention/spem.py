@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import Mix, PoolSpec
 from spem.attention.precision import cast
 from spem.ops import PlaneStats
@@ -30,7 +30,6 @@ Reweight = Literal[
 @register_attention(
     "spem",
     paper="Mix-Pooling Strategy for Attention Mechanism (2022), https://arxiv.org/abs/2208.10322",
-    needs=Needs(statistics=("max", "min")),
 )
 class SPEM(ChannelAttention):
     """Self-adaptive pooling enhanced attention: a mix of max and min excites, both reweight.
@@ -100,6 +99,7 @@ class SPEM(ChannelAttention):
 
         self.w_e, self.b_e = per_channel(), per_channel()
         if reweight != "none":
+            self._reads(("max", "min"))
             self.w_r, self.b_r = per_channel(), per_channel()
         if reweight == "unshared_sum":
             self.w_r2, self.b_r2 = per_channel(), per_channel()

@@ -53,9 +53,9 @@ def epoch_plan(seed: int, epoch: int, n: int, *, pad: int = 4) -> EpochPlan:
     if n < 0 or pad < 0:
         raise ValueError(f"epoch_plan: n={n} and pad={pad} must not be negative.")
     generator = keyed_generator(seed, "epoch", epoch)
-    permutation = torch.randperm(n, generator=generator)
-    offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
-    flips = torch.randint(0, 2, (n,), generator=generator).bool()
+    permutation = torch.randperm(n, generator=generator, device="cpu")
+    offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator, device="cpu")
+    flips = torch.randint(0, 2, (n,), generator=generator, device="cpu").bool()
     return EpochPlan(permutation, offsets, flips)
 
 

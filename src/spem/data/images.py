@@ -91,7 +91,7 @@ def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
             f"hold_out: cannot hold out {count} of {len(train)} images. "
             f"Use a number from 1 to {len(train) - 1}."
         )
-    order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"))
+    order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"), device="cpu")
     return train.take(order[count:].sort().values), train.take(order[:count].sort().values)
 
 

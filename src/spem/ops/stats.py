@@ -36,9 +36,10 @@ def plane_stats(x: Tensor, which: Collection[str] = STATISTICS) -> PlaneStats:
         mean = 1/K sum_k x_k,  var = 1/K sum_k (x_k - mean)^2,  max = max_k x_k,  min = min_k x_k,
         where k runs over the K positions of a plane.
 
-    The gradients of ``max`` and ``min`` go to the first extremum in row-major order, in any memory
-    layout. A NaN in a plane makes all its statistics NaN; an infinity makes its mean infinite (or
-    NaN) and its variance NaN. All four are deterministic, forward and backward.
+    In reverse mode the gradients of ``max`` and ``min`` go to the first extremum in row-major
+    order, in any memory layout (forward mode splits ties evenly). A NaN in a plane makes all its
+    statistics NaN; an infinity makes its mean infinite (or NaN) and its variance NaN. All four are
+    deterministic, forward and backward.
 
     Shape:
         x: [N, C, ...], one or more spatial axes, N may be 0; each statistic: [N, C].

@@ -306,7 +306,7 @@ def _norm_report(model: nn.Module, count: int = 4) -> str:
     for name, module in model.named_modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
             variance = float(module.running_var.max())
-            weight = float(module.weight.norm())
+            weight = float(module.weight.detach().norm())
             badness = variance if math.isfinite(variance) else math.inf
             found.append(
                 (badness, f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})")
