@@ -115,7 +115,8 @@ class ResNet(nn.Module):
         block: BlockName = "bottleneck",
     ) -> None:
         super().__init__()
-        kind, count = _blocks_per_stage(depth, block)
+        count = blocks_per_stage(depth, block)
+        kind = _BLOCKS[block][0]
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
             raise ValueError(f"resnet: classes={classes!r} is not a positive integer.")
         self.depth, self.classes, self.block, self.spec = depth, classes, block, attention
@@ -142,26 +143,26 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def _blocks_per_stage(depth: int, block: str) -> tuple[type[Bottleneck] | type[Basic], int]:
+def blocks_per_stage(depth: int, block: str) -> int:
+    """The n of a depth 9n + 2 (bottleneck) or 6n + 2 (basic).
+
+    Raises:
+        ValueError: An unknown block, or a depth that its blocks cannot make; the message names the
+            nearest ones.
+    """
     if block not in _BLOCKS:
         raise ValueError(
             f"resnet: block={block!r} is unknown. Use {' or '.join(map(repr, _BLOCKS))}."
         )
-    kind, step = _BLOCKS[block]
-    if (
-        isinstance(depth, bool)
-        or not isinstance(depth, int)
-        or depth < step + 2
-        or (depth - 2) % step
-    ):
-        given = depth if isinstance(depth, int) else step + 2
-        below = max(1, (given - 2) // step)
-        near = sorted({below * step + 2, (below + 1) * step + 2})
+    step = _BLOCKS[block][1]
+    whole = isinstance(depth, int) and not isinstance(depth, bool)
+    if not whole or depth < step + 2 or (depth - 2) % step:
+        below = max(1, (depth - 2) // step) if whole else 1
         raise ValueError(
             f"resnet: depth={depth!r} is not {step}n + 2, which {block} blocks need. "
-            f"Nearest: {' or '.join(map(str, near))}."
+            f"Nearest: {below * step + 2} or {(below + 1) * step + 2}."
         )
-    return kind, (depth - 2) // step
+    return (depth - 2) // step
 
 
 def resnet(

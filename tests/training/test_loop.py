@@ -107,9 +107,9 @@ def test_folder_holds_the_documented_files(finished: tuple[RunConfig, Path]):
         *("config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"),
         *("model.safetensors", "result.json"),
     }
-    (session,) = json.loads((finished[1] / "environment.json").read_text())["sessions"]
-    assert session["versions"]["torch"] == torch.__version__
-    assert set(session["data_sha256"]) == {"train", "test"}
+    (start,) = json.loads((finished[1] / "environment.json").read_text())["starts"]
+    assert start["versions"]["torch"] == torch.__version__
+    assert set(start["data_sha256"]) == {"train", "test"}
 
 
 def test_best_epoch_is_the_first_best_on_validation_images_if_there_are_any():

@@ -85,8 +85,12 @@ def test_four_epochs_equal_two_stopped_and_two_more(
         validated(tiny(), 40),
         replace(tiny(), optim=replace(tiny().optim, rules="declared", mix_lr=0.01)),
         shortened(tiny(threads=2), images=80),
+        shortened(tiny(step="compile"), images=120),
     ],
-    ids=["none", "srm", "cbam", "bf16", "contiguous", "validation", "declared", "threads2"],
+    ids=[
+        *("none", "srm", "cbam", "bf16", "contiguous", "validation", "declared", "threads2"),
+        "compile",
+    ],
 )
 def test_resume_is_exact_in_every_mode(
     config: RunConfig, tmp_path: Path, undisturbed: Callable[[RunConfig], dict[str, Any]]
@@ -101,9 +105,10 @@ def test_comparison_sees_a_difference(undisturbed: Callable[[RunConfig], dict[st
     assert {d.split()[0] for d in differences(a, b)} == {"weights", "momentum", "metrics"}
 
 
+@pytest.mark.timeout(600)  # some 50 trainings, half a second each on an idle core
 def test_20_kills_at_random_moments(tmp_path: Path):
     driver = start("kills", str(tmp_path), "20")
-    said, _ = driver.communicate(timeout=280)
+    said, _ = driver.communicate(timeout=550)
     assert driver.returncode == 0
     killed, terminated, with_checkpoint = map(int, said.split())
     assert killed + terminated == 20

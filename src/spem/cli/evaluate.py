@@ -24,6 +24,7 @@ def run(args: list[str]) -> None:
         data: str | None = None,
         root: Path | None = None,
         predictions: Path | None = None,
+        sha256: str | None = None,
         json: bool = False,
     ) -> None:
         """Evaluate trained weights on the test images, in float32, normalised as in training.
@@ -33,15 +34,22 @@ def run(args: list[str]) -> None:
             data: Name or path of the images; without it those the weights were trained on.
             root: Folder that holds the named data sets.
             predictions: Write index, label and prediction of every image into this CSV file.
+            sha256: Expected SHA-256 of the test split's files, one after the other as sorted.
             json: Print JSON.
         """
-        _evaluate(weights, data, root, predictions, json=json)
+        _evaluate(weights, data, root, predictions, sha256, json=json)
 
     tyro.cli(evaluate, prog="spem eval", args=args)
 
 
 def _evaluate(
-    weights: Path, data: str | None, root: Path | None, predictions: Path | None, *, json: bool
+    weights: Path,
+    data: str | None,
+    root: Path | None,
+    predictions: Path | None,
+    sha256: str | None,
+    *,
+    json: bool,
 ) -> None:
     from spem.data import load_images
     from spem.training import evaluate, load_weights
@@ -49,7 +57,9 @@ def _evaluate(
     model, config = load_weights(weights)
     own = data is None or data == config.data.name
     name = config.data.name if data is None else data
-    images = load_images(name, "test", root=root, size=config.data.size if own else None)
+    images = load_images(
+        name, "test", root=root, size=config.data.size if own else None, sha256=sha256
+    )
     if len(images.classes) != model.classes:
         raise ValueError(
             f"eval: {weights} tells {model.classes} classes apart, {name} has "

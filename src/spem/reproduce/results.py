@@ -1,6 +1,7 @@
 """From run folders to tidy CSV and to the table of a comparison."""
 
 import csv
+import hashlib
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from spem.reproduce.statistics import PairedDifference, Summary, paired_difference, summarise
 from spem.training import Result, RunConfig, read_metrics
 from spem.training.checkpoint import write_atomic
+from spem.training.log import METRICS
 from spem.training.runs import finished
 
 Cell = str | int | float | None
@@ -84,8 +86,26 @@ def collect(configs: Iterable[RunConfig], runs: Path) -> list[Run]:
         folder = config.folder(runs)
         result = finished(config, folder)
         if result is not None:
-            found.append(Run(config, result, tuple(read_metrics(folder))))
+            found.append(Run(config, result, _epochs_of(result, folder)))
     return found
+
+
+def _epochs_of(result: Result, folder: Path) -> tuple[dict[str, Any], ...]:
+    """The lines of a finished run's metrics, if they are those its result was made from."""
+    path = folder / METRICS
+    sum_now = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    if result.metrics_sha256 not in (None, sum_now):
+        raise ValueError(
+            f"collect: {path} is damaged or missing: its SHA-256 is not that in result.json. "
+            f"Delete {folder} to train this run again."
+        )
+    epochs = tuple(read_metrics(folder))
+    if len(epochs) != result.epochs:
+        raise ValueError(
+            f"collect: {path} holds {len(epochs)} whole lines, its result says {result.epochs} "
+            f"epochs. Delete {folder} to train this run again."
+        )
+    return epochs
 
 
 def table(runs: Sequence[Run], reference: str) -> list[Line]:
@@ -201,6 +221,8 @@ def _run_row(run: Run) -> Row:
         "time_evaluation_seconds": result.evaluation_seconds,
         "time_step_ms": 1000 * result.step_seconds,
         "time_images_per_second": result.images_per_second,
+        "time_date": result.date,
+        "host_commit": result.commit,
         "host_hardware": result.hardware,
         **{f"host_{name}": number for name, number in sorted(result.versions.items())},
     }

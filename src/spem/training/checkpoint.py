@@ -118,6 +118,7 @@ def save_weights(model: ResNet, config: RunConfig, path: Path) -> None:
     # Where the data lies and who ran it is nobody's business when the weights are passed on.
     published = config.to_dict()
     published["data"]["root"] = None
+    published["data"]["name"] = Path(config.data.name).name
     text = canonical_json(published).decode()
     metadata = {"format": "pt", "config": text, "sha256": _weights_digest(tensors, text)}
     write_atomic(Path(path), safetensors.save(tensors, metadata))

@@ -48,6 +48,8 @@ class Claim:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder):
+            for leftover in self.folder.glob(f"{_NAME}.*.probe"):  # of a process killed in here
+                leftover.unlink()
             self.taken_over = self._dead_holder()
             record = {
                 "host": socket.gethostname(),
@@ -99,9 +101,10 @@ class Claim:
     def _dead_holder(self) -> str | None:
         """Refuse if a living process holds the folder; describe a dead one; None if nobody does."""
         try:
-            age = _folder_time(self.folder) - self._path.stat().st_mtime
+            touched = self._path.stat().st_mtime
         except FileNotFoundError:
             return None
+        age = _folder_time(self.folder) - touched
         holder = self._read()
         host, pid = holder.get("host", "an unknown host"), holder.get("pid", 0)
         if host == socket.gethostname():
@@ -161,7 +164,7 @@ def _locked(folder: Path) -> Generator[None]:
 
 def _folder_time(folder: Path) -> float:
     """Now, by the clock of the file system: hosts that share a folder may not share a clock."""
-    probe = folder / f"{_NAME}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+    probe = folder / f"{_NAME}.{os.getpid()}.{time.monotonic_ns()}.probe"
     probe.touch()
     try:
         return probe.stat().st_mtime

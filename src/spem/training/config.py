@@ -7,10 +7,16 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from spem.attention import AttentionSpec, spec_text
+from spem.data import HUB_IDS, NORMALISATION
+from spem.models import blocks_per_stage
+
+_NOT_IN_ID = ("root", "sha256", "test_sha256")
+"""Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
 
 SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
@@ -34,16 +40,8 @@ class ModelConfig:
     init_scope: Literal["backbone", "all"] = "backbone"
 
     def __post_init__(self) -> None:
-        per_stage = {"bottleneck": 9, "basic": 6}
-        _one_of("model.block", self.block, tuple(per_stage))
+        blocks_per_stage(self.depth, self.block)
         _one_of("model.init_scope", self.init_scope, ("backbone", "all"))
-        unit = per_stage[self.block]
-        if self.depth < unit + 2 or (self.depth - 2) % unit:
-            below = max(unit + 2, self.depth - (self.depth - 2) % unit)
-            raise ValueError(
-                f"model.depth={self.depth} is not {unit}n+2 with n >= 1, which {self.block} blocks "
-                f"need. Use {below} or {below + unit}."
-            )
         object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
 
 
@@ -63,6 +61,7 @@ class DataConfig:
         size: side in pixels to which the images are brought; None keeps theirs.
         sha256: expected SHA-256 of the raw files of the training split (see
             `spem.data.load_images`); not part of the run's id.
+        test_sha256: the same for the test split.
     """
 
     name: str = "cifar10"
@@ -75,8 +74,13 @@ class DataConfig:
     normalisation: str = "paper"
     size: int | None = None
     sha256: str | None = None
+    test_sha256: str | None = None
 
     def __post_init__(self) -> None:
+        # A set has one name: its hub id must not give another run than its short name.
+        short = {hub_id: name for name, hub_id in HUB_IDS.items()}
+        object.__setattr__(self, "name", short.get(self.name, self.name))
+        _one_of("data.normalisation", self.normalisation, tuple(NORMALISATION))
         _at_least("data.val", self.val, 0)
         _at_least("data.pad", self.pad, 0)
         if self.limit is not None:
@@ -203,7 +207,7 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The fields behind `id`, as nested plain values."""
         full = self.to_dict()
-        data = {k: v for k, v in full["data"].items() if k not in ("root", "sha256")}
+        data = {k: v for k, v in full["data"].items() if k not in _NOT_IN_ID}
         return {
             "schema": SCHEMA,
             "model": full["model"],
@@ -284,8 +288,10 @@ def _section(name: str, values: Any, kind: type) -> Any:
             f"config: {name} must be a table of fields, found {type(values).__name__}."
         )
     fields = cast("dict[str, Any]", values)
-    _same_keys(f"config: {name}", fields, kind)
     default = kind()
+    # None stands for "not asked for": files from before such a field existed lack it.
+    fields = {f.name: None for f in dataclasses.fields(kind) if f.default is None} | fields
+    _same_keys(f"config: {name}", fields, kind)
     built: dict[str, Any] = {}
     for key, value in fields.items():
         known = getattr(default, key)
@@ -329,4 +335,6 @@ def _at_least(name: str, value: float, lowest: float) -> None:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(allowed)}.")
+        near = get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(allowed)}.{hint}")

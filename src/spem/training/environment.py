@@ -22,20 +22,20 @@ def record_environment(folder: Path, data: dict[str, str], runtime: RuntimeConfi
     """Append to `environment.json` what the run runs on from here; a resume appends again."""
     path = folder / ENVIRONMENT
     try:
-        sessions = cast("list[dict[str, Any]]", json.loads(path.read_text())["sessions"])
+        starts = cast("list[dict[str, Any]]", json.loads(path.read_text())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
-        sessions = []
-    sessions.append(
+        starts = []
+    starts.append(
         {
             "versions": versions(),
             "platform": platform.platform(),
             "hardware": hardware(torch.device(runtime.device), runtime.threads),
-            "commit": _commit(),
+            "commit": commit(),
             "command": sys.argv,
             "data_sha256": data,
         }
     )
-    write_atomic(path, json.dumps({"sessions": sessions}, indent=2).encode() + b"\n")
+    write_atomic(path, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
 
 
 def versions() -> dict[str, str]:
@@ -64,7 +64,7 @@ def hardware(device: torch.device, threads: int) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit this package's source belongs to, "-dirty" if changed; None for an installed one."""
     here = Path(__file__).resolve()
     tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)

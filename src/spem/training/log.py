@@ -167,18 +167,22 @@ def choose_progress() -> Progress:
     return LiveBar() if sys.stderr.isatty() else PlainLines()
 
 
+METRICS = "metrics.jsonl"
+
+
 class RunLog:
     """The log files of a run folder, and the progress they are told alongside."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self.progress = progress
-        self._metrics = folder / "metrics.jsonl"
+        self._metrics = folder / METRICS
         self._messages = folder / "log.txt"
         self._board_folder = folder / "tensorboard"
         self._board: Any = None
 
     def open_board(self, first_epoch: int) -> None:
         """Start the TensorBoard copy; a resumed run replaces what lies from `first_epoch` on."""
+        require("tensorboard", extra="train", purpose="runtime.tensorboard")
         board = require("torch.utils.tensorboard", extra="train", purpose="runtime.tensorboard")
         self._board = board.SummaryWriter(str(self._board_folder), purge_step=first_epoch)
 
@@ -212,7 +216,7 @@ class RunLog:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the epochs of a run folder; a torn last line, of a killed run, is left out."""
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     epochs: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention import learned_mixes
+from spem.attention import ChannelAttention, learned_mixes
 from spem.data import NORMALISATION, normalise
+from spem.extras import require
 from spem.seeding import initialise
 from spem.training.checkpoint import build_model, load_checkpoint, save_checkpoint, save_weights
 from spem.training.claim import Claim, claimed
@@ -40,11 +41,14 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) 
     Raises:
         ValueError: the folder holds another run, or a damaged file.
         RuntimeError: another process trains in the folder.
+        ImportError: safetensors is not installed.
         FloatingPointError: the loss became infinite or NaN.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint is written, and the exception carries the
             exit code.
     """
     folder = Path(folder)
+    # Needed after the last epoch; missing, it must be missed before the first.
+    require("safetensors", extra="train", purpose="train")
     result = finished(config, folder)
     if result is not None:
         return result
@@ -104,6 +108,7 @@ class _Training:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.take_step = make_step(self.model, self.optimizer, config.optim, config.runtime)
         self.mixes = learned_mixes(self.model)
+        _require_batches(self.model, len(self.sets.train), config.optim.batch)
         self.steps = math.ceil(len(self.sets.train) / config.optim.batch)
         self.state = _State(self._zero_sums())
         self.saved_at = time.monotonic()
@@ -125,10 +130,10 @@ class _Training:
             self._save()
             self.log.epoch(line, optim.epochs)
             if self.stop.received and state.epoch < optim.epochs:
-                raise self.stop.interruption(f"after epoch {state.epoch}", self.folder)
+                raise self.stop.interruption(f"after epoch {state.epoch}", self._go_on())
         result = self._finish()
         if self.stop.received:
-            raise self.stop.interruption("after its last epoch; the result is written", self.folder)
+            raise self.stop.interruption("after its last epoch", "The result is written.")
         return result
 
     def _train_epoch(self) -> None:
@@ -156,7 +161,7 @@ class _Training:
             if self.stop.received:
                 self._save()
                 where = f"in epoch {state.epoch + 1} after step {state.step} of {self.steps}"
-                raise self.stop.interruption(where, self.folder)
+                raise self.stop.interruption(where, self._go_on())
             if time.monotonic() - self.saved_at > 60 * config.runtime.checkpoint_minutes:
                 self._save()
             if self.log.progress.due():
@@ -200,10 +205,15 @@ class _Training:
         }
         return line
 
+    def _go_on(self) -> str:
+        return (
+            f"The checkpoint lies in {self.folder}; run the same command again to go on from there."
+        )
+
     def _finish(self) -> Result:
         self.claim.check()
         save_weights(self.model, self.config, self.folder / WEIGHTS)
-        result = summarise(self.config, self.model, self.sets, self.state.history)
+        result = summarise(self.config, self.model, self.sets, self.state.history, self.folder)
         write_result(result, self.folder)
         if not self.config.runtime.keep_checkpoint:
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
@@ -298,6 +308,22 @@ class _Training:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _require_batches(model: nn.Module, images: int, batch: int) -> None:
+    """Refuse before the first step what would fail at the last one of the epoch.
+
+    Raises:
+        ValueError: the smallest batch of an epoch is too small for a module's batch statistics.
+    """
+    smallest = images % batch or batch
+    for module in model.modules():
+        if isinstance(module, ChannelAttention) and smallest < module.needs.batch:
+            raise ValueError(
+                f"train: {images} images in batches of {batch} end in one of {smallest}, but "
+                f"{module.name} needs at least {module.needs.batch} images in training. "
+                "Change optim.batch, data.limit or data.val."
+            )
 
 
 def _norm_report(model: nn.Module, count: int = 4) -> str:

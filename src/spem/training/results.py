@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import statistics
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch import nn
 
 from spem.training.checkpoint import load_json, save_json
 from spem.training.config import RunConfig
-from spem.training.environment import hardware, versions
+from spem.training.environment import commit, hardware, versions
+from spem.training.log import METRICS
 from spem.training.sets import Sets
 
 RESULT = "result.json"
@@ -55,6 +58,12 @@ class Result:
     versions: dict[str, str]
     train_sha256: str
     test_sha256: str
+    metrics_sha256: str | None = None
+    """Of `metrics.jsonl`, from which learning curves are drawn."""
+    commit: str | None = None
+    """Of the checkout that finished the run, with "-dirty" if it was changed."""
+    date: str | None = None
+    """UTC, when the run was finished."""
 
 
 def read_result(folder: Path) -> Result | None:
@@ -82,7 +91,11 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def summarise(
-    config: RunConfig, model: nn.Module, sets: Sets, history: list[dict[str, Any]]
+    config: RunConfig,
+    model: nn.Module,
+    sets: Sets,
+    history: list[dict[str, Any]],
+    folder: Path,
 ) -> Result:
     """Put the result of a finished run together from its epochs' lines."""
     steps = math.ceil(len(sets.train) / config.optim.batch)
@@ -116,6 +129,9 @@ def summarise(
         versions=versions(),
         train_sha256=sets.train.sha256,
         test_sha256=sets.test.sha256,
+        metrics_sha256=hashlib.sha256((folder / METRICS).read_bytes()).hexdigest(),
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 

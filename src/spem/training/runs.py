@@ -30,7 +30,8 @@ def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) ->
         message: told when a resumed run keeps another device, thread count or step than asked.
 
     Raises:
-        ValueError: the folder holds another run, or one of its files is damaged.
+        ValueError: the folder holds another run, one of its files is damaged, or the device cannot
+            be used.
     """
     written = read_config(folder)
     stored = written or _checkpoint_config(folder)
@@ -38,11 +39,16 @@ def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) ->
         planned = replace(config, runtime=_resolved(config.runtime))
     else:
         require_same_run(stored, config, folder)
-        kept = {name: getattr(stored.runtime, name) for name in KEPT}
+        begun = (folder / CHECKPOINT).exists()
+        # Before the first checkpoint nothing depends on the plan yet, and a wish may mend it (a
+        # device that is not there); what was left open stays as it was planned.
+        fields = KEPT if begun else [f for f in KEPT if _left_open(config.runtime, f)]
+        kept = {name: getattr(stored.runtime, name) for name in fields}
         planned = replace(config, runtime=replace(config.runtime, **kept))
         asked = _differing_wishes(config.runtime, stored.runtime)
-        if asked:
+        if asked and begun:
             message(f"resuming as planned, so that the result stays exact: {asked}")
+    _require_device(planned.runtime.device)
     if planned != written:
         values = {"schema": SCHEMA, "id": planned.id, "config": planned.to_dict()}
         save_json(values, folder / CONFIG)
@@ -121,12 +127,26 @@ def _resolved(runtime: RuntimeConfig) -> RuntimeConfig:
     return replace(runtime, device=device, threads=threads, impl=runtime.impl or "reference")
 
 
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"train: runtime.device={device!r} cannot be used ({reason}). Use 'cpu' or 'auto'."
+        ) from None
+
+
+def _left_open(asked: RuntimeConfig, name: str) -> bool:
+    """Whether a field was left to the planning, and so is no wish."""
+    open_values = {"device": "auto", "impl": None, "threads": 0}
+    return name in open_values and getattr(asked, name) == open_values[name]
+
+
 def _differing_wishes(asked: RuntimeConfig, planned: RuntimeConfig) -> str:
-    """Name the kept fields that were asked for otherwise; what was left open is no wish."""
-    left_open = {"device": "auto", "impl": None, "threads": 0}
-    wishes = {name: getattr(asked, name) for name in KEPT}
+    """Name the kept fields that were asked for otherwise."""
     return ", ".join(
-        f"{name} {getattr(planned, name)} (asked: {wish})"
-        for name, wish in wishes.items()
-        if wish != getattr(planned, name) and (name not in left_open or wish != left_open[name])
+        f"{name} {getattr(planned, name)} (asked: {getattr(asked, name)})"
+        for name in KEPT
+        if getattr(asked, name) != getattr(planned, name) and not _left_open(asked, name)
     )

@@ -29,13 +29,13 @@ def load_sets(data: DataConfig, device: torch.device) -> Sets:
     """
     root = None if data.root is None else Path(data.root)
     train = load_images(data.name, "train", root=root, size=data.size, sha256=data.sha256)
-    test = load_images(data.name, "test", root=root, size=data.size)
+    test = load_images(data.name, "test", root=root, size=data.size, sha256=data.test_sha256)
     validation = None
     if data.val:
         train, validation = hold_out(train, data.val)
         validation = validation.to(device)
     if data.limit is not None and data.limit < len(train):
-        order = torch.randperm(len(train), generator=keyed_generator(0, "limit"))
+        order = torch.randperm(len(train), generator=keyed_generator(0, "limit"), device="cpu")
         train = train.take(order[: data.limit])
     return Sets(train.to(device), test.to(device), validation)
 

@@ -35,15 +35,11 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
-    def interruption(self, where: str, folder: object) -> Interrupted:
+    def interruption(self, where: str, then: str) -> Interrupted:
         """Build the exception that tells what happened and how to go on."""
         assert self.received is not None
         name = "Ctrl-C" if self.received == signal.SIGINT else self.received.name
-        return Interrupted(
-            f"Training stopped by {name} {where}. The checkpoint lies in {folder}; "
-            "run the same command again to go on from there.",
-            128 + self.received,
-        )
+        return Interrupted(f"Training stopped by {name} {where}. {then}", 128 + self.received)
 
 
 @contextlib.contextmanager

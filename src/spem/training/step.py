@@ -49,6 +49,9 @@ def make_step(
         return loss, penalty(model), (logits.argmax(1) == labels).sum()
 
     if runtime.step == "compile":
+        # Every run compiles this function anew; without a reset the compilations of a comparison's
+        # networks add up to dynamo's limit for one function.
+        torch.compiler.reset()
         # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
 
