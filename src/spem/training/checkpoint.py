@@ -70,7 +70,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             path, "its SHA-256 does not match", "Delete it to train this run from the start."
         )
     try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        buffer = io.BytesIO(payload)
+        state = torch.load(buffer, map_location="cpu", weights_only=True)
     except Exception as error:
         # The sum is right, so these bytes were written on purpose, by another program or version.
         raise _damaged(

@@ -38,8 +38,9 @@ def evaluate(
 ) -> Accuracy:
     """Evaluate a network on all images of a set, in float32 on the network's own device.
 
-    It is float32 whatever the network was trained in, so that saved weights give the same count
-    of correct answers wherever they are evaluated. The mode of the network is restored.
+    It is float32 whatever the network was trained in, so that saved weights give the row of their
+    run again; another machine or version of torch may round an image at a tie the other way. The
+    mode of the network is restored.
 
     Args:
         model: takes images [n, 3, H, W] and returns logits [n, classes].
