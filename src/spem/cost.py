@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
+from spem.ops import use_impl
 
 __all__ = ["Cost", "LayerCost", "count"]
 
@@ -122,7 +123,8 @@ def _run(
                 module.register_forward_hook(lambda _m, _x, output, name=name: leave(name, output))
             )
         model.eval()
-        with torch.no_grad(), counter:
+        # Composed tails call every module, whose hooks then see its share.
+        with torch.no_grad(), use_impl("reference"), counter:
             model(x)
     finally:
         for handle in handles:

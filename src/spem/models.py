@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, as_spec
+from spem.ops import bn_gate_tail
 
 BlockName = Literal["bottleneck", "basic"]
 
@@ -18,11 +19,13 @@ def residual_tail(
 ) -> Tensor:
     """The end of a residual branch: relu(attention(norm(z)) + residual); None leaves the map.
 
+    One operation where the gate is a function of plane statistics, or absent (`spem.ops`).
+
     Shape:
         z, residual, output: [N, C, H, W].
     """
     if attention is None:
-        return (norm(z) + residual).relu_()
+        return bn_gate_tail(z, residual, norm)
     return attention.tail(z, residual, norm)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from spem.attention.pooling import LearnedMix, Pool, PoolSpec, make_pool
 from spem.attention.precision import without_autocast
-from spem.ops import PlaneStats, plane_stats
+from spem.ops import PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.stats import STATISTICS
+from spem.ops.tail import has_hooks
 from spem.seeding import Initialiser
 
 
@@ -113,10 +114,27 @@ class ChannelAttention(nn.Module):
     def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
         """The end of a residual branch: relu(self(norm(z)) + residual).
 
+        A module whose gate is a function of plane statistics runs it in one operation with the
+        norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks.
+
         Shape:
             z, residual, output: [N, C, ...].
         """
-        return (self(z if norm is None else norm(z)) + residual).relu_()
+        if self.why_composed() is not None:
+            return (self(z if norm is None else norm(z)) + residual).relu_()
+        self._check(z)
+        if norm is None:
+            return gate_tail(z, residual, self.gate_from, statistics=self.statistics)
+        return bn_gate_tail(z, residual, norm, self.gate_from, statistics=self.statistics)
+
+    def why_composed(self) -> str | None:
+        """Why the tail of this module is composed of modules; None if its gate can be fused."""
+        kind = type(self)
+        if not self.takes_any_rank():
+            return f"{self.name or kind.__name__} is no function of plane statistics"
+        if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
+            return f"{kind.__name__} has a forward of its own"
+        return f"cannot call the hooks of {kind.__name__}" if has_hooks(self) else None
 
     def reset_parameters(self) -> None:
         """Sets the parameters that start as constants; a module that has some extends this."""

@@ -1,5 +1,16 @@
 """Operations on feature maps that know tensors and no modules."""
 
+from spem.ops.choice import Choice, choose, use_impl
 from spem.ops.stats import PlaneStats, plane_stats
+from spem.ops.tail import bn_gate_tail, gate_tail, why_composed
 
-__all__ = ["PlaneStats", "plane_stats"]
+__all__ = [
+    "Choice",
+    "PlaneStats",
+    "bn_gate_tail",
+    "choose",
+    "gate_tail",
+    "plane_stats",
+    "use_impl",
+    "why_composed",
+]

@@ -1,0 +1,200 @@
+"""Which implementation runs a tail: the only place where this is decided.
+
+``"reference"`` is composed torch modules, ``"formula"`` the four passes in torch operations,
+``"numba"`` the passes compiled for the CPU, ``"triton"`` those for CUDA. Without a wish the fastest
+one that is known to be right here is taken; a wish that cannot be met raises.
+"""
+
+import logging
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["reference", "formula", "numba", "triton"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
+
+TRITON_PROVEN = False
+"""Whether the kernels' tests have passed on a real GPU, with their record committed; until then
+CUDA is served by torch's own operations unless Triton is asked for."""
+
+_NUMBA_DTYPES = (torch.float32, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOG = logging.getLogger("spem.ops")
+
+
+class Choice(NamedTuple):
+    """An implementation and, where another might have been expected, why it is this one."""
+
+    impl: str
+    reason: str
+
+
+_default: list[str | None] = [None]
+_told: set[tuple[str, str, torch.dtype, str]] = set()
+
+
+@contextmanager
+def use_impl(impl: str | None) -> Generator[None]:
+    """Sets the implementation for all tails in a ``with`` block, for the whole process.
+
+    Args:
+        impl: ``"reference"``, ``"formula"``, ``"numba"`` or ``"triton"``; None is the automatic
+            choice. Outside of any block the environment variable ``SPEM_IMPL`` decides.
+
+    Raises:
+        ValueError: No such implementation.
+    """
+    _check_name(impl, "use_impl")
+    before = _default[0]
+    _default[0] = impl or "auto"
+    try:
+        yield
+    finally:
+        _default[0] = before
+
+
+def wish(impl: str | None, op: str) -> str | None:
+    """What was asked for: the argument, else the block, else the environment; None is automatic."""
+    if impl is None:
+        impl = _default[0] or os.environ.get("SPEM_IMPL") or None
+    if impl == "auto":
+        return None
+    _check_name(impl, op)
+    return impl
+
+
+def _check_name(impl: str | None, op: str) -> None:
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: impl={impl!r} is unknown. Use one of {', '.join(IMPLEMENTATIONS)}, or None."
+        )
+
+
+def obstacle(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) -> str | None:
+    """Why an implementation cannot take maps of this kind; None if it can.
+
+    Args:
+        impl: The implementation.
+        device: Device type, ``"cpu"``, ``"cuda"`` ...
+        dtype: The map's dtype.
+        dense: Whether the map is contiguous or channels_last.
+    """
+    if impl in ("reference", "formula"):
+        return None
+    home, dtypes = ("cpu", _NUMBA_DTYPES) if impl == "numba" else ("cuda", _TRITON_DTYPES)
+    if device != home and not (impl == "triton" and device == "cpu" and _interpreted()):
+        name = "CPU" if home == "cpu" else "CUDA"
+        return f"needs a {name} tensor, got device {device!r}"
+    if not _installed(impl):
+        extra = "install it: pip install 'spem[cpu]'" if impl == "numba" else "it comes with torch"
+        return f"needs {impl}, which is not installed ({extra})"
+    if _torch_version() < (2, 11):
+        return f"needs torch 2.11 or newer, this is {torch.__version__}"
+    if dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"takes {names}, got {str(dtype).removeprefix('torch.')}"
+    if not dense:
+        return (
+            "needs a contiguous or channels_last map, got other strides (a view of a larger map?)"
+        )
+    return None
+
+
+def choose(
+    op: str,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    dense: bool = True,
+    composed: str | None = None,
+    impl: str | None = None,
+) -> Choice:
+    """Decides the implementation of one call.
+
+    Args:
+        op: Name of the operation, for messages.
+        device: Device type.
+        dtype: The map's dtype.
+        dense: Whether the map is contiguous or channels_last.
+        composed: A reason that leaves composed modules as the only way, or None.
+        impl: An explicit wish of the call.
+
+    Raises:
+        ValueError: The wish cannot be met, or is unknown.
+    """
+    wanted = wish(impl, op)
+    if wanted is not None:
+        reason = composed if wanted != "reference" else None
+        reason = reason or obstacle(wanted, device, dtype, dense=dense)
+        if reason is not None:
+            raise ValueError(f"{op}: impl={wanted!r} {reason}. Use impl=None or 'reference'.")
+        return Choice(wanted, "asked for")
+    if composed is not None:
+        return Choice("reference", composed)
+    if _exporting():
+        return Choice("reference", "exported")
+    if device == "cpu":
+        reason = obstacle("numba", device, dtype, dense=dense)
+        return Choice("numba", "") if reason is None else Choice("reference", f"numba {reason}")
+    if device == "cuda":
+        unproven = "Triton kernels not yet run on a GPU"
+        if torch.compiler.is_compiling():
+            return Choice("formula", "compiled")
+        reason = obstacle("triton", device, dtype, dense=dense)
+        if TRITON_PROVEN and reason is None:
+            return Choice("triton", "")
+        return Choice("reference", unproven if reason is None else f"triton {reason}")
+    return Choice("reference", f"no kernels for {device}")
+
+
+def tell(op: str, z: Tensor, choice: Choice) -> None:
+    """Logs a choice once per operation, device, dtype and layout."""
+    if torch.compiler.is_compiling():
+        return
+    layout = "contiguous" if z.is_contiguous() else "channels_last"
+    key = (op, z.device.type, z.dtype, f"{layout} {choice.impl}")
+    if key in _told:
+        return
+    _told.add(key)
+    reason = f" ({choice.reason})" if choice.reason else ""
+    dtype = str(z.dtype).removeprefix("torch.")
+    _LOG.info("%s on %s, %s, %s: %s%s", op, z.device.type, dtype, layout, choice.impl, reason)
+
+
+def is_dense(z: Tensor) -> bool:
+    """Whether the map is contiguous or channels_last."""
+    if z.is_contiguous():
+        return True
+    if z.dim() == 4:
+        return z.is_contiguous(memory_format=torch.channels_last)
+    return z.dim() == 5 and z.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@cache
+def _installed(impl: str) -> bool:
+    home = {"numba": "spem.ops.cpu", "triton": "spem.ops.kernels"}[impl]
+    return find_spec(impl) is not None and find_spec(home) is not None
+
+
+@cache
+def _torch_version() -> tuple[int, int]:
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _exporting() -> bool:
+    exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+    if exporting is not None and exporting():
+        return True
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or torch.onnx.is_in_onnx_export()

@@ -1,0 +1,126 @@
+"""The passes as custom operators of torch, so that compilers and CUDA graphs take them whole.
+
+Every kernel implementation has the same four operators, named after it (``spem::numba_plane_stats``
+and so on). They are functional, have no gradient of their own (that is `spem.ops.autograd`), and
+load their kernels when they are first called.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spem.ops import algebra, formula
+from spem.ops.stats import compute_dtype
+
+_SCHEMAS = {
+    "plane_stats": "(Tensor z, bool moments, bool extrema) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "affine_tail": "(Tensor z, Tensor r, Tensor mu, Tensor al, Tensor be) -> Tensor",
+    "affine_tail_backward": "(Tensor g, Tensor y, Tensor z, Tensor mu) -> (Tensor, Tensor, Tensor)",
+    "stats_backward": "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
+    "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
+}
+_MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.kernels"}
+
+
+class Passes(NamedTuple):
+    """One implementation: the four passes, and the module that holds its scalar stages."""
+
+    plane_stats: Callable[[Tensor, bool, bool], tuple[Tensor, ...]]
+    affine_tail: Callable[..., Tensor]
+    affine_tail_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    stats_backward: Callable[..., Tensor]
+    stages: Any
+    """`spem.ops.algebra`, or a module of the same functions."""
+
+
+def passes(impl: str) -> Passes:
+    """The passes of an implementation, ``"formula"``, ``"numba"`` or ``"triton"``.
+
+    The scalar stages of Numba are plain calls, which a tracing compiler cannot follow; it gets
+    those of torch, and fuses them.
+    """
+    if impl == "formula":
+        return _FORMULA
+    found = _KERNELS[impl]
+    if impl == "numba" and not torch.compiler.is_compiling():
+        return found._replace(stages=kernels_of(impl))
+    return found
+
+
+@cache
+def kernels_of(impl: str) -> ModuleType:
+    """The module with an implementation's kernels, imported on first use."""
+    return import_module(_MODULES[impl])
+
+
+def _fake_plane_stats(z: Tensor, moments: bool, extrema: bool) -> tuple[Tensor, ...]:
+    wide = compute_dtype(z.dtype)
+
+    def scalar(wanted: bool, dtype: torch.dtype) -> Tensor:
+        return z.new_empty(z.shape[:2] if wanted else (0,), dtype=dtype)
+
+    kinds = [moments] * 2 + [extrema] * 3
+    floats = [scalar(wanted, wide) for wanted in kinds]
+    return (*floats, scalar(extrema, torch.int32), scalar(extrema, torch.int32))
+
+
+def _fake_affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
+    return torch.empty_like(z)
+
+
+def _fake_affine_tail_backward(
+    g: Tensor, y: Tensor, z: Tensor, mu: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    def sums() -> Tensor:
+        return mu.new_empty(z.shape[:2])
+
+    return torch.empty_like(y), sums(), sums()
+
+
+def _fake_stats_backward(d: Tensor, *_rest: Tensor | None) -> Tensor:
+    return torch.empty_like(d)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "plane_stats": _fake_plane_stats,
+    "affine_tail": _fake_affine_tail,
+    "affine_tail_backward": _fake_affine_tail_backward,
+    "stats_backward": _fake_stats_backward,
+}
+_LIBRARY = torch.library.Library("spem", "DEF")
+
+
+def _define(impl: str) -> Passes:
+    """Defines the four operators of an implementation and binds their overloads."""
+
+    def kernel(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            result = getattr(kernels_of(impl), name)(*arguments)
+            return tuple(result) if isinstance(result, tuple) else result
+
+        return call
+
+    overloads: dict[str, Any] = {}
+    for name, schema in _SCHEMAS.items():
+        full = f"{impl}_{name}"
+        _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(full, kernel(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"spem::{full}", _FAKES[name], lib=_LIBRARY)
+        overloads[name] = getattr(torch.ops.spem, full).default
+    return Passes(**overloads, stages=algebra)
+
+
+_FORMULA = Passes(
+    formula.plane_stats,
+    formula.affine_tail,
+    formula.affine_tail_backward,
+    formula.stats_backward,
+    algebra,
+)
+_KERNELS = {impl: _define(impl) for impl in _MODULES}

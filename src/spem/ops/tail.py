@@ -1,0 +1,227 @@
+"""The end of a residual branch, relu(gate x + residual), as one operation for every gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spem.ops import reference
+from spem.ops.autograd import Gathered, Norm, close, gather
+from spem.ops.choice import Choice, choose, is_dense, tell
+from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Gate = Callable[[PlaneStats], Tensor]
+
+
+def gate_tail(
+    x: Tensor,
+    residual: Tensor,
+    gate: Gate | None = None,
+    *,
+    statistics: Collection[str] = STATISTICS,
+    impl: str | None = None,
+) -> Tensor:
+    """relu(v x + residual) with the gate v = gate(stats(x)); None is v = 1.
+
+    Formula:
+        y = relu(v x + r),  v = f(mean, var, max, min) per plane. Gradients flow through all four
+        statistics; those of max and min go to the first extremum in row-major order.
+
+    Shape:
+        x, residual, output: [N, C, ...], of one shape; v: [N, C].
+
+    Args:
+        x: The map: float32 or float64 for Numba; float32, bfloat16 or float16 for Triton.
+        residual: Added to the gated map; copied once if its memory layout is not that of x.
+        gate: A differentiable function of `PlaneStats`; statistics arrive in at least float32.
+        statistics: Those that the gate reads; others are None in what it is given.
+        impl: ``"reference"``, ``"formula"``, ``"numba"``, ``"triton"``, or None for the automatic
+            choice (see `spem.ops.use_impl`).
+
+    Raises:
+        ValueError: Shapes differ, or an implementation that was asked for cannot run here.
+    """
+    _check("gate_tail", x, residual, statistics)
+    choice = _choose("gate_tail", x, residual, None, gate, impl)
+    if choice.impl == "reference":
+        return reference.tail(x, residual, None, gate, statistics)
+    return _fused(x, residual, None, gate, statistics, choice.impl)[0]
+
+
+def bn_gate_tail(
+    z: Tensor,
+    residual: Tensor,
+    norm: nn.Module,
+    gate: Gate | None = None,
+    *,
+    statistics: Collection[str] = STATISTICS,
+    impl: str | None = None,
+) -> Tensor:
+    """relu(v x + residual) with x = norm(z) and the gate v = gate(stats(x)); None is v = 1.
+
+    Batch norm, attention, addition and ReLU in four passes over memory forward and seven backward,
+    whatever the gate: what norm, addition and ReLU need alone. A norm in training updates its
+    running statistics as it does when called.
+
+    Formula:
+        x = gamma (z - mu) rstd + beta,  y = relu(f(stats(x)) x + r). The statistics of x follow
+        from those of z, so x is never formed; ties of extrema are those of z. gamma = 0 makes every
+        position of x tie, and the first one counts.
+
+    Shape:
+        z, residual, output: [N, C, ...], of one shape; v: [N, C].
+
+    Args:
+        z: The norm's input.
+        residual: As for `gate_tail`.
+        norm: BatchNorm1d, 2d or 3d in training or evaluation, or SyncBatchNorm (also on the CPU).
+            Other norms, and norms with hooks, are composed.
+        gate: As for `gate_tail`.
+        statistics: As for `gate_tail`.
+        impl: As for `gate_tail`.
+
+    Raises:
+        ValueError: Shapes differ, an implementation that was asked for cannot run here, or a batch
+            holds one value per channel in training.
+    """
+    _check("bn_gate_tail", z, residual, statistics)
+    choice = _choose("bn_gate_tail", z, residual, norm, gate, impl)
+    if choice.impl == "reference":
+        return reference.tail(z, residual, norm, gate, statistics)
+    view = _batch_norm(norm, z)
+    y, gathered = _fused(z, residual, view, gate, statistics, choice.impl)
+    if view.mean is None:
+        _update_running(norm, gathered, z)
+    return y
+
+
+def why_composed(norm: nn.Module | None) -> str | None:
+    """Why a norm's tail has to be composed of modules; None if it can be fused."""
+    if norm is None:
+        return None
+    forward = type(norm).forward
+    if forward is not nn.BatchNorm2d.forward and forward is not nn.SyncBatchNorm.forward:
+        return f"fuses batch norms, not {type(norm).__name__}"
+    if has_hooks(norm):
+        return f"cannot call the hooks of {type(norm).__name__}"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its class's forward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+
+
+def _check(op: str, z: Tensor, residual: Tensor, statistics: Collection[str]) -> None:
+    if z.dim() < 3:
+        raise ValueError(f"{op}: needs a map [N, C, ...], got {z.dim()} axes.")
+    if z.shape != residual.shape:
+        raise ValueError(
+            f"{op}: the residual's shape {list(residual.shape)} is not the map's {list(z.shape)}."
+        )
+    unknown = sorted(set(statistics) - set(STATISTICS))
+    if unknown:
+        raise ValueError(f"{op}: unknown statistic {unknown[0]!r}. Use {', '.join(STATISTICS)}.")
+
+
+def _choose(
+    op: str,
+    z: Tensor,
+    residual: Tensor,
+    norm: nn.Module | None,
+    gate: Gate | None,
+    impl: str | None,
+) -> Choice:
+    composed = why_composed(norm)
+    if residual.dtype != z.dtype:
+        composed = f"takes maps of one dtype, got {z.dtype} and a residual of {residual.dtype}"
+    choice = choose(op, z.device.type, z.dtype, dense=is_dense(z), composed=composed, impl=impl)
+    tell(op, z, choice)
+    return choice
+
+
+def _fused(
+    z: Tensor,
+    residual: Tensor,
+    norm: Norm | None,
+    gate: Gate | None,
+    statistics: Collection[str],
+    impl: str,
+) -> tuple[Tensor, Gathered]:
+    if z.numel() == 0:
+        impl = "formula"  # there is nothing for a kernel to do
+    if residual.stride() != z.stride():
+        residual = torch.empty_like(z).copy_(residual)
+    read = () if gate is None else statistics
+    moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
+    gathered = gather(z, norm, moments, extrema, impl)
+    v = None
+    if gate is not None:
+        found = (gathered.mean, gathered.var, gathered.high, gathered.low)
+        size = z[0, 0].numel() if z.shape[0] else z[:, :1].flatten(2).shape[2]
+        mean, var, high, low = (
+            s if name in read else None for name, s in zip(STATISTICS, found, strict=True)
+        )
+        v = gate(PlaneStats(mean, var, high, low, size, z.shape[0]))
+        v = v.to(compute_dtype(z.dtype)).expand(z.shape[:2])
+    return close(gathered, v, residual, impl), gathered
+
+
+def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:
+    """A norm as tensors; refuses what the module itself would refuse."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+    if z.shape[1] != norm.num_features:
+        raise ValueError(
+            f"bn_gate_tail: the norm has {norm.num_features} channels, the map {z.shape[1]}."
+        )
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    mean, var = norm.running_mean, norm.running_var
+    if not norm.training and mean is not None and var is not None:
+        return Norm(weight, bias, mean, var, norm.eps)
+    group = _group(norm)
+    if z.shape[0] and z.numel() == z.shape[1] and group is None and norm.training:
+        raise ValueError(
+            f"bn_gate_tail: training needs more than one value per channel, got {list(z.shape)}. "
+            "Use a larger batch, or eval()."
+        )
+    return Norm(weight, bias, None, None, norm.eps, group)
+
+
+def _group(norm: nn.Module) -> ProcessGroup | None:
+    """The processes whose batches a norm in training shares, None for this one alone."""
+    from torch import distributed as dist
+
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+@torch.no_grad()
+def _update_running(norm: nn.Module, gathered: Gathered, z: Tensor) -> None:
+    """Moves the running statistics as the norm's own forward does; an empty batch leaves them."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+    mean, var = norm.running_mean, norm.running_var
+    if not norm.training or mean is None or var is None:
+        return
+    factor = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    if factor is None:
+        factor = 0.0
+    shared = gathered.values.dim() == 0
+    if z.numel() == 0 and not shared:
+        return
+    n = gathered.values if shared else z.numel() // z.shape[1]
+    mean.lerp_(gathered.mu.to(mean.dtype), factor)
+    var.lerp_((gathered.channel_var * (n / (n - 1))).to(var.dtype), factor)
