@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -25,6 +24,10 @@ CUDA is served by torch's own operations unless Triton is asked for."""
 
 _NUMBA_DTYPES = (torch.float32, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Constants, since a tracing compiler cannot follow the look-ups.
+_INSTALLED = {name: find_spec(name) is not None for name in ("numba", "triton")}
+_INSTALLED["numba"] &= find_spec("spem.ops.cpu") is not None
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _LOG = logging.getLogger("spem.ops")
 
 
@@ -91,10 +94,10 @@ def obstacle(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) 
     if device != home and not (impl == "triton" and device == "cpu" and _interpreted()):
         name = "CPU" if home == "cpu" else "CUDA"
         return f"needs a {name} tensor, got device {device!r}"
-    if not _installed(impl):
+    if not _INSTALLED[impl]:
         extra = "install it: pip install 'spem[cpu]'" if impl == "numba" else "it comes with torch"
         return f"needs {impl}, which is not installed ({extra})"
-    if _torch_version() < (2, 11):
+    if _TORCH < (2, 11):
         return f"needs torch 2.11 or newer, this is {torch.__version__}"
     if dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -174,18 +177,6 @@ def is_dense(z: Tensor) -> bool:
     if z.dim() == 4:
         return z.is_contiguous(memory_format=torch.channels_last)
     return z.dim() == 5 and z.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-@cache
-def _installed(impl: str) -> bool:
-    home = {"numba": "spem.ops.cpu", "triton": "spem.ops.kernels"}[impl]
-    return find_spec(impl) is not None and find_spec(home) is not None
-
-
-@cache
-def _torch_version() -> tuple[int, int]:
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _interpreted() -> bool:
