@@ -33,7 +33,16 @@ NAMES = {
     "initialise",
 }
 PARTS = {
-    "ops": {"PlaneStats", "plane_stats"},
+    "ops": {
+        "Choice",
+        "PlaneStats",
+        "bn_gate_tail",
+        "choose",
+        "gate_tail",
+        "plane_stats",
+        "use_impl",
+        "why_composed",
+    },
     "training": {
         "train",
         "evaluate",

@@ -10,6 +10,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from spem.ops import synchronised
 from spem.ops.algebra import Incoming, NormalStats, RawStats
+from spem.ops.layout import laid_out_as
 from spem.ops.library import passes
 
 if TYPE_CHECKING:
@@ -64,26 +66,99 @@ class Gathered(NamedTuple):
     """Number of values behind it over all processes, shape [0] without a process group."""
 
 
+class _Measured(NamedTuple):
+    """What the forward pass knows of a map and its norm; as in `Gathered`, and rstd [C]."""
+
+    raw: RawStats
+    normal: NormalStats
+    mu: Tensor
+    a: Tensor
+    beta: Tensor
+    rstd: Tensor
+    channel_var: Tensor
+    values: Tensor
+
+
 def gather(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> Gathered:
     """Plane statistics of x = norm(z), with gradients; ``norm`` None leaves z as it is."""
+    if not torch.is_grad_enabled():
+        m = _measure(z, norm, moments, extrema, impl)
+        none = m.values  # no tokens without a gradient
+        return Gathered(
+            z, none, none, none, *m.normal[:4], m.mu, m.a, m.beta, m.channel_var, m.values
+        )
+    given = norm is not None
     weight, bias, mean, var, eps, group = norm or Norm(None, None, None, None, 0.0)
-    constant = norm is None or mean is not None
-    out = _Stats.apply(
-        z, weight, bias, mean, var, eps, group, norm is None, constant, moments, extrema, impl
-    )
+    out = _Stats.apply(z, weight, bias, mean, var, eps, group, given, moments, extrema, impl)
     return Gathered(*out)
 
 
 def close(gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str) -> Tensor:
     """y = relu(v x + residual) with x = a (z - mu) + beta; v None is 1."""
     g = gathered
+    if not torch.is_grad_enabled():
+        return _gated(g.z, v, residual, g.mu, g.a, g.beta, impl)[0]
     return _Tail.apply(
         g.z, g.token_v, g.token_total, g.token_moment, v, residual, g.mu, g.a, g.beta, impl
     )
 
 
+def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> _Measured:
+    """Pass F1, the channel's moments and the statistics of x."""
+    work = passes(impl)
+    stages = work.stages
+    wide = torch.promote_types(z.dtype, torch.float32)
+    channels = z.shape[1]
+    batch_moments = norm is not None and norm.mean is None
+    # An output of an autograd function must not come twice: hence so many new tensors.
+    if moments or extrema or batch_moments:
+        raw = RawStats(*work.plane_stats(z, moments or batch_moments, extrema))
+    else:
+        nothing, nowhere = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=torch.int32)
+        raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
+    channel_var, values = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
+    if norm is None:
+        mu, rstd = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
+        normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
+        return _Measured(raw, normal, mu, rstd, torch.zeros_like(mu), rstd, channel_var, values)
+    if norm.mean is not None and norm.var is not None:
+        mu = norm.mean.to(wide, copy=True)
+        rstd = torch.rsqrt(norm.var.to(wide) + norm.eps)
+    else:
+        if z.shape[0] == 0 and norm.group is None:
+            mu, channel_var = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
+        else:
+            mu, channel_var = stages.channel_moments(raw.mean, raw.var)
+        if norm.group is not None:
+            mu, channel_var, values = synchronised.moments(
+                mu, channel_var, z.numel() // channels, norm.group
+            )
+        rstd = torch.rsqrt(channel_var + norm.eps)
+    weight, bias = norm.weight, norm.bias
+    a = rstd if weight is None else weight.detach().to(wide) * rstd
+    beta = mu.new_zeros(channels) if bias is None else bias.detach().to(wide, copy=True)
+    normal = stages.normalised(raw, a, mu, beta)
+    return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
+
+
+def _gated(
+    z: Tensor,
+    v: Tensor | None,
+    residual: Tensor,
+    mu: Tensor,
+    a: Tensor,
+    beta: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Pass F2: the tail's output, and the gate as a dense tensor."""
+    work = passes(impl)
+    v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
+    al, be = work.stages.gated_affine(v, a, beta)
+    return work.affine_tail(z, residual, mu, al, be), v
+
+
 class _Stats(torch.autograd.Function):
-    """Pass F1 and its scalars; backward is passes' sums, coefficients and B2."""
+    """Pass F1 and its scalars; backward is the sums, the coefficients and pass B2."""
 
     @staticmethod
     def forward(  # a flat list of arguments is what compilers trace
@@ -95,60 +170,26 @@ class _Stats(torch.autograd.Function):
         var: Tensor | None,
         eps: float,
         group: ProcessGroup | None,
-        bare: bool,
-        constant: bool,
+        given: bool,
         moments: bool,
         extrema: bool,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        work = passes(impl)
-        stages = work.stages
-        wide = torch.promote_types(z.dtype, torch.float32)
-        channels = z.shape[1]
-        if moments or extrema or not constant:
-            raw = RawStats(*work.plane_stats(z, moments or not constant, extrema))
-        else:
-            nothing = z.new_empty(0, dtype=wide)
-            nowhere = z.new_empty(0, dtype=torch.int32)
-            raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
-        # An output must not be an input, nor come twice: hence so many new tensors.
-        channel_var, count = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
-        if bare:
-            mu, deviation = z.new_zeros(channels, dtype=wide), None
-            rstd = z.new_ones(channels, dtype=wide)
-        elif constant:
-            assert mean is not None
-            assert var is not None
-            mu, deviation = mean.to(wide), var.to(wide)
-            rstd = torch.rsqrt(deviation + eps)
-        else:
-            if z.shape[0] == 0 and group is None:
-                mu, channel_var = (
-                    z.new_zeros(channels, dtype=wide),
-                    z.new_ones(channels, dtype=wide),
-                )
-            else:
-                mu, channel_var = stages.channel_moments(raw.mean, raw.var)
-            if group is not None:
-                mu, channel_var, count = synchronised.moments(
-                    mu, channel_var, z.numel() // channels, group
-                )
-            rstd = torch.rsqrt(channel_var + eps)
-        a = rstd if weight is None else weight.detach().to(wide) * rstd
-        beta = mu.new_zeros(channels) if bias is None else bias.detach().to(wide).clone()
-        normal: NormalStats = stages.normalised(raw, a, mu, beta)
-        ctx.save_for_backward(z, a, mu, rstd, count, *raw[:2], *normal[4:])
+        norm = Norm(weight, bias, mean, var, eps, group) if given else None
+        m = _measure(z, norm, moments, extrema, impl)
+        ctx.save_for_backward(z, m.a, m.mu, m.rstd, m.values, *m.raw[:2], *m.normal[4:])
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.group, ctx.constant = impl, group, constant
+        ctx.impl, ctx.group, ctx.constant = impl, group, not given or mean is not None
         ctx.moments, ctx.extrema = moments, extrema
         ctx.dtypes = (
             None if weight is None else weight.dtype,
             None if bias is None else bias.dtype,
         )
-        ctx.mark_non_differentiable(mu, a, beta, channel_var, count)
-        tokens = [mu.new_zeros(z.shape[:2]) for _ in range(3)]
-        stats = [s if s.dim() == 2 else mu.new_empty(0) for s in normal[:4]]
-        return (z.view_as(z), *tokens, *stats, mu.clone(), a.clone(), beta, channel_var, count)
+        a = m.a.clone() if m.a is m.rstd else m.a
+        ctx.mark_non_differentiable(m.mu, a, m.beta, m.channel_var, m.values)
+        tokens = [m.mu.new_zeros(z.shape[:2]) for _ in range(3)]
+        stats = [s if s.dim() == 2 else m.mu.new_empty(0) for s in m.normal[:4]]
+        return (z.view_as(z), *tokens, *stats, m.mu, a, m.beta, m.channel_var, m.values)
 
     @staticmethod
     @once_differentiable
@@ -194,11 +235,10 @@ class _Stats(torch.autograd.Function):
                 shared = (s0 / n, rstd.square() * s1 / n)
         dz = None
         if needs_z:
-            size = z[0, 0].numel() if z.shape[0] else 1
-            c = stages.coefficients(v, into, raw_mean, a, mu, size, shared)
+            c = stages.coefficients(v, into, raw_mean, a, mu, math.prod(z.shape[2:]), shared)
             spikes = (i, j) if c.s_i is not None else (None, None)
             dz = work.stats_backward(d, z, mu, c.p, c.q, c.t, *spikes, c.s_i, c.s_j)
-        return (dz, weight, bias, *[None] * 9)
+        return (dz, weight, bias, *[None] * 8)
 
 
 class _Tail(torch.autograd.Function):
@@ -218,10 +258,7 @@ class _Tail(torch.autograd.Function):
         beta: Tensor,
         impl: str,
     ) -> Tensor:
-        work = passes(impl)
-        factor = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
-        al, be = work.stages.gated_affine(factor, a, beta)
-        y = work.affine_tail(z, residual, mu, al, be)
+        y, factor = _gated(z, v, residual, mu, a, beta, impl)
         ctx.save_for_backward(z, y, mu, a, beta, factor)
         ctx.impl = impl
         return y
@@ -231,8 +268,7 @@ class _Tail(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, y, mu, a, beta, v = ctx.saved_tensors
         work = passes(ctx.impl)
-        if grad.stride() != y.stride():  # an expanded or permuted gradient, say of a sum
-            grad = torch.empty_like(y).copy_(grad)
+        grad = laid_out_as(grad, y)  # a sum's gradient, say, is expanded
         d, total, moment = work.affine_tail_backward(grad, y, z, mu)
         dv = None
         if ctx.needs_input_grad[4]:

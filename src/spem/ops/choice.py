@@ -170,15 +170,6 @@ def tell(op: str, z: Tensor, choice: Choice) -> None:
     _LOG.info("%s on %s, %s, %s: %s%s", op, z.device.type, dtype, layout, choice.impl, reason)
 
 
-def is_dense(z: Tensor) -> bool:
-    """Whether the map is contiguous or channels_last."""
-    if z.is_contiguous():
-        return True
-    if z.dim() == 4:
-        return z.is_contiguous(memory_format=torch.channels_last)
-    return z.dim() == 5 and z.is_contiguous(memory_format=torch.channels_last_3d)
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 

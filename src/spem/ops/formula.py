@@ -6,6 +6,8 @@ order in any memory layout. Sums, statistics and coefficients are in the compute
 float64 for float64 maps), maps are read and written in their own.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -84,7 +86,7 @@ def stats_backward(
         dz = dz + _plane(q, d) + _plane(t, d) * (z.to(wide) - _channel(mu, z))
     if i is not None and j is not None and s_i is not None and s_j is not None:
         # A comparison with every position, not a scatter: it fuses with the rest.
-        k = torch.arange(d[0, 0].numel(), device=d.device, dtype=i.dtype).view(d.shape[2:])
+        k = torch.arange(math.prod(d.shape[2:]), device=d.device, dtype=i.dtype).view(d.shape[2:])
         dz = dz + torch.where(k == _plane(i, d), _plane(s_i, d), 0.0)
         dz = dz + torch.where(k == _plane(j, d), _plane(s_j, d), 0.0)
     return dz.to(d.dtype)

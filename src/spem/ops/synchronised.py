@@ -31,8 +31,9 @@ def moments(
     if values == 0:
         mu, var = torch.zeros_like(mu), torch.zeros_like(var)
     mine = torch.cat([mu, var, mu.new_full((1,), values)])
-    everyone = mine.new_empty(dist.get_world_size(group), mine.numel())
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    flat = mine.new_empty(dist.get_world_size(group) * mine.numel())
+    dist.all_gather_into_tensor(flat, mine, group=group)
+    everyone = flat.view(-1, mine.numel())
     means, variances = everyone[:, : mu.numel()], everyone[:, mu.numel() : -1]
     counts = everyone[:, -1:]
     n = counts.sum()

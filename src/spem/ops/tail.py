@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from spem.ops import reference
 from spem.ops.autograd import Gathered, Norm, close, gather
-from spem.ops.choice import Choice, choose, is_dense, tell
+from spem.ops.choice import Choice, choose, tell
+from spem.ops.layout import is_dense, laid_out_as
 from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
 
 if TYPE_CHECKING:
@@ -157,15 +159,14 @@ def _fused(
 ) -> tuple[Tensor, Gathered]:
     if z.numel() == 0:
         impl = "formula"  # there is nothing for a kernel to do
-    if residual.stride() != z.stride():
-        residual = torch.empty_like(z).copy_(residual)
+    residual = laid_out_as(residual, z)
     read = () if gate is None else statistics
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
     gathered = gather(z, norm, moments, extrema, impl)
     v = None
     if gate is not None:
         found = (gathered.mean, gathered.var, gathered.high, gathered.low)
-        size = z[0, 0].numel() if z.shape[0] else z[:, :1].flatten(2).shape[2]
+        size = math.prod(z.shape[2:])
         mean, var, high, low = (
             s if name in read else None for name, s in zip(STATISTICS, found, strict=True)
         )

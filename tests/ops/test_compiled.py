@@ -1,0 +1,113 @@
+"""Tails inside torch's machinery: opcheck, torch.compile, autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from ops.tails import error, tail
+from ops.test_tail import needs
+from tolerance import TAIL
+from torch import Tensor
+
+import spem
+from spem.ops import use_impl
+from spem.ops.library import passes
+
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+KERNELS = pytest.mark.parametrize("impl", ["numba", "triton"])
+
+
+def arguments(layout: torch.memory_format) -> dict[str, tuple[object, ...]]:
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=rng)
+        return x.contiguous(memory_format=layout) if len(shape) == 4 else x
+
+    z, r, g, mu = draw(2, 3, 4, 4), draw(2, 3, 4, 4), draw(2, 3, 4, 4), draw(3)
+    i = torch.tensor([[0, 3, 15], [7, 7, 1]], dtype=torch.int32)
+    planes = [draw(2, 3) for _ in range(5)]
+    y = r.relu()
+    return {
+        "plane_stats": (z, True, True),
+        "affine_tail": (z, r, mu, planes[0], planes[1]),
+        "affine_tail_backward": (g, y, z, mu),
+        "stats_backward": (g, z, mu, *planes[:3], i, i.flip(0), *planes[3:]),
+    }
+
+
+@KERNELS
+@LAYOUTS
+@pytest.mark.parametrize("name", arguments(torch.contiguous_format))
+def test_opcheck(impl: str, layout: torch.memory_format, name: str) -> None:
+    needs(impl, torch.float32)
+    torch.library.opcheck(getattr(passes(impl), name), arguments(layout)[name])
+
+
+@KERNELS
+def test_opcheck_without_optional_parts(impl: str) -> None:
+    needs(impl, torch.float32)
+    z, _, mu, al, _ = arguments(torch.contiguous_format)["affine_tail"]
+    torch.library.opcheck(passes(impl).plane_stats, (z, False, True))
+    torch.library.opcheck(passes(impl).plane_stats, (z, True, False))
+    torch.library.opcheck(passes(impl).stats_backward, (z, z, mu, al, *[None] * 6))
+
+
+@pytest.mark.parametrize("impl", ["formula", "numba", "triton"])
+@LAYOUTS
+@pytest.mark.parametrize("gate", ["none", "spem", "se(reduction=1)", "srm"])
+@pytest.mark.parametrize("norm", ["train", "eval"])
+def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm: str) -> None:
+    needs(impl, torch.float32)
+    eager = tail(gate, (4, 5, 6, 6), norm, dtype=torch.float32, memory_format=layout)
+    compiled = copy.deepcopy(eager)
+    torch.compiler.reset()
+    run = torch.compile(lambda: compiled.forward(impl), fullgraph=True, backend="aot_eager")
+    y = run()
+    expected = eager.forward(impl)
+    assert y.stride() == expected.stride()
+    found = torch.autograd.grad(y, list(compiled.parameters().values()), compiled.weights)
+    wanted = torch.autograd.grad(expected, list(eager.parameters().values()), eager.weights)
+    for name, a, b in zip(eager.parameters(), found, wanted, strict=True):
+        assert error(a, b) <= 10 * TAIL[torch.float32], name
+    assert error(y.detach(), expected.detach()) <= TAIL[torch.float32]
+    torch.testing.assert_close(compiled.norm.running_var, eager.norm.running_var)
+
+
+@pytest.mark.parametrize("impl", ["formula", "numba"])
+def test_a_network_compiled_by_inductor(impl: str) -> None:
+    """One training step of a whole network, compiled to code, equals the eager one."""
+    needs(impl, torch.float32)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    models = [spem.resnet(11, attention="spem") for _ in range(2)]
+    with use_impl(impl):
+        torch.compiler.reset()
+        run = torch.compile(models[0], fullgraph=True)
+        logits = [run(x), models[1](x)]
+    for out in logits:
+        out.square().mean().backward()
+    assert error(logits[0].detach(), logits[1].detach()) <= 10 * TAIL[torch.float32]
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert error(a.grad, b.grad) <= 1e-2, name
+
+
+@pytest.mark.parametrize("impl", [None, "formula", "triton"])
+def test_autocast(impl: str | None) -> None:
+    """Under autocast maps are bfloat16, gates float32, and so are the parameters' gradients."""
+    if impl == "triton":
+        needs(impl, torch.bfloat16)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found: list[dict[str, Tensor]] = []
+    for how in (impl, "reference"):
+        model = spem.resnet(11, attention="se")
+        with use_impl(how), torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        out.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        found.append({"out": out.detach().float()} | {"g": model.layer3[0].bn3.weight.grad})
+    for name, value in found[1].items():
+        assert error(found[0][name], value) <= 0.1, name

@@ -1,0 +1,245 @@
+"""Tails at the edges: gradients of odd strides, NaN and infinity, empty batches, repeated calls."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from ops.tails import GATES, error, tail
+from ops.test_tail import needs
+from tolerance import TAIL
+from torch import Tensor, nn
+
+import spem
+from spem.ops import bn_gate_tail, gate_tail
+
+SHAPE = (4, 5, 3, 6)
+IMPLS = pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("formula", torch.float64), ("numba", torch.float32), ("triton", torch.float32)],
+    ids=["formula", "numba", "triton"],
+)
+SOME_GATES = pytest.mark.parametrize("gate", ["none", "spem", "se(reduction=1)"])
+
+
+def gradients(y: Tensor, grad: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y, inputs, grad))
+
+
+@IMPLS
+@SOME_GATES
+@pytest.mark.parametrize("kind", ["sum", "expanded", "permuted", "channels_last", "sliced"])
+def test_incoming_gradients_of_any_strides(
+    impl: str, dtype: torch.dtype, gate: str, kind: str
+) -> None:
+    needs(impl, dtype)
+    t = tail(gate, SHAPE, dtype=dtype)
+    rng = torch.Generator().manual_seed(3)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng, dtype=torch.float64).to(dtype)
+
+    grad = {
+        "sum": lambda: torch.ones((), dtype=dtype).expand(SHAPE),
+        "expanded": lambda: draw(SHAPE[0], 1, SHAPE[2], 1).expand(SHAPE),
+        "permuted": lambda: draw(*SHAPE[::-1]).permute(3, 2, 1, 0),
+        "channels_last": lambda: draw(*SHAPE).contiguous(memory_format=torch.channels_last),
+        "sliced": lambda: draw(SHAPE[0], SHAPE[1], SHAPE[2], 2 * SHAPE[3])[..., ::2],
+    }[kind]()
+    inputs = list(t.parameters().values())
+    found = gradients(t.forward(impl), grad, *inputs)
+    expected = gradients(t.forward(impl), grad.contiguous(), *inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@IMPLS
+@SOME_GATES
+@pytest.mark.parametrize("kind", ["expanded", "channels_last", "sliced"])
+def test_residuals_of_any_strides(impl: str, dtype: torch.dtype, gate: str, kind: str) -> None:
+    needs(impl, dtype)
+    t = tail(gate, SHAPE, dtype=dtype)
+    plain = t.residual.detach()
+    wide = torch.cat([plain, plain], 3)
+    residual = {
+        "expanded": plain[:, :1, :, :1].expand(SHAPE),
+        "channels_last": plain.contiguous(memory_format=torch.channels_last),
+        "sliced": wide[..., : SHAPE[3]],
+    }[kind].requires_grad_()
+    t.residual = residual
+    y = t.forward(impl)
+    t.residual = residual.detach().contiguous()
+    torch.testing.assert_close(y, t.forward(impl), rtol=0, atol=0)
+    assert y.stride() == t.z.stride()
+    (grad,) = gradients(y, torch.ones_like(y), residual)
+    assert grad.shape == residual.shape
+    torch.testing.assert_close(grad, (y.detach() > 0).to(dtype), rtol=0, atol=0)
+
+
+@IMPLS
+@pytest.mark.parametrize("gate", GATES)
+def test_identical_calls_give_identical_bits(impl: str, dtype: torch.dtype, gate: str) -> None:
+    needs(impl, dtype)
+    first = tail(gate, (4, 5, 7, 9), dtype=dtype).results(impl)
+    again = tail(gate, (4, 5, 7, 9), dtype=dtype).results(impl)
+    assert first.keys() == again.keys()
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+@IMPLS
+@SOME_GATES
+def test_parameters_changed_in_place_between_calls(
+    impl: str, dtype: torch.dtype, gate: str
+) -> None:
+    needs(impl, dtype)
+    t = tail(gate, SHAPE, dtype=dtype)
+    optimizer = torch.optim.SGD(t.parameters().values(), lr=0.05)
+    t.results(impl)
+    optimizer.step()
+    fresh = copy.deepcopy(t)
+    found, expected = t.results(impl), fresh.results("reference")
+    for name, value in expected.items():
+        assert error(found[name], value) <= 10 * TAIL[dtype], name
+
+
+@IMPLS
+def test_parameters_may_change_between_forward_and_backward(impl: str, dtype: torch.dtype) -> None:
+    """The norm's gradient is that of the forward pass it belongs to, whatever came after."""
+    needs(impl, dtype)
+    t = tail("none", SHAPE, dtype=dtype)
+    expected = gradients(t.forward(impl), t.weights, t.z)[0]
+    y = t.forward(impl)
+    with torch.no_grad():
+        t.norm.weight.mul_(-3)
+        t.norm.bias.add_(1)
+    torch.testing.assert_close(gradients(y, t.weights, t.z)[0], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["formula", "numba", "triton"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@SOME_GATES
+def test_an_empty_batch(impl: str, training: bool, gate: str) -> None:
+    needs(impl, torch.float32)
+    t = tail(gate, (0, 3, 4, 4), "train" if training else "eval", dtype=torch.float32)
+    found = t.results(impl)
+    expected = tail(gate, (0, 3, 4, 4), "train" if training else "eval").results("reference")
+    assert found["y"].shape == (0, 3, 4, 4)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-6)
+
+
+@IMPLS
+@SOME_GATES
+@pytest.mark.parametrize("norm", ["train", "eval", "none"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("position", [0, 7])
+def test_nan_and_infinity(
+    impl: str, dtype: torch.dtype, gate: str, norm: str, value: float, position: int
+) -> None:
+    """The output is NaN and infinite exactly where composed modules make it so."""
+    needs(impl, dtype)
+    t = tail(gate, (3, 5, 4, 5), norm, dtype=dtype)
+    with torch.no_grad():
+        t.z[1, 3].view(-1)[position] = value
+    found = copy.deepcopy(t).forward(impl).detach()
+    expected = t.forward("reference").detach()
+    torch.testing.assert_close(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found.isinf(), expected.isinf())
+    clean = expected.isfinite()
+    assert error(found[clean], expected[clean]) <= 10 * TAIL[dtype]
+
+
+@IMPLS
+def test_nan_in_the_residual_stays(impl: str, dtype: torch.dtype) -> None:
+    needs(impl, dtype)
+    t = tail("spem", SHAPE, dtype=dtype)
+    with torch.no_grad():
+        t.residual[2, 1, 0, 3] = float("nan")
+    y = t.forward(impl)
+    assert y.isnan().sum() == 1
+    assert y[2, 1, 0, 3].isnan()
+    (grad,) = gradients(y, torch.ones_like(y), t.residual)
+    assert grad[2, 1, 0, 3] == 1  # as torch.relu: the gradient passes where y is not <= 0
+
+
+@IMPLS
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_first_of_equal_extrema_gets_the_gradient(
+    impl: str, dtype: torch.dtype, sign: float
+) -> None:
+    """Planes of two levels: max and min tie many times; -0.0 and 0.0 are equal."""
+    needs(impl, dtype)
+    plane = torch.tensor([[0.0, 2, -0.0], [-1, 2, -1], [2, 0, -1]], dtype=dtype)
+    zeros = torch.tensor([[-0.0, 0, 0], [0, -3, 0], [-0.0, 0, -3]], dtype=dtype)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        z = torch.stack([plane, zeros])[None].expand(2, 2, 3, 3)
+        z = z.contiguous(memory_format=layout).requires_grad_()
+        residual = torch.full_like(z, 10.0).contiguous(memory_format=layout)
+        y = gate_tail(z, residual, lambda s: s.max * 2 + sign * s.min * 0.5, impl=impl)
+        (found,) = gradients(y, torch.ones_like(y), z)
+        expected = torch.zeros(2, 2, 3, 3, dtype=dtype)
+        for b in range(2):
+            for c, flat in enumerate((plane.flatten(), zeros.flatten())):
+                high, low = flat.max().item(), flat.min().item()
+                expected[b, c] = 2 * high + sign * 0.5 * low
+                first_high = flat.tolist().index(high)
+                first_low = flat.tolist().index(low)
+                expected[b, c].view(-1)[first_high] += 2 * flat.sum().item()
+                expected[b, c].view(-1)[first_low] += sign * 0.5 * flat.sum().item()
+        torch.testing.assert_close(found.contiguous(), expected)
+
+
+@IMPLS
+def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype) -> None:
+    needs(impl, dtype)
+    t = tail("spem", SHAPE, dtype=dtype)
+    (grad,) = torch.autograd.grad(t.forward(impl).sum(), t.z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        grad.sum().backward()
+
+
+@IMPLS
+def test_only_what_needs_a_gradient_gets_one(impl: str, dtype: torch.dtype) -> None:
+    needs(impl, dtype)
+    for frozen in ("z", "residual", "gamma", "beta", "w_e", "pool.p"):
+        t = tail("spem", SHAPE, dtype=dtype)
+        full = t.results(impl)
+        t.parameters()[frozen].requires_grad_(False)
+        part = t.results(impl)
+        assert f"d {frozen}" not in part
+        for name, value in part.items():
+            if name.startswith("d "):
+                torch.testing.assert_close(value, full[name], rtol=0, atol=0)
+
+
+@IMPLS
+def test_statistics_may_be_all_that_is_used(impl: str, dtype: torch.dtype) -> None:
+    """A gate whose value is multiplied away still gives finite gradients."""
+    needs(impl, dtype)
+    t = tail("none", SHAPE, dtype=dtype)
+    y = bn_gate_tail(t.z, t.residual, t.norm, lambda s: 0.0 * s.max, impl=impl)
+    torch.testing.assert_close(y, t.residual.relu(), rtol=0, atol=0)
+    y.sum().backward()
+    assert t.z.grad.isfinite().all()
+
+
+@IMPLS
+@pytest.mark.parametrize("shape", [(3, 4, 6), (2, 3, 2, 3, 4)], ids=["1d", "3d"])
+def test_maps_of_other_rank(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    needs(impl, dtype)
+    rng = torch.Generator().manual_seed(1)
+    z = torch.randn(shape, generator=rng).to(dtype).requires_grad_()
+    residual = torch.randn(shape, generator=rng).to(dtype)
+    kind = nn.BatchNorm1d if len(shape) == 3 else nn.BatchNorm3d
+    found, expected = [], []
+    for out, how in ((found, impl), (expected, "reference")):
+        norm = kind(shape[1], dtype=dtype)
+        module = spem.SPEM(shape[1], dtype=dtype)
+        nn.init.constant_(module.w_e, 0.7)
+        y = bn_gate_tail(z, residual, norm, module.gate_from, impl=how)
+        out += [y.detach(), *gradients(y, residual, z, norm.weight, module.w_e)]
+    for a, b in zip(found, expected, strict=True):
+        assert error(a, b) <= 10 * TAIL[dtype]
