@@ -1,0 +1,237 @@
+"""The four passes on CUDA devices: fast eager and in CUDA graphs, the same bytes in any layout.
+
+Nothing is tuned or decided at run time: sizes alone choose the tiles (`spem.ops.tiles`). No pass
+uses atomics or waits for the device, so results repeat bit for bit, and launches can be captured in
+a CUDA graph once every kernel has run. Maps are float32, float16 or bfloat16, contiguous or
+channels_last, all maps of one call alike; sums and coefficients are float32.
+
+With TRITON_INTERPRET=1 in the environment before this module is imported, the kernels run in
+Triton's interpreter, on tensors of any device: slow, for tests.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spem.ops import triton_kernels
+from spem.ops.algebra import RawStats
+from spem.ops.tiles import Plan, plan_for
+from spem.ops.triton_kernels import INTERPRETED
+
+__all__ = [
+    "INTERPRETED",
+    "affine_tail",
+    "affine_tail_backward",
+    "plane_stats",
+    "stats_backward",
+]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MERGED = 128  # planes of a merging program
+
+
+def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
+    """Pass F1: mean, biased variance, extrema and their first positions of every plane.
+
+    Formula:
+        shift = z_0 if finite, else 0;  s1 = sum_k (z_k - shift);  s2 = sum_k (z_k - shift)^2
+        mean = shift + s1/K;  var = max(0, (s2 - s1^2/K)/K);  high = max_k z_k;  low = min_k z_k
+
+    A NaN in a plane makes all four NaN. Statistics that are not asked for have shape [0]. Reads N
+    bytes, writes [B, C] scalars.
+
+    Shape:
+        z: [B, C, ...]; each statistic: [B, C].
+    """
+    plan = _plan("plane_stats", z, statistics=True)
+    wanted = (moments, moments, extrema, extrema, extrema, extrema, extrema)
+    kinds = [torch.float32] * 5 + [torch.int32] * 2
+
+    def scalars(*parts: int) -> list[Tensor]:
+        return [
+            z.new_empty((*parts, plan.B, plan.C) if some else (0,), dtype=kind)
+            for some, kind in zip(wanted, kinds, strict=True)
+        ]
+
+    out = RawStats(*scalars())
+    if not (moments or extrema) or plan.groups == 0:
+        return out
+    split = plan.parts > 1
+    gathered = out
+    if split:
+        # Every statistic as [parts, B, C]; the first value, which all parts need, once.
+        first = out.first if extrema else z.new_empty((plan.B, plan.C), dtype=torch.float32)
+        gathered = RawStats(*scalars(plan.parts))._replace(first=first)
+    flags = {"MOMENTS": moments, "EXTREMA": extrema}
+    _launch(
+        triton_kernels.plane_stats_kernel,
+        plan.groups * plan.parts,
+        *(z, *gathered, *_sizes(plan), plan.parts, plan.tiles),
+        **flags,
+        **_reducing(plan),
+        PARTIAL=split,
+    )
+    if split:
+        planes = plan.B * plan.C
+        _launch(
+            triton_kernels.merge_stats_kernel,
+            -(-planes // _MERGED),
+            *(*gathered, out.mean, out.var, out.high, out.low, out.at_high, out.at_low),
+            *(planes, plan.parts, plan.K // plan.K_unit),
+            **flags,
+            **{"K_UNIT": plan.K_unit, "P": _MERGED},
+        )
+    return out
+
+
+def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
+    """Pass F2: y = relu(al (z - mu) + be + r); a NaN stays a NaN. Reads 2N bytes, writes N.
+
+    Shape:
+        z, r, y: [B, C, ...]; mu: [C]; al, be: [B, C].
+    """
+    plan = _plan("affine_tail", z, r)
+    y = torch.empty_like(z)
+    if plan.groups:
+        scalars = (mu.contiguous(), al.contiguous(), be.contiguous())
+        _launch(
+            triton_kernels.affine_tail_kernel,
+            plan.groups * plan.blocks,
+            *(z, r, *scalars, y, *_sizes(plan), plan.blocks),
+            **_common(plan),
+        )
+    return y
+
+
+def affine_tail_backward(
+    g: Tensor, y: Tensor, z: Tensor, mu: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass B1: d = g where y > 0 (or NaN), else 0; A = sum_k d; Bc = sum_k d (z - mu).
+
+    Reads 3N bytes, writes N.
+
+    Shape:
+        g, y, z, d: [B, C, ...]; mu: [C]; A, Bc: [B, C].
+    """
+    plan = _plan("affine_tail_backward", z, y, g)
+    d = torch.empty_like(y)
+    # The sums of every part; two tensors, since results of an operator must not share memory.
+    total, moment = (
+        z.new_empty((plan.parts, plan.B, plan.C), dtype=torch.float32) for _ in range(2)
+    )
+    if plan.groups:
+        _launch(
+            triton_kernels.affine_tail_backward_kernel,
+            plan.groups * plan.parts,
+            *(g, y, z, mu.contiguous(), d, total, moment),
+            *(*_sizes(plan), plan.parts, plan.tiles),
+            **_reducing(plan),
+        )
+    if plan.parts > 1:
+        return d, total.sum(0), moment.sum(0)
+    return d, total[0], moment[0]
+
+
+def stats_backward(
+    d: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    p: Tensor,
+    q: Tensor | None,
+    t: Tensor | None,
+    i: Tensor | None,
+    j: Tensor | None,
+    s_i: Tensor | None,
+    s_j: Tensor | None,
+) -> Tensor:
+    """Pass B2: dz = p d + q + t (z - mu) + [k=i] s_i + [k=j] s_j; i = j adds both spikes.
+
+    Reads 2N bytes (N without q and t: z is not read then), writes N.
+
+    Shape:
+        d, z, dz: [B, C, ...]; mu: [C]; the others: [B, C].
+    """
+    affine = q is not None and t is not None
+    spikes = i is not None and j is not None and s_i is not None and s_j is not None
+    plan = _plan("stats_backward", d, z) if affine else _plan("stats_backward", d)
+    dz = torch.empty_like(d)
+    if not plan.groups:
+        return dz
+    shared = False
+    # What is absent is never read; any pointer does in its place.
+    terms, peaks = (p, p), (p, p, p, p)
+    if q is not None and t is not None:
+        # Coefficients of the channel alone come expanded over the images.
+        shared = q.stride() == t.stride() == (0, 1)
+        terms = (q, t) if shared else (q.contiguous(), t.contiguous())
+    if i is not None and j is not None and s_i is not None and s_j is not None:
+        peaks = (i.contiguous(), j.contiguous(), s_i.contiguous(), s_j.contiguous())
+    _launch(
+        triton_kernels.stats_backward_kernel,
+        plan.groups * plan.blocks,
+        *(d, z, mu.contiguous(), p.contiguous(), *terms, *peaks, dz, *_sizes(plan), plan.blocks),
+        **_common(plan),
+        **{"AFFINE": affine, "SHARED": shared, "SPIKES": spikes},
+    )
+    return dz
+
+
+def _plan(name: str, x: Tensor, *others: Tensor, statistics: bool = False) -> Plan:
+    """Checks the maps of a pass and plans its launch."""
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"{name}: impl='triton' needs a CUDA tensor, got device '{x.device}'. "
+            "Use impl=None or 'reference'."
+        )
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: impl='triton' takes float32, float16 and bfloat16 maps, got {x.dtype}. "
+            "Use impl=None or 'reference'."
+        )
+    plan = plan_for(x, statistics)
+    for other in others:
+        same = other.shape == x.shape and other.dtype == x.dtype and other.device == x.device
+        # Equal strides are the rule; an axis of one may carry any.
+        if not same or (other.stride() != x.stride() and plan_for(other) != plan):
+            raise ValueError(
+                f"{name}: the maps differ: {_described(x)} and {_described(other)}. "
+                "Bring them to one shape, dtype, device and memory layout."
+            )
+    return plan
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}"
+
+
+def _sizes(plan: Plan) -> tuple[int, int, int]:
+    return plan.B * plan.C, plan.K // plan.K_unit, plan.C // plan.C_unit
+
+
+def _common(plan: Plan) -> dict[str, Any]:
+    """The constants of the elementwise passes."""
+    return {
+        "LAST": plan.last,
+        "WIDE": plan.wide,
+        "K_UNIT": plan.K_unit,
+        "C_UNIT": plan.C_unit,
+        "P": plan.tile.planes,
+        "KB": plan.tile.positions,
+        "num_warps": plan.tile.warps,
+    }
+
+
+def _reducing(plan: Plan) -> dict[str, Any]:
+    """The constants of the passes that reduce over positions."""
+    return {**_common(plan), "LOOP": plan.tiles > 1}
+
+
+def _launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Starts the programs of a kernel on the device of its first tensor."""
+    # The interpreter computes with numpy, which warns of infinities and NaN; a device does not.
+    place = np.errstate(all="ignore") if INTERPRETED else torch.cuda.device_of(x)
+    with place:
+        # Fused multiply-adds said outright: Triton means to change the default.
+        kernel[(programs,)](x, *arguments, **constants, enable_fp_fusion=True)
