@@ -36,7 +36,10 @@ lint: $(READY)
 check: test lint
 
 bench: $(READY)
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/spem bench ops --out benchmarks/results
+	$(BIN)/spem bench step --out benchmarks/results
+	$(BIN)/spem bench network --out benchmarks/results
+	$(BIN)/spem bench memory --out benchmarks/results
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/attention

@@ -1,13 +1,17 @@
-"""Parameters and FLOPs against counts made by hand and by formula."""
+"""Parameters, FLOPs and tails against counts made by hand and by formula."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import spem
-from spem.cost import count
+from spem.cli.cost import run
+from spem.cost import block_tails, count, tails_text
+from spem.ops import choice, use_impl
 
 
 def conv_flops(inputs: int, outputs: int, kernel: int, side: int) -> int:
@@ -137,3 +141,105 @@ def test_a_network_in_float64() -> None:
 def test_a_shape_that_is_none(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="count: input_shape"):
         count(nn.ReLU(), shape)
+
+
+# ---- tails
+
+
+@pytest.fixture
+def numba_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(choice._INSTALLED, "numba", True)
+    monkeypatch.setattr(choice, "_TORCH", (2, 11))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.float64, 8)])
+def test_fused_tails_move_what_norm_addition_and_relu_need(
+    dtype: torch.dtype, width: int, numba_there: None
+) -> None:
+    cost = count(spem.resnet(11, attention="spem").to(dtype), (2, 3, 32, 32))
+    assert [tail.name for tail in cost.tails] == [f"layer{i}.0" for i in (1, 2, 3)]
+    assert {(tail.attention, tail.impl, tail.reason) for tail in cost.tails} == {
+        ("spem", "numba", "")
+    }
+    maps = [2 * 64 * 32 * 32, 2 * 128 * 16 * 16, 2 * 256 * 8 * 8]
+    assert [tail.forward_bytes for tail in cost.tails] == [4 * width * size for size in maps]
+    assert [tail.backward_bytes for tail in cost.tails] == [7 * width * size for size in maps]
+
+
+def test_basic_blocks_have_tails_too() -> None:
+    tails = block_tails(spem.resnet(8, attention="eca", block="basic"))
+    assert [(tail.name, tail.attention) for tail in tails] == [
+        (f"layer{i}.0", "eca") for i in (1, 2, 3)
+    ]
+
+
+def test_a_composed_tail_says_why_and_is_not_modelled() -> None:
+    cost = count(spem.resnet(11, attention="cbam"), (1, 3, 32, 32))
+    for tail in cost.tails:
+        assert (tail.impl, tail.reason) == (
+            "reference",
+            "cbam is no function of plane statistics",
+        )
+        assert tail.forward_bytes is tail.backward_bytes is None
+    assert tails_text(cost.tails) == (
+        "3 block tails: reference (not fused: cbam is no function of plane statistics)"
+    )
+
+
+def test_a_composed_plain_tail_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "TRITON_PROVEN", False)
+    monkeypatch.setattr(choice, "_TORCH", (2, 11))
+    monkeypatch.setitem(choice._INSTALLED, "triton", True)
+    cost = count(spem.resnet(11), (1, 3, 32, 32), device="cuda", dtype=torch.bfloat16)
+    assert {tail.reason for tail in cost.tails} == {"Triton kernels not yet run on a GPU"}
+    size = 2 * 64 * 32 * 32
+    assert (cost.tails[0].forward_bytes, cost.tails[0].backward_bytes) == (8 * size, 8 * size)
+
+
+def test_tails_follow_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    network = spem.resnet(11, attention="spem")
+    with use_impl("formula"):
+        assert {tail.impl for tail in block_tails(network)} == {"formula"}
+        assert count(network, (1, 3, 16, 16)).tails[0].backward_bytes == 8 * 4 * 64 * 16 * 16
+    with use_impl("triton"), pytest.raises(ValueError, match="needs a CUDA tensor"):
+        count(network, (1, 3, 16, 16))
+
+
+def test_a_hooked_norm_composes_its_tail_and_others_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "TRITON_PROVEN", False)
+    monkeypatch.setattr(choice, "_TORCH", (2, 11))
+    monkeypatch.setitem(choice._INSTALLED, "triton", True)
+    network = spem.resnet(11, attention="se")
+    network.layer2[0].bn3.register_forward_hook(lambda *_: None)
+    tails = block_tails(network, device="cuda", dtype=torch.float16)
+    assert tails[1].reason == "cannot call the hooks of BatchNorm2d"
+    text = tails_text(tails)
+    assert "2 block tails: reference (not fused: Triton" in text
+    assert "; 1 block tail: reference (not fused: cannot call the hooks" in text
+
+
+def test_other_networks_have_no_tails() -> None:
+    assert count(nn.Sequential(nn.Linear(3, 5)), (2, 3)).tails == ()
+    assert tails_text(()) == "no block tails"
+
+
+def test_the_command_names_the_tails(capsys: pytest.CaptureFixture[str], numba_there: None) -> None:
+    pytest.importorskip("tyro")
+    run(["resnet11", "--attention", "spem"])
+    shown = capsys.readouterr().out
+    assert (
+        "On cpu, fp32: 3 block tails: numba (fused batch norm + spem + add + ReLU).\n"
+        "Whole maps they read and write, by a model: 1.8 MB forward, 3.2 MB backward." in shown
+    )
+    run(["resnet11", "--attention", "cbam", "--device", "cuda", "--precision", "bf16"])
+    shown = capsys.readouterr().out
+    assert "On cuda, bf16: 3 block tails: reference (not fused: cbam is no function" in shown
+    assert "Whole maps" not in shown
+    run(["resnet11", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["tails_for"] == "cpu, fp32"
+    assert [tail["name"] for tail in answer["tails"]] == [f"layer{i}.0" for i in (1, 2, 3)]
+    assert answer["tails"][0]["impl"] == "numba"

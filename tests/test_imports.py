@@ -48,10 +48,12 @@ ARROWS: dict[str, set[str]] = {
     "insert": {"attention"},
     "data": {"seeding", "data"},
     # a result states its network's FLOPs
-    "training": {"seeding", "attention", "models", "data", "cost", "training"},
+    "training": {"seeding", "ops", "attention", "models", "data", "cost", "training"},
     "reproduce": {"attention", "models", "data", "training", "reproduce"},
     "cost": {"ops", "attention", "models", "insert"},
     "export": {"ops", "attention", "models", "insert"},
+    # what a row was measured on is told as a training run tells it
+    "bench": {"seeding", "ops", "attention", "models", "cost", "training", "bench"},
     # the commands import inside themselves only (see the test below)
     "cli": {
         "seeding",
@@ -64,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
         "reproduce",
         "cost",
         "export",
+        "bench",
         "cli",
     },
 }
@@ -80,6 +83,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "reproduce": {"torch", "numpy"},
     "cost": {"torch"},
     "export": {"torch"},
+    "bench": {"torch"},
     "cli": {"tyro"},
 }
 # third parties that only one place may import at all

@@ -1,15 +1,23 @@
-"""What a network costs: parameters and FLOPs, layer by layer, with attention's share."""
+"""What a network costs: parameters and FLOPs, layer by layer, and the tails of its blocks."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.ops import use_impl
+from spem.ops import Choice, choose, use_impl, why_composed
 
-__all__ = ["Cost", "LayerCost", "count"]
+__all__ = ["Cost", "LayerCost", "TailCost", "block_tails", "count", "tails_text"]
+
+_MAP_PASSES = {"numba": (4, 7), "triton": (4, 7), "formula": (4, 8)}
+"""Reads and writes of a whole map by a fused tail, forward and backward; the formula's are those of
+what a compiler makes of it."""
+_PLAIN_PASSES = (8, 8)
+"""The same for batch norm, addition and ReLU, one operation after the other."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,30 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class TailCost:
+    """The end of one residual block: norm, attention, addition, ReLU.
+
+    Args:
+        name: Dotted name of the block.
+        attention: Name of its attention, "none" without one.
+        impl: What runs it: "numba", "triton" and "formula" fuse it, "reference" composes it of
+            torch's modules (see `spem.ops.use_impl`).
+        reason: Why it is this one, where that needs saying.
+        forward_bytes: Bytes of whole maps read and written by the forward pass; side traffic such
+            as statistics is left out. None where there is no model of it: composed attention takes
+            more than the plain tail, and how much depends on the module.
+        backward_bytes: The same for the backward pass.
+    """
+
+    name: str
+    attention: str
+    impl: str
+    reason: str
+    forward_bytes: int | None = None
+    backward_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
     """The cost of one forward pass. The rows of `layers` add up to the totals.
 
@@ -44,6 +76,7 @@ class Cost:
         attention_flops: Those of channel-attention modules.
         layers: One row for every layer, in the order of the model.
         input_shape: The input they were counted with.
+        tails: The tail of every residual block, in the order of the model.
     """
 
     parameters: int
@@ -52,9 +85,16 @@ class Cost:
     attention_flops: int
     layers: tuple[LayerCost, ...]
     input_shape: tuple[int, ...]
+    tails: tuple[TailCost, ...] = ()
 
 
-def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
+def count(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Cost:
     """Count parameters and forward FLOPs of a model, layer by layer.
 
     FLOPs are counted by `torch.utils.flop_counter`: 2 per multiply-add, convolutions and matrix
@@ -67,9 +107,13 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     Args:
         model: Any module that takes one tensor.
         input_shape: Shape of that tensor, such as (1, 3, 32, 32).
+        device: Type of the device the tails are told for, which need not be there; None is the
+            model's.
+        dtype: Dtype of the maps they are told for; None is that of the model.
 
     Raises:
-        ValueError: `input_shape` is empty or holds a number below 1.
+        ValueError: `input_shape` is empty or holds a number below 1, or an implementation that was
+            asked for (`spem.ops.use_impl`) cannot run there.
 
     >>> cost = count(nn.Sequential(nn.Linear(3, 5)), (2, 3))
     >>> cost.parameters, cost.flops
@@ -80,7 +124,9 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
             f"count: input_shape={input_shape} is not the shape of a batch. "
             "Use numbers from 1 up, such as (1, 3, 32, 32)."
         )
+    tails = block_tails(model, device=device, dtype=dtype)  # before hooks are in the way
     totals, outputs = _run(model, input_shape)
+    width = (dtype or _like(model).dtype).itemsize
     layers = tuple(_rows(model, totals, outputs))
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -89,7 +135,82 @@ def count(model: nn.Module, input_shape: tuple[int, ...]) -> Cost:
         attention_flops=sum(row.flops for row in layers if row.attention),
         layers=layers,
         input_shape=tuple(input_shape),
+        tails=tuple(_with_bytes(tail, outputs.get(tail.name), width) for tail in tails),
     )
+
+
+def block_tails(
+    model: nn.Module, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[TailCost, ...]:
+    """What runs the tail of each residual block, without running the model.
+
+    A block is a module with an `attention` (a channel attention, or None) and a last norm `bn3` or
+    `bn2`, as those of `spem.models`.
+
+    Args:
+        model: Any module.
+        device: Type of the device; None is the model's.
+        dtype: Dtype of the maps; None is that of the model.
+
+    Raises:
+        ValueError: An implementation that was asked for cannot run there.
+    """
+    like = _like(model)
+    device, dtype = device or like.device.type, dtype or like.dtype
+    found: list[TailCost] = []
+    for name, block in model.named_modules():
+        norm: object = getattr(block, "bn3", None) or getattr(block, "bn2", None)
+        attention: object = getattr(block, "attention", False)
+        if not isinstance(norm, nn.Module):
+            continue
+        if attention is None or isinstance(attention, ChannelAttention):
+            choice = _tail_choice(attention, norm, device, dtype)
+            kind = "none" if attention is None else attention.name or type(attention).__name__
+            found.append(TailCost(name, kind, choice.impl, choice.reason))
+    return tuple(found)
+
+
+def tails_text(tails: Sequence[TailCost]) -> str:
+    """One phrase for people: how many tails there are, and what runs them.
+
+    >>> tails_text([TailCost("layer1.0", "spem", "numba", "")])
+    '1 block tail: numba (fused batch norm + spem + add + ReLU)'
+    """
+    kinds = Counter((tail.impl, tail.attention, tail.reason) for tail in tails)
+    parts: list[str] = []
+    for (impl, attention, reason), number in kinds.items():
+        middle = "" if attention == "none" else f"{attention} + "
+        text = f"fused batch norm + {middle}add + ReLU"
+        if impl == "reference":
+            text = f"not fused{f': {reason}' if reason else ''}"
+        parts.append(f"{number} block tail{'s' if number > 1 else ''}: {impl} ({text})")
+    return "; ".join(parts) or "no block tails"
+
+
+def _tail_choice(
+    attention: ChannelAttention | None, norm: nn.Module, device: str, dtype: torch.dtype
+) -> Choice:
+    """As `ChannelAttention.tail` and `spem.ops.bn_gate_tail` decide."""
+    composed = None if attention is None else attention.why_composed()
+    if composed is not None:
+        return Choice("reference", composed)
+    return choose("bn_gate_tail", device, dtype, composed=why_composed(norm))
+
+
+def _with_bytes(tail: TailCost, shape: tuple[int, ...] | None, width: int) -> TailCost:
+    """The tail with its map traffic, given the shape of its maps and the bytes of a value."""
+    passes = _MAP_PASSES.get(tail.impl)
+    if tail.impl == "reference" and tail.attention == "none":
+        passes = _PLAIN_PASSES
+    if passes is None or shape is None:
+        return tail
+    size = math.prod(shape) * width
+    return replace(tail, forward_bytes=passes[0] * size, backward_bytes=passes[1] * size)
+
+
+def _like(model: nn.Module) -> Tensor:
+    """A tensor of the model's device and dtype."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 def _run(
@@ -114,7 +235,7 @@ def _run(
 
     handles: list[torch.utils.hooks.RemovableHandle] = []
     modes = [(module, module.training) for module in model.modules()]
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = _like(model)
     x = torch.zeros(input_shape, dtype=like.dtype, device=like.device)
     try:
         for name, module in model.named_modules():

@@ -116,6 +116,7 @@ def tail(
     dtype: torch.dtype = torch.float64,
     memory_format: torch.memory_format = torch.contiguous_format,
     key: object = 0,
+    device: str = "cpu",
 ) -> Tail:
     """Draw a tail. The values are exact in ``dtype``'s float32 or bfloat16, so that all dtypes get
     the same problem, and gammas of both signs and zero occur where there are channels for them."""
@@ -133,7 +134,7 @@ def tail(
         z = z[:, :, :1, :1].expand(shape).clone()
     bn = None
     if norm != "none":
-        bn = randomise(nn.BatchNorm2d(channels), "tail", gate, shape, key).to(dtype)
+        bn = randomise(nn.BatchNorm2d(channels), "tail", gate, shape, key).to(device, dtype)
         with torch.no_grad():
             bn.weight[0::3] = bn.weight[0::3].abs() + 0.2
             bn.weight[1::3] = -bn.weight[1::3].abs() - 0.2
@@ -143,14 +144,14 @@ def tail(
     module = None if make is None else randomise(make(channels), "gate", gate, shape, key)
 
     def as_map(x: Tensor) -> Tensor:
-        x = x.to(exact).to(dtype)
+        x = x.to(exact).to(device, dtype)
         return x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
 
     return Tail(
         as_map(z).requires_grad_(),
         as_map(draw(*shape)).requires_grad_(),
         bn,
-        None if module is None else module.to(dtype).train(norm != "eval"),
+        None if module is None else module.to(device, dtype).train(norm != "eval"),
         as_map(draw(*shape)),
     )
 
@@ -170,4 +171,10 @@ def error(found: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0 if found.shape == expected.shape else float("inf")
     scale = max(float(expected.abs().max()), 1e-3)
-    return float((found.double() - expected.double()).abs().max()) / scale
+    difference = found.detach().double().to(expected.device) - expected.detach().double()
+    return float(difference.abs().max()) / scale
+
+
+def home(impl: str) -> str:
+    """Where gradients are tested: Triton on a GPU, in its interpreter where there is none."""
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from ops.tails import DATA, GATES, NORMS, SHAPES, error, possible, tail
+from ops.tails import DATA, GATES, NORMS, SHAPES, Tail, error, home, possible, tail
 from tolerance import TAIL
 from torch import Tensor
 
@@ -21,8 +23,8 @@ KINDS = [
 GATE = pytest.mark.parametrize("gate", GATES)
 
 
-def needs(impl: str, dtype: torch.dtype) -> None:
-    reason = obstacle(impl, "cpu", dtype)
+def needs(impl: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    reason = obstacle(impl, device, dtype)
     if reason is not None:
         pytest.skip(f"{impl} {reason}")
 
@@ -40,7 +42,7 @@ def cases(impl: str, shape: tuple[int, ...]) -> list[tuple[str, str, torch.memor
 @GATE
 @pytest.mark.parametrize(("impl", "dtype"), KINDS, ids=lambda v: str(v).removeprefix("torch."))
 def test_all_gradients(gate: str, impl: str, dtype: torch.dtype) -> None:
-    needs(impl, dtype)
+    needs(impl, dtype, home(impl))
     for shape in SHAPES:
         for norm, data, layout in cases(impl, shape):
             if not possible(gate, shape, norm):
@@ -48,9 +50,10 @@ def test_all_gradients(gate: str, impl: str, dtype: torch.dtype) -> None:
             arguments = (gate, shape, norm, data)
             # float32 problems are compared with float64 on the same float32 numbers.
             expected = tail(*arguments, memory_format=layout).results("reference")
-            problem = tail(*arguments, dtype=dtype, memory_format=layout)
-            composed = problem.results("reference") if dtype != torch.float64 else expected
-            found = tail(*arguments, dtype=dtype, memory_format=layout).results(impl)
+            problem = tail(*arguments, dtype=dtype, memory_format=layout, device=home(impl))
+            twin = copy.deepcopy(problem)
+            composed = twin.results("reference") if dtype != torch.float64 else expected
+            found = problem.results(impl)
             compare(found, expected, composed, dtype, f"{shape} {norm} {data} {layout}")
 
 
@@ -68,3 +71,43 @@ def compare(
         allowed = TAIL[dtype] + 8 * error(composed[name], value)
         wrong = error(found[name], value)
         assert wrong <= allowed, f"{what}: {name} is off by {wrong:.2g}, allowed {allowed:.2g}"
+
+
+HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+@pytest.mark.parametrize("impl", ["formula", "numba", "triton"])
+@pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("gate", ["none", "spem", "se(reduction=1)", "eca", "srm", "wavy"])
+def test_half_precision(gate: str, impl: str, dtype: torch.dtype) -> None:
+    """In half precision a fused tail is at most twice as wrong as composed modules, plus an ulp."""
+    needs(impl, dtype, home(impl))
+    for shape in ((4, 5, 3, 3), (4, 3, 8, 8), (2, 3, 14, 14)):
+        for norm in NORMS:
+            for layout in LAYOUTS:
+                if not possible(gate, shape, norm):
+                    continue
+                problem = tail(
+                    gate, shape, norm, dtype=dtype, memory_format=layout, device=home(impl)
+                )
+                exact = in_float64(problem).results("reference")
+                composed = copy.deepcopy(problem).results("reference")
+                found = problem.results(impl)
+                for name, value in exact.items():
+                    # The interpreter of Triton truncates to bfloat16 where a GPU rounds.
+                    ulps = 2 if impl == "triton" else 1
+                    allowed = 2 * error(composed[name], value) + ulps * HALF[dtype]
+                    wrong = error(found[name], value)
+                    assert wrong <= allowed, f"{shape} {norm} {layout} {name}: {wrong:.2g}"
+
+
+def in_float64(problem: Tail) -> Tail:
+    """The same numbers in float64."""
+    double = copy.deepcopy(problem)
+    for module in (double.norm, double.gate):
+        if module is not None:
+            module.double()
+    for name in ("z", "residual"):
+        setattr(double, name, getattr(problem, name).detach().double().requires_grad_())
+    double.weights = problem.weights.double()
+    return double

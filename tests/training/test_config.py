@@ -125,6 +125,15 @@ def test_id_is_stable_between_versions():
     assert recipes.paper().id == "d2ba1ed038"
 
 
+def test_a_config_from_before_other_implementations_loads_with_its_id():
+    values = recipes.paper().to_dict()
+    values["runtime"] |= {"impl": "reference", "step": "eager"}
+    old = RunConfig.from_dict(values)
+    assert (old.id, old.runtime.impl, old.runtime.step) == ("d2ba1ed038", "reference", "eager")
+    every = [replace(old, runtime=RuntimeConfig(impl=i, step="auto")) for i in ("numba", "triton")]
+    assert {config.id for config in every} == {old.id}
+
+
 def test_equal_attention_texts_give_one_run():
     a = ModelConfig(attention="se(reduction=8, pool=mix(0.3))")
     b = ModelConfig(attention="se( pool = mix(0.3), reduction = 8 )")
@@ -156,7 +165,8 @@ def test_dict_and_back_is_the_identity():
         ("model", "depth", 12, r"depth=12 is not 9n \+ 2, .* Nearest: 11 or 20"),
         ("model", "attention", "speem", "speem"),
         ("data", "val", -1, r"data.val=-1 is too small"),
-        ("runtime", "step", "graph", r"runtime.step='graph' is unknown"),
+        ("runtime", "step", "grahp", r"step='grahp' is unknown.*Did you mean 'graph'"),
+        ("runtime", "impl", "numbra", r"impl='numbra' is unknown.*Did you mean 'numba'"),
         ("optim", "milestones", [9, 3], r"optim.milestones=\(9, 3\) must be rising"),
         (None, "seed", "x", r"config.seed='x' must be of type int"),
         (None, "experiment", "a/b", "experiment='a/b' must be a folder name"),

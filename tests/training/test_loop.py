@@ -14,6 +14,7 @@ from training.tiny import tiny, validated
 
 from spem import initialise
 from spem.data import load_images
+from spem.ops.choice import IMPLEMENTATIONS
 from spem.training import (
     RunConfig,
     RuntimeConfig,
@@ -105,7 +106,7 @@ def test_result_agrees_with_metrics_and_weights(finished: tuple[RunConfig, Path]
 def test_folder_holds_the_documented_files(finished: tuple[RunConfig, Path]):
     assert {p.name for p in finished[1].iterdir()} == {
         *("config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"),
-        *("model.safetensors", "result.json"),
+        *("model.safetensors", "result.json", "log.txt"),
     }
     (start,) = json.loads((finished[1] / "environment.json").read_text())["starts"]
     assert start["versions"]["torch"] == torch.__version__
@@ -206,7 +207,8 @@ def test_penalty_is_in_the_loss_that_is_descended_but_not_in_the_one_reported():
     config = tiny("spem")
     free = replace(config, optim=replace(config.optim, penalty=0.0))
     assert one_step(config) == one_step(free)
-    assert one_step(config, 9)[8] != one_step(free, 9)[8]
+    # It reaches the loss through lambda alone, at first in single bits.
+    assert one_step(config, 14) != one_step(free, 14)
 
 
 def test_diverged_training_stops_and_names_epoch_layers_and_checkpoint(tmp_path: Path):
@@ -287,9 +289,10 @@ def test_plain_progress_prints_a_line_an_epoch(tmp_path: Path):
     stream = io.StringIO()
     train(tiny(epochs=2), tmp_path, progress=PlainLines(stream))
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("epoch 1/2: rate 0.1, loss ")
-    assert "images/s" in lines[1]
+    assert len(lines) == 3
+    assert lines[0].startswith("3 block tails: ")
+    assert lines[1].startswith("epoch 1/2: rate 0.1, loss ")
+    assert "images/s" in lines[2]
 
 
 def test_live_bar_shows_epoch_speed_and_time_left(monkeypatch: pytest.MonkeyPatch):
@@ -324,4 +327,4 @@ def test_runtime_left_open_is_written_down(tmp_path: Path):
     train(config, tmp_path, progress=Silent())
     written = json.loads((tmp_path / "config.json").read_text())["config"]["runtime"]
     assert written["device"] in ("cpu", "cuda")
-    assert written["impl"] == "reference"
+    assert written["impl"] in IMPLEMENTATIONS

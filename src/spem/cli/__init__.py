@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
     "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
     "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),
+    "bench": ("spem.cli.bench", "what attention costs and fusing brings: time and memory here"),
 }
 
 

@@ -1,14 +1,15 @@
-"""`spem cost`: parameters and FLOPs of a CIFAR ResNet or of a weights file, layer by layer."""
+"""`spem cost`: parameters, FLOPs and block tails of a CIFAR ResNet or of a weights file."""
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from spem.cost import Cost
+    from spem.cost import Cost, TailCost
     from spem.models import ResNet
 
 
@@ -25,9 +26,13 @@ def run(args: list[str]) -> None:
         classes: int | None = None,
         size: int = 32,
         batch: int = 1,
+        device: Literal["cpu", "cuda"] = "cpu",
+        precision: Literal["fp32", "bf16"] = "fp32",
         json: bool = False,
     ) -> None:
-        """Count parameters and FLOPs of a network, layer by layer. Needs no data.
+        """Count parameters and FLOPs of a network, layer by layer, and name what runs its tails.
+
+        Needs no data.
 
         Args:
             model: resnet164 (bottleneck blocks, depth 9n+2), resnet-basic56 (basic blocks, depth
@@ -37,13 +42,19 @@ def run(args: list[str]) -> None:
             classes: Outputs of a named network; 10 without this option.
             size: Side of the square input in pixels.
             batch: Images in the batch.
+            device: Device for which the implementation of the block tails is named; it need not be
+                there.
+            precision: Of the maps in these tails; a bf16 training has bfloat16 maps.
             json: Print JSON.
         """
+        import torch
+
         from spem.cost import count
 
         network = build(model, attention, classes)
-        result = count(network, (batch, 3, size, size))
-        _print(_title(network), result, json=json)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        result = count(network, (batch, 3, size, size), device=device, dtype=dtype)
+        _print(_title(network), result, f"{device}, {precision}", json=json)
 
     tyro.cli(cost, prog="spem cost", args=args)
 
@@ -90,9 +101,9 @@ def _title(network: "ResNet") -> str:
     return f"{blocks}, attention {attention}, {network.classes} classes"
 
 
-def _print(title: str, cost: "Cost", *, json: bool) -> None:
+def _print(title: str, cost: "Cost", place: str, *, json: bool) -> None:
     if json:
-        print_json({"model": title, **dataclasses.asdict(cost)})
+        print_json({"model": title, **dataclasses.asdict(cost), "tails_for": place})
         return
     rows = [
         [row.name, row.kind, _shape(row.output), f"{row.parameters:,}", f"{row.flops:,}"]
@@ -110,6 +121,20 @@ def _print(title: str, cost: "Cost", *, json: bool) -> None:
         print(f"Attention holds {share:.2f} % of the parameters.")
     print("FLOPs: 2 per multiply-add, convolutions and matrix products only, one forward pass.")
     print("They leave out norms, pooling and gates, so they say little about time.")
+    print(_tails(cost.tails, place))
+
+
+def _tails(tails: "Sequence[TailCost]", place: str) -> str:
+    """What runs the tails, and the whole maps they move where that is known of all."""
+    from spem.cost import tails_text
+
+    lines = [f"On {place}: {tails_text(tails)}."]
+    forward = [tail.forward_bytes for tail in tails if tail.forward_bytes is not None]
+    backward = [tail.backward_bytes for tail in tails if tail.backward_bytes is not None]
+    if len(forward) == len(backward) == len(tails):
+        megabytes = f"{sum(forward) / 1e6:.1f} MB forward, {sum(backward) / 1e6:.1f} MB backward"
+        lines.append(f"Whole maps they read and write, by a model: {megabytes}.")
+    return "\n".join(lines)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ def _evaluate(
 ) -> None:
     from spem.data import load_images
     from spem.training import evaluate, load_weights
+    from spem.training.choose_impl import stored_impl
 
     model, config = load_weights(weights)
     own = data is None or data == config.data.name
@@ -66,9 +68,10 @@ def _evaluate(
             f"{len(images.classes)}. Use the data set it was trained on."
         )
     normalisation = config.data.normalisation
-    accuracy = evaluate(model, images, normalisation=normalisation)
-    if predictions is not None:
-        _write_predictions(predictions, model, images, normalisation)
+    with stored_impl(config.runtime, "cpu", lambda text: print(text, file=sys.stderr)):
+        accuracy = evaluate(model, images, normalisation=normalisation)
+        if predictions is not None:
+            _write_predictions(predictions, model, images, normalisation)
     if json:
         print_json(
             {

@@ -98,6 +98,8 @@ def _print(result: "Result", folder: Path) -> None:
     network = f"ResNet-{result.depth}, attention {result.attention}"
     best = f"{result.best_accuracy:.2f} % in epoch {result.best_epoch + 1}"
     step = f"{1000 * result.step_seconds:.1f} ms a step"
+    if result.step is not None:
+        step += f" ({result.step}, tails by {result.impl})"
     rows = {
         "network": f"{network}, {result.parameters:,} parameters",
         "data": f"{result.dataset}, seed {result.seed}, {result.epochs} epochs",

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from spem.attention import AttentionSpec, spec_text
 from spem.data import HUB_IDS, NORMALISATION
 from spem.models import blocks_per_stage
+from spem.ops.choice import IMPLEMENTATIONS, Impl
 
 _NOT_IN_ID = ("root", "sha256", "test_sha256")
 """Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
@@ -152,8 +153,11 @@ class RuntimeConfig:
         device: "auto" (CUDA if there is any, else the CPU) or a torch device.
         precision: "fp32", or "bf16" for autocast with float32 weights, norms, gates and loss.
         channels_last: memory format of maps and weights.
-        step: "compile" runs forward and loss of a step through `torch.compile`.
-        impl: implementation of the attention operators; None takes the library's choice.
+        step: "compile" runs forward and loss of a step through `torch.compile`, "graph" captures
+            the compiled step as a CUDA graph. "auto" is "graph" on CUDA; on a CPU it compiles once
+            and measures whether that is faster than "eager".
+        impl: implementation of the blocks' tails (`spem.ops`), in training and evaluation; None
+            takes the library's choice for the device and the dtype of the maps.
         threads: CPU threads; 0 takes torch's number at planning.
         deterministic: ask torch for deterministic algorithms only.
         checkpoint_minutes: time between checkpoints within an epoch (each epoch ends in one).
@@ -164,8 +168,8 @@ class RuntimeConfig:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
-    step: Literal["eager", "compile"] = "eager"
-    impl: Literal["reference"] | None = None
+    step: Literal["auto", "eager", "compile", "graph"] = "eager"
+    impl: Impl | None = None
     threads: int = 0
     deterministic: bool = False
     checkpoint_minutes: float = 10.0
@@ -174,9 +178,9 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _one_of("runtime.precision", self.precision, ("fp32", "bf16"))
-        _one_of("runtime.step", self.step, ("eager", "compile"))
+        _one_of("runtime.step", self.step, ("auto", "eager", "compile", "graph"))
         if self.impl is not None:
-            _one_of("runtime.impl", self.impl, ("reference",))
+            _one_of("runtime.impl", self.impl, IMPLEMENTATIONS)
         _at_least("runtime.threads", self.threads, 0)
         _at_least("runtime.checkpoint_minutes", self.checkpoint_minutes, 0)
 

@@ -16,6 +16,8 @@ from spem.training.checkpoint import write_atomic
 from spem.training.config import RuntimeConfig
 
 ENVIRONMENT = "environment.json"
+_KERNELS = ("numba", "triton")
+"""Packages that compile kernels, if they are there."""
 
 
 def record_environment(folder: Path, data: dict[str, str], runtime: RuntimeConfig) -> None:
@@ -27,7 +29,9 @@ def record_environment(folder: Path, data: dict[str, str], runtime: RuntimeConfi
         starts = []
     starts.append(
         {
-            "versions": versions(),
+            "versions": versions(*_KERNELS),
+            "impl": runtime.impl,
+            "step": runtime.step,
             "platform": platform.platform(),
             "hardware": hardware(torch.device(runtime.device), runtime.threads),
             "commit": commit(),
@@ -38,10 +42,10 @@ def record_environment(folder: Path, data: dict[str, str], runtime: RuntimeConfi
     write_atomic(path, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes the result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computes the result, and of further packages."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("spem", "numpy"):
+    for package in ("spem", "numpy", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

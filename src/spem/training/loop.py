@@ -15,17 +15,27 @@ from spem.attention import ChannelAttention, learned_mixes
 from spem.data import NORMALISATION, normalise
 from spem.extras import require
 from spem.seeding import initialise
+from spem.training.capture import CapturedStep
 from spem.training.checkpoint import build_model, load_checkpoint, save_checkpoint, save_weights
+from spem.training.choose_impl import tails_of
+from spem.training.choose_step import choose_step
 from spem.training.claim import Claim, claimed
 from spem.training.config import RunConfig
 from spem.training.environment import record_environment
 from spem.training.evaluation import evaluate
 from spem.training.log import Progress, RunLog, Status, choose_progress
 from spem.training.results import Result, best_line, summarise, write_result
-from spem.training.runs import CHECKPOINT, WEIGHTS, finished, plan_run, require_same_run
+from spem.training.runs import (
+    CHECKPOINT,
+    WEIGHTS,
+    finished,
+    plan_run,
+    require_same_run,
+    settle_step,
+)
 from spem.training.sets import epoch_images, load_sets
 from spem.training.signals import StopSignals, stop_signals
-from spem.training.step import execution, make_optimizer, make_step, set_rate
+from spem.training.step import execution, lambdas, make_optimizer, make_step, set_rate
 
 
 def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> Result:
@@ -34,12 +44,14 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) 
     On the CPU a resumed run ends in the same bits as an undisturbed one.
 
     Args:
-        config: what to train; what it leaves open (device, threads) is resolved and written down.
+        config: what to train; what it leaves open (device, threads, implementation, step) is
+            resolved and written down.
         folder: the run folder, made if needed. One process at a time may train in it.
         progress: what is told about the run; None shows a live bar or plain lines.
 
     Raises:
-        ValueError: the folder holds another run, or a damaged file.
+        ValueError: the folder holds another run, or a damaged file, or the config asks for an
+            implementation or a step that cannot be had.
         RuntimeError: another process trains in the folder.
         ImportError: safetensors is not installed.
         FloatingPointError: the loss became infinite or NaN.
@@ -105,10 +117,17 @@ class _Training:
             torch.channels_last if config.runtime.channels_last else torch.contiguous_format
         )
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
-        self.optimizer = make_optimizer(self.model, config.optim)
-        self.take_step = make_step(self.model, self.optimizer, config.optim, config.runtime)
-        self.mixes = learned_mixes(self.model)
         _require_batches(self.model, len(self.sets.train), config.optim.batch)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        if config.runtime.step == "auto":
+            batch = self._sample(min(config.optim.batch, len(self.sets.train)))
+            step, self.take_step = choose_step(
+                self.model, self.optimizer, config, *batch, log.message
+            )
+            self.config = config = settle_step(config, folder, step)
+        else:
+            self.take_step = make_step(self.model, self.optimizer, config.optim, config.runtime)
+        self.mixes = learned_mixes(self.model)
         self.steps = math.ceil(len(self.sets.train) / config.optim.batch)
         self.state = _State(self._zero_sums())
         self.saved_at = time.monotonic()
@@ -116,6 +135,7 @@ class _Training:
     def run(self) -> Result:
         """Train the epochs that are missing and write the result."""
         self._resume()
+        self._prepare()
         state, optim = self.state, self.config.optim
         record_environment(self.folder, self._checksums(), self.config.runtime)
         if self.config.runtime.tensorboard:
@@ -139,22 +159,19 @@ class _Training:
     def _train_epoch(self) -> None:
         """Take the missing steps of the current epoch, without waiting for the device between."""
         config, state = self.config, self.state
-        mean, std = NORMALISATION[config.data.normalisation]
-        dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
         images, labels = epoch_images(self.sets.train, config.data, config.seed, state.epoch)
-        before = self._lambdas()
+        before = lambdas(self.model)
         started, carried, first = time.monotonic(), state.seconds, state.step
         while state.step < self.steps:
             here = slice(state.step * config.optim.batch, (state.step + 1) * config.optim.batch)
-            batch = normalise(images[here], mean, std, dtype).contiguous(memory_format=self.format)
+            batch = self._normalised(images[here])
             output = self.take_step(batch, labels[here])
 
             state.sums["loss"] += output.loss * len(batch)
             state.sums["penalty"] += output.penalty
             state.sums["correct"] += output.correct
-            now = self._lambdas()
-            state.sums["change"] += (now - before).abs()
-            before = now
+            state.sums["change"] += (output.lambdas - before).abs()
+            before = output.lambdas
 
             state.step += 1
             state.seconds = carried + time.monotonic() - started
@@ -168,6 +185,31 @@ class _Training:
                 self.log.progress.step(self._status(state.step - first, time.monotonic() - started))
         self._synchronise()
         state.seconds = carried + time.monotonic() - started
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        config = self.config
+        mean, std = NORMALISATION[config.data.normalisation]
+        dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
+        return normalise(images, mean, std, dtype).contiguous(memory_format=self.format)
+
+    def _sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """A batch of the shape and kind that steps take."""
+        train = self.sets.train
+        return self._normalised(train.images[:count]), train.labels[:count]
+
+    def _prepare(self) -> None:
+        """Say what runs the steps, and capture them, if they are, before the clock starts."""
+        runtime, count = self.config.runtime, len(self.sets.train)
+        self.log.message(f"{tails_of(self.model, runtime)}, step: {runtime.step}")
+        if isinstance(self.take_step, CapturedStep):
+            started = time.monotonic()
+            batch = min(self.config.optim.batch, count)
+            sizes = sorted({batch, count % batch or batch}, reverse=True)
+            for size in sizes:
+                self.take_step.prepare(*self._sample(size))
+            text = " and ".join(str(size) for size in sizes)
+            seconds = time.monotonic() - started
+            self.log.message(f"captured the step for {text} images in {seconds:.0f} s")
 
     def _epoch_line(self, rate: float) -> dict[str, Any]:
         """Read the epoch's sums (once), evaluate, and put the epoch's line together."""
@@ -294,13 +336,6 @@ class _Training:
             "correct": torch.zeros((), dtype=torch.int64, device=self.device),
             "change": torch.zeros(len(self.mixes), dtype=real, device=self.device),
         }
-
-    @torch.no_grad()
-    def _lambdas(self) -> Tensor:
-        """The lambda of every learned mix, on the device."""
-        if not self.mixes:
-            return torch.zeros(0, device=self.device)
-        return torch.stack([mix.lam for _, mix in self.mixes])
 
     def _checksums(self) -> dict[str, str]:
         return {"train": self.sets.train.sha256, "test": self.sets.test.sha256}

@@ -64,6 +64,10 @@ class Result:
     """Of the checkout that finished the run, with "-dirty" if it was changed."""
     date: str | None = None
     """UTC, when the run was finished."""
+    impl: str | None = None
+    """What ran the tails of its blocks (`spem.ops.use_impl`)."""
+    step: str | None = None
+    """How its steps were taken: "eager", "compile" or "graph"."""
 
 
 def read_result(folder: Path) -> Result | None:
@@ -132,6 +136,8 @@ def summarise(
         metrics_sha256=hashlib.sha256((folder / METRICS).read_bytes()).hexdigest(),
         commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        impl=config.runtime.impl,
+        step=config.runtime.step,
     )
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from spem.training.checkpoint import load_checkpoint, load_json, save_json
+from spem.training.choose_impl import choose_impl
 from spem.training.config import SCHEMA, RunConfig, RuntimeConfig, differing_fields
 from spem.training.results import Result, read_result
+from spem.training.step import require_cuda
 
 CONFIG, CHECKPOINT, WEIGHTS = "config.json", "checkpoint.pt", "model.safetensors"
 KEPT = ("device", "impl", "step", "threads", "channels_last", "deterministic")
@@ -24,35 +27,52 @@ KEPT = ("device", "impl", "step", "threads", "channels_last", "deterministic")
 def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) -> RunConfig:
     """Resolve what a config leaves open, or take over how the folder's run was planned.
 
+    A step "auto" stays so on a CPU, where the network is needed to choose one (`settle_step`).
+
     Args:
         config: the config asked for.
         folder: the run folder, already claimed.
         message: told when a resumed run keeps another device, thread count or step than asked.
 
     Raises:
-        ValueError: the folder holds another run, one of its files is damaged, or the device cannot
-            be used.
+        ValueError: the folder holds another run, one of its files is damaged, or the device, the
+            implementation or the step cannot be used.
     """
     written = read_config(folder)
     stored = written or _checkpoint_config(folder)
-    if stored is None:
-        planned = replace(config, runtime=_resolved(config.runtime))
-    else:
+    begun = (folder / CHECKPOINT).exists()
+    runtime = config.runtime
+    if stored is not None:
         require_same_run(stored, config, folder)
-        begun = (folder / CHECKPOINT).exists()
         # Before the first checkpoint nothing depends on the plan yet, and a wish may mend it (a
         # device that is not there); what was left open stays as it was planned.
-        fields = KEPT if begun else [f for f in KEPT if _left_open(config.runtime, f)]
-        kept = {name: getattr(stored.runtime, name) for name in fields}
-        planned = replace(config, runtime=replace(config.runtime, **kept))
+        kept = KEPT if begun else _kept_open(runtime, stored.runtime)
+        runtime = replace(runtime, **{name: getattr(stored.runtime, name) for name in kept})
         asked = _differing_wishes(config.runtime, stored.runtime)
         if asked and begun:
             message(f"resuming as planned, so that the result stays exact: {asked}")
-    _require_device(planned.runtime.device)
+    try:
+        planned = replace(config, runtime=_resolved(runtime))
+    except ValueError as error:
+        if not begun:
+            raise
+        raise ValueError(f"{error} But the run in {folder} was begun this way.") from error
     if planned != written:
-        values = {"schema": SCHEMA, "id": planned.id, "config": planned.to_dict()}
-        save_json(values, folder / CONFIG)
+        save_config(planned, folder)
     return planned
+
+
+def settle_step(config: RunConfig, folder: Path, step: Literal["eager", "compile"]) -> RunConfig:
+    """Write down the step that a measurement chose, so that a resumed run keeps it."""
+    settled = replace(config, runtime=replace(config.runtime, step=step))
+    save_config(settled, folder)
+    return settled
+
+
+def save_config(config: RunConfig, folder: Path) -> None:
+    """Write `config.json` of a run folder."""
+    values = {"schema": SCHEMA, "id": config.id, "config": config.to_dict()}
+    save_json(values, folder / CONFIG)
 
 
 def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
@@ -120,11 +140,20 @@ def _checkpoint_config(folder: Path) -> RunConfig | None:
 
 
 def _resolved(runtime: RuntimeConfig) -> RuntimeConfig:
+    """Fill in what was left open, and refuse what cannot be had."""
     device = runtime.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _require_device(device)
+    kind = torch.device(device).type
+    step = runtime.step
+    if step == "auto" and kind != "cpu":
+        step = "graph" if kind == "cuda" else "eager"
+    if step == "graph":
+        require_cuda(kind)
     threads = runtime.threads or torch.get_num_threads()
-    return replace(runtime, device=device, threads=threads, impl=runtime.impl or "reference")
+    settled = replace(runtime, device=device, threads=threads, step=step)
+    return replace(settled, impl=choose_impl(settled, kind).impl)
 
 
 def _require_device(device: str) -> None:
@@ -139,8 +168,20 @@ def _require_device(device: str) -> None:
 
 def _left_open(asked: RuntimeConfig, name: str) -> bool:
     """Whether a field was left to the planning, and so is no wish."""
-    open_values = {"device": "auto", "impl": None, "threads": 0}
+    open_values = {"device": "auto", "impl": None, "step": "auto", "threads": 0}
     return name in open_values and getattr(asked, name) == open_values[name]
+
+
+def _kept_open(asked: RuntimeConfig, planned: RuntimeConfig) -> tuple[str, ...]:
+    """The fields left open, but for those that were chosen for a device or step now changed."""
+    changed = {name for name in KEPT if getattr(asked, name) != getattr(planned, name)}
+    changed -= {name for name in KEPT if _left_open(asked, name)}
+    anew: tuple[str, ...] = ()
+    if "device" in changed:
+        anew = ("impl", "step")
+    elif "step" in changed:
+        anew = ("impl",)
+    return tuple(name for name in KEPT if _left_open(asked, name) and name not in anew)
 
 
 def _differing_wishes(asked: RuntimeConfig, planned: RuntimeConfig) -> str:

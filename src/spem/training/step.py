@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spem.attention import param_groups, penalty
+from spem.attention import learned_mixes, param_groups, penalty
+from spem.ops import use_impl
 from spem.training.config import OptimConfig, RuntimeConfig
 
 
 class StepOutput(NamedTuple):
-    """What a step computed, on the device: mean cross entropy, penalty, correct answers."""
+    """What a step computed, on the device."""
 
     loss: Tensor
+    """Mean cross entropy."""
     penalty: Tensor
     correct: Tensor
+    """Number of correct answers."""
+    lambdas: Tensor
+    """Lambda of every learned mix after the step."""
 
 
 Step = Callable[[Tensor, Tensor], StepOutput]
@@ -36,8 +41,16 @@ def make_step(
         model: in training mode, on its device.
         optimizer: of `make_optimizer`.
         optim: gives the coefficient of the penalty.
-        runtime: gives precision, and whether forward and loss are compiled.
+        runtime: gives precision, and whether forward and loss are compiled and the whole step is
+            captured as a CUDA graph.
+
+    Raises:
+        ValueError: the step is still "auto" (planning a run settles it), or "graph" off CUDA.
     """
+    if runtime.step == "auto":
+        raise ValueError(
+            "make_step: runtime.step='auto' is settled when a run is planned. Name another one."
+        )
     device = next(model.parameters()).device
     bf16 = runtime.precision == "bf16"
 
@@ -48,21 +61,53 @@ def make_step(
         loss = functional.cross_entropy(logits, labels)
         return loss, penalty(model), (logits.argmax(1) == labels).sum()
 
-    if runtime.step == "compile":
+    def read_lambdas() -> Tensor:
+        return lambdas(model)
+
+    if runtime.step in ("compile", "graph"):
         # Every run compiles this function anew; without a reset the compilations of a comparison's
         # networks add up to dynamo's limit for one function.
         torch.compiler.reset()
         # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
+    if runtime.step == "graph":
+        read_lambdas = torch.compile(read_lambdas, fullgraph=True, dynamic=False)
 
     def step(images: Tensor, labels: Tensor) -> StepOutput:
         optimizer.zero_grad(set_to_none=True)
         loss, extra, correct = forward(images, labels)
         (loss + optim.penalty * extra).backward()
         optimizer.step()
-        return StepOutput(loss.detach(), extra.detach(), correct)
+        return StepOutput(loss.detach(), extra.detach(), correct, read_lambdas())
 
-    return step
+    if runtime.step != "graph":
+        return step
+    from spem.training.capture import CapturedStep, CudaCapturer
+
+    require_cuda(device.type)
+    return CapturedStep(step, model, optimizer, CudaCapturer(device))
+
+
+def require_cuda(device: str) -> None:
+    """Refuse `step="graph"` on a device without CUDA graphs.
+
+    Raises:
+        ValueError: the device is not CUDA.
+    """
+    if device != "cuda":
+        raise ValueError(
+            f"train: runtime.step='graph' captures the step as a CUDA graph, which {device!r} does "
+            "not have. Use 'auto', 'compile' or 'eager'."
+        )
+
+
+@torch.no_grad()
+def lambdas(model: nn.Module) -> Tensor:
+    """The lambda of every learned mix, on the device of the model."""
+    found = [mix.lam for _, mix in learned_mixes(model)]
+    if found:
+        return torch.stack(found)
+    return torch.zeros(0, device=next(model.parameters()).device)
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
@@ -100,7 +145,10 @@ def set_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, epoch: int) -
 
 @contextlib.contextmanager
 def execution(runtime: RuntimeConfig) -> Generator[torch.device]:
-    """Set threads, determinism and full float32 for the length of a `with` block."""
+    """Set threads, determinism, full float32 and the implementation of all tails in a `with` block.
+
+    An implementation that was left open stays so.
+    """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
@@ -111,8 +159,10 @@ def execution(runtime: RuntimeConfig) -> Generator[torch.device]:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    implementation = use_impl(runtime.impl) if runtime.impl else contextlib.nullcontext()
     try:
-        yield torch.device(runtime.device)
+        with implementation:
+            yield torch.device(runtime.device)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,1 @@
+"""All GPU work as one command; see `__main__.py`."""

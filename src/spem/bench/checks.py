@@ -1,0 +1,79 @@
+"""The gate before every time: a provider that computes something else than it should is not timed.
+
+Results are compared with the reference in float64, gradients included. An error is the largest
+deviation relative to the largest value; the bounds below are all there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MAPS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Outputs and gradients of maps, by the dtype they are computed in."""
+PARAMETERS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Gradients of parameters: sums over the batch, of terms of both signs, taken in float32."""
+COMPOSED_IN_HALF = 0.3
+"""The same where a tail is composed in half precision, and what is summed was rounded before."""
+NETWORKS = {torch.float64: 1e-9, torch.float32: 2e-3}
+"""Loss and gradients of whole networks, in the Euclidean norm: a value that rounding moves over
+the edge of a ReLU changes single elements by all they are."""
+
+
+class BenchError(FloatingPointError):
+    """A provider computes something else than it should, or could not run."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, for a cell of a table."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def error_of(found: Tensor, expected: Tensor, *, norm: bool = False) -> float:
+    """The relative error; infinite for another shape, and where anything is not a number."""
+    a, b = found.detach().double(), expected.detach().double()
+    if a.numel() != b.numel():
+        return float("inf")
+    difference = a.reshape(b.shape) - b
+    if norm:
+        error = difference.norm() / b.norm().clamp_min(1e-30)
+    else:
+        # torch's max of an empty tensor raises; there are none here.
+        error = difference.abs().max() / b.abs().max().clamp_min(1e-30)
+    value = float(error)
+    return float("inf") if math.isnan(value) else value
+
+
+def require_close(
+    name: str,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    bounds: Mapping[str, float],
+    *,
+    norm: bool = False,
+) -> None:
+    """Compares named tensors.
+
+    Args:
+        name: The provider, for the message.
+        found: What it computed.
+        expected: The reference.
+        bounds: The largest error of each.
+        norm: Errors in the Euclidean norm instead of the largest deviation.
+
+    Raises:
+        BenchError: One is missing or deviates; no time may be reported then.
+    """
+    if set(found) != set(expected):
+        differing = ", ".join(sorted(set(found) ^ set(expected)))
+        raise BenchError(f"bench: {name} and the reference do not both have {differing}: no times.")
+    for key, value in expected.items():
+        error = error_of(found[key], value, norm=norm)
+        if not error <= bounds[key]:
+            raise BenchError(
+                f"bench: {name} differs from the reference in {key} "
+                f"(relative error {error:.1e}, allowed {bounds[key]:.0e}): no times."
+            )

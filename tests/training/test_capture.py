@@ -1,0 +1,304 @@
+"""The captured step. On a CPU a stand-in for the recorder shows that everything around the graph is
+right; the graph itself needs a GPU."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tolerance import TOLERANCE
+from torch import Tensor, nn
+from training.test_resume import train_with_stops
+from training.tiny import differences, outcome, shortened, tiny
+
+from spem import initialise
+from spem.data import normalise
+from spem.training import RunConfig, Silent, capture, read_metrics, read_result, runs, step, train
+from spem.training.capture import CapturedStep, CudaCapturer, momenta_from_zero
+from spem.training.checkpoint import build_model, load_checkpoint
+from spem.training.step import StepOutput, execution, make_optimizer, make_step
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+quiet = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+
+
+class StandIn:
+    """Records nothing: a replay runs the function again and renews the results in their place."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.captures = 0
+
+    def warm_up(self, run: Callable[[], StepOutput]) -> None:
+        for _ in range(3):
+            run()
+
+    def capture(self, run: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
+        self.captures += 1
+        output = run()
+
+        def replay() -> None:
+            for old, new in zip(output, run(), strict=True):
+                old.copy_(new)
+
+        return output, replay
+
+
+class Training:
+    """A network, its optimiser and its step, captured or not."""
+
+    def __init__(self, config: RunConfig, *, captured: bool) -> None:
+        device = torch.device(config.runtime.device)
+        self.model = build_model(config, classes=10)
+        initialise(self.model, 0)
+        self.model.to(device).train()
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.capturer = StandIn() if device.type == "cpu" else CudaCapturer(device)
+        self.step = make_step(self.model, self.optimizer, config.optim, config.runtime)
+        if captured and not isinstance(self.step, CapturedStep):
+            self.step = CapturedStep(self.step, self.model, self.optimizer, self.capturer)
+
+    def rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def state(self) -> list[Tensor]:
+        momenta = [s["momentum_buffer"] for s in self.optimizer.state.values() if s]
+        kept = [*self.model.parameters(), *self.model.buffers(), *momenta]
+        return [tensor.detach().clone() for tensor in kept]
+
+
+def batches(count: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of 16 images, every third one of 6."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        size = 6 if i % 3 == 2 else 16
+        images = torch.randn(size, 3, 8, 8, generator=generator)
+        labels = torch.randint(0, 10, (size,), generator=generator)
+        yield images.to(device), labels.to(device)
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["none", "spem", "srm"])
+@pytest.mark.parametrize("rules", ["host", "declared"])
+def test_captured_steps_end_where_the_eager_ones_do(attention: str, rules: str):
+    config = tiny(attention)
+    config = replace(config, optim=replace(config.optim, rules=rules))
+    eager, captured = (Training(config, captured=c) for c in (False, True))
+    for i, (images, labels) in enumerate(batches(10)):
+        for training in (eager, captured):
+            training.rate(0.125 if i < 5 else 0.03125)  # the same number in float32
+        a, b = eager.step(images, labels), captured.step(images, labels)
+        assert equal(list(a), list(b))
+    assert equal(eager.state(), captured.state())
+    assert captured.capturer.captures == 2  # one for each batch size
+
+
+def test_preparing_takes_no_step():
+    training = Training(tiny(), captured=True)
+    before = training.state()
+    for images, labels in batches(3):
+        training.step.prepare(images, labels)
+    momenta = [s["momentum_buffer"] for s in training.optimizer.state.values()]
+    assert len(momenta) == len(list(training.model.parameters()))
+    assert all(not bool(m.any()) for m in momenta)
+    assert equal(before, training.state()[: len(before)])
+    assert training.capturer.captures == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_from_zero_momentum_is_the_first_step_of_sgd(fused: bool):
+    weights: list[list[Tensor]] = []
+    for zeros in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5))
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "fused": fused}
+        optimizer = torch.optim.SGD(model.parameters(), **options)
+        if zeros:
+            assert len(momenta_from_zero(optimizer)) == 4
+        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        state = [s["momentum_buffer"] for s in optimizer.state.values()]
+        weights.append([*(p.detach() for p in model.parameters()), *state])
+    assert equal(*weights)
+
+
+def test_momentum_of_a_checkpoint_is_kept_and_sgd_without_momentum_gets_none():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[model.weight]["momentum_buffer"] = ones = torch.ones(2, 2)
+    found = momenta_from_zero(optimizer)
+    assert found[0] is ones
+    assert torch.equal(found[1], torch.zeros(2))
+    assert momenta_from_zero(torch.optim.SGD(model.parameters(), lr=0.1)) == []
+
+
+def test_rates_are_tensors_inside_and_numbers_outside():
+    training = Training(tiny(), captured=True)
+    seen: list[Tensor] = []
+    group = training.optimizer.param_groups[0]
+    training.optimizer.register_step_pre_hook(lambda *_: seen.append(group["lr"]))
+    for i, (images, labels) in enumerate(batches(2)):
+        training.rate(0.1 / (i + 1))
+        training.step(images, labels)
+        assert group["lr"] == 0.1 / (i + 1)
+    inside = {id(rate) for rate in seen[:4]}  # warm-up and recording; replays of a graph have none
+    assert len(inside) == 1
+    assert isinstance(seen[0], Tensor)
+    assert float(seen[0]) == pytest.approx(0.05)
+    rates = [g["lr"] for g in training.optimizer.state_dict()["param_groups"]]
+    assert rates == [0.05]
+    assert type(rates[0]) is float
+
+
+def test_the_graph_reads_buffers_of_its_own_and_its_results_are_the_callers():
+    training = Training(tiny(), captured=True)
+    inner, addresses = training.step._step, []
+
+    def watched(images: Tensor, labels: Tensor) -> StepOutput:
+        addresses.append((images.data_ptr(), labels.data_ptr()))
+        return inner(images, labels)
+
+    training.step._step = watched
+    given = [pair for i, pair in enumerate(batches(8)) if i % 3 != 2]
+    outputs = [training.step(*pair) for pair in given]
+    assert len(set(addresses)) == 1
+    assert addresses[0] not in {(i.data_ptr(), t.data_ptr()) for i, t in given}
+    assert len({float(output.loss) for output in outputs}) == len(outputs)
+
+
+def test_momentum_loaded_after_the_capture_is_captured_anew():
+    eager, captured = (Training(tiny(), captured=c) for c in (False, True))
+    for training in (eager, captured):
+        training.rate(0.125)
+        pairs = list(batches(4))
+        training.step(*pairs[0])
+        # A copy, as of a file; the tensors themselves would be taken over as they are.
+        stored = copy.deepcopy(training.optimizer.state_dict())
+        training.optimizer.load_state_dict(stored)
+        training.step(*pairs[1])
+        training.step(*pairs[3])
+    assert captured.capturer.captures == 2
+    assert equal(eager.state(), captured.state())
+
+
+def test_a_step_that_cannot_be_captured_names_the_ways_out():
+    training = Training(tiny(), captured=True)
+
+    def fail(run: Callable[[], StepOutput]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    training.capturer.capture = fail
+    with pytest.raises(RuntimeError, match=r"16 images cannot .*capturing.*'compile' or 'eager'"):
+        training.step(*next(batches(1)))
+    assert type(training.optimizer.param_groups[0]["lr"]) is float
+
+
+def test_off_cuda_a_graph_is_refused():
+    with pytest.raises(ValueError, match=r"step='graph' .* 'cpu' does not have. Use 'auto'"):
+        Training(tiny(step="graph"), captured=True)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a run take the captured step on the CPU."""
+    monkeypatch.setattr(capture, "CudaCapturer", StandIn)
+    for module in (runs, step):
+        monkeypatch.setattr(module, "require_cuda", lambda device: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+def test_a_captured_run_is_recorded_followed_and_resumed(stand_in: None, tmp_path: Path):
+    config = replace(tiny(step="graph"), optim=replace(tiny().optim, epochs=2, milestones=(1,)))
+    whole = train(config, tmp_path / "whole", progress=Silent())
+    assert whole.step == "graph"
+    log = (tmp_path / "whole" / "log.txt").read_text()
+    assert "step: graph" in log
+    assert "captured the step for 40 and 16 images in" in log
+    stored = load_checkpoint(tmp_path / "whole" / "checkpoint.pt")
+    assert all(type(g["lr"]) is float for g in stored["optimizer"]["param_groups"])
+    train_with_stops(config, tmp_path / "stopped", [3, 5])
+    assert differences(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole")) == []
+    eager = replace(config, runtime=replace(config.runtime, step="eager"))
+    train(eager, tmp_path / "eager", progress=Silent())
+    for a, b in zip(
+        read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "eager"), strict=True
+    ):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)  # rates rounded to float32
+        for name, mix in a["mixes"].items():
+            assert mix["change"] == pytest.approx(b["mixes"][name]["change"], rel=0.05, abs=1e-7)
+
+
+def test_a_checkpoint_of_eager_steps_goes_on_captured(stand_in: None, tmp_path: Path):
+    """Nothing in a checkpoint says how its steps were taken, so older ones fit."""
+    config = shortened(tiny(epochs=2), 80)
+    train_with_stops(config, tmp_path, [2])
+    stored = load_checkpoint(tmp_path / "checkpoint.pt")
+    training = Training(config, captured=True)
+    training.model.load_state_dict(stored["model"])
+    training.optimizer.load_state_dict(stored["optimizer"])
+    momentum = [s["momentum_buffer"].clone() for s in training.optimizer.state.values()]
+    training.step.prepare(*next(batches(1)))
+    assert equal(momentum, [s["momentum_buffer"] for s in training.optimizer.state.values()])
+
+
+@gpu
+@quiet
+@pytest.mark.parametrize("impl", ["reference", "formula", "triton"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ten_replays_follow_ten_eager_steps(impl: str, precision: str):
+    config = tiny("spem", device="cuda", precision=precision, impl=impl, deterministic=True)
+    graph = replace(config, runtime=replace(config.runtime, step="graph"))
+    losses: list[list[float]] = []
+    for each in (config, graph):
+        with execution(each.runtime):
+            training = Training(each, captured=False)
+            found = [training.step(*pair).loss for pair in batches(10, "cuda")]
+            losses.append([float(loss) for loss in found])
+    torch.testing.assert_close(
+        torch.tensor(losses[1]), torch.tensor(losses[0]), **TOLERANCE[torch.bfloat16]
+    )
+    assert len(set(losses[1])) == 10
+
+
+@gpu
+@quiet
+@pytest.mark.parametrize("kind", ["eager", "compile", "graph"])
+@pytest.mark.parametrize("attention", ["none", "spem", "cbam"])
+def test_ten_steps_do_not_wait_for_the_gpu(kind: str, attention: str):
+    config = tiny(attention, device="cuda", step=kind)
+    with execution(config.runtime):
+        training = Training(config, captured=False)
+        given = list(batches(10, "cuda"))
+        pixels = torch.zeros(16, 3, 8, 8, dtype=torch.uint8, device="cuda")
+        for pair in given[:3]:
+            training.step(*pair)
+        total = torch.zeros((), dtype=torch.float64, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for i, pair in enumerate(given):
+                training.rate(0.1 / (i + 1))
+                normalise(pixels, (0.5,) * 3, (0.5,) * 3)
+                total += training.step(*pair).loss * len(pair[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert bool(total.isfinite())
+
+
+@gpu
+@quiet
+def test_on_a_gpu_auto_is_the_graph_and_a_stopped_run_ends_as_the_whole_one(tmp_path: Path):
+    config = tiny(epochs=2, device="cuda", step="auto", deterministic=True)
+    train(config, tmp_path / "whole", progress=Silent())
+    result = read_result(tmp_path / "whole")
+    assert result is not None
+    assert result.step == "graph"
+    train_with_stops(config, tmp_path / "stopped", [3])
+    assert differences(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole")) == []
