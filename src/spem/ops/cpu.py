@@ -1,0 +1,392 @@
+"""The passes and the scalar stages on a CPU, compiled by numba; the package's only way to numba.
+
+Every function here does what the one of the same name does in ``spem.ops.formula`` (the passes) or
+``spem.ops.algebra`` (the scalar stages). It checks shapes, allocates the outputs, writes addresses
+and sizes into a table and has the kernel run on it. A kernel is compiled when first used, for one
+dtype, and kept on disk where numba finds a place to write.
+"""
+
+import array
+import functools
+import hashlib
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from torch import Tensor
+
+from spem.ops import cpu_channels, cpu_planes, cpu_scalars, threads
+from spem.ops.algebra import Coefficients, Incoming, NormalStats, RawStats
+from spem.ops.cpu_table import (
+    CHUNKS,
+    COUNTERS,
+    EXTREMA,
+    HIGH,
+    LINE,
+    LOW,
+    MEAN,
+    MOMENTS,
+    SHARED,
+    VAR,
+    WITH_SPIKES,
+    WITH_Z,
+)
+from spem.ops.cpu_vectors import BYTES
+from spem.ops.stats import compute_dtype
+
+# The dtypes of maps, and what their elements are to a kernel.
+_ELEMENTS: dict[torch.dtype, Any] = {
+    torch.float32: types.float32,
+    torch.float64: types.float64,
+    torch.bfloat16: types.uint16,
+}
+SUPPORTED = frozenset(_ELEMENTS)
+
+_CHUNK = 128 << 10  # bytes of one map that a thread takes at a time
+_ALONE = 64 << 10  # scalars up to which one thread is faster than several
+_LANES = 16  # channels a chunk are a multiple of this
+_ROWS = 8  # images a chunk of a scalar stage
+
+_log = logging.getLogger("spem.ops")
+_compiling = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork waits until a kernel is compiled: its copy of numba would stay locked for ever.
+    os.register_at_fork(
+        before=_compiling.acquire,
+        after_in_parent=_compiling.release,
+        after_in_child=_compiling.release,
+    )
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of all that the kernels are made of."""
+    names = ("cpu_channels", "cpu_memory", "cpu_planes", "cpu_scalars", "cpu_table", "cpu_vectors")
+    texts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+class _Cache(FunctionCache):
+    """Kernels on disk; numba alone would look at a kernel's own file only for changes."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), _sources())
+
+
+_addresses: dict[tuple[Any, torch.dtype], int] = {}
+
+
+def _compiled(kernel: Any, dtype: torch.dtype) -> int:
+    """The address of a kernel for maps of this dtype."""
+    address = _addresses.get((kernel, dtype))
+    if address is not None:
+        return address
+    with _compiling:
+        key = (kernel, dtype)
+        if key not in _addresses:
+            _addresses[key] = _compile(kernel, dtype)
+        return _addresses[key]
+
+
+def _compile(kernel: Any, dtype: torch.dtype) -> int:
+    start = time.perf_counter()
+    block = types.CPointer(_ELEMENTS[dtype])
+
+    def build(cached: bool) -> Any:
+        callback = cast("Any", CFunc)(kernel, ((block,), types.void), {}, {"error_model": "numpy"})
+        if cached:
+            callback._cache = _Cache(kernel)
+        callback.compile()
+        return callback
+
+    try:
+        callback = build(cached=True)
+    except (OSError, RuntimeError) as reason:
+        # No place to write to: numba finds none (RuntimeError), or it is full or gone (OSError).
+        _log.debug("kernels are not kept on disk: %s", reason)
+        callback = build(cached=False)
+    if not callback.cache_hits:
+        seconds = time.perf_counter() - start
+        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        _log.info("%s for %s compiled in %.1f s", name, dtype, seconds)
+    _kept.append(callback)
+    return callback.address
+
+
+_kept: list[Any] = []  # what the addresses belong to
+
+
+def _run(kernel: Any, dtype: torch.dtype, head: tuple[int, ...], pieces: int, *args: Any) -> None:
+    """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments."""
+    regions = max(1, min(torch.get_num_threads(), pieces))
+    table = array.array("q", bytes(8 * (COUNTERS + LINE * regions)))
+    values = [*head, regions, *(0 if t is None or not t.numel() else t.data_ptr() for t in args)]
+    table[CHUNKS : CHUNKS + len(values)] = array.array("q", values)
+    threads.launch(_compiled(kernel, dtype), table.buffer_info()[0], regions)
+
+
+def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
+    """Runs a pass over maps like z, in whole planes or, channels_last, in ranges of channels."""
+    batch, channels = z.shape[:2]
+    planes = batch * channels
+    size = z.numel() // planes
+    plane_bytes = size * z.element_size()
+    if z.is_contiguous():
+        kernel = getattr(cpu_planes, name)
+        step = max(1, _CHUNK // plane_bytes)
+        chunks = -(-planes // step)
+    elif z.movedim(1, -1).is_contiguous():
+        kernel = getattr(cpu_channels, name)
+        step = max(1, _CHUNK // plane_bytes // _LANES) * _LANES
+        if step < channels and batch >= 4 * torch.get_num_threads():
+            step = channels  # memory in its own order, where there are images enough to share
+        step = min(step, channels)
+        chunks = batch * -(-channels // step)
+    else:
+        raise ValueError(
+            f"a map must be contiguous or channels_last, not have strides {z.stride()}"
+        )
+    _run(kernel, z.dtype, (chunks, step, batch, channels, size, flags), chunks, *args)
+
+
+def _like(z: Tensor) -> Tensor:
+    """An empty map like z."""
+    out = torch.empty_like(z)
+    threads.ask_for_large_pages(out.data_ptr(), out.numel() * out.element_size())
+    return out
+
+
+def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
+    """Checks that maps agree and returns the compute dtype."""
+    if first.dtype not in SUPPORTED:
+        raise TypeError(f"maps of {first.dtype} have no numba kernel")
+    if first.dim() < 3 or not first.numel():
+        raise ValueError(f"a map must have planes and no empty axis, not shape {list(first.shape)}")
+    for other in others:
+        if (
+            other.shape != first.shape
+            or other.stride() != first.stride()
+            or other.dtype != first.dtype
+        ):
+            raise ValueError(
+                f"maps must agree: {_described(first)} is not {_described(other)}",
+            )
+    return compute_dtype(first.dtype)
+
+
+def _described(t: Tensor) -> str:
+    return f"{list(t.shape)} with strides {list(t.stride())} of {t.dtype}"
+
+
+def _scalars(shape: tuple[int, ...], dtype: torch.dtype, t: Tensor) -> Tensor:
+    """Plane or channel scalars as kernels read them: of this shape and dtype, and dense."""
+    if t.shape != shape:
+        raise ValueError(f"scalars of shape {list(shape)} expected, not {list(t.shape)}")
+    if t.dtype != dtype or not t.is_contiguous():
+        t = t.to(dtype).contiguous()
+    return t
+
+
+def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
+    """Pass F1: statistics of every plane; see ``formula.plane_stats``."""
+    wide = _maps(z)
+    shape = tuple(z.shape[:2])
+    # The moments' memory is used in any case: channels_last gathers the sums in it.
+    mean, var = z.new_empty(shape, dtype=wide), z.new_empty(shape, dtype=wide)
+    some = shape if extrema else (0,)
+    high, low, first = (z.new_empty(some, dtype=wide) for _ in range(3))
+    at_high, at_low = (z.new_empty(some, dtype=torch.int32) for _ in range(2))
+    flags = MOMENTS * moments | EXTREMA * extrema
+    _pass("plane_stats", z, flags, z, mean, var, high, low, first, at_high, at_low)
+    if not moments:
+        mean, var = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
+    return RawStats(mean, var, high, low, first, at_high, at_low)
+
+
+def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
+    """Pass F2: y = relu(al (z - mu) + be + r); see ``formula.affine_tail``."""
+    wide = _maps(z, r)
+    shape = tuple(z.shape[:2])
+    mu = _scalars(shape[1:], wide, mu)
+    al, be = _scalars(shape, wide, al), _scalars(shape, wide, be)
+    y = _like(z)
+    _pass("affine_tail", z, 0, z, r, mu, al, be, y)
+    return y
+
+
+def affine_tail_backward(
+    g: Tensor, y: Tensor, z: Tensor, mu: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass B1: d, its sums, and those of d (z - mu); see ``formula.affine_tail_backward``."""
+    wide = _maps(z, g, y)
+    shape = tuple(z.shape[:2])
+    mu = _scalars(shape[1:], wide, mu)
+    sums, moments = z.new_empty(shape, dtype=wide), z.new_empty(shape, dtype=wide)
+    d = _like(z)
+    _pass("affine_tail_backward", z, 0, g, y, z, mu, d, sums, moments)
+    return d, sums, moments
+
+
+def stats_backward(
+    d: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    p: Tensor,
+    q: Tensor | None,
+    t: Tensor | None,
+    i: Tensor | None,
+    j: Tensor | None,
+    s_i: Tensor | None,
+    s_j: Tensor | None,
+) -> Tensor:
+    """Pass B2: the gradient of z; see ``formula.stats_backward``."""
+    wide = _maps(d, z)
+    shape = tuple(d.shape[:2])
+    p, mu = _scalars(shape, wide, p), _scalars(shape[1:], wide, mu)
+    flags = 0
+    if q is not None and t is not None:
+        flags |= WITH_Z
+        q, t = _scalars(shape, wide, q), _scalars(shape, wide, t)
+    if i is not None and j is not None and s_i is not None and s_j is not None:
+        flags |= WITH_SPIKES
+        i, j = _scalars(shape, torch.int32, i), _scalars(shape, torch.int32, j)
+        s_i, s_j = _scalars(shape, wide, s_i), _scalars(shape, wide, s_j)
+    dz = _like(d)
+    _pass("stats_backward", d, flags, d, z, mu, p, q, t, i, j, s_i, s_j, dz)
+    return dz
+
+
+def _stage(kernel: Any, like: Tensor, flags: int, size: int, *args: Tensor | None) -> None:
+    """Runs a scalar stage that goes image by image."""
+    batch, channels = like.shape
+    chunks = -(-batch // _ROWS)
+    pieces = chunks if like.numel() > _ALONE else 1
+    _run(kernel, like.dtype, (chunks, _ROWS, batch, channels, size, flags), pieces, *args)
+
+
+def _channel_stage(kernel: Any, like: Tensor, flags: int, *args: Tensor | None) -> None:
+    """Runs a scalar stage that sums over the images."""
+    batch, channels = like.shape
+    chunks = -(-channels // (BYTES // like.element_size()))
+    pieces = chunks if like.numel() > _ALONE else 1
+    _run(kernel, like.dtype, (chunks, 0, batch, channels, 0, flags), pieces, *args)
+
+
+def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel; see ``algebra.channel_moments``."""
+    shape, wide = tuple(mean.shape), mean.dtype
+    mean, var = _scalars(shape, wide, mean), _scalars(shape, wide, var)
+    mu, out = mean.new_empty(shape[1]), mean.new_empty(shape[1])
+    _channel_stage(cpu_scalars.channel_moments, mean, 0, mean, var, mu, out)
+    return mu, out
+
+
+def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStats:
+    """Statistics of x = a (z - mu) + beta; see ``algebra.normalised``."""
+    wide = mu.dtype
+    flags = MOMENTS * (raw.mean.dim() == 2) | EXTREMA * (raw.high.dim() == 2)
+    if not flags:
+        nothing = [mu.new_empty(0) for _ in range(6)]
+        return NormalStats(*nothing, *(raw.at_high.new_empty(0) for _ in range(2)))
+    shape = tuple((raw.mean if flags & MOMENTS else raw.high).shape)
+    a, mu, beta = (_scalars(shape[1:], wide, t) for t in (a, mu, beta))
+    two, six = (shape if flags & kind else (0,) for kind in (MOMENTS, EXTREMA))
+    ins = [_scalars(two, wide, t) for t in raw[:2]]
+    ins += [_scalars(six, wide, t) for t in raw[2:5]]
+    ins += [_scalars(six, torch.int32, t) for t in raw[5:]]
+    outs = [mu.new_empty(two) for _ in range(2)] + [mu.new_empty(six) for _ in range(4)]
+    outs += [mu.new_empty(six, dtype=torch.int32) for _ in range(2)]
+    like = ins[0] if flags & MOMENTS else ins[2]
+    _stage(cpu_scalars.normalised, like, flags, 0, a, mu, beta, *ins, *outs)
+    return NormalStats(*outs)
+
+
+def gated_affine(v: Tensor, a: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """al = v a and be = v beta; see ``algebra.gated_affine``."""
+    shape, wide = tuple(v.shape), a.dtype
+    v = _scalars(shape, wide, v)
+    a, beta = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, beta)
+    al, be = torch.empty_like(v), torch.empty_like(v)
+    _stage(cpu_scalars.gated_affine, v, 0, 0, v, a, beta, al, be)
+    return al, be
+
+
+def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Tensor:
+    """dv = a moment + beta total; see ``algebra.gate_gradient``."""
+    shape, wide = tuple(total.shape), total.dtype
+    total, moment = _scalars(shape, wide, total), _scalars(shape, wide, moment)
+    a, beta = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, beta)
+    out = torch.empty_like(total)
+    _stage(cpu_scalars.gate_gradient, total, 0, 0, total, moment, a, beta, out)
+    return out
+
+
+def _incoming(into: Incoming, shape: tuple[int, ...], wide: torch.dtype) -> tuple[int, list[Any]]:
+    """Which gradients there are, and the gradients as kernels read them."""
+    flags = 0
+    for kind, gradient in zip((MEAN, VAR, HIGH, LOW), into, strict=True):
+        flags |= 0 if gradient is None else kind
+    return flags, [None if t is None else _scalars(shape, wide, t) for t in into]
+
+
+def channel_sums(
+    v: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    into: Incoming,
+    raw: RawStats,
+    normal: NormalStats,
+    a: Tensor,
+    mu: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sums of dx and of dx (z - mu) over a channel; see ``algebra.channel_sums``."""
+    shape, wide = tuple(total.shape), total.dtype
+    v, total, moment = (_scalars(shape, wide, t) for t in (v, total, moment))
+    a, mu = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, mu)
+    flags, gradients = _incoming(into, shape, wide)
+    read = [
+        _scalars(shape, wide, t) if flags & kind else None
+        for kind, t in zip(
+            (MEAN, VAR, HIGH, LOW), (raw.mean, raw.var, normal.z_i, normal.z_j), strict=True
+        )
+    ]
+    s0, s1 = torch.empty_like(mu), torch.empty_like(mu)
+    args = (v, total, moment, *gradients, *read, a, mu, s0, s1)
+    _channel_stage(cpu_scalars.channel_sums, total, flags, *args)
+    return s0, s1
+
+
+def coefficients(
+    v: Tensor,
+    into: Incoming,
+    raw_mean: Tensor,
+    a: Tensor,
+    mu: Tensor,
+    size: int,
+    shared: tuple[Tensor, Tensor] | None,
+) -> Coefficients:
+    """The per-plane coefficients of dz; see ``algebra.coefficients``."""
+    shape, wide = tuple(v.shape), mu.dtype
+    v = _scalars(shape, wide, v)
+    a, mu = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, mu)
+    flags, gradients = _incoming(into, shape, wide)
+    mean = _scalars(shape, wide, raw_mean) if flags & VAR else None
+    means = [None, None]
+    if shared is not None:
+        flags |= SHARED
+        means = [_scalars(shape[1:], wide, t) for t in shared]
+    p, q, t, s_i, s_j = torch.empty_like(v), None, None, None, None
+    if flags & (MEAN | VAR | SHARED):
+        q, t = torch.empty_like(v), torch.empty_like(v)
+    if flags & (HIGH | LOW):
+        s_i, s_j = torch.empty_like(v), torch.empty_like(v)
+    args = (v, *gradients, mean, a, mu, *means, p, q, t, s_i, s_j)
+    _stage(cpu_scalars.coefficients, v, flags, size, *args)
+    return Coefficients(p, q, t, s_i, s_j)

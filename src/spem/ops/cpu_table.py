@@ -1,0 +1,26 @@
+"""Where a kernel finds what: the places of its table of int64, and the flags."""
+
+COUNTER = 0  # of the threads that came; alone in its cache line, since every thread writes it
+CHUNKS = 8
+STEP = 9  # planes, channels or images a chunk
+BATCH = 10
+CHANNELS = 11
+SIZE = 12  # K
+FLAGS = 13
+REGIONS = 14  # one for each thread that is expected
+ARGS = 15  # from here on: addresses
+COUNTERS = 40  # from here on: how many chunks of each region are taken
+LINE = 8  # int64 in a cache line
+
+# What the first pass gathers.
+MOMENTS = 1
+EXTREMA = 2
+# What the last pass reads.
+WITH_Z = 1
+WITH_SPIKES = 2
+# Which gradients reach the statistics, and whether the norm's own statistics are variable.
+MEAN = 1
+VAR = 2
+HIGH = 4
+LOW = 8
+SHARED = 16
