@@ -32,7 +32,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spem.ops import kernels, triton_kernels
+from spem.ops import cuda
+from spem.ops.cuda import kernels
 
 ARCHITECTURES = (80, 90)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -135,11 +136,11 @@ def launches(B: int, C: int, H: int, dtype: torch.dtype, last: bool) -> Iterator
     s = torch.empty(B, C, device="meta")
     i = torch.empty(B, C, device="meta", dtype=torch.int32)
     # The passes take a tensor of any device when they believe in the interpreter.
-    with patch.multiple(kernels, _launch=record, INTERPRETED=True):
-        kernels.plane_stats(z, True, True)
-        kernels.affine_tail(z, z, mu, s, s)
-        kernels.affine_tail_backward(z, z, z, mu)
-        kernels.stats_backward(z, z, mu, s, s, s, i, i, s, s)
+    with patch.multiple(cuda, _launch=record, INTERPRETED=True):
+        cuda.plane_stats(z, True, True)
+        cuda.affine_tail(z, z, mu, s, s)
+        cuda.affine_tail_backward(z, z, z, mu)
+        cuda.stats_backward(z, z, mu, s, s, s, i, i, s, s)
     yield from found
 
 
@@ -162,7 +163,7 @@ def jobs(dtypes: Iterable[str]) -> list[Job]:
 def compiled(launch: Launch, architecture: int) -> Any:
     """The kernel of a launch, through all stages of Triton's compiler."""
     source = ASTSource(
-        fn=getattr(triton_kernels, launch.kernel),
+        fn=getattr(kernels, launch.kernel),
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
         attrs={(number,): [["tt.divisibility", 16]] for number in launch.aligned},

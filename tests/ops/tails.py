@@ -32,6 +32,10 @@ class WavyGate(nn.Module):
         self.w = nn.Parameter(torch.empty(4, channels))
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
+        assert stats.mean is not None
+        assert stats.var is not None
+        assert stats.max is not None
+        assert stats.min is not None
         w = self.w.to(stats.mean.dtype)
         spread = torch.log1p(stats.var)
         return torch.sin(w[0] * stats.mean + w[1] * spread) + w[2] * stats.max * stats.min + w[3]

@@ -102,12 +102,14 @@ def test_autocast(impl: str | None) -> None:
         needs(impl, torch.bfloat16)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found: list[dict[str, Tensor]] = []
-    for how in (impl, "reference"):
+    for how, half in ((impl, True), ("reference", True), ("reference", False)):
         model = spem.resnet(11, attention="se")
-        with use_impl(how), torch.autocast("cpu", torch.bfloat16):
+        with use_impl(how), torch.autocast("cpu", torch.bfloat16, enabled=half):
             out = model(x)
         out.float().square().mean().backward()
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-        found.append({"out": out.detach().float()} | {"g": model.layer3[0].bn3.weight.grad})
-    for name, value in found[1].items():
-        assert error(found[0][name], value) <= 0.1, name
+        found.append({"out": out.detach().float(), "g": model.fc.weight.grad})
+    # A whole network rounds a hundred times: fused it may be twice as far from float32 as composed.
+    for name, exact in found[2].items():
+        fused, composed = (error(one[name], exact) for one in found[:2])
+        assert fused <= 2 * composed + 2**-7, name

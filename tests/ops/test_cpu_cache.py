@@ -45,7 +45,7 @@ def test_kernels_are_kept_on_disk(tmp_path):
 def test_nowhere_to_keep_kernels(tmp_path):
     shutil.copytree(SOURCE, tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     # A file where the directory would be stops even a user whom permissions do not.
-    (tmp_path / "src/spem/ops/__pycache__").touch()
+    (tmp_path / "src/spem/ops/cpu/__pycache__").touch()
     nowhere = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache"}
     for _ in range(2):
         assert run_script(tmp_path / "src", **nowhere).count("compiled in") == 1
@@ -55,6 +55,6 @@ def test_a_change_of_any_source_compiles_again(tmp_path):
     shutil.copytree(SOURCE, tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     place = str(tmp_path / "cache")
     assert "compiled" in run_script(tmp_path / "src", NUMBA_CACHE_DIR=place)
-    with (tmp_path / "src/spem/ops/cpu_memory.py").open("a") as file:
+    with (tmp_path / "src/spem/ops/cpu/memory.py").open("a") as file:
         file.write("# changed\n")
     assert "compiled" in run_script(tmp_path / "src", NUMBA_CACHE_DIR=place)

@@ -12,7 +12,7 @@ from tolerance import TAIL
 from torch import Tensor, nn
 
 import spem
-from spem.ops import bn_gate_tail, gate_tail
+from spem.ops import PlaneStats, bn_gate_tail, gate_tail
 
 SHAPE = (4, 5, 3, 6)
 IMPLS = pytest.mark.parametrize(
@@ -178,7 +178,13 @@ def test_the_first_of_equal_extrema_gets_the_gradient(
         z = torch.stack([plane, zeros])[None].expand(2, 2, 3, 3)
         z = z.contiguous(memory_format=layout).requires_grad_()
         residual = torch.full_like(z, 10.0).contiguous(memory_format=layout)
-        y = gate_tail(z, residual, lambda s: s.max * 2 + sign * s.min * 0.5, impl=impl)
+
+        def gate(stats: PlaneStats) -> Tensor:
+            assert stats.max is not None
+            assert stats.min is not None
+            return 2 * stats.max + sign * 0.5 * stats.min
+
+        y = gate_tail(z, residual, gate, impl=impl)
         (found,) = gradients(y, torch.ones_like(y), z)
         expected = torch.zeros(2, 2, 3, 3, dtype=dtype)
         for b in range(2):
@@ -220,7 +226,12 @@ def test_statistics_may_be_all_that_is_used(impl: str, dtype: torch.dtype) -> No
     """A gate whose value is multiplied away still gives finite gradients."""
     needs(impl, dtype)
     t = tail("none", SHAPE, dtype=dtype)
-    y = bn_gate_tail(t.z, t.residual, t.norm, lambda s: 0.0 * s.max, impl=impl)
+
+    def nothing(stats: PlaneStats) -> Tensor:
+        assert stats.max is not None
+        return 0.0 * stats.max
+
+    y = bn_gate_tail(t.z, t.residual, t.norm, nothing, impl=impl)
     torch.testing.assert_close(y, t.residual.relu(), rtol=0, atol=0)
     y.sum().backward()
     assert t.z.grad.isfinite().all()

@@ -22,7 +22,9 @@ def parts(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return feature_map(*shape, key="z"), feature_map(*shape, key="r"), feature_map(*shape, key="g")
 
 
-def one_step(z: Tensor, r: Tensor, g: Tensor, norm: nn.Module, impl: str) -> dict[str, Tensor]:
+def one_step(
+    z: Tensor, r: Tensor, g: Tensor, norm: nn.Module, impl: str
+) -> dict[str, Tensor | None]:
     module = randomise(spem.SPEM(CHANNELS), "synchronised").double()
     z, r = z.clone().requires_grad_(), r.clone().requires_grad_()
     y = bn_gate_tail(z, r, norm, module.gate_from, statistics=module.statistics, impl=impl)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from spem.ops import tiles
+from spem.ops.cuda import tiles
 
 both_layouts = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 

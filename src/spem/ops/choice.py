@@ -22,11 +22,10 @@ TRITON_PROVEN = False
 """Whether the kernels' tests have passed on a real GPU, with their record committed; until then
 CUDA is served by torch's own operations unless Triton is asked for."""
 
-_NUMBA_DTYPES = (torch.float32, torch.float64)
+_NUMBA_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Constants, since a tracing compiler cannot follow the look-ups.
 _INSTALLED = {name: find_spec(name) is not None for name in ("numba", "triton")}
-_INSTALLED["numba"] &= find_spec("spem.ops.cpu") is not None
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _LOG = logging.getLogger("spem.ops")
 

@@ -25,7 +25,7 @@ _SCHEMAS = {
     "stats_backward": "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
     "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
 }
-_MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.kernels"}
+_MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
 
 
 class Passes(NamedTuple):

@@ -178,7 +178,7 @@ def _find_advise() -> Callable[[int, int, int], int] | None:
     return found
 
 
-_PROCESS = os.getpid()
+_PROCESS = os.getpid()  # of the first import: `spem.ops` imports this before anybody forks
 _PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 _parallel = _find_parallel()
 _advise = _find_advise()

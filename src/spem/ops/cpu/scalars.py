@@ -7,7 +7,7 @@ as a chunk, the others a few images.
 
 from typing import Any
 
-from spem.ops.cpu_memory import (
+from spem.ops.cpu.memory import (
     lanes_of,
     load_positions,
     next_chunk,
@@ -20,7 +20,7 @@ from spem.ops.cpu_memory import (
     table_of,
     write,
 )
-from spem.ops.cpu_table import (
+from spem.ops.cpu.table import (
     ARGS,
     BATCH,
     CHANNELS,
@@ -35,7 +35,7 @@ from spem.ops.cpu_table import (
     STEP,
     VAR,
 )
-from spem.ops.cpu_vectors import (
+from spem.ops.cpu.vectors import (
     every,
     every_position,
     where_above,

@@ -1,6 +1,6 @@
 """The four passes over contiguous maps, plane by plane; what numba compiles.
 
-``block`` is a table of int64 (see ``cpu_table``), typed as a pointer to the elements of the map.
+``block`` is a table of int64 (``spem.ops.cpu.table``), typed as a pointer to the map's elements.
 Several threads run a kernel on one table: each takes chunks of planes until none is left. What a
 plane gives depends on neither the chunks nor the threads. The passes themselves are defined, in
 torch operations, in ``spem.ops.formula``.
@@ -8,7 +8,7 @@ torch operations, in ``spem.ops.formula``.
 
 from typing import Any
 
-from spem.ops.cpu_memory import (
+from spem.ops.cpu.memory import (
     element,
     lanes_of,
     load,
@@ -25,7 +25,7 @@ from spem.ops.cpu_memory import (
     store_part,
     table_of,
 )
-from spem.ops.cpu_table import (
+from spem.ops.cpu.table import (
     ARGS,
     BATCH,
     CHANNELS,
@@ -37,7 +37,7 @@ from spem.ops.cpu_table import (
     WITH_SPIKES,
     WITH_Z,
 )
-from spem.ops.cpu_vectors import (
+from spem.ops.cpu.vectors import (
     every,
     helper,
     highest,

@@ -22,9 +22,12 @@ from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
 from torch import Tensor
 
-from spem.ops import cpu_channels, cpu_planes, cpu_scalars, threads
+from spem.ops import threads
 from spem.ops.algebra import Coefficients, Incoming, NormalStats, RawStats
-from spem.ops.cpu_table import (
+from spem.ops.cpu import channels as by_channel
+from spem.ops.cpu import planes as by_plane
+from spem.ops.cpu import scalars
+from spem.ops.cpu.table import (
     CHUNKS,
     COUNTERS,
     EXTREMA,
@@ -38,7 +41,8 @@ from spem.ops.cpu_table import (
     WITH_SPIKES,
     WITH_Z,
 )
-from spem.ops.cpu_vectors import BYTES
+from spem.ops.cpu.vectors import BYTES
+from spem.ops.layout import agree
 from spem.ops.stats import compute_dtype
 
 # The dtypes of maps, and what their elements are to a kernel.
@@ -68,7 +72,7 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _sources() -> str:
     """A digest of all that the kernels are made of."""
-    names = ("cpu_channels", "cpu_memory", "cpu_planes", "cpu_scalars", "cpu_table", "cpu_vectors")
+    names = ("channels", "memory", "planes", "scalars", "table", "vectors")
     texts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
@@ -139,11 +143,11 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
     size = z.numel() // planes
     plane_bytes = size * z.element_size()
     if z.is_contiguous():
-        kernel = getattr(cpu_planes, name)
+        kernel = getattr(by_plane, name)
         step = max(1, _CHUNK // plane_bytes)
         chunks = -(-planes // step)
     elif z.movedim(1, -1).is_contiguous():
-        kernel = getattr(cpu_channels, name)
+        kernel = getattr(by_channel, name)
         step = max(1, _CHUNK // plane_bytes // _LANES) * _LANES
         if step < channels and batch >= 4 * torch.get_num_threads():
             step = channels  # memory in its own order, where there are images enough to share
@@ -170,11 +174,7 @@ def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
     if first.dim() < 3 or not first.numel():
         raise ValueError(f"a map must have planes and no empty axis, not shape {list(first.shape)}")
     for other in others:
-        if (
-            other.shape != first.shape
-            or other.stride() != first.stride()
-            or other.dtype != first.dtype
-        ):
+        if other.shape != first.shape or not agree(other, first) or other.dtype != first.dtype:
             raise ValueError(
                 f"maps must agree: {_described(first)} is not {_described(other)}",
             )
@@ -284,7 +284,7 @@ def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     shape, wide = tuple(mean.shape), mean.dtype
     mean, var = _scalars(shape, wide, mean), _scalars(shape, wide, var)
     mu, out = mean.new_empty(shape[1]), mean.new_empty(shape[1])
-    _channel_stage(cpu_scalars.channel_moments, mean, 0, mean, var, mu, out)
+    _channel_stage(scalars.channel_moments, mean, 0, mean, var, mu, out)
     return mu, out
 
 
@@ -304,7 +304,7 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
     outs = [mu.new_empty(two) for _ in range(2)] + [mu.new_empty(six) for _ in range(4)]
     outs += [mu.new_empty(six, dtype=torch.int32) for _ in range(2)]
     like = ins[0] if flags & MOMENTS else ins[2]
-    _stage(cpu_scalars.normalised, like, flags, 0, a, mu, beta, *ins, *outs)
+    _stage(scalars.normalised, like, flags, 0, a, mu, beta, *ins, *outs)
     return NormalStats(*outs)
 
 
@@ -314,7 +314,7 @@ def gated_affine(v: Tensor, a: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     v = _scalars(shape, wide, v)
     a, beta = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, beta)
     al, be = torch.empty_like(v), torch.empty_like(v)
-    _stage(cpu_scalars.gated_affine, v, 0, 0, v, a, beta, al, be)
+    _stage(scalars.gated_affine, v, 0, 0, v, a, beta, al, be)
     return al, be
 
 
@@ -324,7 +324,7 @@ def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Ten
     total, moment = _scalars(shape, wide, total), _scalars(shape, wide, moment)
     a, beta = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, beta)
     out = torch.empty_like(total)
-    _stage(cpu_scalars.gate_gradient, total, 0, 0, total, moment, a, beta, out)
+    _stage(scalars.gate_gradient, total, 0, 0, total, moment, a, beta, out)
     return out
 
 
@@ -359,7 +359,7 @@ def channel_sums(
     ]
     s0, s1 = torch.empty_like(mu), torch.empty_like(mu)
     args = (v, total, moment, *gradients, *read, a, mu, s0, s1)
-    _channel_stage(cpu_scalars.channel_sums, total, flags, *args)
+    _channel_stage(scalars.channel_sums, total, flags, *args)
     return s0, s1
 
 
@@ -388,5 +388,5 @@ def coefficients(
     if flags & (HIGH | LOW):
         s_i, s_j = torch.empty_like(v), torch.empty_like(v)
     args = (v, *gradients, mean, a, mu, *means, p, q, t, s_i, s_j)
-    _stage(cpu_scalars.coefficients, v, flags, size, *args)
+    _stage(scalars.coefficients, v, flags, size, *args)
     return Coefficients(p, q, t, s_i, s_j)

@@ -1,8 +1,8 @@
 """The four passes on CUDA devices: fast eager and in CUDA graphs, the same bytes in any layout.
 
-Nothing is tuned or decided at run time: sizes alone choose the tiles (`spem.ops.tiles`). No pass
-uses atomics or waits for the device, so results repeat bit for bit, and launches can be captured in
-a CUDA graph once every kernel has run. Maps are float32, float16 or bfloat16, contiguous or
+Nothing is tuned or decided at run time: sizes alone choose the tiles (`spem.ops.cuda.tiles`). No
+pass uses atomics or waits for the device, so results repeat bit for bit, and launches can be
+captured in a CUDA graph once every kernel has run. Maps are float32, float16 or bfloat16, contiguous or
 channels_last, all maps of one call alike; sums and coefficients are float32.
 
 With TRITON_INTERPRET=1 in the environment before this module is imported, the kernels run in
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spem.ops import triton_kernels
 from spem.ops.algebra import RawStats
-from spem.ops.tiles import Plan, plan_for
-from spem.ops.triton_kernels import INTERPRETED
+from spem.ops.cuda import kernels
+from spem.ops.cuda.kernels import INTERPRETED
+from spem.ops.cuda.tiles import Plan, plan_for
 
 __all__ = [
     "INTERPRETED",
@@ -66,7 +66,7 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
         gathered = RawStats(*scalars(plan.parts))._replace(first=first)
     flags = {"MOMENTS": moments, "EXTREMA": extrema}
     _launch(
-        triton_kernels.plane_stats_kernel,
+        kernels.plane_stats_kernel,
         plan.groups * plan.parts,
         *(z, *gathered, *_sizes(plan), plan.parts, plan.tiles),
         **flags,
@@ -76,7 +76,7 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     if split:
         planes = plan.B * plan.C
         _launch(
-            triton_kernels.merge_stats_kernel,
+            kernels.merge_stats_kernel,
             -(-planes // _MERGED),
             *(*gathered, out.mean, out.var, out.high, out.low, out.at_high, out.at_low),
             *(planes, plan.parts, plan.K // plan.K_unit),
@@ -97,7 +97,7 @@ def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Ten
     if plan.groups:
         scalars = (mu.contiguous(), al.contiguous(), be.contiguous())
         _launch(
-            triton_kernels.affine_tail_kernel,
+            kernels.affine_tail_kernel,
             plan.groups * plan.blocks,
             *(z, r, *scalars, y, *_sizes(plan), plan.blocks),
             **_common(plan),
@@ -123,7 +123,7 @@ def affine_tail_backward(
     )
     if plan.groups:
         _launch(
-            triton_kernels.affine_tail_backward_kernel,
+            kernels.affine_tail_backward_kernel,
             plan.groups * plan.parts,
             *(g, y, z, mu.contiguous(), d, total, moment),
             *(*_sizes(plan), plan.parts, plan.tiles),
@@ -169,7 +169,7 @@ def stats_backward(
     if i is not None and j is not None and s_i is not None and s_j is not None:
         peaks = (i.contiguous(), j.contiguous(), s_i.contiguous(), s_j.contiguous())
     _launch(
-        triton_kernels.stats_backward_kernel,
+        kernels.stats_backward_kernel,
         plan.groups * plan.blocks,
         *(d, z, mu.contiguous(), p.contiguous(), *terms, *peaks, dz, *_sizes(plan), plan.blocks),
         **_common(plan),

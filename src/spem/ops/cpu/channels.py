@@ -1,13 +1,13 @@
 """The four passes over channels_last maps, row of channels by row; what numba compiles.
 
-The same tables and results as in ``cpu_planes``. A chunk is a range of channels of one image; its
-positions are visited in memory order, a few at a time, and what is gathered of them is kept in the
-outputs, whose rows fit into the first cache.
+The same tables and results as in ``spem.ops.cpu.planes``. A chunk is a range of channels of one
+image; its positions are visited in memory order, a few at a time, and what is gathered of them is
+kept in the outputs, whose rows fit into the first cache.
 """
 
 from typing import Any
 
-from spem.ops.cpu_memory import (
+from spem.ops.cpu.memory import (
     element,
     lanes_of,
     load_positions,
@@ -23,7 +23,7 @@ from spem.ops.cpu_memory import (
     table_of,
     write,
 )
-from spem.ops.cpu_table import (
+from spem.ops.cpu.table import (
     ARGS,
     CHANNELS,
     EXTREMA,
@@ -33,7 +33,7 @@ from spem.ops.cpu_table import (
     WITH_SPIKES,
     WITH_Z,
 )
-from spem.ops.cpu_vectors import (
+from spem.ops.cpu.vectors import (
     every,
     every_position,
     helper,

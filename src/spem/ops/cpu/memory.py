@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from spem.ops.cpu_table import CHUNKS, COUNTER, COUNTERS, LINE, REGIONS
-from spem.ops.cpu_vectors import (
+from spem.ops.cpu.table import CHUNKS, COUNTER, COUNTERS, LINE, REGIONS
+from spem.ops.cpu.vectors import (
     I32,
     I64,
     Vector,
