@@ -2,8 +2,8 @@
 
 Nothing is tuned or decided at run time: sizes alone choose the tiles (`spem.ops.cuda.tiles`). No
 pass uses atomics or waits for the device, so results repeat bit for bit, and launches can be
-captured in a CUDA graph once every kernel has run. Maps are float32, float16 or bfloat16, contiguous or
-channels_last, all maps of one call alike; sums and coefficients are float32.
+captured in a CUDA graph once every kernel has run. Maps are float32, float16 or bfloat16,
+contiguous or channels_last, all maps of one call alike; sums and coefficients are float32.
 
 With TRITON_INTERPRET=1 in the environment before this module is imported, the kernels run in
 Triton's interpreter, on tensors of any device: slow, for tests.
