@@ -48,7 +48,12 @@ class Bottleneck(nn.Module):
     expansion: ClassVar[int] = 4
 
     def __init__(
-        self, inputs: int, planes: int, stride: int = 1, attention: AttentionSpec | None = None
+        self,
+        inputs: int,
+        planes: int,
+        stride: int = 1,
+        attention: AttentionSpec | None = None,
+        size: int | None = None,
     ) -> None:
         super().__init__()
         outputs = planes * self.expansion
@@ -58,7 +63,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.attention = None if attention is None else attention.build(outputs)
+        self.attention = None if attention is None else attention.build(outputs, size=size)
         self.downsample = _projection(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,14 +80,19 @@ class Basic(nn.Module):
     expansion: ClassVar[int] = 1
 
     def __init__(
-        self, inputs: int, planes: int, stride: int = 1, attention: AttentionSpec | None = None
+        self,
+        inputs: int,
+        planes: int,
+        stride: int = 1,
+        attention: AttentionSpec | None = None,
+        size: int | None = None,
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(inputs, planes, stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = _conv3x3(planes, planes)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.attention = None if attention is None else attention.build(planes)
+        self.attention = None if attention is None else attention.build(planes, size=size)
         self.downsample = _projection(inputs, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,15 +136,17 @@ class ResNet(nn.Module):
         self.conv1 = _conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
 
-        def stage(inputs: int, planes: int, stride: int) -> nn.Sequential:
+        def stage(inputs: int, planes: int, stride: int, size: int) -> nn.Sequential:
             outputs = planes * kind.expansion
-            first = kind(inputs, planes, stride, attention)
-            rest = [kind(outputs, planes, 1, attention) for _ in range(count - 1)]
+            first = kind(inputs, planes, stride, attention, size)
+            rest = [kind(outputs, planes, 1, attention, size) for _ in range(count - 1)]
             return nn.Sequential(first, *rest)
 
-        self.layer1 = stage(16, 16, 1)
-        self.layer2 = stage(16 * kind.expansion, 32, 2)
-        self.layer3 = stage(32 * kind.expansion, 64, 2)
+        # The last number is the map's side for the 32 x 32 images of CIFAR; only attention modules
+        # that must know it read it.
+        self.layer1 = stage(16, 16, 1, 32)
+        self.layer2 = stage(16 * kind.expansion, 32, 2, 16)
+        self.layer3 = stage(32 * kind.expansion, 64, 2, 8)
         self.fc = nn.Linear(64 * kind.expansion, classes)
 
     def forward(self, x: Tensor) -> Tensor:

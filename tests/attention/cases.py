@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from attention import oracles
+from attention import oracles, oracles_wide
 from torch import nn
 
 import spem
+from spem import attention
 
 CHANNELS = 8
 
@@ -42,15 +43,38 @@ POOLS: dict[str, tuple[Callable[[], object], oracles.Pool]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One module: how it is made for CHANNELS channels, and the oracle of its gate."""
+    """One module: how it is made for CHANNELS channels, and the oracle of its gate.
+
+    Attributes:
+        sized: It is built for one map size; ``make`` takes it.
+        shift: The oracle of what it adds to the map.
+        stopped: Parameters whose gradient leaves something out, as the definition says.
+        idle: Parameters that the output does not depend on in training: a constant before a norm or
+            a softmax, which takes it away again.
+    """
 
     label: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     gate: Callable[
         ..., np.ndarray
     ]  # (parameters, x), or (parameters, x, training=...) with batch statistics
     any_rank: bool
     batch_statistics: bool = False
+    sized: bool = False
+    shift: Callable[..., np.ndarray] | None = None
+    stopped: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+
+    def module(self, *size: int) -> nn.Module:
+        """A new module, for maps of a size where it must know it."""
+        return self.make(size) if self.sized else self.make()
+
+    def output(
+        self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool
+    ) -> np.ndarray:
+        """The oracle's x * gate + shift."""
+        y = x * self.expected(parameters, x, training=training)
+        return y if self.shift is None else y + self.shift(parameters, x)
 
     def expected(
         self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool
@@ -99,6 +123,18 @@ def _pooling(pool: str) -> list[Case]:
             partial(oracles.sge, groups=4, pool=word),
             any_rank=False,
         ),
+        Case(
+            f"ese-{pool}",
+            lambda: attention.ESE(CHANNELS, pool=make_pool()),
+            partial(oracles_wide.ese, pool=word),
+            any_rank=True,
+        ),
+        Case(
+            f"ge-{pool}",
+            lambda: attention.GE(CHANNELS, pool=make_pool()),
+            partial(oracles_wide.ge_minus, pool=word),
+            any_rank=True,
+        ),
     ]
 
 
@@ -114,6 +150,122 @@ def _cbam(first: str, second: str, kernel: int = 7) -> Case:
         batch_statistics=True,
     )
 
+
+def _gc(fusion: str) -> Case:
+    return Case(
+        f"gc-{fusion}",
+        lambda: attention.GC(CHANNELS, fusion=fusion, reduction=2),
+        partial(oracles_wide.gc_gate, fusion=fusion),
+        any_rank=False,
+        shift=partial(oracles_wide.gc_shift, fusion=fusion),
+        idle=("mask.bias",),
+    )
+
+
+def _ge_theta(form: str) -> Case:
+    return Case(
+        f"ge-{form}",
+        lambda size: attention.GE(CHANNELS, form=form, size=size, reduction=2),
+        partial(oracles_wide.ge_theta, form=form),
+        any_rank=False,
+        batch_statistics=True,
+        sized=True,
+    )
+
+
+def _ge_windows(extent: int) -> Case:
+    return Case(
+        f"ge-extent-{extent}",
+        lambda: attention.GE(CHANNELS, extent=extent),
+        partial(oracles_wide.ge_windows, extent=extent),
+        any_rank=False,
+    )
+
+
+def _fca(size: tuple[int, int], frequencies: int) -> Case:
+    return Case(
+        f"fca-{size[0]}x{size[1]}-{frequencies}",
+        lambda: attention.FCA(CHANNELS, size=size, frequencies=frequencies, reduction=2),
+        partial(oracles_wide.fca, size=size, frequencies=frequencies),
+        any_rank=False,
+    )
+
+
+def _ela(form: str, norm_groups: int) -> Case:
+    return Case(
+        f"ela-{form}",
+        lambda: attention.ELA(CHANNELS, form=form, norm_groups=norm_groups),
+        partial(oracles_wide.ela, norm_groups=norm_groups),
+        any_rank=False,
+    )
+
+
+def _gsop(stride: int) -> Case:
+    return Case(
+        f"gsop-{stride}",
+        lambda: attention.GSoP(CHANNELS, dims=4, stride=stride),
+        partial(oracles_wide.gsop, stride=stride),
+        any_rank=False,
+        batch_statistics=True,
+        idle=("reduce.bias",),
+    )
+
+
+WIDE: list[Case] = [
+    Case("gct", lambda: attention.GCT(CHANNELS), partial(oracles_wide.gct, mode="l2"), True),
+    Case(
+        "gct-l1",
+        lambda: attention.GCT(CHANNELS, mode="l1"),
+        partial(oracles_wide.gct, mode="l1"),
+        any_rank=False,
+    ),
+    Case(
+        "simam",
+        lambda: attention.SimAM(CHANNELS),
+        partial(oracles_wide.simam, lam=1e-4),
+        any_rank=False,
+    ),
+    Case(
+        "simam-0.1",
+        lambda: attention.SimAM(CHANNELS, lam=0.1),
+        partial(oracles_wide.simam, lam=0.1),
+        any_rank=False,
+    ),
+    Case(
+        "nam",
+        lambda: attention.NAM(CHANNELS),
+        oracles_wide.nam,
+        any_rank=False,
+        batch_statistics=True,
+        stopped=("norm.weight",),
+    ),
+    _fca((7, 8), 8),
+    _fca((9, 14), 4),
+    Case(
+        "coord",
+        lambda: attention.CoordAtt(CHANNELS),
+        oracles_wide.coord,
+        any_rank=False,
+        batch_statistics=True,
+        idle=("conv.bias",),
+    ),
+    *(_gc(fusion) for fusion in ("add", "mul", "both")),
+    *(
+        Case(
+            f"triplet-{kernel}",
+            partial(attention.Triplet, CHANNELS, kernel=kernel),
+            oracles_wide.triplet,
+            any_rank=False,
+            batch_statistics=True,
+        )
+        for kernel in (7, 3)
+    ),
+    *(_ela(form, groups) for form, groups in (("B", 4), ("T", 2), ("S", 4), ("L", 1))),
+    *(_ge_theta(form) for form in ("theta", "theta_plus")),
+    *(_ge_windows(extent) for extent in (2, 3)),
+    Case("spa", lambda: attention.SPA(CHANNELS, reduction=2), oracles_wide.spa, any_rank=False),
+    *(_gsop(stride) for stride in (1, 2)),
+]
 
 CASES: list[Case] = [
     *(_spem(form, variant, "squares") for form in ("text", "figure") for variant in REWEIGHTS),
@@ -150,4 +302,5 @@ CASES: list[Case] = [
     _cbam("anchored", "max"),
     _cbam("squares", "sigmoid"),
     Case("scale", lambda: spem.Scale(CHANNELS), oracles.scale, any_rank=True),
+    *WIDE,
 ]

@@ -10,15 +10,26 @@ from torch import Tensor
 import spem
 
 C = 64
+SIZE = 7
+"""The map size that modules are told which must know one."""
 ALL = spem.list_attention()
 EVERY = pytest.mark.parametrize("name", ALL)
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
+def fresh(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> spem.ChannelAttention:
+    return spem.create_attention(name, C, size=SIZE, device=device, dtype=dtype)
+
+
 def drawn(
     name: str, dtype: torch.dtype = torch.float32, *, training: bool = True
 ) -> spem.ChannelAttention:
-    return randomise(spem.create_attention(name, C), "contract", name).to(dtype).train(training)
+    return randomise(fresh(name), "contract", name).to(dtype).train(training)
 
 
 def maps(dtype: torch.dtype = torch.float32, *shape: int, key: object = "contract") -> Tensor:
@@ -26,10 +37,12 @@ def maps(dtype: torch.dtype = torch.float32, *shape: int, key: object = "contrac
 
 
 def needs(name: str) -> spem.Needs:
-    return type(spem.create_attention(name, C)).needs
+    return fresh(name).needs
 
 
 def refused(name: str, *, batch: int, pixels: int, training: bool) -> bool:
     """Whether the module declares that it cannot work on such a map."""
     declared = needs(name)
-    return pixels < declared.pixels or (training and batch < declared.batch)
+    if pixels < declared.pixels:
+        return True
+    return training and (batch < declared.batch or batch * pixels < declared.values)

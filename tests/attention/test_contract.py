@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention.drawing import randomise
-from attention.registered import ALL, EVERY, MODES, C, drawn, maps
+from attention.registered import ALL, EVERY, MODES, C, drawn, fresh, maps
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 
@@ -30,12 +30,14 @@ HALVES = pytest.mark.parametrize(
 
 def test_the_registry_holds_the_published_modules() -> None:
     assert {"spem", "se", "cbam", "eca", "srm", "sge", "scale"} <= set(ALL)
+    wide = "coord ela ese fca gc gct ge gsop nam simam spa triplet"
+    assert set(wide.split()) <= set(ALL)
     assert sorted(ALL) == list(ALL)
 
 
 @EVERY
 def test_class_facts(name: str) -> None:
-    module = spem.create_attention(name, C)
+    module = fresh(name)
     assert isinstance(module, spem.ChannelAttention)
     assert module.name == name
     assert isinstance(module.needs, spem.Needs)
@@ -48,6 +50,12 @@ def test_class_facts(name: str) -> None:
         for p in parameters[1:]
     )
     assert {"device", "dtype"} <= {p.name for p in parameters}
+
+
+def composed(module: spem.ChannelAttention, x: Tensor) -> Tensor:
+    """What forward must be, in the precision of the gate."""
+    y = x * module.gate(x)
+    return y + module.shift(x) if module.needs.adds else y
 
 
 @EVERY
@@ -144,15 +152,16 @@ def test_autocast(name: str, dtype: torch.dtype, training: bool) -> None:
     """Under autocast the gate is still computed in float32, and the map keeps its dtype."""
     module = drawn(name, training=training)
     reference = copy.deepcopy(module)
-    x = maps(dtype)
+    x = maps(dtype).requires_grad_()
     expected = reference.gate(x.float())
+    wanted = composed(copy.deepcopy(module), x.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gate = module.gate(x)
         out = module(x)
     assert gate.dtype == torch.float32
     torch.testing.assert_close(gate, expected, **TOLERANCE[torch.float32])
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), x.float() * expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(out.float(), wanted, **TOLERANCE[dtype])
     out.float().sum().backward()
     for parameter in module.parameters():
         assert parameter.grad is not None
@@ -184,9 +193,13 @@ def test_float64_gate(name: str) -> None:
 @EVERY
 @MODES
 def test_forward_is_the_map_times_the_gate(name: str, training: bool) -> None:
+    """And plus the shift, for a module that declares one."""
     module = drawn(name, torch.float64, training=training)
     x = maps(torch.float64)
-    torch.testing.assert_close(module(x), x * module.gate(x), **TOLERANCE[torch.float64])
+    torch.testing.assert_close(module(x), composed(module, x), **TOLERANCE[torch.float64])
+    if not module.needs.adds:
+        with pytest.raises(NotImplementedError, match=type(module).__name__):
+            module.shift(x)
 
 
 @EVERY
@@ -211,7 +224,7 @@ def test_tail(name: str, training: bool) -> None:
 @MODES
 def test_state_dict_round_trip(name: str, training: bool) -> None:
     module = drawn(name, training=training)
-    other = spem.create_attention(name, C).train(training)
+    other = fresh(name).train(training)
     x = maps()
     result = other.load_state_dict(module.state_dict(), strict=True)
     assert not result.missing_keys
@@ -219,7 +232,8 @@ def test_state_dict_round_trip(name: str, training: bool) -> None:
     out = other(x)
     assert torch.equal(out, module(x))
     assert torch.equal(copy.deepcopy(module)(x), module(x))
-    assert not torch.equal(out, spem.create_attention(name, C).train(training)(x))
+    if module.state_dict():
+        assert not torch.equal(out, fresh(name).train(training)(x))
 
 
 @EVERY
@@ -287,7 +301,7 @@ def test_compiles_to_code(name: str) -> None:
 
 @EVERY
 def test_dtype_and_device_are_honoured(name: str) -> None:
-    module = spem.create_attention(name, C, dtype=torch.float64)
+    module = fresh(name, dtype=torch.float64)
     assert all(p.dtype == torch.float64 for p in module.parameters())
-    empty = spem.create_attention(name, C, device="meta")
+    empty = fresh(name, device="meta")
     assert all(t.is_meta for t in [*empty.parameters(), *empty.buffers()])

@@ -11,6 +11,7 @@ from tolerance import TOLERANCE
 from torch import nn
 
 import spem
+from spem import attention
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -70,3 +71,38 @@ def test_cbam(channels: int, training: bool) -> None:
         )  # timm puts the mean first
         theirs.spatial.conv.bn.load_state_dict(ours.norm.state_dict())
     same(ours, theirs, channels)
+
+
+@MODES
+@pytest.mark.parametrize("channels", [16, 64])
+def test_ese(channels: int, training: bool) -> None:
+    ours = randomise(attention.ESE(channels).double(), "timm").train(training)
+    theirs = layers.EffectiveSEModule(channels).double().train(training)
+    with torch.no_grad():
+        theirs.fc.weight.copy_(ours.fc.weight[..., None, None])
+        theirs.fc.bias.copy_(ours.fc.bias)
+    same(ours, theirs, channels)
+
+
+@MODES
+@pytest.mark.parametrize("extent", [0, 2, 4, 8])
+def test_ge_without_parameters(extent: int, training: bool) -> None:
+    """The one way that works there; 0 is global."""
+    ours = attention.GE(16, extent=extent or "global").train(training)
+    theirs = layers.GatherExcite(16, extent=extent, use_mlp=False).train(training)
+    same(ours, theirs, 16)
+
+
+def test_gc_multiplies_like_the_global_context() -> None:
+    ours = randomise(attention.GC(64, fusion="mul", reduction=8).double(), "timm")
+    theirs = layers.GlobalContext(64, fuse_add=False, fuse_scale=True, rd_divisor=1).double()
+    mine, other = ours.mul, theirs.mlp_scale
+    with torch.no_grad():
+        theirs.conv_attn.weight.copy_(ours.mask.weight)
+        theirs.conv_attn.bias.copy_(ours.mask.bias)
+        for name in ("fc1", "fc2"):
+            getattr(other, name).weight.copy_(getattr(mine, name).weight[..., None, None])
+            getattr(other, name).bias.copy_(getattr(mine, name).bias)
+        other.norm.load_state_dict(mine.norm.state_dict())
+    mine.norm.eps = other.norm.eps  # 1e-6 there
+    same(ours, theirs, 64)

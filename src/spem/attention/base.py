@@ -30,6 +30,12 @@ class Needs:
         batch_statistics: Whether training and evaluation differ (the module holds a batch norm).
         divides: Name of the option that must divide the channels, or None.
         no_decay: Parameters (relative names) that its authors train without weight decay.
+        size: Whether it is built for one map size (option ``size``, or the ``size`` that
+            `create_attention` is told).
+        fixed_size: Whether it refuses maps of another size than it was built for.
+        stops_gradients: Parameters (relative names) whose gradient leaves out part of what they do,
+            as the definition says.
+        adds: Whether it also adds to the map: y = x * gate(x) + shift(x).
     """
 
     statistics: tuple[str, ...] = ()
@@ -39,6 +45,10 @@ class Needs:
     batch_statistics: bool = False
     divides: str | None = None
     no_decay: tuple[str, ...] = ()
+    size: bool = False
+    fixed_size: bool = False
+    stops_gradients: tuple[str, ...] = ()
+    adds: bool = False
 
 
 class ChannelAttention(nn.Module):
@@ -46,8 +56,9 @@ class ChannelAttention(nn.Module):
 
     A module whose gate is a function of plane statistics writes `gate_from`; it then takes maps of
     any rank (N x C x L, N x C x H x W, N x C x D x H x W). Any other module writes `gate` and takes
-    N x C x H x W. Gates are computed in at least float32 with autocast off; only the final factor
-    is cast to the map's dtype.
+    N x C x H x W. One with forms of both kinds writes `gate_from` and `map_gate`, and
+    `takes_any_rank` says which of them an instance is. Gates are computed in at least float32 with
+    autocast off; only the final factor is cast to the map's dtype.
 
     Shape:
         x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
@@ -57,15 +68,16 @@ class ChannelAttention(nn.Module):
     """Registry key, set by `register_attention`."""
     paper: ClassVar[str] = ""
     """Where the module is defined: title, year, link."""
-    needs: ClassVar[Needs] = Needs()
-    random_init: ClassVar[Mapping[str, Initialiser]] = {}
+    needs: Needs = Needs()
+    """What the default form demands; an instance of another form may have its own."""
+    random_init: Mapping[str, Initialiser] = {}  # replaced, never changed
     """Rules for randomly drawn parameters (relative names) that differ from torch's default for
-    their layer."""
+    their layer; an instance may have its own."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes `gate` and `gate_from` of every module run with autocast off, whoever calls."""
+        """Makes the gates of every module run with autocast off, whoever calls."""
         super().__init_subclass__(**kwargs)
-        for method in ("gate", "gate_from"):
+        for method in ("gate", "gate_from", "map_gate", "shift"):
             if method in cls.__dict__:
                 setattr(cls, method, without_autocast(cls.__dict__[method]))
 
@@ -98,8 +110,18 @@ class ChannelAttention(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         """The recalibration factor in at least float32, broadcastable to x ([N, C, 1, ...])."""
+        if not self.takes_any_rank():
+            return self.map_gate(x)
         v = self.gate_from(plane_stats(x, self.statistics))
         return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+
+    def map_gate(self, x: Tensor) -> Tensor:
+        """The gate of an instance that is no function of plane statistics, though others are."""
+        raise NotImplementedError(f"{type(self).__name__} has neither gate_from nor a gate.")
+
+    def shift(self, x: Tensor) -> Tensor:
+        """What a module that adds (`Needs.adds`) adds to x * gate(x), in at least float32."""
+        raise NotImplementedError(f"{type(self).__name__} adds nothing to the map.")
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x * gate(x).
@@ -147,10 +169,9 @@ class ChannelAttention(nn.Module):
         """The gate's value at initialisation if it does not depend on the data, else None."""
         return None
 
-    @classmethod
-    def takes_any_rank(cls) -> bool:
+    def takes_any_rank(self) -> bool:
         """Whether the gate is a function of plane statistics, so that any rank is taken."""
-        return cls.gate_from is not ChannelAttention.gate_from
+        return type(self).gate_from is not ChannelAttention.gate_from
 
     def _make_pool(
         self,
@@ -266,8 +287,8 @@ def attention_class(name: str) -> type[ChannelAttention]:
 def list_attention(pattern: str = "*") -> list[str]:
     """Registered names that match a wildcard pattern, sorted.
 
-    >>> list_attention("s*")
-    ['scale', 'se', 'sge', 'spem', 'srm']
+    >>> list_attention("s[eg]*")
+    ['se', 'sge']
     """
     return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -79,18 +80,31 @@ class AttentionSpec:
         self,
         channels: int,
         *,
+        size: int | tuple[int, int] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ChannelAttention:
-        """Builds the module for a number of channels."""
+        """Builds the module for a number of channels.
+
+        Args:
+            channels: C.
+            size: H = W, or (H, W), of the maps it will meet, for modules that must know it and
+                whose spec does not say it; the others do not care.
+            device: Where the parameters live.
+            dtype: Dtype of the parameters.
+        """
+        cls = attention_class(self.name)
         options: dict[str, Any] = dict(self.options)
-        return attention_class(self.name)(channels, **options, device=device, dtype=dtype)
+        if size is not None and options.get("size") is None and "size" in _options_of(cls):
+            options["size"] = size
+        return cls(channels, **options, device=device, dtype=dtype)
 
 
 def create_attention(
     spec: str | AttentionSpec,
     channels: int,
     *,
+    size: int | tuple[int, int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> ChannelAttention:
@@ -98,6 +112,14 @@ def create_attention(
 
     >>> create_attention("se(reduction=8)", 64).channels
     64
+
+    Args:
+        spec: A spec or its text.
+        channels: C.
+        size: H = W, or (H, W), of the maps it will meet; only modules that must know it, and whose
+            spec does not say it, read this.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: The spec is unreadable or unknown, or is ``"none"``, which is a network without
@@ -108,7 +130,7 @@ def create_attention(
         raise ValueError(
             "create_attention: 'none' is the plain network; there is no module to create."
         )
-    return parsed.build(channels, device=device, dtype=dtype)
+    return parsed.build(channels, size=size, device=device, dtype=dtype)
 
 
 def as_spec(attention: str | AttentionSpec | None) -> AttentionSpec | None:
@@ -192,6 +214,6 @@ def _text(value: Value) -> str:
         inner = ", ".join(_text(item) for item in value)
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, str):
-        reserved = ("None", "True", "False")
-        return value if value.isidentifier() and value not in reserved else repr(value)
+        # A keyword of Python, like the "global" of ge, is no bare word of the text.
+        return value if value.isidentifier() and not iskeyword(value) else repr(value)
     return str(value) if isinstance(value, Mix) else repr(value)

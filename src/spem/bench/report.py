@@ -127,7 +127,7 @@ def _network(rows: Sequence[Row]) -> list[Aim]:
             1.00,
             float(row["to_plain"]),
         )
-        for row in select(rows, {"way": FUSED})
+        for row in select(rows, {"way": FUSED, "batch": "128"})
         if row["attention"] in AIMED
     ]
 

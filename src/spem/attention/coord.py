@@ -1,0 +1,79 @@
+"""Coordinate attention."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.precision import batch_norm, conv
+from spem.ops.stats import compute_dtype
+
+LEAST = 8
+
+
+@register_attention(
+    "coord",
+    paper="Coordinate Attention for Efficient Mobile Network Design (2021), https://arxiv.org/abs/2103.02907",
+    needs=Needs(batch_statistics=True),
+)
+class CoordAtt(ChannelAttention):
+    """Coordinate attention: one gate along the height, one along the width.
+
+    Formula:
+        p_h = mean over W, p_w = mean over H; f = hswish(BN(W1 [p_h; p_w] + b1)), one 1 x 1
+        convolution over both, to h = max(8, C // reduction) channels; y = x * s(W_h f_h + b_h) *
+        s(W_w f_w + b_w), hswish(v) = v min(max(v + 3, 0), 6) / 6. Parameters: C h + 3 h + 2 (h C +
+        C).
+
+    Shape:
+        x: [N, C, H, W].
+
+    Args:
+        channels: C.
+        reduction: r; the hidden width is C // r, but at least 8.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``reduction`` is no positive integer.
+
+    Paper: Coordinate Attention (2021), https://arxiv.org/abs/2103.02907.
+
+    Differences: its authors use it in MobileNetV2, after the depthwise convolution; here it stands
+    where any attention stands. timm's layer of this name has other widths and no biases.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
+            raise ValueError(f"CoordAtt: reduction={reduction!r} is not a positive integer.")
+        hidden = max(LEAST, channels // reduction)
+        self.conv = nn.Conv2d(channels, hidden, 1, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
+        self.conv_h = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
+        self.conv_w = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The norm 1/0."""
+        super().reset_parameters()
+        self.norm.reset_parameters()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The product of both gates, [N, C, H, W]."""
+        dtype = compute_dtype(x.dtype)
+        along_h = x.mean(3, dtype=dtype)  # [N, C, H]
+        along_w = x.mean(2, dtype=dtype)  # [N, C, W]
+        both = torch.cat([along_h, along_w], dim=2)[..., None]  # [N, C, H + W, 1]
+        f = F.hardswish(batch_norm(self.norm, conv(self.conv, both)))
+        f_h, f_w = f.split([x.shape[2], x.shape[3]], dim=2)
+        a_h = torch.sigmoid(conv(self.conv_h, f_h))  # [N, C, H, 1]
+        a_w = torch.sigmoid(conv(self.conv_w, f_w)).transpose(2, 3)  # [N, C, 1, W]
+        return a_h * a_w

@@ -1,0 +1,108 @@
+"""ELA: efficient local attention."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.layers import group_norm
+from spem.attention.precision import conv
+from spem.ops.stats import compute_dtype
+
+Form = Literal["T", "B", "S", "L"]
+_FORMS: dict[Form, tuple[int, int, int]] = {
+    "T": (5, 1, 32),
+    "B": (7, 1, 16),
+    "S": (5, 8, 16),
+    "L": (7, 8, 16),
+}
+"""Kernel, channels in a group of the convolution, groups of the norm."""
+
+
+@register_attention(
+    "ela",
+    paper="ELA: Efficient Local Attention for Deep CNNs (2024), https://arxiv.org/abs/2403.01123",
+    needs=Needs(divides="norm_groups"),
+)
+class ELA(ChannelAttention):
+    """Efficient local attention: one gate along the height and one along the width, shared layers.
+
+    Formula:
+        p_h = mean over W, p_w = mean over H; a(p) = s(GN(conv_k(p))), conv_k along the axis,
+        grouped, zero padding, no bias, the same convolution and norm for both axes; y = x * a(p_h)
+        * a(p_w). GN 1/0 at the start. k, channels a group, groups of the norm: T 5, 1, 32; B 7, 1,
+        16; S 5, 8, 16; L 7, 8, 16. Parameters: T 7C, B 9C, S 42C, L 58C.
+
+    Shape:
+        x: [N, C, H, W].
+
+    Args:
+        channels: C; in S and L a multiple of 8.
+        form: ``"T"``, ``"B"``, ``"S"`` or ``"L"``.
+        norm_groups: Groups of the norm, must divide C; None is the form's.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An unknown ``form``, or channels that its groups do not divide.
+
+    Paper: ELA (2024), https://arxiv.org/abs/2403.01123.
+
+    Differences: there is no official code; this is the widely copied listing. timm's layer of this
+    name has a convolution for each axis and another norm.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        form: Form = "B",
+        norm_groups: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        if form not in get_args(Form):
+            raise ValueError(f"ELA: form={form!r} is unknown. Use 'T', 'B', 'S' or 'L'.")
+        kernel, together, usual = _FORMS[form]
+        groups = usual if norm_groups is None else norm_groups
+        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"ELA: norm_groups={norm_groups!r} is not a positive integer.")
+        for name, divisor in (("norm_groups", groups), ("channels a group", together)):
+            if channels % divisor:
+                raise ValueError(
+                    f"ELA: {name}={divisor} of form {form} does not divide channels={channels}. "
+                    f"Use another form, norm_groups or number of channels."
+                )
+        self.form: Form = form
+        self.conv = nn.Conv1d(
+            channels,
+            channels,
+            kernel,
+            padding=kernel // 2,
+            groups=channels // together,
+            bias=False,
+            device=device,
+            dtype=dtype,
+        )
+        self.norm = nn.GroupNorm(groups, channels, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The norm 1/0."""
+        super().reset_parameters()
+        self.norm.reset_parameters()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """a(p_h) a(p_w), [N, C, H, W]."""
+        dtype = compute_dtype(x.dtype)
+        along_h, along_w = x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)
+        return self._along(along_h)[..., None] * self._along(along_w)[:, :, None, :]
+
+    def _along(self, p: Tensor) -> Tensor:
+        return torch.sigmoid(group_norm(self.norm, conv(self.conv, p)))
+
+    def extra_repr(self) -> str:
+        """The form."""
+        return f"form={self.form}"

@@ -1,0 +1,135 @@
+"""FcaNet: frequency channel attention."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.precision import linear
+from spem.attention.se import hidden_units
+from spem.attention.sizes import Size, averaging, sides
+from spem.ops.stats import compute_dtype
+
+GRID = 7
+TOP = (
+    (0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
+    (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2),
+)  # fmt: skip
+"""The best frequencies (vertical, horizontal) on a 7 x 7 grid, best first: the official "top"."""
+
+
+@register_attention(
+    "fca",
+    paper="FcaNet: Frequency Channel Attention Networks (2021), https://arxiv.org/abs/2012.11879",
+    needs=Needs(divides="frequencies", size=True),
+)
+class FCA(ChannelAttention):
+    """Frequency channel attention: groups of channels pooled by cosines instead of by averages.
+
+    Formula:
+        The channels form F groups of neighbours; group i is pooled by sum_ab D_i(a, b) x(a, b), D_i
+        = B_u(a) B_v(b), B_u(t) = cos(pi u (t + 1/2) / T) / sqrt(T), times sqrt(2) if u > 0, over
+        maps of H x W = size. (u, v) is the i-th best pair on a 7 x 7 grid, times (H // 7, W // 7).
+        y = x * s(W2 relu(W1 z)), hidden width h = C // reduction. Parameters: 2 C h.
+
+    Shape:
+        x: [N, C, H, W]; a map of another size than ``size`` is first averaged to it (adaptively).
+
+    Args:
+        channels: C.
+        size: H = W, or (H, W), that the filters are made for; at least 7.
+        frequencies: F, 1 to 16, must divide C.
+        reduction: r, the hidden width is C // r.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: No ``size``, or one below 7; ``frequencies`` is not in 1 to 16 or does not
+            divide ``channels``; ``reduction`` leaves no hidden unit.
+
+    Paper: FcaNet (2021), https://arxiv.org/abs/2012.11879.
+
+    Differences: none in value; (0, 0) is sqrt(H W) times the average, as there. The filters are
+    computed from F pairs of integers, where the official code saves C H W numbers. A size below 7,
+    where the official code makes every filter the average, is refused.
+    """
+
+    pairs: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        size: Size | None = None,
+        frequencies: int = 16,
+        reduction: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        self.size = sides("FCA", size)
+        if min(self.size) < GRID:
+            raise ValueError(
+                f"FCA: size={size!r} is smaller than the {GRID} x {GRID} grid of its frequencies; "
+                f"every filter would be the average. Use {GRID} or more."
+            )
+        whole = isinstance(frequencies, int) and not isinstance(frequencies, bool)
+        if not whole or not 1 <= frequencies <= len(TOP):
+            raise ValueError(
+                f"FCA: frequencies={frequencies!r} is no integer from 1 to {len(TOP)}."
+            )
+        if channels % frequencies:
+            raise ValueError(
+                f"FCA: frequencies={frequencies} does not divide channels={channels}. "
+                f"Use for example frequencies={math.gcd(frequencies, channels)}."
+            )
+        hidden = hidden_units("FCA", channels, reduction)
+        self.frequencies = frequencies
+        # Integers, which half() does not round; they belong to the configuration, not to weights.
+        self.register_buffer(
+            "pairs",
+            torch.empty(2, frequencies, dtype=torch.int64, device=device),
+            persistent=False,
+        )
+        self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The frequencies."""
+        super().reset_parameters()
+        scaled = [
+            [index * (side // GRID) for index in axis[: self.frequencies]]
+            for axis, side in zip(zip(*TOP, strict=True), self.size, strict=True)
+        ]
+        with torch.no_grad():
+            self.pairs.copy_(torch.tensor(scaled, device="cpu"))
+
+    def gate(self, x: Tensor) -> Tensor:
+        """s(W2 relu(W1 z)), [N, C, 1, 1]."""
+        dtype = compute_dtype(x.dtype)
+        rows, columns = (
+            self._cosines(self.pairs[axis], self.size[axis], x.shape[2 + axis], dtype)
+            for axis in (0, 1)
+        )
+        filters = rows[:, None, :, None] * columns[:, None, None, :]  # [F, 1, H, W]
+        grouped = x.to(dtype).unflatten(1, (self.frequencies, -1))  # [N, F, C/F, H, W]
+        z = (grouped * filters).sum((3, 4)).flatten(1)
+        excited = linear(self.fc2, torch.relu(linear(self.fc1, z)))
+        return torch.sigmoid(excited)[..., None, None]
+
+    def _cosines(self, u: Tensor, side: int, extent: int, dtype: torch.dtype) -> Tensor:
+        """B_u of one axis, [F, extent]; for another extent with the averaging to ``side`` in it."""
+        t = torch.arange(side, device=u.device)
+        # The phase in units of pi / (2 T), as an exact integer within one period.
+        phase = (u[:, None] * (2 * t + 1)) % (4 * side)
+        basis = torch.cos(phase.to(dtype) * (math.pi / (2 * side))) / math.sqrt(side)
+        basis = torch.where(u[:, None] > 0, basis * math.sqrt(2.0), basis)
+        if extent == side:
+            return basis
+        return basis @ averaging(side, extent, device=u.device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        """Size and number of frequencies."""
+        return f"size={self.size}, frequencies={self.frequencies}"

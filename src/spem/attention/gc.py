@@ -1,0 +1,157 @@
+"""GC: the global context block of GCNet."""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.layers import layer_norm
+from spem.attention.precision import conv, linear, without_autocast
+from spem.attention.se import hidden_units
+from spem.attention.starts import kaiming_normal_fan_in
+from spem.ops.stats import compute_dtype
+
+Fusion = Literal["add", "mul", "both"]
+
+
+class Transform(nn.Module):
+    """W2 relu(LN(W1 c + b1)) + b2, [N, C] -> [N, C]."""
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """The norm 1/0; W2 = b2 = 0."""
+        self.norm.reset_parameters()
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """The transformed context, in its dtype."""
+        return linear(self.fc2, torch.relu(layer_norm(self.norm, linear(self.fc1, context))))
+
+
+@register_attention(
+    "gc",
+    paper="GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond (2019), https://arxiv.org/abs/1904.11492",
+    needs=Needs(adds=True),
+)
+class GC(ChannelAttention):
+    """Global context: one attention map for the image, its context added to every position.
+
+    Formula:
+        a = softmax over H, W of a 1 x 1 convolution of x to one channel; c = sum_HW a x; delta = W2
+        relu(LN(W1 c + b1)) + b2, hidden width h = C // reduction, LN over the h channels. add: y =
+        x + delta. mul: y = x * s(delta). both: y = x * s(delta1) + delta2, two networks. Start:
+        W2 = b2 = 0, so add is the identity and mul 0.5; the convolution N(0, 2/C), its bias 0.
+        Parameters: C + 1 + 2 C h + 3 h + C; both has the network's twice.
+
+    Shape:
+        x: [N, C, H, W].
+
+    Args:
+        channels: C.
+        fusion: ``"add"``, ``"mul"`` or ``"both"``.
+        reduction: r, the hidden width is C // r; at least 2, since the norm of one value is a
+            constant. The paper has 16 and 4.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An unknown ``fusion``, or ``reduction`` leaves less than two hidden units.
+
+    Paper: GCNet (2019), https://arxiv.org/abs/1904.11492.
+
+    Differences: none; of timm's layers of this family, one starts away from the identity and the
+    other is mul.
+    """
+
+    random_init = {"mask.weight": kaiming_normal_fan_in}  # noqa: RUF012  # typed in the base class
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        fusion: Fusion = "add",
+        reduction: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        if fusion not in get_args(Fusion):
+            raise ValueError(f"GC: fusion={fusion!r} is unknown. Use 'add', 'mul' or 'both'.")
+        hidden = hidden_units("GC", channels, reduction)
+        if hidden < 2:
+            raise ValueError(
+                f"GC: reduction={reduction} leaves one hidden unit for channels={channels}, whose "
+                f"layer norm is a constant. Use reduction <= {channels // 2}."
+            )
+        self.fusion: Fusion = fusion
+        self.needs = replace(self.needs, adds=fusion != "mul")
+        self.mask = nn.Conv2d(channels, 1, 1, device=device, dtype=dtype)
+        if fusion != "add":
+            self.mul = Transform(channels, hidden, device=device, dtype=dtype)
+        if fusion != "mul":
+            self.add = Transform(channels, hidden, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The mask's bias 0; the last layers 0, the norms 1/0."""
+        super().reset_parameters()
+        assert self.mask.bias is not None
+        nn.init.zeros_(self.mask.bias)
+        for transform in self.children():
+            if isinstance(transform, Transform):
+                transform.reset_parameters()
+
+    @property
+    def start_gate(self) -> float:
+        """1 for add, else 0.5."""
+        return 1.0 if self.fusion == "add" else 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x * gate(x) + shift(x), the context computed once."""
+        self._check(x)
+        return self._fuse(x)
+
+    @without_autocast
+    def _fuse(self, x: Tensor) -> Tensor:
+        context = self._context(x)
+        # In the precision of the gate, rounded once: a sum that cancels shows every rounding.
+        y = x if self.fusion == "add" else x * self._scale(context)
+        return (y if self.fusion == "mul" else y + self._term(context)).to(x.dtype)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """s(delta), [N, C, 1, 1]; ones for add."""
+        if self.fusion == "add":
+            ones = torch.ones((), device=x.device, dtype=compute_dtype(x.dtype))
+            return ones.expand(x.shape[0], self.channels, 1, 1)
+        return self._scale(self._context(x))
+
+    def shift(self, x: Tensor) -> Tensor:
+        """delta, [N, C, 1, 1], of add and both."""
+        return super().shift(x) if self.fusion == "mul" else self._term(self._context(x))
+
+    def _context(self, x: Tensor) -> Tensor:
+        """sum_HW a x, [N, C]."""
+        wide = x.to(compute_dtype(x.dtype))
+        weight = conv(self.mask, wide).flatten(2).softmax(2)  # [N, 1, H W]
+        return (wide.flatten(2) * weight).sum(2)
+
+    def _scale(self, context: Tensor) -> Tensor:
+        return torch.sigmoid(self.mul(context))[..., None, None]
+
+    def _term(self, context: Tensor) -> Tensor:
+        return self.add(context)[..., None, None]

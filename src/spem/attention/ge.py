@@ -1,0 +1,184 @@
+"""GE: gather-excite."""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import batch_norm, conv, linear
+from spem.attention.se import hidden_units
+from spem.attention.sizes import Size, sides
+from spem.attention.starts import kaiming_normal_fan_in, normal_hundredth
+from spem.ops import PlaneStats
+from spem.ops.stats import compute_dtype
+
+Form = Literal["theta_minus", "theta", "theta_plus"]
+GLOBAL = "global"
+_NORM = ("norm.weight", "norm.bias")
+_BIASES = ("fc1.bias", "fc2.bias")
+
+
+@register_attention(
+    "ge",
+    paper="Gather-Excite: Exploiting Feature Context in CNNs (2018), https://arxiv.org/abs/1810.12348",
+)
+class GE(ChannelAttention):
+    """Gather-excite: every channel gated by what is gathered from itself; three forms.
+
+    Formula:
+        theta_minus: y = x * s(z), z the pooled channels (global average by default), or, with
+        an extent e, the averages over windows of 2e - 1 at a stride of e, repeated to H x W
+        (nearest). Parameters: none.
+
+        theta: y = x * s(BN(g)), g a depthwise convolution with a kernel of the whole map, no bias.
+        Parameters: C (H W + 2).
+
+        theta_plus: y = x * s(W2 relu(W1 relu(BN(g)) + b1) + b2), hidden width h = C // reduction.
+        Parameters: C (H W + 2) + 2 C h + h + C.
+
+        Start: kernels N(0, 2 / (H W)), W1 and W2 N(0, 0.01^2), biases 0, BN 1/0.
+
+    Shape:
+        x: [N, C, ...], one to three spatial axes, for theta_minus of global extent; [N, C, H, W]
+        for the others; theta and theta_plus take the map size they were built for and in training
+        N >= 2.
+
+    Args:
+        channels: C.
+        form: ``"theta_minus"``, ``"theta"`` or ``"theta_plus"``.
+        extent: ``"global"``, or for theta_minus an integer e >= 2 (2, 4 and 8 in the paper).
+        reduction: r of theta_plus, the hidden width is C // r.
+        size: H = W, or (H, W), of the maps; theta and theta_plus need it.
+        pool: How a plane becomes a number in theta_minus of global extent.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An unknown ``form`` or ``extent``, options that do not belong together, or no
+            ``size`` for a form that needs it.
+
+    Paper: Gather-Excite (2018), https://arxiv.org/abs/1810.12348.
+
+    Differences: theta and theta_plus only with global extent. Windows over the edge average what
+    lies inside the map. Its authors train biases and norms of theta and theta_plus without weight
+    decay (`Needs.no_decay`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        form: Form = "theta_minus",
+        extent: int | Literal["global"] = GLOBAL,
+        reduction: int = 16,
+        size: Size | None = None,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._refuse(form, extent, pool)
+        pooled = form == "theta_minus" and extent == GLOBAL
+        super().__init__(channels, pool=pool if pooled else None, device=device, dtype=dtype)
+        self.form: Form = form
+        self.extent = extent
+        if form != "theta_minus":
+            self._build(reduction, sides("GE", size), device=device, dtype=dtype)
+        self._draw_start()
+
+    @staticmethod
+    def _refuse(form: str, extent: int | str, pool: PoolSpec) -> None:
+        if form not in get_args(Form):
+            raise ValueError(
+                f"GE: form={form!r} is unknown. Use one of {', '.join(get_args(Form))}."
+            )
+        if extent != GLOBAL:
+            if isinstance(extent, bool) or not isinstance(extent, int) or extent < 2:
+                raise ValueError(f"GE: extent={extent!r} is neither 'global' nor an integer >= 2.")
+            if form != "theta_minus":
+                raise ValueError(f"GE: form={form!r} has global extent only, got extent={extent}.")
+        if pool != "avg" and (form != "theta_minus" or extent != GLOBAL):
+            raise ValueError(
+                f"GE: pool={pool!r} needs form='theta_minus' and extent='global', "
+                f"got form={form!r} and extent={extent!r}."
+            )
+
+    def _build(
+        self,
+        reduction: int,
+        size: tuple[int, int],
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """The layers of theta and theta_plus, and what these forms declare."""
+        c, self.size = self.channels, size
+        self.gather = nn.Conv2d(c, c, size, groups=c, bias=False, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(c, device=device, dtype=dtype)
+        no_decay = _NORM
+        self.random_init = {"gather.weight": kaiming_normal_fan_in}
+        if self.form == "theta_plus":
+            hidden = hidden_units("GE", c, reduction)
+            self.fc1 = nn.Linear(c, hidden, device=device, dtype=dtype)
+            self.fc2 = nn.Linear(hidden, c, device=device, dtype=dtype)
+            no_decay += _BIASES
+            self.random_init["fc1.weight"] = normal_hundredth
+            self.random_init["fc2.weight"] = normal_hundredth
+        self.needs = replace(
+            self.needs,
+            batch=2,
+            batch_statistics=True,
+            no_decay=no_decay,
+            size=True,
+            fixed_size=True,
+        )
+
+    def reset_parameters(self) -> None:
+        """The norm 1/0, biases 0."""
+        super().reset_parameters()
+        if self.form == "theta_minus":
+            return
+        self.norm.reset_parameters()
+        if self.form == "theta_plus":
+            nn.init.zeros_(self.fc1.bias)
+            nn.init.zeros_(self.fc2.bias)
+
+    def takes_any_rank(self) -> bool:
+        """Whether it is theta_minus of global extent."""
+        return self.form == "theta_minus" and self.extent == GLOBAL
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """s(z) of theta_minus, [N, C]."""
+        if not self.takes_any_rank():
+            raise NotImplementedError(
+                f"GE: form={self.form!r} with extent={self.extent!r} is no function of plane "
+                f"statistics; call gate(x)."
+            )
+        return torch.sigmoid(self.pool(stats))
+
+    def map_gate(self, x: Tensor) -> Tensor:
+        """The gate of the other forms, [N, C, 1, 1]; [N, C, H, W] with an extent."""
+        wide = x.to(compute_dtype(x.dtype))
+        if isinstance(self.extent, int):
+            return self._windows(wide, self.extent)
+        if tuple(x.shape[2:]) != self.size:
+            raise ValueError(
+                f"GE: form={self.form!r} was built for maps of size={self.size}, "
+                f"got {list(x.shape)}."
+            )
+        z = batch_norm(self.norm, conv(self.gather, wide))
+        if self.form == "theta_plus":
+            hidden = torch.relu(linear(self.fc1, torch.relu(z.flatten(1))))
+            z = linear(self.fc2, hidden)[..., None, None]
+        return torch.sigmoid(z)
+
+    def _windows(self, x: Tensor, extent: int) -> Tensor:
+        means = F.avg_pool2d(x, 2 * extent - 1, extent, padding=extent - 1, count_include_pad=False)
+        return F.interpolate(torch.sigmoid(means), size=x.shape[2:], mode="nearest")
+
+    def extra_repr(self) -> str:
+        """Form and extent."""
+        return f"form={self.form}, extent={self.extent}"

@@ -1,0 +1,58 @@
+"""NAM: normalisation-based attention, its channel part."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.precision import batch_norm, cast
+from spem.ops.stats import compute_dtype
+
+
+@register_attention(
+    "nam",
+    paper="NAM: Normalization-based Attention Module (2021), https://arxiv.org/abs/2111.12419",
+    needs=Needs(values=2, batch_statistics=True, stops_gradients=("norm.weight",)),
+)
+class NAM(ChannelAttention):
+    """Normalisation-based attention: the scale of a batch norm says how much a channel counts.
+
+    Formula:
+        b = BN(x), its scale gamma; w = |gamma| / sum |gamma|, a constant for the gradient; y = x *
+        s(w b). BN 1/0 at the start, so w = 1/C. Parameters: 2C.
+
+    Shape:
+        x: [N, C, H, W]; N H W >= 2 in training.
+
+    Args:
+        channels: C.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Paper: NAM (2021), https://arxiv.org/abs/2111.12419.
+
+    Differences: only the channel part has official code, and only it is here. As there, no gradient
+    flows through w (`Needs.stops_gradients`). The official L1 term on gamma is the training loop's
+    matter.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The norm 1/0."""
+        super().reset_parameters()
+        self.norm.reset_parameters()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """s(w b), [N, C, H, W]."""
+        normed = batch_norm(self.norm, x.to(compute_dtype(x.dtype)))
+        size = cast(self.norm.weight, normed).detach().abs()
+        return torch.sigmoid((size / size.sum())[:, None, None] * normed)

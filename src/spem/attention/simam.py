@@ -1,0 +1,66 @@
+"""simAM: a parameter-free energy for every position."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.ops.stats import compute_dtype
+
+
+@register_attention(
+    "simam",
+    paper="SimAM: A Simple, Parameter-Free Attention Module (2021), https://proceedings.mlr.press/v139/yang21o.html",
+    needs=Needs(pixels=2),
+)
+class SimAM(ChannelAttention):
+    """simAM: positions that differ from their plane's mean are kept; no parameters.
+
+    Formula:
+        d = (x - mean_HW x)^2; E = d / (4 (sum_HW d / (H W - 1) + lambda)) + 1/2; y = x * s(E), so
+        every gate is at least s(1/2) = 0.6224593. Parameters: none.
+
+    Shape:
+        x: [N, C, H, W], H W >= 2.
+
+    Args:
+        channels: C.
+        lam: lambda, the regulariser. 1e-4 is the official class's default; the official ImageNet
+            commands pass 0.1.
+        device: Taken for the contract's sake; there are no parameters.
+        dtype: The same.
+
+    Raises:
+        ValueError: ``lam`` is not a positive number.
+
+    Paper: SimAM (2021), https://proceedings.mlr.press/v139/yang21o.html.
+
+    Differences: the official CIFAR networks put it before the norm of the middle convolution; here
+    it stands where any attention stands. Computed in float32 for half-precision maps.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        lam: float = 1e-4,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        number = isinstance(lam, (int, float)) and not isinstance(lam, bool)
+        if not number or not math.isfinite(lam) or lam <= 0:
+            raise ValueError(f"SimAM: lam={lam!r} is not a positive number. Use for example 1e-4.")
+        self.lam = float(lam)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """s(E), [N, C, H, W]."""
+        wide = x.to(compute_dtype(x.dtype))
+        d = (wide - wide.mean((2, 3), keepdim=True)).square()
+        variance = d.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
+        return torch.sigmoid(d / (4.0 * (variance + self.lam)) + 0.5)
+
+    def extra_repr(self) -> str:
+        """The regulariser."""
+        return f"lam={self.lam}"

@@ -1,0 +1,76 @@
+"""SPA: spatial pyramid attention."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.precision import linear
+from spem.attention.se import hidden_units
+from spem.attention.sizes import averaging
+from spem.ops.stats import compute_dtype
+
+GRIDS = (1, 2, 4)
+
+
+@register_attention(
+    "spa",
+    paper="SPANet: Spatial Pyramid Attention Network for Enhanced Image Recognition (2020), https://github.com/13952522076/SPANet",
+)
+class SPA(ChannelAttention):
+    """Spatial pyramid attention: the channels' gates from averages over 1, 4 and 16 regions.
+
+    Formula:
+        z = the averages of x over a grid of 1 x 1, 2 x 2 and 4 x 4 regions (adaptive), 21 C
+        numbers; y = x * s(W2 relu(W1 z)), hidden width h = C // reduction, no biases. Parameters:
+        22 C h.
+
+    Shape:
+        x: [N, C, H, W].
+
+    Args:
+        channels: C.
+        reduction: r, the hidden width is C // r.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``reduction`` leaves no hidden unit.
+
+    Paper: SPANet (2020), its authors' code at https://github.com/13952522076/SPANet.
+
+    Differences: z comes from the map that is gated; the official network takes it from the block's
+    input, through a convolution where the width changes. An infinite value makes all gates of its
+    image NaN.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        reduction: int = 16,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        hidden = hidden_units("SPA", channels, reduction)
+        inputs = channels * sum(side * side for side in GRIDS)
+        self.fc1 = nn.Linear(inputs, hidden, bias=False, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
+        self._draw_start()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """s(W2 relu(W1 z)), [N, C, 1, 1]."""
+        regions = torch.cat([self._regions(x, side) for side in GRIDS], dim=0)  # [21, H W]
+        means = x.flatten(2).to(regions.dtype) @ regions.T  # [N, C, 21]
+        # All regions of a channel side by side, grid after grid: the order of the official layer.
+        counts = [side * side for side in GRIDS]
+        z = torch.cat([part.flatten(1) for part in means.split(counts, dim=2)], dim=1)
+        excited = linear(self.fc2, torch.relu(linear(self.fc1, z)))
+        return torch.sigmoid(excited)[..., None, None]
+
+    @staticmethod
+    def _regions(x: Tensor, side: int) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        rows = averaging(side, x.shape[2], device=x.device, dtype=dtype)
+        columns = averaging(side, x.shape[3], device=x.device, dtype=dtype)
+        return (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
