@@ -18,6 +18,7 @@ SPECS = (
     *("spem(reweight=none)", "spem(pool=mix(0.3))", "spem(pool=mix(parametrization=sigmoid))"),
     *("se(reduction=1)", "se(reduction=1,pool=mix())", "se(reduction=1,pool=max)"),
     *("eca", "eca(pool=min)", "srm", "srm(pool=mix())", "scale"),
+    *("gct", "ese", "ese(pool=mix())", "ge"),
 )
 """A tail of every module with a gate of plane statistics, of every form and kind of pool."""
 

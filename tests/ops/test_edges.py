@@ -199,12 +199,18 @@ def test_the_first_of_equal_extrema_gets_the_gradient(
 
 
 @IMPLS
-def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype) -> None:
+@SOME_GATES
+def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype, gate: str) -> None:
+    """Of every first one, also where it does not depend on the gate."""
     needs(impl, dtype)
-    t = tail("spem", SHAPE, dtype=dtype)
-    (grad,) = torch.autograd.grad(t.forward(impl).sum(), t.z, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate"):
-        grad.sum().backward()
+    for name in tail(gate, SHAPE, dtype=dtype).parameters():
+        t = tail(gate, SHAPE, dtype=dtype)
+        wanted = t.parameters()[name]
+        expected = gradients(t.forward(impl), torch.ones(SHAPE, dtype=dtype), wanted)[0]
+        (grad,) = torch.autograd.grad(t.forward(impl).sum(), wanted, create_graph=True)
+        torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            grad.sum().backward()
 
 
 @IMPLS
@@ -254,3 +260,39 @@ def test_maps_of_other_rank(impl: str, dtype: torch.dtype, shape: tuple[int, ...
         out += [y.detach(), *gradients(y, residual, z, norm.weight, module.w_e)]
     for a, b in zip(found, expected, strict=True):
         assert error(a, b) <= 10 * TAIL[dtype]
+
+
+def test_devices_are_checked() -> None:
+    z = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="the map is on cpu, the residual on meta"):
+        gate_tail(z, z.to("meta"))
+    with pytest.raises(ValueError, match="the map is on cpu, the norm on meta"):
+        bn_gate_tail(z, z, nn.BatchNorm2d(3, device="meta"), impl="formula")
+    with pytest.raises(ValueError, match="the gate's value on meta"):
+        gate_tail(z, z, lambda _: torch.ones(2, 3, device="meta"), impl="formula")
+
+
+def test_transforms_and_tracers_get_the_reference() -> None:
+    """What follows tensors by other means than autograd is not handed to kernels."""
+    model = spem.resnet(11, attention="spem").eval()
+    plain = spem.resnet(11).eval()
+    x = torch.randn(2, 3, 8, 8)
+    state = dict(model.named_parameters())
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(state)["layer1.0.bn3.weight"]
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, model.layer1[0].bn3.weight.grad, rtol=1e-3, atol=1e-4)
+    traced = torch.fx.symbolic_trace(plain)
+    torch.testing.assert_close(traced(x), plain(x), rtol=1e-4, atol=1e-5)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert plain(fake.from_tensor(x)).shape == (2, 10)
+
+
+def test_exports_get_the_reference() -> None:
+    model = spem.resnet(11, attention="spem").eval()
+    x = torch.randn(2, 3, 8, 8)
+    graph = torch.export.export(model, (x,)).graph
+    assert not any("spem" in str(node.target) for node in graph.nodes)

@@ -56,6 +56,58 @@ def test_as_the_module(impl: str, options: dict[str, object]) -> None:
 
 
 @IMPLS
+def test_frozen_statistics_stay(impl: str) -> None:
+    """``track_running_stats = False`` on a norm that has buffers stops their updates."""
+    needs(impl, torch.float32)
+    norms = [nn.BatchNorm2d(3) for _ in range(2)]
+    z = feature_map(4, 3, 5, 6, dtype=torch.float32)
+    found = []
+    for norm, how in zip(norms, (impl, "reference"), strict=True):
+        norm.track_running_stats = False
+        found.append(bn_gate_tail(z, z, norm, impl=how))
+        assert norm.running_mean.tolist() == [0, 0, 0]
+        assert norm.num_batches_tracked == 0
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_for_other_maps_refuses() -> None:
+    z = torch.randn(2, 3, 4, 4)
+    for impl in ("formula", "reference"):
+        with pytest.raises(ValueError, match="expected 2D or 3D input"):
+            bn_gate_tail(z, z, nn.BatchNorm1d(3), impl=impl)
+
+
+def test_global_hooks_are_called() -> None:
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module).__name__)
+    )
+    try:
+        z = torch.randn(2, 16, 4, 4)
+        spem.SE(16).tail(z, z, nn.BatchNorm2d(16))
+    finally:
+        handle.remove()
+    assert {"SE", "BatchNorm2d"} <= set(seen)
+
+
+def test_a_numba_that_cannot_be_loaded_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spem.ops import choice
+
+    def broken(_: str) -> None:
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    choice._load_error.cache_clear()
+    monkeypatch.setattr(choice, "kernels_of", broken)
+    try:
+        if choice._INSTALLED["numba"]:
+            found = choose("t", "cpu", torch.float32)
+            assert found.impl == "reference"
+            assert "cannot load numba: Numba needs NumPy" in found.reason
+    finally:
+        choice._load_error.cache_clear()
+
+
+@IMPLS
 def test_one_value_per_channel_is_refused_in_training(impl: str) -> None:
     needs(impl, torch.float32)
     z = torch.randn(1, 3, 1, 1)

@@ -132,13 +132,6 @@ def test_a_busy_pool_blocks_nobody():
     assert not slow.is_alive()
 
 
-def test_large_pages_are_only_a_hint():
-    for size in (0, 1, 4095, (32 << 20) - 1, 33 << 20):
-        memory = ctypes.create_string_buffer(b"abc", size + 3)
-        threads.ask_for_large_pages(ctypes.addressof(memory), size)
-        assert memory.raw[:3] == b"abc"
-
-
 SETUP = """
 import os, sys, threading
 import torch
@@ -265,3 +258,49 @@ assert in_child(lambda: cpu.affine_tail(*w).shape == w[0].shape) == 0
 caller.join()
 """
         run_script(pool, script, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+TAILS = """
+import spem
+from torch import nn
+module, norm = spem.SPEM(32), nn.BatchNorm2d(32)
+nn.init.constant_(module.w_e, 0.5)
+nn.init.constant_(module.w_r, -0.3)
+def tails():
+    w = z.clone().requires_grad_()
+    y = module.tail(w, r, norm)
+    names = (module.w_e, module.w_r, module.pool.p, norm.weight)
+    return y.detach(), *torch.autograd.grad(y, (w, *names), r)
+wanted = tails()
+"""
+
+
+@pytest.mark.parametrize("pool", [False, True])
+class TestWholeTails:
+    """Norm, gate and gradients, as users call them."""
+
+    def test_eight_callers_at_once(self, pool):
+        script = """
+good = []
+def call():
+    good.append(all(same(tails(), wanted) for _ in range(10)))
+callers = [threading.Thread(target=call) for _ in range(8)]
+[t.start() for t in callers]
+[t.join() for t in callers]
+assert good == [True] * 8, good
+"""
+        run_script(pool, TAILS + script)
+
+    @needs_fork
+    def test_forked_process(self, pool):
+        script = """
+def work():
+    torch.set_num_threads(1)  # torch's own operations hang in a forked process with more
+    return same(tails(), wanted)
+torch.set_num_threads(1)
+wanted = tails()
+torch.set_num_threads(2)
+assert in_child(work) == 0
+assert same(tails()[:2], wanted[:2])
+"""
+        run_script(pool, TAILS + script)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spem.attention.pooling import LearnedMix, Pool, PoolSpec, make_pool
 from spem.attention.precision import without_autocast
-from spem.ops import PlaneStats, bn_gate_tail, gate_tail, plane_stats
+from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
+from spem.ops.choice import tell
 from spem.ops.stats import STATISTICS
 from spem.ops.tail import has_hooks
 from spem.seeding import Initialiser
@@ -142,7 +143,9 @@ class ChannelAttention(nn.Module):
         Shape:
             z, residual, output: [N, C, ...].
         """
-        if self.why_composed() is not None:
+        composed = self.why_composed()
+        if composed is not None:
+            tell("tail", z, Choice("reference", composed))
             return (self(z if norm is None else norm(z)) + residual).relu_()
         self._check(z)
         if norm is None:

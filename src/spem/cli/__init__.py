@@ -5,10 +5,12 @@ mistake in the call or its files; 130 and 143 stopped by Ctrl-C or SIGTERM, afte
 needed to go on.
 """
 
+import contextlib
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib import import_module
 
 from spem.cli.output import unknown
@@ -57,7 +59,33 @@ def _dispatch(args: list[str]) -> None:
     if name not in COMMANDS:
         raise ValueError(f"{unknown('command', name, COMMANDS)} Run `spem --help`.")
     require("tyro", extra="train", purpose=f"spem {name}")
-    import_module(COMMANDS[name][0]).run(rest)
+    with _compilations_told():
+        import_module(COMMANDS[name][0]).run(rest)
+
+
+@contextlib.contextmanager
+def _compilations_told() -> Generator[None]:
+    """Says on stderr how long kernels took to compile: a first command waits for it."""
+    seconds: list[float] = []
+
+    class Teller(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if " compiled in " in str(record.msg) and isinstance(record.args, tuple):
+                seconds.append(float(str(record.args[-1])))
+                if len(seconds) == 1:
+                    print("compiling kernels (once, they are kept on disk) ...", file=sys.stderr)
+
+    log, teller = logging.getLogger("spem.ops"), Teller(logging.INFO)
+    level = log.level
+    log.addHandler(teller)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(level)
+        if seconds:
+            print(f"compiled {len(seconds)} kernels in {sum(seconds):.1f} s", file=sys.stderr)
 
 
 def usage() -> str:

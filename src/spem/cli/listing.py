@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from spem.attention import Needs
 
 CHANNELS = (64, 128, 256)
+SIZES = {64: 32, 128: 16, 256: 8}
+"""Side of the maps of so many channels in a CIFAR ResNet, for modules built for a size."""
 
 
 def run(args: list[str]) -> None:
@@ -38,13 +40,12 @@ def _list(pattern: str, json: bool) -> None:
         print_json(modules)
         return
     columns = ["name", *(f"C={channels}" for channels in CHANNELS), "gate at start"]
-    columns += ["statistics", "no decay"]
-    print_table(columns, [_numbers(module) for module in modules], align="lrrrrll")
+    columns += ["statistics", "fused", "no decay"]
+    print_table(columns, [_numbers(module) for module in modules], align="lrrrrlll")
     print("C=64 ...: parameters for a map of that many channels.")
     print("gate at start: its value before training, where no input changes it.")
-    print(
-        "statistics: the plane statistics that the gate is a function of; - if it needs the map.\n"
-    )
+    print("statistics: the plane statistics that the gate is a function of; - if it needs the map.")
+    print("fused: norm, attention, addition and ReLU of a block run as one operation.\n")
     columns = ["name", "needs", "paper"]
     print_table(columns, [_words(module) for module in modules], align="lll")
 
@@ -56,13 +57,13 @@ def _describe(name: str) -> dict[str, Any]:
     parameters: dict[str, int | None] = {}
     for channels in CHANNELS:
         try:
-            module = create_attention(name, channels)
+            module = create_attention(name, channels, size=SIZES[channels])
         except ValueError:  # declared: this module does not take that many channels
             parameters[str(channels)] = None
             continue
         parameters[str(channels)] = sum(p.numel() for p in module.parameters())
-    module = create_attention(name, CHANNELS[-1])
-    needs = type(module).needs
+    module = create_attention(name, CHANNELS[-1], size=SIZES[CHANNELS[-1]])
+    needs = module.needs
     gate = module.start_gate
     return {
         "name": name,
@@ -89,6 +90,12 @@ def _needs(needs: "Needs") -> list[str]:
         phrases.append("holds a batch norm")
     if needs.divides is not None:
         phrases.append(f"{needs.divides} divides the channels")
+    if needs.size:
+        phrases.append("the map's size" + (", no other" if needs.fixed_size else ""))
+    if needs.adds:
+        phrases.append("adds to the map")
+    if needs.stops_gradients:
+        phrases.append(f"no full gradient for {', '.join(needs.stops_gradients)}")
     return phrases
 
 
@@ -100,6 +107,7 @@ def _numbers(module: dict[str, Any]) -> list[str]:
         *("-" if n is None else f"{n:,}" for n in counts),
         "-" if gate is None else f"{gate:.7g}",
         ", ".join(module["statistics"]) or ("none" if module["fusable"] else "-"),
+        "yes" if module["fusable"] else "-",
         ", ".join(module["no_decay"]) or "-",
     ]
 

@@ -10,12 +10,13 @@ it.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spem.ops import synchronised
 from spem.ops.algebra import Incoming, NormalStats, RawStats
@@ -157,6 +158,37 @@ def _gated(
     return work.affine_tail(z, residual, mu, al, be), v
 
 
+class _Refused(torch.autograd.Function):
+    """The identity, whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(
+            "bn_gate_tail: the fused tail has no second derivatives; it cannot be differentiated "
+            "twice. Use spem.ops.use_impl('reference')."
+        )
+
+
+def _first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes whoever differentiates the results of a backward pass fail, not get half of them."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return tuple(
+            None if r is None else _Refused.apply(r.detach().requires_grad_()) for r in results
+        )
+
+    return wrapped
+
+
 class _Stats(torch.autograd.Function):
     """Pass F1 and its scalars; backward is the sums, the coefficients and pass B2."""
 
@@ -192,7 +224,7 @@ class _Stats(torch.autograd.Function):
         return (z.view_as(z), *tokens, *stats, m.mu, a, m.beta, m.channel_var, m.values)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivatives
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         d: Tensor | None,
@@ -264,7 +296,7 @@ class _Tail(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, y, mu, a, beta, v = ctx.saved_tensors
         work = passes(ctx.impl)

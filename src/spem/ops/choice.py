@@ -9,11 +9,14 @@ import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from spem.ops.library import kernels_of
 
 Impl = Literal["reference", "formula", "numba", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
@@ -98,6 +101,8 @@ def obstacle(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) 
         return f"needs {impl}, which is not installed ({extra})"
     if _TORCH < (2, 11):
         return f"needs torch 2.11 or newer, this is {torch.__version__}"
+    if impl == "numba" and not torch.compiler.is_compiling() and _load_error():
+        return f"cannot load numba: {_load_error()}"
     if dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"takes {names}, got {str(dtype).removeprefix('torch.')}"
@@ -157,16 +162,26 @@ def choose(
 
 def tell(op: str, z: Tensor, choice: Choice) -> None:
     """Logs a choice once per operation, device, dtype and layout."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(z, Tensor):
         return
     layout = "contiguous" if z.is_contiguous() else "channels_last"
-    key = (op, z.device.type, z.dtype, f"{layout} {choice.impl}")
+    key = (op, z.device.type, z.dtype, f"{layout} {choice.impl} {choice.reason}")
     if key in _told:
         return
     _told.add(key)
     reason = f" ({choice.reason})" if choice.reason else ""
     dtype = str(z.dtype).removeprefix("torch.")
     _LOG.info("%s on %s, %s, %s: %s%s", op, z.device.type, dtype, layout, choice.impl, reason)
+
+
+@cache
+def _load_error() -> str:
+    """Why the kernels for the CPU cannot be loaded, say by a numba that refuses this numpy."""
+    try:
+        kernels_of("numba")
+    except Exception as error:  # noqa: BLE001  # whatever an import raises
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return ""
 
 
 def _interpreted() -> bool:

@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from spem.ops import algebra, formula
 from spem.ops.stats import compute_dtype
@@ -25,6 +26,7 @@ _SCHEMAS = {
     "stats_backward": "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
     "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
 }
+_FUNCTORCH = getattr(getattr(torch, "_C", None), "_functorch", None)  # may change or go
 _MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
 
 
@@ -57,6 +59,25 @@ def passes(impl: str) -> Passes:
 def kernels_of(impl: str) -> ModuleType:
     """The module with an implementation's kernels, imported on first use."""
     return import_module(_MODULES[impl])
+
+
+def is_plain(z: Tensor) -> bool:
+    """Whether a map has memory that kernels can work on, and autograd alone follows it.
+
+    Not so: fake tensors and other subclasses, the wrappers of `torch.func` transforms, and any
+    tensor while forward-mode derivatives are taken. A compiler sees plain tensors.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    wrapped = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
+    if type(z) not in (Tensor, nn.Parameter) or (wrapped is not None and wrapped(z)):
+        return False
+    return getattr(forward_ad, "_current_level", -1) < 0
+
+
+def any_global_hook() -> bool:
+    """Whether hooks are registered for all modules of the process."""
+    return bool(getattr(nn.modules.module, "_has_any_global_hook", bool)())
 
 
 def _fake_plane_stats(z: Tensor, moments: bool, extrema: bool) -> tuple[Tensor, ...]:

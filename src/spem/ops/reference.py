@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor, nn
 
 from spem.ops.stats import PlaneStats, plane_stats
@@ -21,4 +22,14 @@ def tail(
     if gate is not None:
         v = gate(plane_stats(x, statistics))
         x = x * v.reshape(*v.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+    return add_relu(x, residual, fresh=gate is not None or isinstance(norm, nn.BatchNorm2d))
+
+
+def add_relu(x: Tensor, residual: Tensor, *, fresh: bool) -> Tensor:
+    """relu(x + residual); in place where x is fresh: nobody's input, and nobody's for a gradient.
+
+    A sum of its own would cost another map, and of large ones the system's pages for it.
+    """
+    if fresh and isinstance(x, Tensor) and x.dtype == torch.promote_types(x.dtype, residual.dtype):
+        return x.add_(residual).relu_()
     return (x + residual).relu_()

@@ -13,12 +13,15 @@ from spem.ops import reference
 from spem.ops.autograd import Gathered, Norm, close, gather
 from spem.ops.choice import Choice, choose, tell
 from spem.ops.layout import is_dense, laid_out_as
+from spem.ops.library import any_global_hook, is_plain
 from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Gate = Callable[[PlaneStats], Tensor]
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def gate_tail(
@@ -39,7 +42,8 @@ def gate_tail(
         x, residual, output: [N, C, ...], of one shape; v: [N, C].
 
     Args:
-        x: The map: float32 or float64 for Numba; float32, bfloat16 or float16 for Triton.
+        x: The map: float32, float64 or bfloat16 for Numba; float32, bfloat16 or float16 for
+            Triton.
         residual: Added to the gated map; copied once if its memory layout is not that of x.
         gate: A differentiable function of `PlaneStats`; statistics arrive in at least float32.
         statistics: Those that the gate reads; others are None in what it is given.
@@ -47,7 +51,10 @@ def gate_tail(
             choice (see `spem.ops.use_impl`).
 
     Raises:
-        ValueError: Shapes differ, or an implementation that was asked for cannot run here.
+        ValueError: Shapes or devices differ, or an implementation that was asked for cannot run
+            here.
+
+    Differences: second derivatives raise, except in ``"reference"``.
     """
     _check("gate_tail", x, residual, statistics)
     choice = _choose("gate_tail", x, residual, None, gate, impl)
@@ -89,8 +96,10 @@ def bn_gate_tail(
         impl: As for `gate_tail`.
 
     Raises:
-        ValueError: Shapes differ, an implementation that was asked for cannot run here, or a batch
-            holds one value per channel in training.
+        ValueError: Shapes or devices differ, an implementation that was asked for cannot run here,
+            or a batch holds one value per channel in training.
+
+    Differences: second derivatives raise, except in ``"reference"``.
     """
     _check("bn_gate_tail", z, residual, statistics)
     choice = _choose("bn_gate_tail", z, residual, norm, gate, impl)
@@ -108,7 +117,8 @@ def why_composed(norm: nn.Module | None) -> str | None:
     if norm is None:
         return None
     forward = type(norm).forward
-    if forward is not nn.BatchNorm2d.forward and forward is not nn.SyncBatchNorm.forward:
+    known = forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    if not known or not isinstance(norm, _NORMS):
         return f"fuses batch norms, not {type(norm).__name__}"
     if has_hooks(norm):
         return f"cannot call the hooks of {type(norm).__name__}"
@@ -118,16 +128,21 @@ def why_composed(norm: nn.Module | None) -> str | None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs more than its class's forward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+    own = "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+    return own or any_global_hook()
 
 
 def _check(op: str, z: Tensor, residual: Tensor, statistics: Collection[str]) -> None:
+    if not isinstance(z, Tensor):
+        return  # a placeholder of a tracer, which the reference takes
     if z.dim() < 3:
         raise ValueError(f"{op}: needs a map [N, C, ...], got {z.dim()} axes.")
     if z.shape != residual.shape:
         raise ValueError(
             f"{op}: the residual's shape {list(residual.shape)} is not the map's {list(z.shape)}."
         )
+    if z.device != residual.device:
+        raise ValueError(f"{op}: the map is on {z.device}, the residual on {residual.device}.")
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown:
         raise ValueError(f"{op}: unknown statistic {unknown[0]!r}. Use {', '.join(STATISTICS)}.")
@@ -141,7 +156,11 @@ def _choose(
     gate: Gate | None,
     impl: str | None,
 ) -> Choice:
+    if not isinstance(z, Tensor):
+        return Choice("reference", "traced")
     composed = why_composed(norm)
+    if not is_plain(z):
+        composed = "takes plain tensors, not those of a transform or a tracer"
     if residual.dtype != z.dtype:
         composed = f"takes maps of one dtype, got {z.dtype} and a residual of {residual.dtype}"
     choice = choose(op, z.device.type, z.dtype, dense=is_dense(z), composed=composed, impl=impl)
@@ -171,13 +190,16 @@ def _fused(
             s if name in read else None for name, s in zip(STATISTICS, found, strict=True)
         )
         v = gate(PlaneStats(mean, var, high, low, size, z.shape[0]))
+        if v.device != z.device:
+            raise ValueError(f"tail: the map is on {z.device}, the gate's value on {v.device}.")
         v = v.to(compute_dtype(z.dtype)).expand(z.shape[:2])
     return close(gathered, v, residual, impl), gathered
 
 
 def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:
     """A norm as tensors; refuses what the module itself would refuse."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+    assert isinstance(norm, _NORMS)
+    getattr(norm, "_check_input_dim")(z)  # noqa: B009  # protected, and a subclass may have its own
     if z.shape[1] != norm.num_features:
         raise ValueError(
             f"bn_gate_tail: the norm has {norm.num_features} channels, the map {z.shape[1]}."
@@ -185,10 +207,13 @@ def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:
     weight: Tensor | None = norm.weight
     bias: Tensor | None = norm.bias
     mean, var = norm.running_mean, norm.running_var
+    for t in (weight, bias, mean, var):
+        if t is not None and t.device != z.device:
+            raise ValueError(f"bn_gate_tail: the map is on {z.device}, the norm on {t.device}.")
     if not norm.training and mean is not None and var is not None:
         return Norm(weight, bias, mean, var, norm.eps)
     group = _group(norm)
-    if z.shape[0] and z.numel() == z.shape[1] and group is None and norm.training:
+    if z.shape[0] and z.numel() == z.shape[1] and group is None:
         raise ValueError(
             f"bn_gate_tail: training needs more than one value per channel, got {list(z.shape)}. "
             "Use a larger batch, or eval()."
@@ -200,7 +225,9 @@ def _group(norm: nn.Module) -> ProcessGroup | None:
     """The processes whose batches a norm in training shares, None for this one alone."""
     from torch import distributed as dist
 
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not dist.is_initialized():
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
@@ -209,9 +236,9 @@ def _group(norm: nn.Module) -> ProcessGroup | None:
 @torch.no_grad()
 def _update_running(norm: nn.Module, gathered: Gathered, z: Tensor) -> None:
     """Moves the running statistics as the norm's own forward does; an empty batch leaves them."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+    assert isinstance(norm, _NORMS)
     mean, var = norm.running_mean, norm.running_var
-    if not norm.training or mean is None or var is None:
+    if not norm.training or not norm.track_running_stats or mean is None or var is None:
         return
     factor = norm.momentum
     if norm.num_batches_tracked is not None:

@@ -22,8 +22,6 @@ import torch
 
 _Function = Callable[[int], None]
 _PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_MADV_HUGEPAGE = 14  # Linux
-_HUGE = 32 << 20  # bytes: smaller blocks the C library keeps and reuses, faulted in long ago
 
 
 def launch(address: int, data: int, pieces: int) -> None:
@@ -43,18 +41,6 @@ def launch(address: int, data: int, pieces: int) -> None:
         _parallel(address, data, threads, 0)
     else:
         _pool.run(_function(address), data, threads)
-
-
-def ask_for_large_pages(address: int, size: int) -> None:
-    """Asks the system to back fresh memory with large pages, which are far fewer to fault in.
-
-    A map of 32 MiB and more comes from the system each time it is allocated, in pages of 4 KiB that
-    are faulted in one by one: that takes longer than computing it. Only a hint: what the system
-    makes of it changes no result, and the memory is written in full anyway.
-    """
-    if _advise is not None and size >= _HUGE:
-        first = -(-address // _PAGE) * _PAGE
-        _advise(first, (address + size) // _PAGE * _PAGE - first, _MADV_HUGEPAGE)
 
 
 _functions: dict[int, _Function] = {}
@@ -165,23 +151,8 @@ def _find_parallel() -> Callable[[int, int, int, int], None] | None:
     return found
 
 
-def _find_advise() -> Callable[[int, int, int], int] | None:
-    """The C library's ``madvise`` where it knows large pages."""
-    try:
-        available = "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        found = ctypes.CDLL(None).madvise if available else None
-    except (OSError, AttributeError, TypeError):
-        return None
-    if found is not None:
-        found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        found.restype = ctypes.c_int
-    return found
-
-
 _PROCESS = os.getpid()  # of the first import: `spem.ops` imports this before anybody forks
-_PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 _parallel = _find_parallel()
-_advise = _find_advise()
 _pool = _Pool()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_pool)

@@ -137,9 +137,10 @@ class CapturedStep:
                 f"train: the step for {len(images)} images cannot be captured as a CUDA graph "
                 f"({str(error).strip()}). Use runtime.step='compile' or 'eager'."
             ) from error
-        with torch.no_grad():
-            for tensor, copy in zip(kept, copies, strict=True):
-                tensor.copy_(copy)
+        finally:
+            with torch.no_grad():
+                for tensor, copy in zip(kept, copies, strict=True):
+                    tensor.copy_(copy)
         return _Recording(images, labels, output, replay)
 
     def _fill_rates(self) -> None:

@@ -42,6 +42,11 @@ def choose_impl(runtime: RuntimeConfig, device: str) -> Choice:
     return choice
 
 
+def evaluation_impl(impl: str | None) -> str | None:
+    """What evaluates a run of this implementation: the formula is for compiled steps only."""
+    return "reference" if impl == "formula" else impl
+
+
 def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
     """What runs the tails of a planned run, and why they are composed if they are."""
     device, dtype = torch.device(runtime.device).type, map_dtypes(runtime)[0]
@@ -63,7 +68,7 @@ def stored_impl(
     Else the library's choice for float32 maps is taken, and `message` told so once. A wish by
     `spem.ops.use_impl` or the environment goes before both.
     """
-    stored = runtime.impl
+    stored = evaluation_impl(runtime.impl)
     if stored is None or wish(None, "eval") is not None:
         yield
         return

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention, learned_mixes
-from spem.data import NORMALISATION, normalise
+from spem.data import NORMALISATION, ImageSet, normalise
 from spem.extras import require
+from spem.ops import use_impl
 from spem.seeding import initialise
 from spem.training.capture import CapturedStep
 from spem.training.checkpoint import build_model, load_checkpoint, save_checkpoint, save_weights
-from spem.training.choose_impl import tails_of
+from spem.training.choose_impl import evaluation_impl, tails_of
 from spem.training.choose_step import choose_step
 from spem.training.claim import Claim, claimed
 from spem.training.config import RunConfig
 from spem.training.environment import record_environment
-from spem.training.evaluation import evaluate
+from spem.training.evaluation import Accuracy, evaluate
 from spem.training.log import Progress, RunLog, Status, choose_progress
 from spem.training.results import Result, best_line, summarise, write_result
 from spem.training.runs import (
@@ -217,8 +218,7 @@ class _Training:
         loss = float(state.sums["loss"]) / count
         self._require_finite("training loss", loss)
         started = time.monotonic()
-        normalisation = self.config.data.normalisation
-        test = evaluate(self.model, self.sets.test, normalisation=normalisation)
+        test = self._evaluate(self.sets.test)
         self._require_finite("test loss", test.loss)
         line: dict[str, Any] = {
             "epoch": state.epoch,
@@ -230,7 +230,7 @@ class _Training:
             "test_accuracy": test.top1,
         }
         if self.sets.validation is not None:
-            held_out = evaluate(self.model, self.sets.validation, normalisation=normalisation)
+            held_out = self._evaluate(self.sets.validation)
             line |= {"validation_loss": held_out.loss, "validation_accuracy": held_out.top1}
         best = best_line([*state.history, line])
         line |= {"best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
@@ -246,6 +246,10 @@ class _Training:
             for (name, mix), change in zip(self.mixes, state.sums["change"].tolist(), strict=True)
         }
         return line
+
+    def _evaluate(self, images: ImageSet) -> Accuracy:
+        with use_impl(evaluation_impl(self.config.runtime.impl)):
+            return evaluate(self.model, images, normalisation=self.config.data.normalisation)
 
     def _go_on(self) -> str:
         return (

@@ -130,10 +130,11 @@ _kept: list[Any] = []  # what the addresses belong to
 def _run(kernel: Any, dtype: torch.dtype, head: tuple[int, ...], pieces: int, *args: Any) -> None:
     """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments."""
     regions = max(1, min(torch.get_num_threads(), pieces))
-    table = array.array("q", bytes(8 * (COUNTERS + LINE * regions)))
+    table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
+    start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
     values = [*head, regions, *(0 if t is None or not t.numel() else t.data_ptr() for t in args)]
-    table[CHUNKS : CHUNKS + len(values)] = array.array("q", values)
-    threads.launch(_compiled(kernel, dtype), table.buffer_info()[0], regions)
+    table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
+    threads.launch(_compiled(kernel, dtype), table.buffer_info()[0] + 8 * start, regions)
 
 
 def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
@@ -160,19 +161,14 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
     _run(kernel, z.dtype, (chunks, step, batch, channels, size, flags), chunks, *args)
 
 
-def _like(z: Tensor) -> Tensor:
-    """An empty map like z."""
-    out = torch.empty_like(z)
-    threads.ask_for_large_pages(out.data_ptr(), out.numel() * out.element_size())
-    return out
-
-
 def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
     """Checks that maps agree and returns the compute dtype."""
     if first.dtype not in SUPPORTED:
         raise TypeError(f"maps of {first.dtype} have no numba kernel")
     if first.dim() < 3 or not first.numel():
         raise ValueError(f"a map must have planes and no empty axis, not shape {list(first.shape)}")
+    for t in (first, *others):
+        _on_cpu(t)
     for other in others:
         if other.shape != first.shape or not agree(other, first) or other.dtype != first.dtype:
             raise ValueError(
@@ -181,12 +177,19 @@ def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
     return compute_dtype(first.dtype)
 
 
+def _on_cpu(t: Tensor) -> None:
+    """Refuses what has no address here: kernels take addresses as they are."""
+    if t.device.type != "cpu":
+        raise ValueError(f"impl='numba' needs CPU tensors, got one on {t.device}")
+
+
 def _described(t: Tensor) -> str:
     return f"{list(t.shape)} with strides {list(t.stride())} of {t.dtype}"
 
 
 def _scalars(shape: tuple[int, ...], dtype: torch.dtype, t: Tensor) -> Tensor:
     """Plane or channel scalars as kernels read them: of this shape and dtype, and dense."""
+    _on_cpu(t)
     if t.shape != shape:
         raise ValueError(f"scalars of shape {list(shape)} expected, not {list(t.shape)}")
     if t.dtype != dtype or not t.is_contiguous():
@@ -216,7 +219,7 @@ def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Ten
     shape = tuple(z.shape[:2])
     mu = _scalars(shape[1:], wide, mu)
     al, be = _scalars(shape, wide, al), _scalars(shape, wide, be)
-    y = _like(z)
+    y = torch.empty_like(z)
     _pass("affine_tail", z, 0, z, r, mu, al, be, y)
     return y
 
@@ -229,7 +232,7 @@ def affine_tail_backward(
     shape = tuple(z.shape[:2])
     mu = _scalars(shape[1:], wide, mu)
     sums, moments = z.new_empty(shape, dtype=wide), z.new_empty(shape, dtype=wide)
-    d = _like(z)
+    d = torch.empty_like(z)
     _pass("affine_tail_backward", z, 0, g, y, z, mu, d, sums, moments)
     return d, sums, moments
 
@@ -258,7 +261,7 @@ def stats_backward(
         flags |= WITH_SPIKES
         i, j = _scalars(shape, torch.int32, i), _scalars(shape, torch.int32, j)
         s_i, s_j = _scalars(shape, wide, s_i), _scalars(shape, wide, s_j)
-    dz = _like(d)
+    dz = torch.empty_like(d)
     _pass("stats_backward", d, flags, d, z, mu, p, q, t, i, j, s_i, s_j, dz)
     return dz
 
