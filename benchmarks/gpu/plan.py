@@ -5,6 +5,7 @@ this one stopped.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class Stage:
     Attributes:
         name: Of the stage.
         least: Seconds below which it is not started.
+        most: Seconds after which it is cut off within one call, so that the next stages start.
         after: Stages without whose success it is not started.
         group: Stages of one group that are still open share the time that is left.
         calls: How often it may be cut off before that counts as a failure; 0 is any number, for
@@ -33,6 +35,7 @@ class Stage:
     after: tuple[str, ...] = ()
     group: str = ""
     calls: int = 0
+    most: float = math.inf
 
 
 class Outcome(NamedTuple):
@@ -128,7 +131,7 @@ def carry_on(
         record.status = "open"
         sharing = [s for s in stages[i:] if s == stage or (s.group and s.group == stage.group)]
         sharing = [s for s in sharing if state.of(s.name).status not in FINAL]
-        limit = (deadline - now()) / len(sharing)
+        limit = min((deadline - now()) / len(sharing), stage.most)
         if limit < stage.least:
             say(
                 f"{stage.name}: not started, {max(limit, 0):.0f} s left of {stage.least:.0f} needed"

@@ -3,6 +3,7 @@
 python benchmarks/gpu/work.py STAGE OUT IMAGES
 """
 
+import math
 import os
 import sys
 import tarfile
@@ -12,12 +13,18 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
+if typing.TYPE_CHECKING:
+    from spem.bench.tails import Case
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "src"))
 
 DEPTH = 164
 NO_GPU = ("test_kernel_registers", "test_cpu", "test_threads")
 """Tests that use no GPU, where minutes are few."""
+LEAST = {"test_kernels": 300, "test_tail": 25}
+"""How many tests with Triton must have passed, by file, before any speed is measured."""
+TRAINING = ("tests/training/test_capture.py", "tests/training/test_loop.py")
 TRAVELS = (".json", ".jsonl", ".txt", ".pt", ".safetensors")
 STEPS = (
     {"dtype": "float32", "layout": "channels_last"},
@@ -31,63 +38,132 @@ STEPS = (
 )
 
 
+class OnlyGpu:
+    """A plugin of pytest: of the training's tests those that need a GPU."""
+
+    def pytest_collection_modifyitems(self, items: list[typing.Any]) -> None:
+        items[:] = [item for item in items if _needs_gpu(item)]
+
+
+def _needs_gpu(item: typing.Any) -> bool:
+    reasons = [mark.kwargs.get("reason") for mark in item.iter_markers("skipif")]
+    return "needs a CUDA device" in reasons
+
+
 def tests(out: Path) -> int:
-    """The operators' tests with real Triton; its record is a JUnit file."""
+    """The operators' tests with real Triton, then training's; their record is a JUnit file."""
     import pytest
 
     os.environ.pop("TRITON_INTERPRET", None)
     record = out / "tests.xml"
-    arguments = ["-q", "-W", "ignore", f"--junitxml={record}", "-p", "no:cacheprovider"]
-    if sys.modules.get("xdist") is not None or _installed("xdist"):
-        arguments += ["-n", "4"]
     os.chdir(REPOSITORY)
+    arguments = [f"--junitxml={record}", *pytest_options()]
+    if _installed("xdist"):
+        arguments += ["-n", "4"]
     arguments += [f"--ignore=tests/ops/{name}.py" for name in NO_GPU]
     code = int(pytest.main([*arguments, "tests/ops"]))
-    if code == 0 and not kernel_tests(record):
-        print("no test of the Triton kernels (tests/ops/test_kernels.py) ran and passed")
-        return 1
-    return code
-
-
-def kernel_tests(record: Path) -> int:
-    """How many tests of the kernels passed; on a machine with a GPU they run on it."""
-    if not record.exists():
+    if code != 0:
+        return code
+    passed = kernel_tests(record)
+    for name, least in LEAST.items():
+        if passed[name] < least:
+            print(f"only {passed[name]} tests of tests/ops/{name}.py ran Triton: {least} expected")
+            return 1
+    if not _installed("safetensors"):
+        print("training is not tested: it needs safetensors")
         return 0
-    cases = ET.parse(record).getroot().iter("testcase")
-    passed = [str(case.get("classname")) for case in cases if not len(case)]
-    return sum(name.endswith("test_kernels") for name in passed)
+    return int(pytest.main([*pytest_options(), *TRAINING], plugins=[OnlyGpu()]))
 
 
-def ops(out: Path) -> int:
+def pytest_options() -> list[str]:
+    """Options under which pytest alone is enough: settings of absent plugins are no errors."""
+    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider"]
+    options += ["-o", "addopts=--import-mode=importlib"]
+    return [*options, "-p", "no:randomly"] if _installed("pytest_randomly") else options
+
+
+def kernel_tests(record: Path) -> dict[str, int]:
+    """How many tests with Triton passed, by file; on a machine with a GPU they run on it."""
+    passed = dict.fromkeys(LEAST, 0)
+    cases = ET.parse(record).getroot().iter("testcase") if record.exists() else ()
+    for case in cases:
+        file = str(case.get("classname")).rpartition(".")[2]
+        with_triton = file == "test_kernels" or "triton" in str(case.get("name"))
+        if file in passed and with_triton and not len(case):
+            passed[file] += 1
+    return passed
+
+
+def first_maps() -> tuple[list["Case"], list["Case"]]:
+    """What of the operators is timed before all else: maps, and maps with compiled tails too."""
+    import torch
+
+    from spem.bench.ops import cases
+    from spem.bench.tails import Case
+
+    every = [c for c in cases(torch.device("cuda")) if c.op == "bn_train"]
+    small = [
+        Case("bn_train", 16, 256, 8, 8, dtype=dtype, layout="channels_last")
+        for dtype in ("bfloat16", "float32")
+    ]
+    # Compiling takes far longer than measuring.
+    both = [c for c in every if c.shape == (128, 64, 32, 32) and c.layout == "channels_last"]
+    return [c for c in every if c not in both and _mebibytes(c) >= 4] + small, both
+
+
+def _mebibytes(case: "Case") -> float:
+    return math.prod(case.shape) * (2 if case.dtype == "bfloat16" else 4) / (1 << 20)
+
+
+def ops(out: Path, part: str = "") -> int:
     """The tails; maps that the table has are not timed again."""
+    from spem.bench import table
+    from spem.bench.ops import run_ops
     from spem.bench.report import failures
-    from spem.bench.runs import measure
     from spem.bench.settings import Settings
 
-    rows = measure(
-        "ops", Settings(device="cuda", rounds=30, warm_up=5), path=out / "ops.csv", resume=True
-    )
-    print("\n".join(failures(rows)))
-    return 0
+    path = out / "ops.csv"
+    rows = table.read(path)
+    settings = Settings(device="cuda", rounds=30, warm_up=5)
+    kinds: list[tuple[Settings, list[Case] | None]] = [(settings, None)]
+    if part == "first":
+        maps, both = first_maps()
+        kinds = [(settings, both), (replace(settings, compiled=False), maps)]
+    for here, only in kinds:
+        rows = run_ops(here, only=only, kept=rows, save=lambda found: table.write(found, path))
+    return told(failures(rows))
 
 
 def step(out: Path) -> int:
     """Training steps of several kinds, in one table; kinds that it has are not timed again."""
+    import torch
+
     from spem.bench import table
-    from spem.bench.facts import commit
+    from spem.bench.facts import facts
+    from spem.bench.ops import SAME_RUN
+    from spem.bench.report import failures
     from spem.bench.settings import Settings
     from spem.bench.step import Workload, run_step
 
     path = out / "step.csv"
-    rows = table.select(table.read(path), {"commit": commit()})
+    settings = Settings(device="cuda", rounds=30, warm_up=5, compiled=False)
+    here = {"rounds": str(settings.rounds), **facts(torch.device("cuda"))}
+    rows = table.select(table.read(path), {name: here[name] for name in SAME_RUN})
+    rows = table.without_failed(rows, tuple(Workload().columns))
     for kind in STEPS:
         work = Workload(**kind)  # pyright: ignore[reportArgumentType]
         if table.select(rows, work.columns):
             continue
-        settings = Settings(device="cuda", rounds=30, warm_up=5, compiled=False)
         rows += run_step(settings, work)
         table.write(rows, path)
-    return 0
+    return told(failures(rows))
+
+
+def told(failed: list[str]) -> int:
+    """Says who could not run; 1 if anybody."""
+    if failed:
+        print("could not run: " + "; ".join(failed))
+    return 1 if failed else 0
 
 
 def train(out: Path, attention: str, images: Path) -> int:
@@ -147,15 +223,22 @@ def _installed(module: str) -> bool:
 
 def main(arguments: list[str]) -> int:
     stage, out, images = arguments[0], Path(arguments[1]), Path(arguments[2])
-    kind, _, attention = stage.partition("-")
+    kind, _, part = stage.partition("-")
     if kind == "train":
-        return train(out, attention, images)
-    return {"tests": tests, "ops": ops, "step": step}[kind](out)
+        return train(out, part, images)
+    if kind == "ops":
+        return ops(out, part)
+    return {"tests": tests, "step": step}[kind](out)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except FloatingPointError as error:  # a provider is wrong, or a training diverged
+    except (FloatingPointError, RuntimeError) as error:
+        from spem.bench.checks import BenchError
+
+        if not isinstance(error, (FloatingPointError, BenchError)):
+            raise
+        # A provider is wrong, or a training diverged.
         print(error)
         sys.exit(1)

@@ -29,7 +29,7 @@ def test_the_official_way_is_form_code():
 def test_another_official_way_is_refused(monkeypatch: pytest.MonkeyPatch):
     right = official.OfficialWay.forward
     monkeypatch.setattr(official.OfficialWay, "forward", lambda self, x: 1.001 * right(self, x))
-    with pytest.raises(checks.BenchError, match=r"official differs from the reference .* no times"):
+    with pytest.raises(checks.BenchError, match=r"official .* differs from the reference in"):
         nets.check_way(OFFICIAL, "reference", CPU)
 
 
@@ -40,6 +40,31 @@ def test_networks_pass(attention: str, way: str):
         assert not nets.fusable(attention)
     impl = "formula" if way.startswith("fused") else "reference"
     nets.check_way(Subject(attention, way), impl, CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_networks_pass_as_they_are_timed(dtype: str, layout: str):
+    for attention in ("none", "se", "spem"):
+        for way, impl in (("composed", "reference"), ("fused", "formula")):
+            nets.check_way(Subject(attention, way), impl, CPU, dtype=dtype, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_wrong_in_the_timed_dtype_only_is_refused(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+):
+    right = nets.ResNet.forward
+
+    def forward(self: nets.ResNet, x: torch.Tensor) -> torch.Tensor:
+        y = right(self, x)
+        return y if x.dtype == torch.float64 else 1.1 * y
+
+    monkeypatch.setattr(nets.ResNet, "forward", forward)
+    with pytest.raises(checks.BenchError, match=rf"\({dtype}, channels_last\) differs"):
+        nets.check_way(
+            Subject("se", "composed"), "reference", CPU, dtype=dtype, layout="channels_last"
+        )
 
 
 def test_a_network_without_its_attention_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,8 @@ from gpu import __main__ as command
 from gpu import work
 from gpu.plan import Outcome, Record, Stage, State, carry_on
 
+from spem.bench import tails
+
 STAGES = command.STAGES
 DONE = Outcome(0, cut_off=False)
 
@@ -54,17 +56,25 @@ def statuses(state: State) -> dict[str, str]:
 
 
 def test_all_in_order_and_over_several_calls():
-    needs = {"tests": 100, "ops": 700, "step": 200, "train-spem": 500, "train-none": 400}
+    needs = {"tests": 100, "ops-first": 300, "step": 250, "ops": 600}
+    needs |= {"train-spem": 500, "train-none": 400}
     machine, state = Machine(needs), State()
     assert not machine.call(state, 9)
-    assert [name for name, _ in machine.ran] == ["tests", "ops"]
-    assert statuses(state) == {"tests": "done", "ops": "open", "step": "open"}
-    assert not machine.call(state, 9)
-    assert [name for name, _ in machine.ran[2:]] == ["ops", "step"]
+    # the operators leave time for the step
+    assert machine.ran == [("tests", 540.0), ("ops-first", 240), ("step", 200.0)]
+    assert statuses(state)["ops-first"] == statuses(state)["step"] == "open"
     assert not machine.call(state, 9)
     # the two trainings share what is left
-    assert machine.ran[4:] == [("train-spem", 270.0), ("train-none", 270.0)]
+    assert machine.ran[3:] == [
+        ("ops-first", 240),
+        ("step", 480.0),
+        ("train-spem", 215.0),
+        ("train-none", 215.0),
+    ]
+    assert not machine.call(state, 9)
+    assert machine.ran[7:] == [("train-spem", 270.0), ("train-none", 270.0), ("ops", 85.0)]
     assert machine.call(state, 9)
+    assert [name for name, _ in machine.ran[10:]] == ["train-spem", "ops"]
     assert set(statuses(state).values()) == {"done"}
     assert sum(needs.values()) == pytest.approx(machine.time)
     before = len(machine.ran)
@@ -77,7 +87,7 @@ def test_no_speed_after_failed_tests_but_training():
     state = State()
     assert machine.call(state, 9)
     assert [name for name, _ in machine.ran] == ["tests", "train-spem", "train-none"]
-    assert statuses(state)["ops"] == statuses(state)["step"] == "blocked"
+    assert {statuses(state)[name] for name in ("ops-first", "step", "ops")} == {"blocked"}
     state.records.pop("tests")
     machine.codes = {}
     assert machine.call(state, 9)
@@ -154,15 +164,53 @@ def test_a_run_folder_travels(tmp_path: Path):
 
 def test_tests_of_the_kernels_are_counted(tmp_path: Path):
     record = tmp_path / "tests.xml"
-    assert work.kernel_tests(record) == 0
+    assert work.kernel_tests(record) == {"test_kernels": 0, "test_tail": 0}
     record.write_text(
         '<testsuites><testsuite><testcase classname="tests.ops.test_kernels" name="a"/>'
         '<testcase classname="tests.ops.test_kernels" name="b"><skipped/></testcase>'
+        '<testcase classname="ops.test_tail" name="all[triton-float32]"/>'
+        '<testcase classname="ops.test_tail" name="all[numba-float32]"/>'
         '<testcase classname="ops.test_cpu" name="c"/></testsuite></testsuites>'
     )
-    assert work.kernel_tests(record) == 1
+    assert work.kernel_tests(record) == {"test_kernels": 1, "test_tail": 1}
     folder = Path(work.REPOSITORY) / "tests" / "ops"
-    assert all((folder / f"{name}.py").exists() for name in (*work.NO_GPU, "test_kernels"))
+    assert all((folder / f"{name}.py").exists() for name in (*work.NO_GPU, *work.LEAST))
+    assert all((Path(work.REPOSITORY) / name).exists() for name in work.TRAINING)
+
+
+def test_the_first_maps_of_the_operators():
+    maps, compiled = work.first_maps()
+    assert len(compiled) == 2
+    kinds = {(c.layout, c.dtype) for c in maps}
+    assert kinds == {(a, b) for a in tails.LAYOUTS for b in ("bfloat16", "float32")}
+    assert {c.op for c in (*maps, *compiled)} == {"bn_train"}
+    assert sum(c.shape == (16, 256, 8, 8) for c in maps) == 2
+    assert not set(maps) & set(compiled)
+
+
+def test_pytest_selects_what_needs_a_gpu():
+    found = [pytest.mark.skipif(True, reason=text) for text in ("needs a CUDA device", "other")]
+
+    class Item:
+        def __init__(self, *marks: pytest.MarkDecorator) -> None:
+            self.marks = [one.mark for one in marks]
+
+        def iter_markers(self, name: str) -> list[pytest.Mark]:
+            return [mark for mark in self.marks if mark.name == name]
+
+    items = [Item(found[0]), Item(found[1]), Item()]
+    first = items[0]
+    work.OnlyGpu().pytest_collection_modifyitems(items)
+    assert items == [first]
+    for name in work.TRAINING:  # the reason that is looked for is theirs
+        text = (Path(work.REPOSITORY) / name).read_text(encoding="utf-8")
+        assert 'reason="needs a CUDA device"' in text
+
+
+def test_failed_providers_fail_the_stage(capsys: pytest.CaptureFixture[str]):
+    assert work.told([]) == 0
+    assert work.told(["spem, fused: out of memory"]) == 1
+    assert "spem, fused" in capsys.readouterr().out
 
 
 def test_what_matters_in_a_run_folder_travels():

@@ -30,14 +30,16 @@ def test_a_process_finds_the_memory_of_its_step():
     """Activations of three blocks on 64 images: tens of MiB, and not hundreds."""
     command = [sys.executable, "-m", "spem.bench.memory", json.dumps(QUESTION)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 50 < float(done.stdout) < 1000
+    steps, process = map(float, done.stdout.split())
+    assert 50 < steps < 1000
+    assert process > steps + 50  # torch alone is more
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch):
     peaks = {"none": 100.0, "spem": 120.0, "spem(form=code)": 240.0}
 
     def ask(settings, work, subject, impl, *, training):
-        return peaks[subject.attention] * (1 if training else 0.5)
+        return memory.Peak(peaks[subject.attention] * (1 if training else 0.5), 500.0)
 
     monkeypatch.setattr(memory, "_ask", ask)
     settings = Settings("cpu", impl="formula", compiled=False, quick=True)
@@ -48,6 +50,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch):
     ]
     assert (row["peak_mib"], row["to_plain"], row["attention_cost"]) == ("120.0", "1.200", "1.200")
     assert row["to_official"] == "0.500"
+    assert row["process_peak_mib"] == "500.0"
 
 
 def test_a_process_that_fails_is_named():

@@ -55,9 +55,16 @@ def test_everybody_has_a_turn_each_round():
             order.append(self.name)
             return {"both": 1.0}
 
-    found = timing.round_robin({name: Told(name) for name in "abc"}, rounds=3, warm_up=1)
-    assert "".join(order) == "cab" + "abc" + "bca" + "cab"
-    assert {name: len(samples) for name, samples in found.items()} == dict.fromkeys("abc", 3)
+    providers = {name: Told(name) for name in "abc"}
+    found = timing.round_robin(providers, rounds=9, warm_up=1)
+    assert {name: len(samples) for name, samples in found.items()} == dict.fromkeys("abc", 9)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 30, 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    # Who follows whom changes, and is the same in another run.
+    assert len(set(rounds)) > 3
+    order.clear()
+    timing.round_robin(providers, rounds=9, warm_up=1)
+    assert rounds == ["".join(order[i : i + 3]) for i in range(0, 30, 3)]
 
 
 def test_rows_of_the_tail():
@@ -102,6 +109,10 @@ def test_who_cannot_run_is_named_and_the_others_are_timed(monkeypatch: pytest.Mo
     assert report.failures(rows) == ["spem, fused: RuntimeError: no such instruction"]
     assert {row["time_ms_median"] for row in rows if row["note"]} == {""}
     assert len(rows) == 31
+    monkeypatch.undo()
+    again = ops.run_ops(QUICK, only=CASES[:1], kept=rows, quiet=True)
+    assert len(again) == 33  # a map of which one could not run is timed anew
+    assert not report.failures(again)
 
 
 def test_a_wrong_provider_ends_the_run_and_nothing_is_written(
@@ -151,7 +162,9 @@ def test_rows_of_inference():
 def test_aims():
     row = {"device": "cpu", "dtype": "float32", "way": "fused", "attention": "spem"}
     good = {**row, "attention_cost": "1.049", "to_plain": "0.9", "to_official": "0.71"}
-    found = report.aims("step", [good, {**good, "attention": "srm"}, {**good, "device": "cuda"}])
+    good |= {"depth": "29", "batch": "128", "layout": "contiguous"}
+    others = ({"attention": "srm"}, {"device": "cuda"}, {"depth": "11"}, {"batch": "1"})
+    found = report.aims("step", [good, *({**good, **other} for other in others)])
     assert [aim.met for aim in found] == [True, True, False]
     assert str(found[2]).startswith("MISSED")
     shape = {"batch": "128", "channels": "256", "height": "8", "width": "8"}
@@ -161,6 +174,13 @@ def test_aims():
     (aim,) = report.aims("ops", [{**tail, "to_plain": "1.08", "height": "16"}])
     assert not aim.met
     assert not report.aims("ops", [{**tail, "mode": "forward", "to_plain": "2"}])
+    folded = {**good, "way": "fused folded", "to_folded": "1.01"}
+    found = report.aims("network", [good, folded, {**good, "batch": "1"}, {**good, "depth": "11"}])
+    assert [(aim.bound, aim.met) for aim in found] == [(1.05, True), (1.00, True), (1.00, False)]
+    assert "fused folded / plain, folded" in found[2].text
+    (aim,) = report.aims("memory", [{**good, "mode": "training"}])
+    assert aim.met
+    assert not report.aims("memory", [{**good, "mode": "training", "layout": "channels_last"}])
 
 
 def test_tables_are_refused(tmp_path: Path):

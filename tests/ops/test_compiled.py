@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ops.tails import error, tail
+from ops.tails import error, home, tail
 from ops.test_tail import needs
 from tolerance import TAIL
 from torch import Tensor
@@ -21,15 +21,15 @@ LAYOUTS = pytest.mark.parametrize(
 KERNELS = pytest.mark.parametrize("impl", ["numba", "triton"])
 
 
-def arguments(layout: torch.memory_format) -> dict[str, tuple[object, ...]]:
+def arguments(layout: torch.memory_format, device: str = "cpu") -> dict[str, tuple[object, ...]]:
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=rng)
+        x = torch.randn(shape, generator=rng).to(device)
         return x.contiguous(memory_format=layout) if len(shape) == 4 else x
 
     z, r, g, mu = draw(2, 3, 4, 4), draw(2, 3, 4, 4), draw(2, 3, 4, 4), draw(3)
-    i = torch.tensor([[0, 3, 15], [7, 7, 1]], dtype=torch.int32)
+    i = torch.tensor([[0, 3, 15], [7, 7, 1]], dtype=torch.int32, device=device)
     planes = [draw(2, 3) for _ in range(5)]
     y = r.relu()
     return {
@@ -44,14 +44,14 @@ def arguments(layout: torch.memory_format) -> dict[str, tuple[object, ...]]:
 @LAYOUTS
 @pytest.mark.parametrize("name", arguments(torch.contiguous_format))
 def test_opcheck(impl: str, layout: torch.memory_format, name: str) -> None:
-    needs(impl, torch.float32)
-    torch.library.opcheck(getattr(passes(impl), name), arguments(layout)[name])
+    needs(impl, torch.float32, home(impl))
+    torch.library.opcheck(getattr(passes(impl), name), arguments(layout, home(impl))[name])
 
 
 @KERNELS
 def test_opcheck_without_optional_parts(impl: str) -> None:
-    needs(impl, torch.float32)
-    z, _, mu, al, _ = arguments(torch.contiguous_format)["affine_tail"]
+    needs(impl, torch.float32, home(impl))
+    z, _, mu, al, _ = arguments(torch.contiguous_format, home(impl))["affine_tail"]
     torch.library.opcheck(passes(impl).plane_stats, (z, False, True))
     torch.library.opcheck(passes(impl).plane_stats, (z, True, False))
     torch.library.opcheck(passes(impl).stats_backward, (z, z, mu, al, *[None] * 6))
@@ -62,8 +62,10 @@ def test_opcheck_without_optional_parts(impl: str) -> None:
 @pytest.mark.parametrize("gate", ["none", "spem", "se(reduction=1)", "srm"])
 @pytest.mark.parametrize("norm", ["train", "eval"])
 def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm: str) -> None:
-    needs(impl, torch.float32)
-    eager = tail(gate, (4, 5, 6, 6), norm, dtype=torch.float32, memory_format=layout)
+    needs(impl, torch.float32, home(impl))
+    eager = tail(
+        gate, (4, 5, 6, 6), norm, dtype=torch.float32, memory_format=layout, device=home(impl)
+    )
     compiled = copy.deepcopy(eager)
     torch.compiler.reset()
     run = torch.compile(lambda: compiled.forward(impl), fullgraph=True, backend="aot_eager")
@@ -81,7 +83,7 @@ def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm:
 @pytest.mark.parametrize("impl", ["formula", "numba"])
 def test_a_network_compiled_by_inductor(impl: str) -> None:
     """One training step of a whole network, compiled to code, equals the eager one."""
-    needs(impl, torch.float32)
+    needs(impl, torch.float32, home(impl))
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     models = [spem.resnet(11, attention="spem") for _ in range(2)]
     with use_impl(impl):
@@ -99,12 +101,13 @@ def test_a_network_compiled_by_inductor(impl: str) -> None:
 def test_autocast(impl: str | None) -> None:
     """Under autocast maps are bfloat16, gates float32, and so are the parameters' gradients."""
     if impl == "triton":
-        needs(impl, torch.bfloat16)
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        needs(impl, torch.bfloat16, home(impl))
+    device = "cpu" if impl is None else home(impl)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
     found: list[dict[str, Tensor]] = []
     for how, half in ((impl, True), ("reference", True), ("reference", False)):
-        model = spem.resnet(11, attention="se")
-        with use_impl(how), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model = spem.resnet(11, attention="se").to(device)
+        with use_impl(how), torch.autocast(device, torch.bfloat16, enabled=half):
             out = model(x)
         out.float().square().mean().backward()
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ops.tails import GATES, error, tail
+from ops.tails import GATES, error, home, tail
 from ops.test_tail import needs
 from tolerance import TAIL
 from torch import Tensor, nn
@@ -33,15 +33,15 @@ def gradients(y: Tensor, grad: Tensor, *inputs: Tensor) -> list[Tensor]:
 def test_incoming_gradients_of_any_strides(
     impl: str, dtype: torch.dtype, gate: str, kind: str
 ) -> None:
-    needs(impl, dtype)
-    t = tail(gate, SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail(gate, SHAPE, dtype=dtype, device=home(impl))
     rng = torch.Generator().manual_seed(3)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=rng, dtype=torch.float64).to(dtype)
+        return torch.randn(size, generator=rng, dtype=torch.float64).to(home(impl), dtype)
 
     grad = {
-        "sum": lambda: torch.ones((), dtype=dtype).expand(SHAPE),
+        "sum": lambda: torch.ones((), dtype=dtype).to(home(impl)).expand(SHAPE),
         "expanded": lambda: draw(SHAPE[0], 1, SHAPE[2], 1).expand(SHAPE),
         "permuted": lambda: draw(*SHAPE[::-1]).permute(3, 2, 1, 0),
         "channels_last": lambda: draw(*SHAPE).contiguous(memory_format=torch.channels_last),
@@ -58,8 +58,8 @@ def test_incoming_gradients_of_any_strides(
 @SOME_GATES
 @pytest.mark.parametrize("kind", ["expanded", "channels_last", "sliced"])
 def test_residuals_of_any_strides(impl: str, dtype: torch.dtype, gate: str, kind: str) -> None:
-    needs(impl, dtype)
-    t = tail(gate, SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail(gate, SHAPE, dtype=dtype, device=home(impl))
     plain = t.residual.detach()
     wide = torch.cat([plain, plain], 3)
     residual = {
@@ -80,9 +80,9 @@ def test_residuals_of_any_strides(impl: str, dtype: torch.dtype, gate: str, kind
 @IMPLS
 @pytest.mark.parametrize("gate", GATES)
 def test_identical_calls_give_identical_bits(impl: str, dtype: torch.dtype, gate: str) -> None:
-    needs(impl, dtype)
-    first = tail(gate, (4, 5, 7, 9), dtype=dtype).results(impl)
-    again = tail(gate, (4, 5, 7, 9), dtype=dtype).results(impl)
+    needs(impl, dtype, home(impl))
+    first = tail(gate, (4, 5, 7, 9), dtype=dtype, device=home(impl)).results(impl)
+    again = tail(gate, (4, 5, 7, 9), dtype=dtype, device=home(impl)).results(impl)
     assert first.keys() == again.keys()
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
@@ -93,8 +93,8 @@ def test_identical_calls_give_identical_bits(impl: str, dtype: torch.dtype, gate
 def test_parameters_changed_in_place_between_calls(
     impl: str, dtype: torch.dtype, gate: str
 ) -> None:
-    needs(impl, dtype)
-    t = tail(gate, SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail(gate, SHAPE, dtype=dtype, device=home(impl))
     optimizer = torch.optim.SGD(t.parameters().values(), lr=0.05)
     t.results(impl)
     optimizer.step()
@@ -107,8 +107,8 @@ def test_parameters_changed_in_place_between_calls(
 @IMPLS
 def test_parameters_may_change_between_forward_and_backward(impl: str, dtype: torch.dtype) -> None:
     """The norm's gradient is that of the forward pass it belongs to, whatever came after."""
-    needs(impl, dtype)
-    t = tail("none", SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail("none", SHAPE, dtype=dtype, device=home(impl))
     expected = gradients(t.forward(impl), t.weights, t.z)[0]
     y = t.forward(impl)
     with torch.no_grad():
@@ -121,14 +121,15 @@ def test_parameters_may_change_between_forward_and_backward(impl: str, dtype: to
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @SOME_GATES
 def test_an_empty_batch(impl: str, training: bool, gate: str) -> None:
-    needs(impl, torch.float32)
-    t = tail(gate, (0, 3, 4, 4), "train" if training else "eval", dtype=torch.float32)
+    needs(impl, torch.float32, home(impl))
+    norm = "train" if training else "eval"
+    t = tail(gate, (0, 3, 4, 4), norm, dtype=torch.float32, device=home(impl))
     found = t.results(impl)
-    expected = tail(gate, (0, 3, 4, 4), "train" if training else "eval").results("reference")
+    expected = tail(gate, (0, 3, 4, 4), norm).results("reference")
     assert found["y"].shape == (0, 3, 4, 4)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[name].double().cpu(), value, rtol=1e-6, atol=1e-6)
 
 
 @IMPLS
@@ -140,8 +141,8 @@ def test_nan_and_infinity(
     impl: str, dtype: torch.dtype, gate: str, norm: str, value: float, position: int
 ) -> None:
     """The output is NaN and infinite exactly where composed modules make it so."""
-    needs(impl, dtype)
-    t = tail(gate, (3, 5, 4, 5), norm, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail(gate, (3, 5, 4, 5), norm, dtype=dtype, device=home(impl))
     with torch.no_grad():
         t.z[1, 3].view(-1)[position] = value
     found = copy.deepcopy(t).forward(impl).detach()
@@ -154,8 +155,8 @@ def test_nan_and_infinity(
 
 @IMPLS
 def test_nan_in_the_residual_stays(impl: str, dtype: torch.dtype) -> None:
-    needs(impl, dtype)
-    t = tail("spem", SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail("spem", SHAPE, dtype=dtype, device=home(impl))
     with torch.no_grad():
         t.residual[2, 1, 0, 3] = float("nan")
     y = t.forward(impl)
@@ -171,11 +172,11 @@ def test_the_first_of_equal_extrema_gets_the_gradient(
     impl: str, dtype: torch.dtype, sign: float
 ) -> None:
     """Planes of two levels: max and min tie many times; -0.0 and 0.0 are equal."""
-    needs(impl, dtype)
+    needs(impl, dtype, home(impl))
     plane = torch.tensor([[0.0, 2, -0.0], [-1, 2, -1], [2, 0, -1]], dtype=dtype)
     zeros = torch.tensor([[-0.0, 0, 0], [0, -3, 0], [-0.0, 0, -3]], dtype=dtype)
     for layout in (torch.contiguous_format, torch.channels_last):
-        z = torch.stack([plane, zeros])[None].expand(2, 2, 3, 3)
+        z = torch.stack([plane, zeros])[None].expand(2, 2, 3, 3).to(home(impl))
         z = z.contiguous(memory_format=layout).requires_grad_()
         residual = torch.full_like(z, 10.0).contiguous(memory_format=layout)
 
@@ -195,18 +196,19 @@ def test_the_first_of_equal_extrema_gets_the_gradient(
                 first_low = flat.tolist().index(low)
                 expected[b, c].view(-1)[first_high] += 2 * flat.sum().item()
                 expected[b, c].view(-1)[first_low] += sign * 0.5 * flat.sum().item()
-        torch.testing.assert_close(found.contiguous(), expected)
+        torch.testing.assert_close(found.contiguous().cpu(), expected)
 
 
 @IMPLS
 @SOME_GATES
 def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype, gate: str) -> None:
     """Of every first one, also where it does not depend on the gate."""
-    needs(impl, dtype)
-    for name in tail(gate, SHAPE, dtype=dtype).parameters():
-        t = tail(gate, SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    for name in tail(gate, SHAPE, dtype=dtype, device=home(impl)).parameters():
+        t = tail(gate, SHAPE, dtype=dtype, device=home(impl))
         wanted = t.parameters()[name]
-        expected = gradients(t.forward(impl), torch.ones(SHAPE, dtype=dtype), wanted)[0]
+        ones = torch.ones_like(t.z.detach())
+        expected = gradients(t.forward(impl), ones, wanted)[0]
         (grad,) = torch.autograd.grad(t.forward(impl).sum(), wanted, create_graph=True)
         torch.testing.assert_close(grad, expected, rtol=0, atol=0)
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
@@ -215,9 +217,9 @@ def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype, gate: str
 
 @IMPLS
 def test_only_what_needs_a_gradient_gets_one(impl: str, dtype: torch.dtype) -> None:
-    needs(impl, dtype)
+    needs(impl, dtype, home(impl))
     for frozen in ("z", "residual", "gamma", "beta", "w_e", "pool.p"):
-        t = tail("spem", SHAPE, dtype=dtype)
+        t = tail("spem", SHAPE, dtype=dtype, device=home(impl))
         full = t.results(impl)
         t.parameters()[frozen].requires_grad_(False)
         part = t.results(impl)
@@ -230,8 +232,8 @@ def test_only_what_needs_a_gradient_gets_one(impl: str, dtype: torch.dtype) -> N
 @IMPLS
 def test_statistics_may_be_all_that_is_used(impl: str, dtype: torch.dtype) -> None:
     """A gate whose value is multiplied away still gives finite gradients."""
-    needs(impl, dtype)
-    t = tail("none", SHAPE, dtype=dtype)
+    needs(impl, dtype, home(impl))
+    t = tail("none", SHAPE, dtype=dtype, device=home(impl))
 
     def nothing(stats: PlaneStats) -> Tensor:
         assert stats.max is not None
@@ -246,15 +248,15 @@ def test_statistics_may_be_all_that_is_used(impl: str, dtype: torch.dtype) -> No
 @IMPLS
 @pytest.mark.parametrize("shape", [(3, 4, 6), (2, 3, 2, 3, 4)], ids=["1d", "3d"])
 def test_maps_of_other_rank(impl: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    needs(impl, dtype)
+    needs(impl, dtype, home(impl))
     rng = torch.Generator().manual_seed(1)
-    z = torch.randn(shape, generator=rng).to(dtype).requires_grad_()
-    residual = torch.randn(shape, generator=rng).to(dtype)
+    z = torch.randn(shape, generator=rng).to(home(impl), dtype).requires_grad_()
+    residual = torch.randn(shape, generator=rng).to(home(impl), dtype)
     kind = nn.BatchNorm1d if len(shape) == 3 else nn.BatchNorm3d
     found, expected = [], []
     for out, how in ((found, impl), (expected, "reference")):
-        norm = kind(shape[1], dtype=dtype)
-        module = spem.SPEM(shape[1], dtype=dtype)
+        norm = kind(shape[1], dtype=dtype, device=home(impl))
+        module = spem.SPEM(shape[1], dtype=dtype, device=home(impl))
         nn.init.constant_(module.w_e, 0.7)
         y = bn_gate_tail(z, residual, norm, module.gate_from, impl=how)
         out += [y.detach(), *gradients(y, residual, z, norm.weight, module.w_e)]

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from attention.drawing import feature_map, randomise
+from ops.tails import home
 from ops.test_tail import needs
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -33,15 +34,15 @@ IMPLS = pytest.mark.parametrize("impl", ["formula", "numba", "triton"])
 )
 def test_as_the_module(impl: str, options: dict[str, object]) -> None:
     """Outputs, gradients and running statistics over three steps, then in evaluation."""
-    needs(impl, torch.float32)
-    composed = randomise(nn.BatchNorm2d(3, **options), "norm").train()
+    needs(impl, torch.float32, home(impl))
+    composed = randomise(nn.BatchNorm2d(3, **options), "norm").to(home(impl)).train()
     fused = copy.deepcopy(composed)
-    module = randomise(spem.SPEM(3), "norm")
+    module = randomise(spem.SPEM(3), "norm").to(home(impl))
     for step in range(4):
         for norm in (composed, fused):
             norm.train(step < 3)
-        z = feature_map(4, 3, 5, 6, key=step, dtype=torch.float32).requires_grad_()
-        r = feature_map(4, 3, 5, 6, key=-step, dtype=torch.float32)
+        z = feature_map(4, 3, 5, 6, key=step, dtype=torch.float32).to(home(impl)).requires_grad_()
+        r = feature_map(4, 3, 5, 6, key=-step, dtype=torch.float32).to(home(impl))
         expected = bn_gate_tail(z, r, composed, module.gate_from, impl="reference")
         found = bn_gate_tail(z, r, fused, module.gate_from, impl=impl)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -58,9 +59,9 @@ def test_as_the_module(impl: str, options: dict[str, object]) -> None:
 @IMPLS
 def test_frozen_statistics_stay(impl: str) -> None:
     """``track_running_stats = False`` on a norm that has buffers stops their updates."""
-    needs(impl, torch.float32)
-    norms = [nn.BatchNorm2d(3) for _ in range(2)]
-    z = feature_map(4, 3, 5, 6, dtype=torch.float32)
+    needs(impl, torch.float32, home(impl))
+    norms = [nn.BatchNorm2d(3, device=home(impl)) for _ in range(2)]
+    z = feature_map(4, 3, 5, 6, dtype=torch.float32).to(home(impl))
     found = []
     for norm, how in zip(norms, (impl, "reference"), strict=True):
         norm.track_running_stats = False
@@ -109,11 +110,11 @@ def test_a_numba_that_cannot_be_loaded_is_an_obstacle(monkeypatch: pytest.Monkey
 
 @IMPLS
 def test_one_value_per_channel_is_refused_in_training(impl: str) -> None:
-    needs(impl, torch.float32)
-    z = torch.randn(1, 3, 1, 1)
+    needs(impl, torch.float32, home(impl))
+    z, norm = torch.randn(1, 3, 1, 1).to(home(impl)), nn.BatchNorm2d(3, device=home(impl))
     with pytest.raises(ValueError, match="more than one value per channel"):
-        bn_gate_tail(z, z, nn.BatchNorm2d(3), impl=impl)
-    bn_gate_tail(z, z, nn.BatchNorm2d(3).eval(), impl=impl)
+        bn_gate_tail(z, z, norm, impl=impl)
+    bn_gate_tail(z, z, norm.eval(), impl=impl)
 
 
 def test_what_is_composed() -> None:

@@ -18,12 +18,14 @@ PARAMETERS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, tor
 """Gradients of parameters: sums over the batch, of terms of both signs, taken in float32."""
 COMPOSED_IN_HALF = 0.3
 """The same where a tail is composed in half precision, and what is summed was rounded before."""
-NETWORKS = {torch.float64: 1e-9, torch.float32: 2e-3}
-"""Loss and gradients of whole networks, in the Euclidean norm: a value that rounding moves over
-the edge of a ReLU changes single elements by all they are."""
+NETWORKS = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.03}
+"""Loss, logits and gradients of whole networks, in the Euclidean norm: a value that rounding moves
+over the edge of a ReLU changes single elements by all they are."""
+IN_ONE = 0.4
+"""All gradients of a network in bfloat16 as one vector, in the same norm."""
 
 
-class BenchError(FloatingPointError):
+class BenchError(RuntimeError):
     """A provider computes something else than it should, or could not run."""
 
 

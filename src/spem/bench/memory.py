@@ -3,23 +3,22 @@
 The process builds its network, makes one step on a small batch (so that code, kernels and caches
 are loaded), and then two on the whole batch; what counts is by how much the peak lies above what
 was held before those two. On a CPU that is resident memory as the system counts it, on a GPU what
-torch allocated.
+torch allocated. The other number is the whole process's peak of resident memory.
 
-    python -m spem.bench.memory '{"attention": "spem", ...}'     # one process; prints a number
+    python -m spem.bench.memory '{"attention": "spem", ...}'     # one process; prints two numbers
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +42,13 @@ MIB = 1 << 20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+class Peak(NamedTuple):
+    """MiB: of two steps above what was held before them, and of the whole process."""
+
+    steps: float
+    process: float
+
+
 def run_memory(
     settings: Settings, work: Workload, *, repeats: int = 3, quiet: bool = False
 ) -> list[Row]:
@@ -61,11 +67,11 @@ def run_memory(
         fused, _ = fused_impl(settings, DTYPES[work.dtype])
         chosen = subjects(settings, work, compiled=False)
         for subject in chosen:
-            checked(subject, fused, device)
+            checked(subject, fused, device, work.dtype, work.layout)
         countdown = Countdown(2, quiet=quiet)
         for training in (True, False):
             countdown.start("training" if training else "inference")
-            peaks: dict[Subject, list[float]] = {subject: [] for subject in chosen}
+            peaks: dict[Subject, list[Peak]] = {subject: [] for subject in chosen}
             for turn in range(repeats):
                 for i, subject in enumerate(chosen):
                     impl = impl_of(subject.way, fused)
@@ -80,15 +86,17 @@ def run_memory(
 def _row(
     mode: str,
     subject: Subject,
-    peaks: dict[Subject, list[float]],
+    peaks: dict[Subject, list[Peak]],
     impl: str,
     work: Workload,
     run_facts: Row,
 ) -> Row:
-    middle = statistics.median(peaks[subject])
+    steps = {s: [peak.steps for peak in found] for s, found in peaks.items()}
+    mine, whole = steps[subject], [peak.process for peak in peaks[subject]]
+    middle = statistics.median(mine)
     columns: Row = {}
     for name in RATIOS:
-        base = peaks.get(bases(subject).get(name, subject)) if name in bases(subject) else None
+        base = steps.get(bases(subject)[name]) if name in bases(subject) else None
         columns[name] = f"{middle / statistics.median(base):.3f}" if base else ""
     return {
         "mode": mode,
@@ -96,8 +104,9 @@ def _row(
         "way": subject.way,
         "impl": impl,
         "peak_mib": f"{middle:.1f}",
-        "peak_mib_least": f"{min(peaks[subject]):.1f}",
-        "peak_mib_most": f"{max(peaks[subject]):.1f}",
+        "peak_mib_least": f"{min(mine):.1f}",
+        "peak_mib_most": f"{max(mine):.1f}",
+        "process_peak_mib": f"{statistics.median(whole):.1f}",
         **columns,
         **work.columns,
         **run_facts,
@@ -106,8 +115,8 @@ def _row(
 
 def _ask(
     settings: Settings, work: Workload, subject: Subject, impl: str, *, training: bool
-) -> float:
-    """The peak in MiB of a process of its own."""
+) -> Peak:
+    """The peak of a process of its own."""
     question = {
         "attention": subject.attention,
         "way": subject.way,
@@ -122,11 +131,12 @@ def _ask(
     if done.returncode != 0:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise BenchError(f"bench: the process that measures {subject} failed: {reason}")
-    return float(done.stdout.strip().rpartition("\n")[2])
+    steps, process = done.stdout.strip().rpartition("\n")[2].split()
+    return Peak(float(steps), float(process))
 
 
-def peak_of(question: dict[str, Any]) -> float:
-    """Answers in this process: how far the peak of two steps lies above what was held before."""
+def peak_of(question: dict[str, Any]) -> Peak:
+    """Answers in this process."""
     work = Workload(**question["work"])
     subject = Subject(question["attention"], question["way"])
     device = torch.device(question["device"])
@@ -134,6 +144,7 @@ def peak_of(question: dict[str, Any]) -> float:
         # No search among convolutions: its trials need memory of their own.
         torch.backends.cudnn.benchmark = False
         model = build(subject, work, device)
+        held, process = 0, 0
         for size in (2, work.batch):
             here = replace(work, batch=size)
             found, labels = images(here.batch, here.layout)
@@ -145,10 +156,11 @@ def peak_of(question: dict[str, Any]) -> float:
                 training=question["training"],
                 dtype=DTYPES[work.dtype],
             )
+            process = max(process, _resident_peak())  # before it is forgotten
             held = _restart(device)
             for _ in range(2):
                 provider.sample()
-        return (_peak(device) - held) / MIB
+        return Peak((_peak(device) - held) / MIB, max(process, _resident_peak()) / MIB)
 
 
 def _restart(device: torch.device) -> int:
@@ -167,6 +179,10 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
+    return _resident_peak()
+
+
+def _resident_peak() -> int:
     return _status("VmHWM") or _high_water()
 
 
@@ -178,13 +194,16 @@ def _status(name: str) -> int:
 
 
 def _high_water() -> int:
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main(arguments: Sequence[str]) -> None:
     """Answers one question, given as JSON."""
-    sys.stdout.write(f"{peak_of(json.loads(arguments[0])):.3f}\n")
+    peak = peak_of(json.loads(arguments[0]))
+    sys.stdout.write(f"{peak.steps:.3f} {peak.process:.3f}\n")
 
 
 if __name__ == "__main__":

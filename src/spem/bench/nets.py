@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spem.attention import ChannelAttention, learned_mixes, penalty
-from spem.bench.checks import NETWORKS, BenchError, require_close
+from spem.bench.checks import IN_ONE, NETWORKS, BenchError, require_close
 from spem.bench.official import OfficialWay, official_penalty, our_name, use_official
 from spem.bench.settings import (
     COMPILED,
@@ -24,7 +24,7 @@ from spem.bench.settings import (
     impl_of,
 )
 from spem.bench.tails import LAYOUTS, compiled
-from spem.bench.timing import Sample, timed
+from spem.bench.timing import Sample, captured, timed
 from spem.models import Bottleneck, ResNet, resnet
 from spem.ops import use_impl
 from spem.seeding import keyed_generator
@@ -154,11 +154,12 @@ class NetProvider:
         Raises:
             BenchError: The loss or a logit is not finite.
         """
-        (first,) = timed(self._device, self._call)
-        self.first_call_s = first / 1e3
         if self.subject.way.endswith(GRAPH):
-            self._capture()
+            self.first_call_s, self._work = captured(self._device, self._call, self._free)
             self._call()
+        else:
+            (first,) = timed(self._device, self._call)
+            self.first_call_s = first / 1e3
         assert self.last is not None
         if not bool(torch.isfinite(self.last).all()):
             raise BenchError(f"bench: {self.subject}: the results are not finite: no times.")
@@ -179,42 +180,41 @@ class NetProvider:
 
     def _step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        self.last = self._target(self._images, self._labels)
-        self.last.backward()
+        loss = self._target(self._images, self._labels)
+        loss.backward()
         self._optimizer.step()
+        self.last = loss.detach()  # alive, its graph would tie the parameters to this stream
 
     def _infer(self) -> None:
         half = self._dtype != torch.float32
         with torch.no_grad(), torch.autocast(self._device.type, dtype=self._dtype, enabled=half):
             self.last = self._target(self._images)
 
-    def _capture(self) -> None:
-        """Captures a step, after three on another stream as torch asks."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._call()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+    def _free(self) -> None:
+        self.last = None
         self._optimizer.zero_grad(set_to_none=True)
-        graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._call()
-        self._work = graph.replay
 
 
-def check_way(subject: Subject, impl: str, device: torch.device) -> None:
+def check_way(
+    subject: Subject,
+    impl: str,
+    device: torch.device,
+    *,
+    dtype: str = "float32",
+    layout: str = "contiguous",
+) -> None:
     """Compares a small network, computed in this way, with the reference in float64.
 
     Training: loss and the gradient of every parameter, at batch 4 and 16x16 pixels. Inference:
-    the logits. In float64 where the implementation takes it, else in float32.
+    the logits. First in float64 where the implementation takes it, else in float32; then in the
+    dtype and the layout that are timed.
 
     Raises:
         BenchError: They differ, or the network lacks attention in a block.
     """
     way = subject.way.removesuffix(GRAPH)
     small = Subject(subject.attention, way)
-    dtype = torch.float64 if device.type == "cpu" and impl != "triton" else torch.float32
+    wide = torch.float64 if device.type == "cpu" and impl != "triton" else torch.float32
     model = network(small, 11)
     count = sum(block.attention is not None for block in blocks_of(model))
     if count != (0 if subject.attention == "none" else len(blocks_of(model))):
@@ -222,25 +222,54 @@ def check_way(subject: Subject, impl: str, device: torch.device) -> None:
     twin = network(Subject(subject.attention, "composed"), 11)
     for one in (model, twin):
         perturb(one)
-    model, twin = model.to(device, dtype), twin.to(device, torch.float64)
-    inputs, labels = (t.to(device) for t in images(4, "contiguous", side=16))
+    twin = twin.to(device, torch.float64)
     folded = way.endswith(FOLDED)
-    if folded:
-        model = fold(model, keep_gates_bare=way.startswith("fused")).train(mode=False)
-    for one in (model, twin):
-        one.train(not folded)
-    expected = _results(twin, "reference", inputs.double(), labels, training=not folded)
-    found = _results(model, impl, inputs.to(dtype), labels, training=not folded)
-    bounds = dict.fromkeys(expected, NETWORKS[dtype])
-    require_close(str(subject), found, expected, bounds, norm=True)
-    for one in (model, twin):
-        one.eval()
-    with torch.no_grad(), use_impl("reference"):
-        logits = twin(inputs.double())
-    with torch.no_grad(), use_impl(impl):
-        found = {"logits": model(inputs.to(dtype))}
-    bound = {"logits": NETWORKS[dtype]}
-    require_close(str(subject), found, {"logits": logits}, bound, norm=True)
+    for kind in ((wide, "contiguous"), (DTYPES[dtype], layout)):
+        # bfloat16 is autocast: the weights stay float32.
+        one = copy.deepcopy(model).to(device, wide if kind[0] == wide else torch.float32)
+        if folded:
+            one = fold(one, keep_gates_bare=way.startswith("fused"))
+        _compare(small, impl, one, twin, kind, training=not folded)
+
+
+def _compare(
+    subject: Subject,
+    impl: str,
+    model: nn.Module,
+    twin: nn.Module,
+    kind: tuple[torch.dtype, str],
+    *,
+    training: bool,
+) -> None:
+    """Compares loss, gradients and logits of a network with those of its twin in float64."""
+    dtype, layout = kind
+    model = model.to(memory_format=LAYOUTS[layout])  # pyright: ignore[reportCallIssue]
+    device = next(model.parameters()).device
+    inputs, labels = (t.to(device) for t in images(4, layout, side=16))
+    mine = inputs.to(next(model.parameters()).dtype)
+    half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    # Copies: a forward pass in training moves the running statistics.
+    one, two = copy.deepcopy(model).train(training), copy.deepcopy(twin).train(training)
+    expected = _results(two, "reference", inputs.double(), labels, training=training)
+    with half:
+        found = _results(one, impl, mine, labels, training=training)
+    if training and dtype == torch.bfloat16:
+        found, expected = _in_one(found), _in_one(expected)
+    bounds = dict.fromkeys(expected, NETWORKS[dtype]) | {"gradients": IN_ONE}
+    name = f"{subject} ({str(dtype).removeprefix('torch.')}, {layout})"
+    require_close(name, found, expected, bounds, norm=True)
+    with torch.no_grad():
+        with use_impl("reference"):
+            logits = two.eval()(inputs.double())
+        with use_impl(impl), half:
+            found = {"logits": one.eval()(mine)}
+    require_close(name, found, {"logits": logits}, {"logits": NETWORKS[dtype]}, norm=True)
+
+
+def _in_one(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All gradients as one vector: of some, half precision leaves nothing but rounding errors."""
+    parts = [value.flatten() for name, value in results.items() if name != "loss"]
+    return {"loss": results["loss"], "gradients": torch.cat(parts)}
 
 
 def _results(
@@ -248,8 +277,9 @@ def _results(
 ) -> dict[str, Tensor]:
     """Loss and gradients under the parameters' own names; of a folded network the loss alone."""
     with use_impl(impl):
-        # The loss in the network's own dtype: `loss_of` makes the logits float32.
-        loss = functional.cross_entropy(model(inputs), labels)
+        logits = model(inputs)
+        # The loss in the network's own dtype (`loss_of` makes the logits float32) but not in half.
+        loss = functional.cross_entropy(logits.to(inputs.dtype), labels)
         if not training:
             return {"loss": loss.detach()}
         names = [our_name(name) for name, _ in model.named_parameters()]
@@ -257,10 +287,12 @@ def _results(
     return {"loss": loss.detach(), **dict(zip(names, found, strict=True))}
 
 
-def checked(subject: Subject, fused: str | None, device: torch.device) -> str:
+def checked(
+    subject: Subject, fused: str | None, device: torch.device, dtype: str, layout: str
+) -> str:
     """The implementation of a subject, after its check."""
     impl = impl_of(subject.way, fused)
-    check_way(subject, impl, device)
+    check_way(subject, impl, device, dtype=dtype, layout=layout)
     return impl
 
 

@@ -24,7 +24,7 @@ from spem.bench.settings import (
     impl_of,
     with_graphs,
 )
-from spem.bench.table import Row, select
+from spem.bench.table import Row, select, without_failed
 from spem.bench.tails import Case, TailProvider, make_inputs
 from spem.bench.timing import Countdown, Sample, copy_bandwidth, flusher, round_robin
 
@@ -33,6 +33,8 @@ ATTENTIONS = ("none", "se", "eca", "srm", "spem")
 RATIOS = ("attention_cost", "to_plain", "to_official")
 SAME_RUN = ("hardware", "torch", "numba", "triton", "commit", "threads", "rounds")
 """Facts that must agree before rows of a run that was cut short are kept."""
+CASE = ("op", "batch", "channels", "height", "width", "dtype", "layout")
+"""The columns that say which map it is."""
 
 _CIFAR = ((128, 64, 32, 32), (128, 128, 16, 16), (128, 256, 8, 8))
 _IMAGENET = ((128, 256, 56, 56), (128, 512, 28, 28), (128, 1024, 14, 14), (128, 2048, 7, 7))
@@ -94,7 +96,7 @@ def run_ops(
         settings: How to measure.
         only: These maps instead of the device's own.
         kept: Rows of a run that was cut short; their maps are not timed again if that run was of
-            the same commit, versions and machine.
+            the same commit, versions and machine, and every provider of a map could run.
         save: Given all rows so far after each map.
         quiet: No progress line.
 
@@ -106,7 +108,7 @@ def run_ops(
         run_facts = {"rounds": str(settings.rounds), **facts(device)}
         chosen = list(cases(device, quick=settings.quick) if only is None else only)
         same = {name: run_facts[name] for name in SAME_RUN}
-        rows = [dict(row) for row in select(kept, same)]
+        rows = [dict(row) for row in without_failed(select(kept, same), CASE)]
         missing = [case for case in chosen if not select(rows, _identity(case))]
         countdown = Countdown(len(missing), quiet=quiet)
         for case in missing:
@@ -141,7 +143,7 @@ def _run_case(
             continue
         ready[subject] = provider
     rows: list[Row] = []
-    states = {"": None} if device.type == "cpu" else {"flushed": flusher(device), "warm": None}
+    states = {"": None} if device.type == "cpu" else {"flushed": flusher(device), "unflushed": None}
     for l2, before in states.items():
         found = round_robin(
             {str(subject): provider for subject, provider in ready.items()},
@@ -234,5 +236,4 @@ def bytes_model(case: Case, mode: str, *, reads_statistics: bool) -> int:
 
 
 def _identity(case: Case) -> dict[str, str]:
-    names = ("op", "batch", "channels", "height", "width", "dtype", "layout")
-    return {name: str(getattr(case, name)) for name in names}
+    return {name: str(getattr(case, name)) for name in CASE}

@@ -75,7 +75,8 @@ def _members(kind: str, rows: Sequence[Row], panel: Report) -> list[Row]:
 def _whole(kind: str, row: Row) -> bool:
     if kind != "ops":
         return True
-    return row["mode"] == ("both" if row["op"] == "bn_train" else "forward") and row["l2"] != "warm"
+    whole = "both" if row["op"] == "bn_train" else "forward"
+    return row["mode"] == whole and row["l2"] in ("", "flushed")
 
 
 def _panel(axis: Axes, kind: str, panel: Report, members: Sequence[Row]) -> None:

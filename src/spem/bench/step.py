@@ -143,7 +143,7 @@ def providers(
     for subject in chosen:
         countdown.check(str(subject))
         try:
-            impl = checked(subject, fused, device)
+            impl = checked(subject, fused, device, work.dtype, work.layout)
             provider = NetProvider(
                 subject,
                 build(subject, work, device),

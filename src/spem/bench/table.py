@@ -40,6 +40,12 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def without_failed(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows, less every group (rows that agree in these columns) of which one could not run."""
+    failed = {tuple(row.get(name) for name in names) for row in rows if row.get("note")}
+    return [row for row in rows if tuple(row.get(name) for name in names) not in failed]
+
+
 def select(rows: Sequence[Row], wanted: Mapping[str, str]) -> list[Row]:
     """The rows with these values."""
     return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]

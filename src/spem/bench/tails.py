@@ -16,7 +16,7 @@ from spem.attention import SPEM, ChannelAttention, as_spec
 from spem.bench.checks import COMPOSED_IN_HALF, MAPS, PARAMETERS, require_close
 from spem.bench.official import OfficialWay, official, our_name
 from spem.bench.settings import COMPILED, FORMULA, GRAPH, OFFICIAL, Subject
-from spem.bench.timing import Sample, timed
+from spem.bench.timing import Sample, captured, timed
 from spem.models import residual_tail
 from spem.ops import use_impl
 from spem.seeding import initialise, keyed_generator
@@ -154,7 +154,7 @@ class TailProvider:
             self._run = compiled(self.module)
         self._y: Tensor | None = None
         self._grads: Sequence[Tensor] = ()
-        self._graph: Any = None
+        self._replay: Callable[[], object] | None = None
         self.first_call_s = math.nan
 
     @property
@@ -178,16 +178,16 @@ class TailProvider:
 
     def _check(self) -> None:
         expected = self._expected()
-        start = time.perf_counter()
-        self.call()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.first_call_s = time.perf_counter() - start
-        self._compare(expected)
         if self.subject.way.endswith(GRAPH):
-            self._capture()
-            self._graph.replay()
-            self._compare(expected)
+            self.first_call_s, self._replay = captured(self._device, self.call, self._free)
+            self._replay()
+        else:
+            start = time.perf_counter()
+            self.call()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.first_call_s = time.perf_counter() - start
+        self._compare(expected)
 
     def call(self) -> None:
         """Forward, and backward in training."""
@@ -198,8 +198,8 @@ class TailProvider:
 
     def sample(self) -> Sample:
         """One call and its milliseconds."""
-        if self._graph is not None:
-            (both,) = timed(self._device, self._graph.replay)
+        if self._replay is not None:
+            (both,) = timed(self._device, self._replay)
             return {"both" if self.inputs.training else "forward": both}
         with use_impl(self.impl):
             if self.inputs.training:
@@ -221,19 +221,6 @@ class TailProvider:
 
     def _free(self) -> None:
         self._y, self._grads = None, ()
-
-    def _capture(self) -> None:
-        """Captures a call, after three on another stream as torch asks."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.call()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.call()
-        self._graph = graph
 
     def _expected(self) -> dict[str, Tensor]:
         """The reference in float64; sets the gradient to zero where rounding could pass it or not.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import sys
 import time
@@ -44,6 +45,37 @@ def timed(device: torch.device, *parts: Callable[[], object]) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
+def captured(
+    device: torch.device, call: Callable[[], object], free: Callable[[], object]
+) -> tuple[float, Callable[[], object]]:
+    """Records a call as a CUDA graph, after three that leave nothing to compile or to choose.
+
+    All of them on one side stream: autograd ties the leaves of a graph to a stream, and work for
+    another one, as the default stream, cannot be recorded.
+
+    Args:
+        device: The GPU.
+        call: Must not have been made before.
+        free: Called before the recording; drops what the calls have left, graphs above all.
+
+    Returns:
+        Seconds of the first call, and what replays the recording.
+    """
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream(device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            (first,) = timed(device, call)
+            for _ in range(2):
+                call()
+        here.wait_stream(aside)
+        free()
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
+            call()
+    return first / 1e3, graph.replay
+
+
 def round_robin(
     providers: Mapping[str, Provider],
     rounds: int,
@@ -52,7 +84,7 @@ def round_robin(
     before: Callable[[], object] | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Sample]]:
-    """One call of each provider per round; every round starts one provider further on.
+    """One call of each provider per round, in an order drawn anew (seeded) for every round.
 
     Args:
         providers: Who takes part, by name.
@@ -64,9 +96,10 @@ def round_robin(
     names = list(providers)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     done, total = 0, len(names) * (rounds + warm_up)
+    order = random.Random(0)
     for turn in range(-warm_up, rounds):
-        shift = turn % len(names)
-        for name in (*names[shift:], *names[:shift]):
+        # In a rotation everybody would always follow the same neighbour.
+        for name in order.sample(names, len(names)):
             if before is not None:
                 before()
             sample = providers[name].sample()

@@ -216,6 +216,7 @@ def _run(
     import torch
 
     from spem.bench import plots
+    from spem.bench.checks import BenchError
     from spem.bench.report import failures
     from spem.bench.runs import measure, path_of
     from spem.bench.settings import fused_impl
@@ -225,7 +226,10 @@ def _run(
     if impl is None:
         print(f"There are no fused rows: {reason}.", file=sys.stderr)
     path = None if out is None or settings.quick else path_of(kind, out, settings)
-    rows = measure(kind, settings, work, path=path, resume=resume)
+    try:
+        rows = measure(kind, settings, work, path=path, resume=resume)
+    except BenchError as error:  # wrong results: one sentence and exit code 1, as of a divergence
+        raise FloatingPointError(str(error)) from error
     _show(kind, rows, aimed=not settings.quick)
     if path is not None:
         print(f"written: {path}")
