@@ -232,6 +232,7 @@ def test_the_command_names_the_tails(capsys: pytest.CaptureFixture[str], numba_t
     shown = capsys.readouterr().out
     assert (
         "On cpu, fp32: 3 block tails: numba (fused batch norm + spem + add + ReLU).\n"
+        "Maps of fewer than 262,144 values (small batches) are composed.\n"
         "Whole maps they read and write, by a model: 1.8 MB forward, 3.2 MB backward." in shown
     )
     run(["resnet11", "--attention", "cbam", "--device", "cuda", "--precision", "bf16"])

@@ -19,14 +19,17 @@ def residual_tail(
 ) -> Tensor:
     """The end of a residual branch: relu(attention(norm(z)) + residual); None leaves the map.
 
-    One operation where the gate is a function of plane statistics, or absent (`spem.ops`).
+    One operation where the gate is a function of plane statistics, or absent (`spem.ops`). Where no
+    gradient is recorded the result may take the memory of z, which is nobody else's in a network.
 
     Shape:
         z, residual, output: [N, C, H, W].
     """
     if attention is None:
-        return bn_gate_tail(z, residual, norm)
-    return attention.tail(z, residual, norm)
+        return bn_gate_tail(z, residual, norm, inplace=True)
+    if type(attention).tail is not ChannelAttention.tail:
+        return attention.tail(z, residual, norm)  # one of its own need not know the option
+    return attention.tail(z, residual, norm, inplace=True)
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

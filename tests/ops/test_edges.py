@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import spem
 from spem.ops import PlaneStats, bn_gate_tail, gate_tail
+from spem.ops.stats import STATISTICS
 
 SHAPE = (4, 5, 3, 6)
 IMPLS = pytest.mark.parametrize(
@@ -298,3 +299,30 @@ def test_exports_get_the_reference() -> None:
     x = torch.randn(2, 3, 8, 8)
     graph = torch.export.export(model, (x,)).graph
     assert not any("spem" in str(node.target) for node in graph.nodes)
+
+
+@IMPLS
+@SOME_GATES
+@pytest.mark.parametrize("norm", ["eval", "train", "none"])
+def test_in_place_only_where_no_gradient_is_recorded(
+    impl: str, dtype: torch.dtype, gate: str, norm: str
+) -> None:
+    needs(impl, dtype, home(impl))
+    t = tail(gate, SHAPE, norm, dtype=dtype, device=home(impl))
+    expected = copy.deepcopy(t).forward(impl).detach()
+    read = STATISTICS if t.gate is None else t.gate.statistics
+    function = None if t.gate is None else t.gate.gate_from
+
+    def forward(z: Tensor) -> Tensor:
+        options = {"statistics": read, "impl": impl, "inplace": True}
+        if t.norm is None:
+            return gate_tail(z, t.residual, function, **options)
+        return bn_gate_tail(z, t.residual, copy.deepcopy(t.norm), function, **options)
+
+    kept = t.z.detach().clone()
+    assert forward(t.z).data_ptr() != t.z.data_ptr()
+    assert torch.equal(t.z, kept)
+    with torch.no_grad():
+        y = forward(kept)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    assert (y.data_ptr() == kept.data_ptr()) == (impl == "numba")

@@ -134,11 +134,19 @@ class ChannelAttention(nn.Module):
         self._check(x)
         return x * self.gate(x).to(x.dtype)
 
-    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def tail(
+        self,
+        z: Tensor,
+        residual: Tensor,
+        norm: nn.Module | None = None,
+        *,
+        inplace: bool = False,
+    ) -> Tensor:
         """The end of a residual branch: relu(self(norm(z)) + residual).
 
         A module whose gate is a function of plane statistics runs it in one operation with the
         norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks.
+        ``inplace`` lets the result take z's memory where no gradient is recorded.
 
         Shape:
             z, residual, output: [N, C, ...].
@@ -148,9 +156,10 @@ class ChannelAttention(nn.Module):
             tell("tail", z, Choice("reference", composed))
             return (self(z if norm is None else norm(z)) + residual).relu_()
         self._check(z)
+        read = self.statistics
         if norm is None:
-            return gate_tail(z, residual, self.gate_from, statistics=self.statistics)
-        return bn_gate_tail(z, residual, norm, self.gate_from, statistics=self.statistics)
+            return gate_tail(z, residual, self.gate_from, statistics=read, inplace=inplace)
+        return bn_gate_tail(z, residual, norm, self.gate_from, statistics=read, inplace=inplace)
 
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused."""

@@ -127,8 +127,11 @@ def _print(title: str, cost: "Cost", place: str, *, json: bool) -> None:
 def _tails(tails: "Sequence[TailCost]", place: str) -> str:
     """What runs the tails, and the whole maps they move where that is known of all."""
     from spem.cost import tails_text
+    from spem.ops.choice import SMALL
 
     lines = [f"On {place}: {tails_text(tails)}."]
+    if any(tail.impl == "numba" for tail in tails):
+        lines.append(f"Maps of fewer than {SMALL:,} values (small batches) are composed.")
     forward = [tail.forward_bytes for tail in tails if tail.forward_bytes is not None]
     backward = [tail.backward_bytes for tail in tails if tail.backward_bytes is not None]
     if len(forward) == len(backward) == len(tails):

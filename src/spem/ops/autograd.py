@@ -21,7 +21,7 @@ from torch import Tensor
 from spem.ops import synchronised
 from spem.ops.algebra import Incoming, NormalStats, RawStats
 from spem.ops.layout import laid_out_as
-from spem.ops.library import passes
+from spem.ops.library import kernels_of, passes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -94,11 +94,16 @@ def gather(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str
     return Gathered(*out)
 
 
-def close(gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str) -> Tensor:
-    """y = relu(v x + residual) with x = a (z - mu) + beta; v None is 1."""
+def close(
+    gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str, *, inplace: bool = False
+) -> Tensor:
+    """y = relu(v x + residual) with x = a (z - mu) + beta; v None is 1.
+
+    ``inplace`` permits y to take z's memory where no gradient is recorded.
+    """
     g = gathered
     if not torch.is_grad_enabled():
-        return _gated(g.z, v, residual, g.mu, g.a, g.beta, impl)[0]
+        return _gated(g.z, v, residual, g.mu, g.a, g.beta, impl, inplace=inplace)[0]
     return _Tail.apply(
         g.z, g.token_v, g.token_total, g.token_moment, v, residual, g.mu, g.a, g.beta, impl
     )
@@ -150,11 +155,16 @@ def _gated(
     a: Tensor,
     beta: Tensor,
     impl: str,
+    *,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pass F2: the tail's output, and the gate as a dense tensor."""
     work = passes(impl)
     v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
     al, be = work.stages.gated_affine(v, a, beta)
+    if inplace and impl == "numba" and not torch.compiler.is_compiling():
+        # Not through the operator, which is functional.
+        return kernels_of(impl).affine_tail(z, residual, mu, al, be, inplace=True), v
     return work.affine_tail(z, residual, mu, al, be), v
 
 

@@ -25,6 +25,10 @@ TRITON_PROVEN = False
 """Whether the kernels' tests have passed on a real GPU, with their record committed; until then
 CUDA is served by torch's own operations unless Triton is asked for."""
 
+SMALL = 1 << 18
+"""Values of a map below which composed modules are faster on a CPU: a call of the fused tail costs
+some 0.1 ms, whatever the size. A wish for an implementation holds for maps of all sizes."""
+
 _NUMBA_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Constants, since a tracing compiler cannot follow the look-ups.
@@ -119,6 +123,7 @@ def choose(
     dtype: torch.dtype,
     *,
     dense: bool = True,
+    values: int | None = None,
     composed: str | None = None,
     impl: str | None = None,
 ) -> Choice:
@@ -129,6 +134,7 @@ def choose(
         device: Device type.
         dtype: The map's dtype.
         dense: Whether the map is contiguous or channels_last.
+        values: Number of values of the map, or None for one that is large enough.
         composed: A reason that leaves composed modules as the only way, or None.
         impl: An explicit wish of the call.
 
@@ -147,6 +153,8 @@ def choose(
     if _exporting():
         return Choice("reference", "exported")
     if device == "cpu":
+        if values is not None and values < SMALL:
+            return Choice("reference", f"a map of fewer than {SMALL:,} values")
         reason = obstacle("numba", device, dtype, dense=dense)
         return Choice("numba", "") if reason is None else Choice("reference", f"numba {reason}")
     if device == "cuda":

@@ -31,6 +31,7 @@ def gate_tail(
     *,
     statistics: Collection[str] = STATISTICS,
     impl: str | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """relu(v x + residual) with the gate v = gate(stats(x)); None is v = 1.
 
@@ -49,6 +50,8 @@ def gate_tail(
         statistics: Those that the gate reads; others are None in what it is given.
         impl: ``"reference"``, ``"formula"``, ``"numba"``, ``"triton"``, or None for the automatic
             choice (see `spem.ops.use_impl`).
+        inplace: Lets the result take the memory of x where no gradient is recorded and the
+            implementation can; x means nothing afterwards then.
 
     Raises:
         ValueError: Shapes or devices differ, or an implementation that was asked for cannot run
@@ -60,7 +63,7 @@ def gate_tail(
     choice = _choose("gate_tail", x, residual, None, gate, impl)
     if choice.impl == "reference":
         return reference.tail(x, residual, None, gate, statistics)
-    return _fused(x, residual, None, gate, statistics, choice.impl)[0]
+    return _fused(x, residual, None, gate, statistics, choice.impl, inplace=inplace)[0]
 
 
 def bn_gate_tail(
@@ -71,6 +74,7 @@ def bn_gate_tail(
     *,
     statistics: Collection[str] = STATISTICS,
     impl: str | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """relu(v x + residual) with x = norm(z) and the gate v = gate(stats(x)); None is v = 1.
 
@@ -94,6 +98,7 @@ def bn_gate_tail(
         gate: As for `gate_tail`.
         statistics: As for `gate_tail`.
         impl: As for `gate_tail`.
+        inplace: As for `gate_tail`.
 
     Raises:
         ValueError: Shapes or devices differ, an implementation that was asked for cannot run here,
@@ -106,7 +111,7 @@ def bn_gate_tail(
     if choice.impl == "reference":
         return reference.tail(z, residual, norm, gate, statistics)
     view = _batch_norm(norm, z)
-    y, gathered = _fused(z, residual, view, gate, statistics, choice.impl)
+    y, gathered = _fused(z, residual, view, gate, statistics, choice.impl, inplace=inplace)
     if view.mean is None:
         _update_running(norm, gathered, z)
     return y
@@ -163,7 +168,15 @@ def _choose(
         composed = "takes plain tensors, not those of a transform or a tracer"
     if residual.dtype != z.dtype:
         composed = f"takes maps of one dtype, got {z.dtype} and a residual of {residual.dtype}"
-    choice = choose(op, z.device.type, z.dtype, dense=is_dense(z), composed=composed, impl=impl)
+    choice = choose(
+        op,
+        z.device.type,
+        z.dtype,
+        dense=is_dense(z),
+        values=z.numel(),
+        composed=composed,
+        impl=impl,
+    )
     tell(op, z, choice)
     return choice
 
@@ -175,6 +188,8 @@ def _fused(
     gate: Gate | None,
     statistics: Collection[str],
     impl: str,
+    *,
+    inplace: bool,
 ) -> tuple[Tensor, Gathered]:
     if z.numel() == 0:
         impl = "formula"  # there is nothing for a kernel to do
@@ -193,7 +208,7 @@ def _fused(
         if v.device != z.device:
             raise ValueError(f"tail: the map is on {z.device}, the gate's value on {v.device}.")
         v = v.to(compute_dtype(z.dtype)).expand(z.shape[:2])
-    return close(gathered, v, residual, impl), gathered
+    return close(gathered, v, residual, impl, inplace=inplace), gathered
 
 
 def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:

@@ -213,13 +213,15 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     return RawStats(mean, var, high, low, first, at_high, at_low)
 
 
-def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
-    """Pass F2: y = relu(al (z - mu) + be + r); see ``formula.affine_tail``."""
+def affine_tail(
+    z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor, *, inplace: bool = False
+) -> Tensor:
+    """Pass F2: y = relu(al (z - mu) + be + r), into z itself if asked; ``formula.affine_tail``."""
     wide = _maps(z, r)
     shape = tuple(z.shape[:2])
     mu = _scalars(shape[1:], wide, mu)
     al, be = _scalars(shape, wide, al), _scalars(shape, wide, be)
-    y = torch.empty_like(z)
+    y = z if inplace else torch.empty_like(z)
     _pass("affine_tail", z, 0, z, r, mu, al, be, y)
     return y
 
