@@ -162,9 +162,11 @@ def tail(
 
 
 def possible(gate: str, shape: tuple[int, ...], norm: str) -> bool:
-    """Whether definitions allow the tail; SRM norms over the batch, two images of which say too
-    little for its gradients to be compared."""
+    """Whether definitions allow the tail, and its gradients are more than rounding: SRM norms over
+    the batch, of which two images say too little; GCT compares channels, of which one has none."""
     if norm == "train" and shape[0] * shape[2] * shape[3] < 2:
+        return False
+    if gate == "gct" and shape[1] == 1:
         return False
     if not gate.startswith("srm"):
         return True
