@@ -86,7 +86,9 @@ def check_contents(wheel: Path, sdist: Path) -> str:
         packed = {name for name in archive.namelist() if name.startswith("spem/")}
         (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
         facts = Parser().parsestr(archive.read(metadata).decode())
-    files = [p for p in (ROOT / "src/spem").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [
+        p for p in (ROOT / "src/spem").rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
     sources = {p.relative_to(ROOT / "src").as_posix() for p in files}
     require(packed == sources, f"wheel and src differ in {sorted(packed ^ sources)}")
     require("spem/py.typed" in packed, "the wheel lacks py.typed")
