@@ -68,7 +68,7 @@ import spem
 assert spem.__file__.startswith(sys.argv[1]), f"spem was imported from {spem.__file__}"
 maps = torch.randn(2, 64, 8, 8)
 for name in spem.list_attention():
-    assert spem.create_attention(name, 64)(maps).shape == maps.shape, name
+    assert spem.create_attention(name, 64, size=8)(maps).shape == maps.shape, name
 model = spem.resnet(11, attention="spem")
 loss = model(torch.randn(2, 3, 32, 32)).square().mean() + 0.1 * spem.penalty(model)
 loss.backward()

@@ -31,8 +31,18 @@ some 0.1 ms, whatever the size. A wish for an implementation holds for maps of a
 
 _NUMBA_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _found(package: str) -> bool:
+    """Whether a package can be found; finders may raise instead of finding nothing."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 # Constants, since a tracing compiler cannot follow the look-ups.
-_INSTALLED = {name: find_spec(name) is not None for name in ("numba", "triton")}
+_INSTALLED = {name: _found(name) for name in ("numba", "triton")}
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 _LOG = logging.getLogger("spem.ops")
 
