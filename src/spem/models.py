@@ -76,6 +76,11 @@ class Bottleneck(nn.Module):
         out = self.bn2(self.conv2(out)).relu_()
         return residual_tail(self.conv3(out), residual, self.bn3, self.attention)
 
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm that ends the residual branch, before the attention."""
+        return self.bn3
+
 
 class Basic(nn.Module):
     """Two 3x3 convolutions; attention on the last norm's output."""
@@ -103,6 +108,11 @@ class Basic(nn.Module):
         residual = x if self.downsample is None else self.downsample(x)
         out = self.bn1(self.conv1(x)).relu_()
         return residual_tail(self.conv2(out), residual, self.bn2, self.attention)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm that ends the residual branch, before the attention."""
+        return self.bn2
 
 
 _BLOCKS: dict[str, tuple[type[Bottleneck] | type[Basic], int]] = {
@@ -159,6 +169,21 @@ class ResNet(nn.Module):
         # A mean, not an adaptive pool: any input size, deterministic, and it exports as a plain
         # reduction.
         return self.fc(x.mean((2, 3)))
+
+
+def blocks(model: nn.Module) -> list[tuple[str, Bottleneck | Basic]]:
+    """The residual blocks of a network with their names, from the first to the last."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, (Bottleneck, Basic))]
+
+
+def start_branches(model: nn.Module, weight: float) -> None:
+    """Sets the weight of the last norm of every residual branch.
+
+    A control: a module whose gate starts at 0.03 (SPEM) starts every branch at that size, which
+    alone changes how a deep network trains.
+    """
+    for _, block in blocks(model):
+        nn.init.constant_(block.last_norm.weight, weight)
 
 
 def blocks_per_stage(depth: int, block: str) -> int:

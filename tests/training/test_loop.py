@@ -61,7 +61,7 @@ def test_metrics_line_holds_what_is_promised(finished: tuple[RunConfig, Path]):
         assert set(line) == {
             *("epoch", "lr", "loss", "penalty", "train_accuracy", "test_loss", "test_accuracy"),
             *("validation_loss", "validation_accuracy", "best_epoch", "best_test_accuracy"),
-            *("seconds", "evaluation_seconds", "images_per_second", "mixes"),
+            *("seconds", "evaluation_seconds", "images_per_second", "mixes", "gradients"),
         }
         assert list(line["mixes"]) == [f"layer{i}.0.attention.pool" for i in (1, 2, 3)]
     moved = [mix["change"] for mix in lines[0]["mixes"].values()]
@@ -106,7 +106,7 @@ def test_result_agrees_with_metrics_and_weights(finished: tuple[RunConfig, Path]
 def test_folder_holds_the_documented_files(finished: tuple[RunConfig, Path]):
     assert {p.name for p in finished[1].iterdir()} == {
         *("config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"),
-        *("model.safetensors", "result.json", "log.txt"),
+        *("model.safetensors", "result.json", "log.txt", "answers.npy", "gates.json"),
     }
     (start,) = json.loads((finished[1] / "environment.json").read_text())["starts"]
     assert start["versions"]["torch"] == torch.__version__

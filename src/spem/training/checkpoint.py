@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +107,31 @@ def load_json(path: Path, *, remedy: str) -> dict[str, Any]:
     if not whole:
         raise _damaged(path, "its SHA-256 does not match (damaged, or edited by hand)", remedy)
     return cast("dict[str, Any]", values)
+
+
+def save_answers(answers: Tensor, path: Path) -> None:
+    """Write the class a network answered for each test image as a numpy array of small integers."""
+    largest = int(answers.max()) if len(answers) else 0
+    content = io.BytesIO()
+    np.save(content, answers.numpy().astype(np.min_scalar_type(largest)), allow_pickle=False)
+    write_atomic(path, content.getvalue())
+
+
+def load_answers(path: Path) -> np.ndarray[Any, Any]:
+    """Read what `save_answers` wrote, [n] integers.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        answers = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise _damaged(
+            path, f"it is no array ({error})", "Delete the run's folder to train it again."
+        ) from error
+    if answers.ndim != 1 or answers.dtype.kind != "u":
+        raise _damaged(path, "it is no list of classes", "Delete the run's folder to train again.")
+    return answers
 
 
 def save_weights(model: ResNet, config: RunConfig, path: Path) -> None:

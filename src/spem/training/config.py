@@ -19,6 +19,9 @@ from spem.ops.choice import IMPLEMENTATIONS, Impl
 _NOT_IN_ID = ("root", "sha256", "test_sha256")
 """Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
 
+_LATER = ("branch_start", "test_limit")
+"""Optional fields younger than the first runs: left out of the id while they are not used."""
+
 SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 
@@ -33,17 +36,23 @@ class ModelConfig:
         block: kind of residual block.
         init_scope: "backbone" leaves a module its own initialisation, "all" re-initialises the
             convolutions and norms inside modules too, as the official program does.
+        branch_start: weight at which the last norm of every residual branch starts, a control for
+            modules that start a branch small; None is the norm's own 1.
     """
 
     depth: int = 164
     attention: str = "spem"
     block: Literal["bottleneck", "basic"] = "bottleneck"
     init_scope: Literal["backbone", "all"] = "backbone"
+    branch_start: float | None = None
 
     def __post_init__(self) -> None:
         blocks_per_stage(self.depth, self.block)
         _one_of("model.init_scope", self.init_scope, ("backbone", "all"))
         object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
+        if self.branch_start is not None:
+            _at_least("model.branch_start", self.branch_start, 0)
+            object.__setattr__(self, "branch_start", float(self.branch_start))
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class DataConfig:
         root: folder that holds the CIFAR sets; not part of the run's id.
         val: training images held out for selecting the best epoch; 0 selects on the test set.
         limit: train on this many images only (a fixed subset, the same for every seed).
+        test_limit: test on this many images only (likewise).
         augment: random crop after padding and, with `flip`, horizontal flip.
         flip: flip half of the images; wrong for digits and letters.
         pad: zeros added on each side before the crop, in pixels.
@@ -69,6 +79,7 @@ class DataConfig:
     root: str | None = None
     val: int = 0
     limit: int | None = None
+    test_limit: int | None = None
     augment: bool = True
     flip: bool = True
     pad: int = 4
@@ -84,8 +95,9 @@ class DataConfig:
         _one_of("data.normalisation", self.normalisation, tuple(NORMALISATION))
         _at_least("data.val", self.val, 0)
         _at_least("data.pad", self.pad, 0)
-        if self.limit is not None:
-            _at_least("data.limit", self.limit, 1)
+        for name in ("limit", "test_limit"):
+            if getattr(self, name) is not None:
+                _at_least(f"data.{name}", getattr(self, name), 1)
         if self.size is not None:
             _at_least("data.size", self.size, 1)
 
@@ -211,6 +223,10 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The fields behind `id`, as nested plain values."""
         full = self.to_dict()
+        for section in (full["model"], full["data"]):
+            for name in _LATER:
+                if section.get(name, ...) is None:
+                    del section[name]
         data = {k: v for k, v in full["data"].items() if k not in _NOT_IN_ID}
         return {
             "schema": SCHEMA,

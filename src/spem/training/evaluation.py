@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from spem.data import NORMALISATION, ImageSet, normalise
@@ -51,21 +52,41 @@ def evaluate(
     Raises:
         ValueError: the set is empty.
     """
+    loss = correct = 0
+    for logits, labels in _answers(model, data, normalisation, batch):
+        loss += functional.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    right = int(correct)
+    return Accuracy(float(loss) / len(data), 100.0 * right / len(data), right, len(data))
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, data: ImageSet, *, normalisation: str = "paper", batch: int = 500
+) -> Tensor:
+    """The class a network answers for each image: what `evaluate` counts, on the CPU.
+
+    Shape:
+        output: int64 [n].
+    """
+    answers = [logits.argmax(1) for logits, _ in _answers(model, data, normalisation, batch)]
+    return torch.cat(answers).cpu()
+
+
+def _answers(
+    model: nn.Module, data: ImageSet, normalisation: str, batch: int
+) -> Generator[tuple[Tensor, Tensor]]:
+    """Logits and labels of a set, a batch at a time, in evaluation mode."""
     if len(data) == 0:
         raise ValueError("evaluate: the set has no images. Check the split and its folder.")
-    weight = next(model.parameters())
-    data = data.to(weight.device)
+    data = data.to(next(model.parameters()).device)
     mean, std = NORMALISATION[normalisation]
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), device=weight.device)
-    correct = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for start in range(0, len(data), batch):
-        images = normalise(data.images[start : start + batch], mean, std)
-        labels = data.labels[start : start + batch]
-        logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss += functional.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    model.train(was_training)
-    right = int(correct)
-    return Accuracy(float(loss) / len(data), 100.0 * right / len(data), right, len(data))
+    try:
+        for start in range(0, len(data), batch):
+            images = normalise(data.images[start : start + batch], mean, std)
+            labels = data.labels[start : start + batch]
+            yield model(images.contiguous(memory_format=torch.channels_last)), labels
+    finally:
+        model.train(was_training)

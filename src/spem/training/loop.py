@@ -14,20 +14,31 @@ from torch import Tensor, nn
 from spem.attention import ChannelAttention, learned_mixes
 from spem.data import NORMALISATION, ImageSet, normalise
 from spem.extras import require
+from spem.models import blocks, start_branches
 from spem.ops import use_impl
 from spem.seeding import initialise
 from spem.training.capture import CapturedStep
-from spem.training.checkpoint import build_model, load_checkpoint, save_checkpoint, save_weights
+from spem.training.checkpoint import (
+    build_model,
+    load_checkpoint,
+    save_answers,
+    save_checkpoint,
+    save_json,
+    save_weights,
+)
 from spem.training.choose_impl import evaluation_impl, tails_of
 from spem.training.choose_step import choose_step
 from spem.training.claim import Claim, claimed
 from spem.training.config import RunConfig
 from spem.training.environment import record_environment
-from spem.training.evaluation import Accuracy, evaluate
+from spem.training.evaluation import Accuracy, evaluate, predict
+from spem.training.inside import describe_gates, gradient_norms
 from spem.training.log import Progress, RunLog, Status, choose_progress
 from spem.training.results import Result, best_line, summarise, write_result
 from spem.training.runs import (
+    ANSWERS,
     CHECKPOINT,
+    GATES,
     WEIGHTS,
     finished,
     plan_run,
@@ -87,7 +98,8 @@ class _State:
     """Where a run stands: everything of a checkpoint but model and optimiser."""
 
     sums: dict[str, Tensor]
-    """Sums over the steps of the current epoch: loss, penalty, correct, change of each lambda."""
+    """Sums over the steps of the current epoch: loss, penalty, correct, change of each lambda; and,
+    of its last step, the norm of each block's gradient."""
     epoch: int = 0
     step: int = 0
     """Steps done in the current epoch."""
@@ -114,6 +126,8 @@ class _Training:
         self.sets = load_sets(config.data, device)
         model = build_model(config, classes=len(self.sets.train.classes))
         initialise(model, config.seed, scope=config.model.init_scope)
+        if config.model.branch_start is not None:
+            start_branches(model, config.model.branch_start)
         self.format = (
             torch.channels_last if config.runtime.channels_last else torch.contiguous_format
         )
@@ -129,6 +143,7 @@ class _Training:
         else:
             self.take_step = make_step(self.model, self.optimizer, config.optim, config.runtime)
         self.mixes = learned_mixes(self.model)
+        self.blocks = [name for name, _ in blocks(self.model)]
         self.steps = math.ceil(len(self.sets.train) / config.optim.batch)
         self.state = _State(self._zero_sums())
         self.saved_at = time.monotonic()
@@ -175,6 +190,8 @@ class _Training:
             before = output.lambdas
 
             state.step += 1
+            if state.step == self.steps:
+                state.sums["gradients"].copy_(gradient_norms(self.model))
             state.seconds = carried + time.monotonic() - started
             if self.stop.received:
                 self._save()
@@ -245,11 +262,22 @@ class _Training:
             }
             for (name, mix), change in zip(self.mixes, state.sums["change"].tolist(), strict=True)
         }
+        norms = state.sums["gradients"].tolist()
+        line["gradients"] = dict(zip(self.blocks, norms, strict=True))
         return line
 
     def _evaluate(self, images: ImageSet) -> Accuracy:
         with use_impl(evaluation_impl(self.config.runtime.impl)):
             return evaluate(self.model, images, normalisation=self.config.data.normalisation)
+
+    def _look_inside(self) -> None:
+        """Write down the answers of the finished network on the test set, and its gates."""
+        test, normalisation = self.sets.test, self.config.data.normalisation
+        with use_impl(evaluation_impl(self.config.runtime.impl)):
+            answers = predict(self.model, test, normalisation=normalisation)
+            gates = describe_gates(self.model, test, normalisation=normalisation)
+        save_answers(answers, self.folder / ANSWERS)
+        save_json({"gates": gates}, self.folder / GATES)
 
     def _go_on(self) -> str:
         return (
@@ -258,6 +286,7 @@ class _Training:
 
     def _finish(self) -> Result:
         self.claim.check()
+        self._look_inside()
         save_weights(self.model, self.config, self.folder / WEIGHTS)
         result = summarise(self.config, self.model, self.sets, self.state.history, self.folder)
         write_result(result, self.folder)
@@ -297,7 +326,9 @@ class _Training:
             self.optimizer.load_state_dict(content["optimizer"])
             names = vars(self.state).keys()
             self.state = _State(**{name: content[name] for name in names})
-            self.state.sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
+            # A checkpoint of an earlier version lacks the sums that are younger.
+            sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
+            self.state.sums = self._zero_sums() | sums
             self.log.message(
                 f"resuming in epoch {self.state.epoch + 1} after step {self.state.step}"
             )
@@ -339,6 +370,7 @@ class _Training:
             "penalty": torch.zeros((), dtype=real, device=self.device),
             "correct": torch.zeros((), dtype=torch.int64, device=self.device),
             "change": torch.zeros(len(self.mixes), dtype=real, device=self.device),
+            "gradients": torch.zeros(len(self.blocks), dtype=real, device=self.device),
         }
 
     def _checksums(self) -> dict[str, str]:

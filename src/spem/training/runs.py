@@ -20,6 +20,7 @@ from spem.training.results import Result, read_result
 from spem.training.step import require_cuda
 
 CONFIG, CHECKPOINT, WEIGHTS = "config.json", "checkpoint.pt", "model.safetensors"
+ANSWERS, GATES = "answers.npy", "gates.json"
 KEPT = ("device", "impl", "step", "threads", "channels_last", "deterministic")
 """Runtime fields that can change the last bits, and so stay as they were planned."""
 

@@ -34,10 +34,18 @@ def load_sets(data: DataConfig, device: torch.device) -> Sets:
     if data.val:
         train, validation = hold_out(train, data.val)
         validation = validation.to(device)
-    if data.limit is not None and data.limit < len(train):
-        order = torch.randperm(len(train), generator=keyed_generator(0, "limit"), device="cpu")
-        train = train.take(order[: data.limit])
+    train, test = (
+        _limited(train, data.limit, "limit"),
+        _limited(test, data.test_limit, "test_limit"),
+    )
     return Sets(train.to(device), test.to(device), validation)
+
+
+def _limited(images: ImageSet, limit: int | None, purpose: str) -> ImageSet:
+    if limit is None or limit >= len(images):
+        return images
+    order = torch.randperm(len(images), generator=keyed_generator(0, purpose), device="cpu")
+    return images.take(order[:limit])
 
 
 def epoch_images(train: ImageSet, data: DataConfig, seed: int, epoch: int) -> tuple[Tensor, Tensor]:

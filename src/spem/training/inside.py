@@ -1,0 +1,86 @@
+"""What is looked at inside a network as it trains: gradients and gates of its blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention import ChannelAttention
+from spem.data import ImageSet
+from spem.models import blocks
+from spem.training.evaluation import predict
+
+GATE_IMAGES = 256
+"""Test images, the first ones, whose gates are described."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> Tensor:
+    """The norm of the gradient of each block's convolutions, from the first block to the last.
+
+    Convolutions only, so that networks with and without attention compare the same parameters.
+    """
+    found: list[Tensor] = []
+    for _, block in blocks(model):
+        kernels = [m.weight for m in block.modules() if isinstance(m, nn.Conv2d)]
+        own = [w.grad for w in kernels if w.grad is not None]
+        found.append(torch.stack([g.norm() for g in own]).norm() if own else torch.zeros(()))
+    return torch.stack(found).to(next(model.parameters()).device)
+
+
+def describe_gates(
+    model: nn.Module, data: ImageSet, *, normalisation: str = "paper"
+) -> list[dict[str, Any]]:
+    """Describe the gates of every attention module on the first test images.
+
+    Args:
+        model: the network.
+        data: the test images.
+        normalisation: a key of `spem.data.NORMALISATION`.
+
+    Returns:
+        For each module, from the first block to the last: its name, `mean` and `sd` over all values
+        of its gate, their quantiles `q05` to `q95`, `sd_channels` (over channels, of the mean over
+        images) and `sd_images` (over images, averaged over channels): a gate whose `sd_images` is 0
+        does not look at its input. A module that has no gate (it only adds) is left out.
+    """
+    found: list[dict[str, Any]] = []
+
+    def look(name: str) -> Any:
+        def hook(module: ChannelAttention, inputs: tuple[Tensor]) -> None:
+            x = inputs[0]
+            gate = module.gate(x).float()
+            found.append({"block": name, "channels": module.channels, **_describe(gate, x)})
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(look(name))
+        for name, module in model.named_modules()
+        if isinstance(module, ChannelAttention) and not module.needs.adds
+    ]
+    few = ImageSet(
+        data.images[:GATE_IMAGES], data.labels[:GATE_IMAGES], data.classes, data.name, data.sha256
+    )
+    try:
+        predict(model, few, normalisation=normalisation, batch=GATE_IMAGES)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _describe(gate: Tensor, x: Tensor) -> dict[str, float]:
+    values = gate.expand(x.shape[0], x.shape[1], *gate.shape[2:]).flatten(2).mean(2)  # [N, C]
+    quantiles = torch.quantile(values.flatten().cpu(), torch.tensor(QUANTILES))
+    numbers = {
+        "mean": values.mean(),
+        "sd": values.std(correction=0),
+        **{f"q{100 * q:02.0f}": v for q, v in zip(QUANTILES, quantiles, strict=True)},
+        "sd_channels": values.mean(0).std(correction=0),
+        "sd_images": values.std(0, correction=0).mean(),
+    }
+    return {key: float(value) for key, value in numbers.items()}
