@@ -127,7 +127,7 @@ def test_branches_start_where_they_are_told(tmp_path: Path):
     initialise(model, 3)
     start_branches(model, 0.25)
     assert {float(v) for _, b in blocks(model) for v in b.last_norm.weight.detach()} == {0.25}
-    others = [b.bn1.weight for _, b in blocks(model)]
+    others = [b.bn1.weight.detach() for _, b in blocks(model)]
     assert all(float(w.min()) == 1 for w in others)
     # a run begins there: one step at rate 0 leaves it
     config = small("none", branch_start=0.25)
