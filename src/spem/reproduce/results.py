@@ -1,22 +1,17 @@
 """From run folders to tidy CSV and to the table of a comparison."""
 
-import csv
 import hashlib
-import io
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spem.reproduce.rows import Row, epoch_rows, mix_rows, run_row, write_table
 from spem.reproduce.statistics import PairedDifference, Summary, paired_difference, summarise
 from spem.training import Result, RunConfig, read_metrics
-from spem.training.checkpoint import write_atomic
 from spem.training.log import METRICS
 from spem.training.runs import finished
-
-Cell = str | int | float | None
-Row = Mapping[str, Cell]
 
 
 @dataclass(frozen=True)
@@ -81,13 +76,18 @@ def collect(configs: Iterable[RunConfig], runs: Path) -> list[Run]:
     Raises:
         ValueError: A file of a run is damaged, or a folder holds another run.
     """
-    found: list[Run] = []
-    for config in configs:
-        folder = config.folder(runs)
-        result = finished(config, folder)
-        if result is not None:
-            found.append(Run(config, result, _epochs_of(result, folder)))
-    return found
+    found = [read_run(config, config.folder(runs)) for config in configs]
+    return [run for run in found if run is not None]
+
+
+def read_run(config: RunConfig, folder: Path) -> Run | None:
+    """Read a finished run from its folder; None if it has not finished.
+
+    Raises:
+        ValueError: A file of the run is damaged, or the folder holds another run.
+    """
+    result = finished(config, folder)
+    return None if result is None else Run(config, result, _epochs_of(result, folder))
 
 
 def _epochs_of(result: Result, folder: Path) -> tuple[dict[str, Any], ...]:
@@ -169,75 +169,13 @@ def write_csv(
     """
     ordered = sorted(runs, key=lambda r: (r.result.dataset, r.result.depth, r.attention, r.seed))
     contents = {
-        "runs.csv": [_run_row(run) for run in ordered],
-        "epochs.csv": [row for run in ordered for row in _epoch_rows(run)],
-        "mixes.csv": [row for run in ordered for row in _mix_rows(run)],
+        "runs.csv": [run_row(run, run.result.id) for run in ordered],
+        "epochs.csv": [row for run in ordered for row in epoch_rows(run, run.result.id)],
+        "mixes.csv": [row for run in ordered for row in mix_rows(run, run.result.id)],
         "summary.csv": [_summary_row(line, reference) for line in lines],
     }
     out.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for name, rows in contents.items():
-        path = out / name
-        if rows:
-            write_atomic(path, _csv(rows).encode())
-            written.append(path)
-        elif path.exists():
-            path.unlink()  # of an earlier comparison in the same folder
-    return written
-
-
-def _key(run: Run) -> dict[str, Cell]:
-    result = run.result
-    return {
-        "dataset": result.dataset,
-        "depth": result.depth,
-        "attention": run.attention,
-        "seed": run.seed,
-        "id": result.id,
-    }
-
-
-def _run_row(run: Run) -> Row:
-    result = run.result
-    return {
-        **_key(run),
-        "epochs": result.epochs,
-        "steps": result.steps,
-        "precision": run.config.runtime.precision,
-        "accuracy": result.accuracy,
-        "loss": result.loss,
-        "train_accuracy": result.train_accuracy,
-        "train_loss": result.train_loss,
-        "validation_accuracy": result.validation_accuracy,
-        "best_accuracy": result.best_accuracy,
-        "best_epoch": result.best_epoch,
-        "best_selected_on": result.best_selected_on,
-        "parameters": result.parameters,
-        "attention_parameters": result.attention_parameters,
-        "flops": result.flops,
-        "train_sha256": result.train_sha256,
-        "test_sha256": result.test_sha256,
-        "time_train_seconds": result.train_seconds,
-        "time_evaluation_seconds": result.evaluation_seconds,
-        "time_step_ms": 1000 * result.step_seconds,
-        "time_images_per_second": result.images_per_second,
-        "time_date": result.date,
-        "host_commit": result.commit,
-        "host_hardware": result.hardware,
-        **{f"host_{name}": number for name, number in sorted(result.versions.items())},
-    }
-
-
-def _epoch_rows(run: Run) -> Iterable[Row]:
-    for line in run.epochs:
-        numbers = {_column(k): v for k, v in line.items() if not isinstance(v, (dict, list))}
-        yield {**_key(run), **dict(sorted(numbers.items(), key=lambda item: _machine(item[0])))}
-
-
-def _mix_rows(run: Run) -> Iterable[Row]:
-    for line in run.epochs:
-        for name, numbers in line["mixes"].items():
-            yield {**_key(run), "epoch": line["epoch"], "mix": name, **numbers}
+    return [out / name for name, rows in contents.items() if write_table(rows, out / name)]
 
 
 def _summary_row(line: Line, reference: str) -> Row:
@@ -261,30 +199,3 @@ def _summary_row(line: Line, reference: str) -> Row:
         "time_step_ms": line.step_ms,
         "time_step_ratio": line.step_ratio,
     }
-
-
-def _column(name: str) -> str:
-    """A metric's name as a column; what depends on the clock or the machine says so in front."""
-    if "second" in name:
-        return f"time_{name}"
-    return f"host_{name}" if "memory" in name else name
-
-
-def _machine(column: str) -> bool:
-    return column.startswith(("time_", "host_"))
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_text(row.get(column)) for column in columns])
-    return text.getvalue()
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return ""
-    return f"{cell:.7g}" if isinstance(cell, float) else str(cell)
