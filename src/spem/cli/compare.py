@@ -110,7 +110,9 @@ def compare(
     from spem.cli.progress import SeveralRuns
     from spem.reproduce import collect, plan, run_missing, table, write_csv
     from spem.reproduce.picture import draw
+    from spem.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     configs = plan(config, attentions, seeds)
     reference = configs[0].model.attention
     out.mkdir(

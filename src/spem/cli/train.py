@@ -86,7 +86,9 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
 
 def _train(config: "RunConfig", folder: Path, *, json: bool) -> None:
     from spem.training import train
+    from spem.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     result = train(config, folder)
     if json:
         print_json({"folder": str(folder), **dataclasses.asdict(result)})
