@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from spem.cli.output import print_json, print_table
 from spem.cli.recipe import in_full, recipe_config
+from spem.cli.user_module import register_from_file
 from spem.extras import require
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
         /,
         config: Annotated[RunConfig, arg(name="")] = default,
         *,
+        module: tuple[str, ...] = (),
         data: str | None = None,
         recipe: str | None = None,
         epochs: int | None = None,
@@ -77,6 +79,8 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
         Args:
             attentions: What to compare, the reference first: none se "spem(form=code)" ...
             config: Every field of the recipe can be changed, for all runs alike.
+            module: Modules of your own to compare too, each as file.py:ClassName: a torch module
+                that takes the number of channels, and maps to maps of the same shape.
             data: Data set or path; brings its own size, flips and normalisation.
             recipe: paper, fast, short or smoke; without it smoke for digits and short for all else.
             epochs: Length of a run; the milestones move along.
@@ -85,7 +89,8 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
             out: Folder for the CSV files and the picture.
             json: Print the table as JSON.
         """
-        return Request(attentions, config, recipe, data, epochs, seeds, runs, out, json)
+        own = tuple(register_from_file(where) for where in module)
+        return Request((*attentions, *own), config, recipe, data, epochs, seeds, runs, out, json)
 
     return compare
 

@@ -1,0 +1,146 @@
+"""`spem compare --module`: a module of the user's own beside the registered ones."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from spem.attention.base import _REGISTRY
+from spem.cli import main
+from spem.cli.user_module import register_from_file
+from spem.models import resnet
+from spem.seeding import initialise
+
+PLAIN = """
+import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels) * 0.5 + 3)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.constant_(self.norm.weight, 0.125)
+
+    def forward(self, x):
+        return x * self.weight[:, None, None].sigmoid() + self.norm(x)
+
+class WrongShape(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+class NoChannels(nn.Module):
+    def forward(self, x):
+        return x
+
+something = 3
+"""
+OURS = """
+from spem.attention import ChannelAttention, Needs
+
+class Half(ChannelAttention):
+    needs = Needs(statistics=("mean",))
+
+    def gate_from(self, stats):
+        return stats.mean * 0 + 0.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    before = dict(_REGISTRY)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
+
+
+def write(folder: Path, text: str = PLAIN) -> Path:
+    path = folder / "my_module.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_plain_module_becomes_part_of_the_network(tmp_path: Path):
+    label = register_from_file(f"{write(tmp_path)}:Mine")
+    assert label.startswith("mine_")
+    x = torch.randn(2, 64, 5, 5)
+    model = resnet(11, attention=label)
+    module = model.layer1[0].attention
+    inner = module.inner  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    torch.testing.assert_close(module(x), inner(x))  # pyright: ignore[reportOptionalCall]
+    torch.testing.assert_close(x * module.gate(x) + module.shift(x), inner(x))  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_it_is_drawn_by_its_own_law_and_by_the_seed(tmp_path: Path):
+    label = register_from_file(f"{write(tmp_path)}:Mine")
+
+    def draw(seed: int) -> dict[str, torch.Tensor]:
+        model = resnet(11, attention=label)
+        initialise(model, seed)
+        return {k: v.clone() for k, v in model.state_dict().items()}
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    weight, norm = "layer2.0.attention.inner.weight", "layer2.0.attention.inner.norm.weight"
+    assert not torch.equal(first[weight], other[weight])
+    assert abs(float(first[weight].mean()) - 3) < 0.25  # N(3, 0.5) of 128 values
+    assert torch.equal(first[norm], torch.full((128,), 0.125))
+    # the backbone is that of every other network of the seed
+    plain = resnet(11)
+    initialise(plain, 1)
+    assert all(torch.equal(v, first[k]) for k, v in plain.state_dict().items())
+
+
+def test_an_edited_file_is_another_module(tmp_path: Path):
+    path = write(tmp_path)
+    first = register_from_file(f"{path}:Mine")
+    assert register_from_file(f"{path}:Mine") == first
+    path.write_text(PLAIN.replace("* 0.5", "* 0.25"))
+    assert register_from_file(f"{path}:Mine") != first
+
+
+def test_a_channel_attention_keeps_its_fused_tail(tmp_path: Path):
+    label = register_from_file(f"{write(tmp_path, OURS)}:Half")
+    module = resnet(11, attention=label).layer1[0].attention
+    assert module is not None
+    assert module.why_composed() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Mime", "defines no module Mime.*Nearest: Mine"),
+        ("something", "defines no module something"),
+        ("WrongShape", r"same|its input's shape \[2, 64, 8, 8\], got \[2, 64\]"),
+        ("NoChannels", r"does not work as NoChannels\(64\)"),
+        ("", "not of the form"),
+    ],
+)
+def test_what_cannot_be_used_is_said(tmp_path: Path, name: str, words: str):
+    with pytest.raises(ValueError, match=words):
+        register_from_file(f"{write(tmp_path)}:{name}")
+
+
+def test_files_that_cannot_be_used(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        register_from_file(f"{tmp_path / 'none.py'}:Mine")
+    with pytest.raises(ValueError, match="cannot be imported: SyntaxError"):
+        register_from_file(f"{write(tmp_path, 'class Mine(:')}:Mine")
+
+
+def test_compare_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = write(tmp_path)
+    args = ["compare", "none", "--module", f"{path}:Mine", "--data", "digits", "--epochs", "1"]
+    args += ["--limit", "64", "--seeds", "2", "--runs", str(tmp_path / "r"), "--out", str(tmp_path)]
+    assert main(args) == 0
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        names = [row["attention"] for row in csv.DictReader(file)]
+    assert [name.partition("_")[0] for name in names] == ["mine", "mine", "none", "none"]
+    assert "mine_" in capsys.readouterr().out
