@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spem.reproduce.statistics import PairedDifference, paired_difference, reading, summarise
+from spem.reproduce.statistics import (
+    PairedDifference,
+    paired_difference,
+    prediction_interval,
+    reading,
+    summarise,
+    verdict,
+)
 
 CLOSE = 1e-9
 
@@ -129,3 +136,47 @@ def test_the_sentence_claims_no_more_than_the_interval(
 def test_the_sentence_names_numbers() -> None:
     sentence = reading("spem", "none", PairedDifference(3, 0.5, 0.4, -0.49, 1.49))
     assert "+0.50 points over 3 paired seeds, 95 % interval [-0.49, +1.49]" in sentence
+
+
+# ---- one more run, and the verdict on a number of the paper
+
+
+def test_a_prediction_interval_by_hand() -> None:
+    """1, 2, 3: mean 2, deviation 1, t(2, 0.975) = 4.30265, times sqrt(4/3)."""
+    half = 4.302652729749464 * math.sqrt(4 / 3)
+    assert prediction_interval([1.0, 2.0, 3.0]) == (
+        pytest.approx(2 - half, abs=CLOSE),
+        pytest.approx(2 + half, abs=CLOSE),
+    )
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_one_more_run_lies_inside_as_often_as_said(n: int) -> None:
+    draws = np.random.default_rng(n).normal(94, 0.2, (1000, n + 1))
+    verdicts = [verdict(more, runs) for *runs, more in draws.tolist()]
+    assert set(verdicts) == {"inside", "outside"}
+    assert verdicts.count("inside") == pytest.approx(950, abs=21)  # three deviations
+
+
+def test_the_rule_of_the_verdict() -> None:
+    interval = prediction_interval([94.0, 94.3, 94.1])
+    assert interval is not None
+    low, high = interval
+    runs = [94.1, 94.0, 94.3]
+    assert verdict(low + 1e-9, runs) == verdict(high - 1e-9, runs) == "inside"
+    assert verdict(low - 1e-9, runs) == verdict(high + 1e-9, runs) == "outside"
+
+
+@pytest.mark.parametrize("runs", [[], [94.0], [94.0, 94.5], [94.0, 94.0, 94.0]])
+def test_too_few_runs_or_no_spread_have_no_verdict(runs: list[float]) -> None:
+    assert prediction_interval(runs) is None
+    assert verdict(94.0, runs) == "n too small to say"
+
+
+def test_what_cannot_be_predicted() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        verdict(math.nan, [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="finite"):
+        prediction_interval([1.0, math.inf, 3.0])
+    with pytest.raises(ValueError, match="level"):
+        prediction_interval([1.0, 2.0, 3.0], 95)

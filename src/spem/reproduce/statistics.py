@@ -76,7 +76,7 @@ def summarise(values: Sequence[float]) -> Summary:
     """
     if not values:
         raise ValueError("summarise: no values to summarise. Pass at least one number.")
-    _check_finite("summarise", values)
+    check_finite("summarise", values)
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
@@ -107,15 +107,12 @@ def paired_difference(
     Raises:
         ValueError: `level` is not between 0 and 1, or a number is not finite.
     """
-    if not 0 < level < 1:
-        raise ValueError(
-            f"paired_difference: level={level} is no level. Use a number between 0 and 1."
-        )
+    check_level("paired_difference", level)
     seeds = sorted(set(values) & set(baseline))
     if not seeds:
         return PairedDifference(0, None, None, None, None, level)
     both = [number for seed in seeds for number in (values[seed], baseline[seed])]
-    _check_finite("paired_difference", both)
+    check_finite("paired_difference", both)
     # Subtracting percentages leaves noise in the last digits; what is no larger is 0.
     noise = 1e-12 * max(map(abs, both))
     summary = summarise([_settle(values[seed] - baseline[seed], noise) for seed in seeds])
@@ -151,7 +148,80 @@ def reading(name: str, baseline: str, difference: PairedDifference) -> str:
     return f"{start}: it lies {side} 0, so in this setting {name} is {side} {baseline}."
 
 
-def _check_finite(subject: str, values: Sequence[float]) -> None:
+def prediction_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Where one more run of the same kind would lie.
+
+    **Formula** mean -+ t(n - 1, (1 + level) / 2) * sd * sqrt(1 + 1 / n).
+
+    Args:
+        values: The runs there are.
+        level: Level of the interval, between 0 and 1.
+
+    Returns:
+        The interval; None below three runs, and None if all are the same number: as with
+        `paired_difference`, a deviation of 0 says that the values are coarse (few test images), not
+        that the next run must give the same number again.
+
+    Raises:
+        ValueError: `level` is not between 0 and 1, or a number is not finite.
+    """
+    check_level("prediction_interval", level)
+    check_finite("prediction_interval", values)
+    if len(values) < 3:
+        return None
+    summary = summarise(values)
+    noise = 1e-12 * max(map(abs, values))
+    if summary.sd is None or summary.sd <= noise:
+        return None
+    n = summary.n
+    stats = require("scipy.stats", extra="train", purpose="the prediction interval")
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * summary.sd * math.sqrt(1 + 1 / n)
+    return summary.mean - half, summary.mean + half
+
+
+def verdict(paper: float, best: Sequence[float]) -> str:
+    """Whether a number of the paper could be one more best-epoch run of ours.
+
+    The rule, fixed before any run: "inside" if it lies in the 95 % prediction interval for one
+    more run, ends included, "outside" if not, and "n too small to say" where there is no such
+    interval (below three runs, or all of them equal). "inside" does not say that the numbers are
+    the same; with three runs the interval is 9.9 deviations wide.
+
+    Args:
+        paper: The number the paper prints.
+        best: Our runs, each at its best epoch on the test images, as the paper's are.
+
+    Raises:
+        ValueError: A number is not finite.
+
+    >>> verdict(94.0, [93.8, 94.1, 94.3]), verdict(90.0, [93.8, 94.1, 94.3])
+    ('inside', 'outside')
+    >>> verdict(94.0, [94.0, 94.1])
+    'n too small to say'
+    """
+    check_finite("verdict", [paper])
+    interval = prediction_interval(best)
+    if interval is None:
+        return "n too small to say"
+    return "inside" if interval[0] <= paper <= interval[1] else "outside"
+
+
+def check_level(subject: str, level: float) -> None:
+    """Refuses a level that is not between 0 and 1.
+
+    Raises:
+        ValueError: As it says.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"{subject}: level={level} is no level. Use a number between 0 and 1.")
+
+
+def check_finite(subject: str, values: Sequence[float]) -> None:
+    """Refuses what is not a finite number.
+
+    Raises:
+        ValueError: As it says.
+    """
     for value in values:
         if not math.isfinite(value):
             raise ValueError(
