@@ -23,6 +23,12 @@ COMMANDS = {
     "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
     "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
     "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),
+    "stats": ("spem.cli.stats", "paired differences of anybody's results, from any tidy CSV"),
+    "reproduce": (
+        "spem.cli.reproduce",
+        "the tables and figures of the paper: runs, CSV files, report",
+    ),
+    "report": ("spem.cli.report", "rebuild the report of a results folder from its CSV files"),
     "bench": ("spem.cli.bench", "what attention costs and fusing brings: time and memory here"),
 }
 
@@ -91,7 +97,7 @@ def _compilations_told() -> Generator[None]:
 def usage() -> str:
     """The text of `spem --help`: one line per command."""
     lines = ["usage: spem COMMAND [OPTIONS]", "", "commands:"]
-    lines += [f"  {name:<8} {line}" for name, (_, line) in COMMANDS.items()]
+    lines += [f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items()]
     lines += ["", "options:"]
     lines += ["  --debug    show the whole traceback of an error (any place in the line)"]
     lines += [
@@ -130,6 +136,8 @@ def _answer(error: BaseException, *, debug: bool) -> int:
 def _spoken(error: BaseException) -> bool:
     """Whether the message was written for the caller: about values, files, or by this package."""
     if isinstance(error, (ValueError, OSError, ImportError)):
+        return True
+    if type(error).__module__.startswith("spem."):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = str(frames[-1].f_globals.get("__name__", "")) if frames else ""

@@ -248,8 +248,9 @@ def _mixes(scale: Scale) -> Iterator[Cell]:
             text = spec_text(AttentionSpec.parse(attention))
             if name == "spem" and text != "spem":
                 continue  # a learned mix is its own pool
-            row = f"{_label(name)}, {'own pool' if attention == name else 'learned mix'}"
-            yield Cell(row, "cifar10", _config(scale, "cifar10", text))
+            own = attention == name
+            row = f"{_label(name)}, {'own pool' if own else 'learned mix'}"
+            yield Cell(row, "cifar10", _config(scale, "cifar10", text), "base" if own else "")
 
 
 def _penalty(scale: Scale) -> Iterator[Cell]:

@@ -22,6 +22,10 @@ SILENCE_SECONDS = 120.0
 _NAME = ".claim"
 
 
+class HeldError(RuntimeError):
+    """Another living process has the run folder."""
+
+
 class Claim:
     """The right to write into a run folder, held from `acquire` to `release`.
 
@@ -44,7 +48,7 @@ class Claim:
         """Take the folder.
 
         Raises:
-            RuntimeError: another living process holds the folder.
+            HeldError: another living process holds the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder):
@@ -65,11 +69,11 @@ class Claim:
         """Make sure that the folder is still ours, before writing results into it.
 
         Raises:
-            RuntimeError: another process has taken the claim over, for instance because this
+            HeldError: another process has taken the claim over, for instance because this
                 one was suspended for longer than the heartbeat allows.
         """
         if self._read().get("token") != self._token:
-            raise RuntimeError(
+            raise HeldError(
                 f"train: the claim on {self.folder} was taken over by another process while this "
                 "one was silent. Nothing more is written; leave the run to that process."
             )
@@ -113,7 +117,7 @@ class Claim:
         else:
             alive, sign = age <= self.silence_seconds, f"has been silent for {age:.0f} s"
         if alive:
-            raise RuntimeError(
+            raise HeldError(
                 f"train: {self.folder} is in use by process {pid} on {host} (heartbeat {age:.0f} s "
                 "ago). Wait for it to end, stop it, or train into another folder."
             )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spem.data import ImageSet, augment, epoch_plan, hold_out, load_images
+from spem.data import ImageSet, Split, augment, epoch_plan, hold_out, load_images
 from spem.seeding import keyed_generator
 from spem.training.config import DataConfig
 
@@ -22,23 +27,58 @@ class Sets:
     validation: ImageSet | None
 
 
+_loader: ContextVar[Callable[..., ImageSet]] = ContextVar("loader", default=load_images)
+
+
+@contextlib.contextmanager
+def images_kept(sets: int = 4) -> Generator[None]:
+    """Decode each set of images once for all runs of a `with` block, keeping the last few.
+
+    For processes that train one run after the other: runs read their images and never write them.
+    What could not be read is not tried again either, since each try may wait for a network.
+    """
+
+    @functools.lru_cache(maxsize=sets)
+    def tried(name: str, split: Split, **options: Any) -> ImageSet | Exception:
+        try:
+            return load_images(name, split, **options)
+        except (OSError, ValueError, ImportError) as error:
+            return error
+
+    def load(name: str, split: Split, **options: Any) -> ImageSet:
+        found = tried(name, split, **options)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    before = _loader.set(load)
+    try:
+        yield
+    finally:
+        _loader.reset(before)
+
+
 def load_sets(data: DataConfig, device: torch.device) -> Sets:
     """Load the images of a run onto a device, with validation images and limit taken off.
 
     Both are fixed choices that do not depend on the run's seed.
     """
     root = None if data.root is None else Path(data.root)
-    train = load_images(data.name, "train", root=root, size=data.size, sha256=data.sha256)
-    test = load_images(data.name, "test", root=root, size=data.size, sha256=data.test_sha256)
+    load = _loader.get()
+    train = load(data.name, "train", root=root, size=data.size, sha256=data.sha256)
     validation = None
     if data.val:
         train, validation = hold_out(train, data.val)
         validation = validation.to(device)
-    train, test = (
-        _limited(train, data.limit, "limit"),
-        _limited(test, data.test_limit, "test_limit"),
-    )
-    return Sets(train.to(device), test.to(device), validation)
+    train = _limited(train, data.limit, "limit")
+    return Sets(train.to(device), load_test(data).to(device), validation)
+
+
+def load_test(data: DataConfig) -> ImageSet:
+    """Load the test images of a run, in the order of its answers, on the CPU."""
+    root = None if data.root is None else Path(data.root)
+    test = _loader.get()(data.name, "test", root=root, size=data.size, sha256=data.test_sha256)
+    return _limited(test, data.test_limit, "test_limit")
 
 
 def _limited(images: ImageSet, limit: int | None, purpose: str) -> ImageSet:
