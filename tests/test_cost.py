@@ -89,7 +89,16 @@ def test_the_rows_add_up(name: str) -> None:
     assert sum(row.flops for row in cost.layers) == cost.flops
     assert cost.parameters == sum(p.numel() for p in network.parameters())
     plain = spem.resnet(11)
-    assert cost.attention_parameters == cost.parameters - count(plain, (1, 3, 16, 16)).parameters
+    replaces = None if name == "none" else spem.attention.attention_class(name).needs.replaces
+    stand_ins = {None: "", "norm": "bn", "conv": "2."}[replaces]  # conv2 and bn2 make way for one
+    replaced = sum(
+        p.numel()
+        for key, p in plain.named_parameters()
+        if stand_ins and "downsample" not in key and stand_ins in key.partition(".0.")[2] + key[:2]
+    )
+    own = cost.parameters - count(plain, (1, 3, 16, 16)).parameters
+    assert cost.attention_parameters == own + replaced
+    assert cost.attention_parameters == spem.attention.attention_parameters(network)
 
 
 def test_the_model_is_left_as_it_was() -> None:

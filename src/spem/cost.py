@@ -145,7 +145,8 @@ def block_tails(
     """What runs the tail of each residual block, without running the model.
 
     A block is a module with an `attention` (a channel attention, or None) and a last norm `bn3` or
-    `bn2`, as those of `spem.models`.
+    `bn2`, as those of `spem.models`. A stage is a module whose `shared` is the attention of all
+    blocks in it.
 
     Args:
         model: Any module.
@@ -157,13 +158,21 @@ def block_tails(
     """
     like = _like(model)
     device, dtype = device or like.device.type, dtype or like.dtype
+    shared = {
+        id(block): stage.shared
+        for stage in model.modules()
+        if isinstance(getattr(stage, "shared", None), ChannelAttention)
+        for block in stage.children()
+    }
     found: list[TailCost] = []
     for name, block in model.named_modules():
         norm: object = getattr(block, "bn3", None) or getattr(block, "bn2", None)
-        attention: object = getattr(block, "attention", False)
+        attention: object = shared.get(id(block), getattr(block, "attention", False))
         if not isinstance(norm, nn.Module):
             continue
         if attention is None or isinstance(attention, ChannelAttention):
+            if attention is None and isinstance(norm, ChannelAttention):
+                attention = norm  # in place of the norm
             choice = _tail_choice(attention, norm, device, dtype)
             kind = "none" if attention is None else attention.name or type(attention).__name__
             found.append(TailCost(name, kind, choice.impl, choice.reason))

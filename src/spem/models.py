@@ -1,30 +1,32 @@
 """CIFAR ResNets with any attention in each block, and the reader of official checkpoints."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention import AttentionSpec, ChannelAttention, as_spec
+from spem.attention import PLACES, AttentionSpec, ChannelAttention, Places, as_spec
+from spem.attention.base import Ending
 from spem.ops import bn_gate_tail
 
 BlockName = Literal["bottleneck", "basic"]
 
 
-def residual_tail(
-    z: Tensor, residual: Tensor, norm: nn.Module, attention: ChannelAttention | None
-) -> Tensor:
+def residual_tail(z: Tensor, residual: Tensor, norm: nn.Module, attention: Ending | None) -> Tensor:
     """The end of a residual branch: relu(attention(norm(z)) + residual); None leaves the map.
 
     One operation where the gate is a function of plane statistics, or absent (`spem.ops`). Where no
     gradient is recorded the result may take the memory of z, which is nobody else's in a network.
+    An attention in place of the norm ends the branch itself.
 
     Shape:
         z, residual, output: [N, C, H, W].
     """
+    if attention is None and isinstance(norm, ChannelAttention):
+        return norm.tail(z, residual)
     if attention is None:
         return bn_gate_tail(z, residual, norm, inplace=True)
     if type(attention).tail is not ChannelAttention.tail:
@@ -36,17 +38,19 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
-def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+def _projection(inputs: int, outputs: int, stride: int, places: Places) -> nn.Sequential | None:
     """The shortcut where the shape changes: 1x1 convolution and norm; None is the identity."""
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-    )
+    conv = places.conv(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (stride here) and 1x1 convolutions; attention on the last norm's output."""
+    """1x1, 3x3 (stride here) and 1x1 convolutions; attention on the last norm's output.
+
+    Attention of other kinds stands elsewhere; `Places` answers at each slot what is there.
+    """
 
     expansion: ClassVar[int] = 4
 
@@ -60,24 +64,29 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         outputs = planes * self.expansion
-        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.attention = None if attention is None else attention.build(outputs, size=size)
-        self.downsample = _projection(inputs, outputs, stride)
+        places = Places(attention)
+        self.conv1 = places.conv(nn.Conv2d(inputs, planes, 1, bias=False))
+        self.bn1 = places.norm(planes)
+        middle = places.conv(_conv3x3(planes, planes, stride))
+        self.conv2, self.bn2 = places.middle(middle, places.norm(planes))
+        self.conv3 = places.conv(nn.Conv2d(planes, outputs, 1, bias=False))
+        self.bn3 = places.norm(outputs)
+        self.attention = places.tail(outputs, size)
+        self.downsample = _projection(inputs, outputs, stride, places)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] -> [N, 4 planes, H/stride, W/stride]."""
+    def forward(self, x: Tensor, shared: Ending | None = None) -> Tensor:
+        """[N, inputs, H, W] -> [N, 4 planes, H/stride, W/stride].
+
+        ``shared`` is the attention that the blocks of a stage have in common.
+        """
         residual = x if self.downsample is None else self.downsample(x)
         out = self.bn1(self.conv1(x)).relu_()
         out = self.bn2(self.conv2(out)).relu_()
-        return residual_tail(self.conv3(out), residual, self.bn3, self.attention)
+        attention = self.attention if shared is None else shared
+        return residual_tail(self.conv3(out), residual, self.bn3, attention)
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> nn.Module:
         """The norm that ends the residual branch, before the attention."""
         return self.bn3
 
@@ -96,23 +105,70 @@ class Basic(nn.Module):
         size: int | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(inputs, planes, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.attention = None if attention is None else attention.build(planes, size=size)
-        self.downsample = _projection(inputs, planes, stride)
+        places = Places(attention)
+        self.conv1 = places.conv(_conv3x3(inputs, planes, stride))
+        self.bn1 = places.norm(planes)
+        self.conv2 = places.conv(_conv3x3(planes, planes))
+        self.bn2 = places.norm(planes)
+        self.attention = places.tail(planes, size)
+        self.downsample = _projection(inputs, planes, stride, places)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, inputs, H, W] -> [N, planes, H/stride, W/stride]."""
+    def forward(self, x: Tensor, shared: Ending | None = None) -> Tensor:
+        """[N, inputs, H, W] -> [N, planes, H/stride, W/stride]; ``shared`` as in `Bottleneck`."""
         residual = x if self.downsample is None else self.downsample(x)
         out = self.bn1(self.conv1(x)).relu_()
-        return residual_tail(self.conv2(out), residual, self.bn2, self.attention)
+        attention = self.attention if shared is None else shared
+        return residual_tail(self.conv2(out), residual, self.bn2, attention)
 
     @property
-    def last_norm(self) -> nn.BatchNorm2d:
+    def last_norm(self) -> nn.Module:
         """The norm that ends the residual branch, before the attention."""
         return self.bn2
+
+
+class Stage(nn.Module):
+    """Blocks one after the other, the attention they share, and the attention after them.
+
+    Args:
+        stack: The blocks, which keep the names "0", "1", ...
+        shared: One module for the tails of all blocks, or None. A state it carries from block to
+            block begins anew in every forward pass.
+        after: A module for the stage's output, or None.
+    """
+
+    def __init__(
+        self,
+        stack: Sequence[Bottleneck | Basic],
+        shared: ChannelAttention | None = None,
+        after: ChannelAttention | None = None,
+    ) -> None:
+        super().__init__()
+        self._count = len(stack)
+        for number, block in enumerate(stack):
+            self.add_module(str(number), block)
+        self.shared = shared
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] -> [N, outputs, H/stride, W/stride]."""
+        shared = None if self.shared is None else self.shared.begin()
+        for block in self:
+            x = block(x, shared)
+        return x if self.after is None else self.after(x)
+
+    def __iter__(self) -> Iterator[Bottleneck | Basic]:
+        """The blocks."""
+        return (self[number] for number in range(self._count))
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return self._count
+
+    def __getitem__(self, number: int) -> Bottleneck | Basic:
+        """A block by its number."""
+        block = self.get_submodule(str(range(self._count)[number]))
+        assert isinstance(block, (Bottleneck, Basic))
+        return block
 
 
 _BLOCKS: dict[str, tuple[type[Bottleneck] | type[Basic], int]] = {
@@ -129,7 +185,7 @@ class ResNet(nn.Module):
         depth: Layers, 9n + 2 for bottleneck and 6n + 2 for basic blocks.
         classes: Number of classes.
         block: ``"bottleneck"`` or ``"basic"``.
-        spec: The attention in every block, or None.
+        spec: The attention, or None.
     """
 
     def __init__(
@@ -146,21 +202,29 @@ class ResNet(nn.Module):
         if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
             raise ValueError(f"resnet: classes={classes!r} is not a positive integer.")
         self.depth, self.classes, self.block, self.spec = depth, classes, block, attention
-        self.conv1 = _conv3x3(3, 16)
-        self.bn1 = nn.BatchNorm2d(16)
+        places = Places(attention)
+        self.conv1 = places.conv(_conv3x3(3, 16))
+        self.bn1 = places.norm(16)
 
-        def stage(inputs: int, planes: int, stride: int, size: int) -> nn.Sequential:
+        def stage(inputs: int, planes: int, stride: int, size: int, *, last: bool = False) -> Stage:
             outputs = planes * kind.expansion
             first = kind(inputs, planes, stride, attention, size)
             rest = [kind(outputs, planes, 1, attention, size) for _ in range(count - 1)]
-            return nn.Sequential(first, *rest)
+            shared = places.shared(outputs, size)
+            return Stage([first, *rest], shared, places.after(outputs, size, last=last))
 
         # The last number is the map's side for the 32 x 32 images of CIFAR; only attention modules
         # that must know it read it.
         self.layer1 = stage(16, 16, 1, 32)
         self.layer2 = stage(16 * kind.expansion, 32, 2, 16)
-        self.layer3 = stage(32 * kind.expansion, 64, 2, 8)
+        self.layer3 = stage(32 * kind.expansion, 64, 2, 8, last=True)
         self.fc = nn.Linear(64 * kind.expansion, classes)
+        placed = any(isinstance(module, ChannelAttention) for module in self.modules())
+        if attention is not None and not placed:
+            raise ValueError(
+                f"resnet: {attention} stands {PLACES[attention.place]}, and a network of {block} "
+                f"blocks has no such place. Use block='bottleneck'."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, [N, 3, H, W] -> [N, classes]; any H, W >= 1."""
@@ -183,7 +247,7 @@ def start_branches(model: nn.Module, weight: float) -> None:
     alone changes how a deep network trains.
     """
     for _, block in blocks(model):
-        nn.init.constant_(block.last_norm.weight, weight)
+        nn.init.constant_(block.last_norm.get_parameter("weight"), weight)
 
 
 def blocks_per_stage(depth: int, block: str) -> int:

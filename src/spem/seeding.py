@@ -64,7 +64,8 @@ def initialise(
     statistics 0/1), linear layers torch's default. An attention module owns its initialisation (its
     ``random_init`` and ``reset_parameters``); inside it, layers without a rule of their own get
     torch's default. Bare parameters outside attention modules are left as they are. Draws are made
-    on the CPU in float32, so they do not depend on device or dtype.
+    on the CPU in float32, so they do not depend on device or dtype. Modules that draw in training
+    (those with a method ``reseed``) start their sequences, keyed by (seed, name) too.
 
     Args:
         model: The network, changed in place.
@@ -99,6 +100,10 @@ def initialise(
                 _draw(parameter, rule, keyed_generator(seed, full))
     for name in owners:
         _reset_constants(model.get_submodule(name), scope)
+    for name, module in model.named_modules():
+        reseed = getattr(module, "reseed", None)
+        if callable(reseed):
+            reseed(seed, name)
 
 
 def _owner(name: str, owners: Mapping[str, object]) -> str | None:

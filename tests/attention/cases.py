@@ -48,6 +48,7 @@ class Case:
     Attributes:
         sized: It is built for one map size; ``make`` takes it.
         shift: The oracle of what it adds to the map.
+        whole: The oracle of the output, for a module that replaces a layer.
         stopped: Parameters whose gradient leaves something out, as the definition says.
         idle: Parameters that the output does not depend on in training: a constant before a norm or
             a softmax, which takes it away again.
@@ -62,6 +63,7 @@ class Case:
     batch_statistics: bool = False
     sized: bool = False
     shift: Callable[..., np.ndarray] | None = None
+    whole: Callable[..., np.ndarray] | None = None
     stopped: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
 
@@ -72,7 +74,9 @@ class Case:
     def output(
         self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool
     ) -> np.ndarray:
-        """The oracle's x * gate + shift."""
+        """The oracle's x * gate + shift, or what else the module is."""
+        if self.whole is not None:
+            return self.whole(parameters, x, training=training)
         y = x * self.expected(parameters, x, training=training)
         return y if self.shift is None else y + self.shift(parameters, x)
 
@@ -135,6 +139,59 @@ def _pooling(pool: str) -> list[Case]:
             partial(oracles_wide.ge_minus, pool=word),
             any_rank=True,
         ),
+        Case(
+            f"ean-{pool}",
+            lambda: attention.EAN(CHANNELS, reduction=1, pool=make_pool()),
+            partial(oracles.se, pool=word),
+            any_rank=True,
+        ),
+        Case(
+            f"dia-{pool}",
+            lambda: attention.DIA(CHANNELS, reduction=1, pool=make_pool()),
+            lambda parameters, x: oracles_wide.dia(parameters, x, pool=word)[0],
+            any_rank=True,
+            idle=("state1.weight",),  # the state before the first block is zero
+        ),
+        Case(
+            f"iebn-{pool}",
+            lambda: attention.IEBN(CHANNELS, pool=make_pool()),
+            lambda parameters, x, training: oracles_wide.iebn_gate(parameters, x, pool=word),
+            any_rank=True,
+            batch_statistics=True,
+            whole=partial(oracles_wide.iebn, pool=word),
+        ),
+        *(_bam("mul", 4, pool) + _sk(8, pool) if pool in ("avg", "squares") else []),
+    ]
+
+
+def _bam(fusion: str, dilation: int, pool: str = "avg") -> list[Case]:
+    make_pool, word = POOLS[pool]
+    return [
+        Case(
+            f"bam-{fusion}-{dilation}-{pool}",
+            lambda: attention.BAM(
+                CHANNELS, reduction=2, fusion=fusion, dilation=dilation, pool=make_pool()
+            ),
+            partial(oracles_wide.bam, fusion=fusion, dilation=dilation, pool=word),
+            any_rank=False,
+            batch_statistics=True,
+            idle=("fc1.bias", "reduce.bias", "context1.bias", "context2.bias"),
+        )
+    ]
+
+
+def _sk(groups: int, pool: str = "avg") -> list[Case]:
+    make_pool, word = POOLS[pool]
+    oracle = partial(oracles_wide.sk, groups=groups, pool=word)
+    return [
+        Case(
+            f"sk-{groups}-{pool}",
+            lambda: attention.SK(CHANNELS, groups=groups, reduction=2, least=3, pool=make_pool()),
+            lambda parameters, x, training: oracle(parameters, x, training=training)[0],
+            any_rank=False,
+            batch_statistics=True,
+            whole=lambda parameters, x, training: oracle(parameters, x, training=training)[1],
+        )
     ]
 
 
@@ -265,6 +322,17 @@ WIDE: list[Case] = [
     *(_ge_windows(extent) for extent in (2, 3)),
     Case("spa", lambda: attention.SPA(CHANNELS, reduction=2), oracles_wide.spa, any_rank=False),
     *(_gsop(stride) for stride in (1, 2)),
+    *_bam("add", 1),
+    *_sk(2),
+    Case(
+        "ge-theta-bias",
+        lambda size: attention.GE(CHANNELS, form="theta", size=size, bias=True),
+        partial(oracles_wide.ge_theta, form="theta"),
+        any_rank=False,
+        batch_statistics=True,
+        sized=True,
+        idle=("gather.bias",),
+    ),
 ]
 
 CASES: list[Case] = [

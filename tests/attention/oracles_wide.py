@@ -81,6 +81,7 @@ def ge_windows(parameters: Parameters, x: Array, *, extent: int) -> Array:
 def ge_theta(parameters: Parameters, x: Array, *, form: str, training: bool) -> Array:
     """GE theta and theta+: a kernel as large as the map, a norm, and in theta+ a network."""
     gathered = (x * parameters["gather.weight"][:, 0]).sum((2, 3))
+    gathered = gathered + parameters.get("gather.bias", 0.0)
     z = normalised(parameters, "norm", gathered, training=training)
     if form == "theta_plus":
         hidden = np.maximum(z, 0.0) @ parameters["fc1.weight"].T + parameters["fc1.bias"]
@@ -277,3 +278,92 @@ def gsop(parameters: Parameters, x: Array, *, stride: int, training: bool) -> Ar
     rows = rows + parameters["rows.bias"]
     excited = rows @ parameters["excite.weight"][:, :, 0, 0].T + parameters["excite.bias"]
     return sigmoid(excited)[:, :, None, None]
+
+
+def dia(
+    parameters: Parameters, x: Array, state: tuple[Array, Array] | None = None, *, pool: Pool
+) -> tuple[Array, tuple[Array, Array]]:
+    """DIANet: one step of its unit; the gate [N, C, 1, ...], and the state after it."""
+    z = pooled(x, pool, mix_parameter(parameters))
+    hidden, cell = (np.zeros_like(z), np.zeros_like(z)) if state is None else state
+
+    def network(side: str, v: Array) -> Array:
+        first = v @ parameters[f"{side}1.weight"].T + parameters[f"{side}1.bias"]
+        last = np.maximum(first, 0.0) @ parameters[f"{side}2.weight"].T
+        return last + parameters[f"{side}2.bias"]
+
+    i, f, g, o = np.split(network("input", z) + network("state", hidden), 4, axis=1)
+    cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+    hidden = sigmoid(o) * sigmoid(cell)
+    return spread(hidden, x), (hidden, cell)
+
+
+def iebn_gate(parameters: Parameters, x: Array, *, pool: Pool) -> Array:
+    """IEBN: what the weight of the norm is multiplied by, from the norm's input."""
+    z = pooled(x, pool, mix_parameter(parameters))
+    return spread(sigmoid(parameters["w"] * z + parameters["b"]), x)
+
+
+def iebn(parameters: Parameters, x: Array, *, pool: Pool, training: bool) -> Array:
+    """IEBN: a batch norm with its weight gated per image."""
+    gate = iebn_gate(parameters, x, pool=pool)
+    plain = {f"norm.{k}": v for k, v in parameters.items()}
+    plain["norm.weight"], plain["norm.bias"] = np.ones(x.shape[1]), np.zeros(x.shape[1])
+    standard = normalised(plain, "norm", x, training=training)
+    gamma, beta = (spread(parameters[k][None], x) for k in ("weight", "bias"))
+    return standard * (gamma * gate) + beta
+
+
+def convolved(x: Array, weight: Array, *, groups: int, dilation: int, stride: int = 1) -> Array:
+    """A grouped, dilated 3x3 convolution whose zero padding is the dilation."""
+    outputs, together = weight.shape[:2]
+    d = dilation
+    padded = np.pad(x, ((0, 0), (0, 0), (d, d), (d, d)))
+    height, width = x.shape[2:]
+    out = np.zeros((x.shape[0], outputs, -(-height // stride), -(-width // stride)))
+    for o in range(outputs):
+        first = o // (outputs // groups) * together
+        for a in range(3):
+            for b in range(3):
+                moved = padded[:, first : first + together, a * d : a * d + height]
+                moved = moved[:, :, :, b * d : b * d + width][:, :, ::stride, ::stride]
+                out[:, o] += (moved * weight[o, :, a, b].reshape(1, -1, 1, 1)).sum(1)
+    return out
+
+
+def bam(
+    parameters: Parameters, x: Array, *, fusion: str, dilation: int, pool: Pool, training: bool
+) -> Array:
+    """BAM: one plus the sigmoid of a channel network times (or plus) a spatial one."""
+    p = parameters
+    z = pooled(x, pool, mix_parameter(p)) @ p["fc1.weight"].T + p["fc1.bias"]
+    z = np.maximum(normalised(p, "norm", z, training=training), 0.0)
+    channel = (z @ p["fc2.weight"].T + p["fc2.bias"])[:, :, None, None]
+
+    def one(name: str, v: Array) -> Array:
+        mixed = np.einsum("oi,nihw->nohw", p[f"{name}.weight"][:, :, 0, 0], v)
+        return mixed + p[f"{name}.bias"].reshape(1, -1, 1, 1)
+
+    v = np.maximum(normalised(p, "reduce_norm", one("reduce", x), training=training), 0.0)
+    for name in ("context1", "context2"):
+        v = convolved(v, p[f"{name}.weight"], groups=1, dilation=dilation)
+        v = v + p[f"{name}.bias"].reshape(1, -1, 1, 1)
+        v = np.maximum(normalised(p, f"{name}_norm", v, training=training), 0.0)
+    spatial = one("spatial", v)
+    return 1.0 + sigmoid(channel * spatial if fusion == "mul" else channel + spatial)
+
+
+def sk(
+    parameters: Parameters, x: Array, *, groups: int, pool: Pool, training: bool, stride: int = 1
+) -> tuple[Array, Array]:
+    """SK: the share of the first branch, and the branches mixed by their shares."""
+    p = parameters
+    branches = []
+    for dilation, name in ((1, "near"), (2, "far")):
+        u = convolved(x, p[f"{name}.weight"], groups=groups, dilation=dilation, stride=stride)
+        branches.append(np.maximum(normalised(p, f"{name}_norm", u, training=training), 0.0))
+    z = pooled(branches[0] + branches[1], pool, mix_parameter(p)) @ p["fc.weight"].T
+    z = np.maximum(normalised(p, "norm", z, training=training), 0.0)
+    scores = [np.exp(z @ p[f"fc_{name}.weight"].T) for name in ("near", "far")]
+    shares = [(s / (scores[0] + scores[1]))[:, :, None, None] for s in scores]
+    return shares[0], shares[0] * branches[0] + shares[1] * branches[1]

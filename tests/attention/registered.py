@@ -14,6 +14,12 @@ SIZE = 7
 """The map size that modules are told which must know one."""
 ALL = spem.list_attention()
 EVERY = pytest.mark.parametrize("name", ALL)
+REPLACES = {name: spem.attention.attention_class(name).needs.replaces for name in ALL}
+"""The layer that a module is used instead of, or None."""
+GATES = pytest.mark.parametrize("name", [name for name in ALL if REPLACES[name] is None])
+"""Modules that are the map times a gate: the contract's part that no stand-in for a layer has."""
+PRECISE = pytest.mark.parametrize("name", [name for name in ALL if REPLACES[name] != "conv"])
+"""All but those whose convolutions run in the map's dtype before the gate, as any convolution."""
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 

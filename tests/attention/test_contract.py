@@ -9,7 +9,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention.drawing import randomise
-from attention.registered import ALL, EVERY, MODES, C, drawn, fresh, maps
+from attention.registered import (
+    ALL,
+    EVERY,
+    GATES,
+    MODES,
+    PRECISE,
+    REPLACES,
+    C,
+    drawn,
+    fresh,
+    maps,
+)
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 
@@ -30,7 +41,7 @@ HALVES = pytest.mark.parametrize(
 
 def test_the_registry_holds_the_published_modules() -> None:
     assert {"spem", "se", "cbam", "eca", "srm", "sge", "scale"} <= set(ALL)
-    wide = "coord ela ese fca gc gct ge gsop nam simam spa triplet"
+    wide = "bam coord dia ean ela ese fca gc gct ge gsop iebn nam simam sk spa triplet"
     assert set(wide.split()) <= set(ALL)
     assert sorted(ALL) == list(ALL)
 
@@ -54,6 +65,8 @@ def test_class_facts(name: str) -> None:
 
 def composed(module: spem.ChannelAttention, x: Tensor) -> Tensor:
     """What forward must be, in the precision of the gate."""
+    if module.needs.replaces is not None:
+        return module(x)
     y = x * module.gate(x)
     return y + module.shift(x) if module.needs.adds else y
 
@@ -107,7 +120,7 @@ def test_views_and_expanded_maps_are_taken(name: str) -> None:
     )
 
 
-@EVERY
+@PRECISE
 @HALVES
 @MODES
 def test_pure_half(name: str, dtype: torch.dtype, training: bool) -> None:
@@ -127,7 +140,7 @@ def test_pure_half(name: str, dtype: torch.dtype, training: bool) -> None:
         torch.testing.assert_close(statistic.float(), wanted.float(), **TOLERANCE[dtype])
 
 
-@EVERY
+@PRECISE
 @HALVES
 def test_gradients_in_pure_half(name: str, dtype: torch.dtype) -> None:
     half = drawn(name, dtype)
@@ -143,7 +156,7 @@ def test_gradients_in_pure_half(name: str, dtype: torch.dtype) -> None:
         assert (actual.float() - expected).abs().max() / size < 0.05
 
 
-@EVERY
+@PRECISE
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=["float32 map", "bfloat16 map"]
 )
@@ -169,7 +182,7 @@ def test_autocast(name: str, dtype: torch.dtype, training: bool) -> None:
         assert torch.isfinite(parameter.grad).all()
 
 
-@EVERY
+@PRECISE
 def test_half_map_through_a_float32_module(name: str) -> None:
     module = drawn(name, training=False)
     x = maps(torch.bfloat16)
@@ -178,7 +191,7 @@ def test_half_map_through_a_float32_module(name: str) -> None:
     torch.testing.assert_close(out.float(), module(x.float()), **TOLERANCE[torch.bfloat16])
 
 
-@EVERY
+@PRECISE
 def test_large_float16_values_do_not_overflow(name: str) -> None:
     module = drawn(name, torch.float16, training=False)
     x = (maps().clamp(-3, 3) * 6e3).half()
@@ -190,7 +203,7 @@ def test_float64_gate(name: str) -> None:
     assert drawn(name, torch.float64).gate(maps(torch.float64)).dtype == torch.float64
 
 
-@EVERY
+@GATES
 @MODES
 def test_forward_is_the_map_times_the_gate(name: str, training: bool) -> None:
     """And plus the shift, for a module that declares one."""
@@ -200,6 +213,25 @@ def test_forward_is_the_map_times_the_gate(name: str, training: bool) -> None:
     if not module.needs.adds:
         with pytest.raises(NotImplementedError, match=type(module).__name__):
             module.shift(x)
+
+
+def test_the_declared_parts_of_the_contract() -> None:
+    """Only these three are no gate times the map, or no gate in the dtype of the statistics."""
+    assert {k: v for k, v in REPLACES.items() if v} == {"iebn": "norm", "sk": "conv"}
+    assert [name for name in ALL if fresh(name).needs.adds] == ["gc"]
+
+
+@MODES
+def test_a_convolution_in_half_precision(training: bool) -> None:
+    """Its branches are computed as any convolution of the network is, its gate in float32."""
+    full = drawn("sk", training=training)
+    half, x = copy.deepcopy(full).bfloat16(), maps()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = copy.deepcopy(full)(x)
+    assert out.dtype == torch.bfloat16
+    expected = copy.deepcopy(full)(x)
+    for actual in (out, half(x.bfloat16())):
+        assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 @EVERY

@@ -58,6 +58,8 @@ def test_every_registered_module_passes_gradcheck(name: str) -> None:
         "ela": "ela(norm_groups=4)",
         "spa": "spa(reduction=8)",
         "gsop": "gsop(dims=2)",
+        "bam": "bam(reduction=4)",
+        "ean": "ean(reduction=8)",
     }.get(name, name)
     module = randomise(
         spem.create_attention(spec, CHANNELS, dtype=torch.float64), "registered", name

@@ -98,15 +98,14 @@ def test_modules_without_a_gate_are_left_out_and_spatial_ones_averaged():
 
 
 def test_gradient_norms_are_those_of_the_convolutions():
-    model = resnet(11, attention="se")
+    model = resnet(11, attention="cbam")  # which has convolutions of its own
     model(torch.randn(4, 3, 8, 8)).square().mean().backward()
     by_hand = [
         np.sqrt(
             sum(
                 float((p.grad.double() ** 2).sum())  # pyright: ignore[reportOptionalMemberAccess]
                 for name, p in model.named_parameters()
-                if name.startswith(f"layer{k}.0.")
-                and (".conv" in name or name.endswith("downsample.0.weight"))
+                if name.startswith((f"layer{k}.0.conv", f"layer{k}.0.downsample.0"))
             )
         )
         for k in (1, 2, 3)

@@ -3,18 +3,17 @@
 A new module adds one import line here.
 """
 
+from spem.attention.bam import BAM
 from spem.attention.base import (
     ChannelAttention,
-    Needs,
     attention_class,
-    learned_mixes,
     list_attention,
-    param_groups,
-    penalty,
     register_attention,
 )
 from spem.attention.cbam import CBAM
 from spem.attention.coord import CoordAtt
+from spem.attention.dia import DIA
+from spem.attention.ean import EAN
 from spem.attention.eca import ECA
 from spem.attention.ela import ELA
 from spem.attention.ese import ESE
@@ -23,20 +22,29 @@ from spem.attention.gc import GC
 from spem.attention.gct import GCT
 from spem.attention.ge import GE
 from spem.attention.gsop import GSoP
+from spem.attention.iebn import IEBN
 from spem.attention.nam import NAM
+from spem.attention.needs import PLACES, Needs
+from spem.attention.places import Places
 from spem.attention.pooling import Mix, make_pool
+from spem.attention.rules import attention_parameters, learned_mixes, param_groups, penalty
 from spem.attention.scale import Scale
 from spem.attention.se import SE
 from spem.attention.sge import SGE
 from spem.attention.simam import SimAM
+from spem.attention.sk import SK
 from spem.attention.spa import SPA
 from spem.attention.spec import AttentionSpec, as_spec, create_attention, spec_text
 from spem.attention.spem import SPEM
 from spem.attention.srm import SRM
+from spem.attention.srp import SRP
 from spem.attention.triplet import Triplet
 
 __all__ = [
+    "BAM",
     "CBAM",
+    "DIA",
+    "EAN",
     "ECA",
     "ELA",
     "ESE",
@@ -44,23 +52,29 @@ __all__ = [
     "GC",
     "GCT",
     "GE",
+    "IEBN",
     "NAM",
+    "PLACES",
     "SE",
     "SGE",
+    "SK",
     "SPA",
     "SPEM",
     "SRM",
+    "SRP",
     "AttentionSpec",
     "ChannelAttention",
     "CoordAtt",
     "GSoP",
     "Mix",
     "Needs",
+    "Places",
     "Scale",
     "SimAM",
     "Triplet",
     "as_spec",
     "attention_class",
+    "attention_parameters",
     "create_attention",
     "learned_mixes",
     "list_attention",

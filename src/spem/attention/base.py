@@ -1,15 +1,16 @@
 """The module contract: what every channel-attention module is, and declares to its users."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.pooling import LearnedMix, Pool, PoolSpec, make_pool
+from spem.attention.descriptor import MapStats, Pool
+from spem.attention.needs import Needs
+from spem.attention.pooling import LearnedMix, PoolSpec, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.choice import tell
@@ -18,38 +19,14 @@ from spem.ops.tail import has_hooks
 from spem.seeding import Initialiser
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a module's definition demands of its caller; checked in forward and shown in tables.
+class Ending(Protocol):
+    """What ends a residual branch: a module, or what `ChannelAttention.begin` gave for a stage."""
 
-    Attributes:
-        statistics: Plane statistics its gate reads beside its pool's (``mean``, ``var``, ``max``,
-            ``min``).
-        pixels: Smallest number of positions of a map (H W).
-        batch: Smallest number of images in training.
-        values: Smallest number of values N H W in training.
-        batch_statistics: Whether training and evaluation differ (the module holds a batch norm).
-        divides: Name of the option that must divide the channels, or None.
-        no_decay: Parameters (relative names) that its authors train without weight decay.
-        size: Whether it is built for one map size (option ``size``, or the ``size`` that
-            `create_attention` is told).
-        fixed_size: Whether it refuses maps of another size than it was built for.
-        stops_gradients: Parameters (relative names) whose gradient leaves out part of what they do,
-            as the definition says.
-        adds: Whether it also adds to the map: y = x * gate(x) + shift(x).
-    """
-
-    statistics: tuple[str, ...] = ()
-    pixels: int = 1
-    batch: int = 1
-    values: int = 1
-    batch_statistics: bool = False
-    divides: str | None = None
-    no_decay: tuple[str, ...] = ()
-    size: bool = False
-    fixed_size: bool = False
-    stops_gradients: tuple[str, ...] = ()
-    adds: bool = False
+    def tail(
+        self, z: Tensor, residual: Tensor, norm: nn.Module | None = None, *, inplace: bool = False
+    ) -> Tensor:
+        """relu(attention(norm(z)) + residual)."""
+        ...
 
 
 class ChannelAttention(nn.Module):
@@ -60,6 +37,9 @@ class ChannelAttention(nn.Module):
     N x C x H x W. One with forms of both kinds writes `gate_from` and `map_gate`, and
     `takes_any_rank` says which of them an instance is. Gates are computed in at least float32 with
     autocast off; only the final factor is cast to the map's dtype.
+
+    A module whose `needs` say that it replaces a norm or a convolution writes its own `forward`;
+    one that carries a state from block to block extends `spem.attention.carrying.Carrying`.
 
     Shape:
         x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
@@ -99,6 +79,8 @@ class ChannelAttention(nn.Module):
         self.channels = channels
         self.statistics: tuple[str, ...] = ()
         """Plane statistics the gate reads, in canonical order: the module's own and its pools'."""
+        self.reads_map = False
+        """Whether a pool must be given the map itself in training."""
         self._reads(self.needs.statistics)
         if pool is not None:
             self.pool = self._make_pool(pool, device=device, dtype=dtype)
@@ -113,8 +95,15 @@ class ChannelAttention(nn.Module):
         """The recalibration factor in at least float32, broadcastable to x ([N, C, 1, ...])."""
         if not self.takes_any_rank():
             return self.map_gate(x)
-        v = self.gate_from(plane_stats(x, self.statistics))
+        v = self.gate_from(self.stats_of(x))
         return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+
+    def stats_of(self, x: Tensor) -> PlaneStats:
+        """The plane statistics that gate and pools read; with the map where a pool needs it."""
+        stats = plane_stats(x, self.statistics)
+        if not (self.reads_map and self.training):
+            return stats
+        return cast("PlaneStats", MapStats(*stats, x))  # the same fields, and one more
 
     def map_gate(self, x: Tensor) -> Tensor:
         """The gate of an instance that is no function of plane statistics, though others are."""
@@ -161,11 +150,19 @@ class ChannelAttention(nn.Module):
             return gate_tail(z, residual, self.gate_from, statistics=read, inplace=inplace)
         return bn_gate_tail(z, residual, norm, self.gate_from, statistics=read, inplace=inplace)
 
+    def begin(self) -> Ending:
+        """What the blocks of a stage that share this module get, anew in each forward pass."""
+        return self
+
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused."""
         kind = type(self)
         if not self.takes_any_rank():
             return f"{self.name or kind.__name__} is no function of plane statistics"
+        if self.needs.replaces is not None:
+            return f"{self.name or kind.__name__} stands in place of a {self.needs.replaces}"
+        if self.reads_map and self.training:
+            return f"{self.name or kind.__name__} pools random regions of the map in training"
         if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
             return f"{kind.__name__} has a forward of its own"
         return f"cannot call the hooks of {kind.__name__}" if has_hooks(self) else None
@@ -198,6 +195,7 @@ class ChannelAttention(nn.Module):
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from None
         self._reads(built.statistics)
+        self.reads_map = self.reads_map or built.needs_map
         return built
 
     def _reads(self, names: Iterable[str]) -> None:
@@ -254,7 +252,12 @@ _A = TypeVar("_A", bound=type[ChannelAttention])
 _REGISTRY: dict[str, type[ChannelAttention]] = {}
 
 
-def register_attention(name: str, *, paper: str, needs: Needs = Needs()) -> Callable[[_A], _A]:
+def register_attention(
+    name: str,
+    *,
+    paper: str,
+    needs: Needs = Needs(),  # noqa: B008  # frozen
+) -> Callable[[_A], _A]:
     """Registers a module class under a name for specs, the command line and generated tables.
 
     Args:
@@ -303,73 +306,3 @@ def list_attention(pattern: str = "*") -> list[str]:
     ['se', 'sge']
     """
     return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
-
-
-def learned_mixes(model: nn.Module) -> list[tuple[str, LearnedMix]]:
-    """Every learned mix of a model with its name, shared ones once."""
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LearnedMix)
-    ]
-
-
-def penalty(model: nn.Module) -> Tensor:
-    """The sum of the penalties of a model's learned mixes, without the paper's coefficient 0.1.
-
-    Formula:
-        sum over blocks of p0^2 + p1^2 (`Mix`: squares; the others name theirs). A sum, so it grows
-        with depth; 0.5 a block at the start.
-
-    Returns:
-        A 0-dim tensor in at least float32; zero for a model without learned mixes.
-
-    Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eq. (8).
-    """
-    parts = [mix.penalty() for _, mix in learned_mixes(model)]
-    if parts:
-        return torch.stack(parts).sum()
-    first = next(model.parameters(), None)
-    return torch.zeros((), device=None if first is None else first.device)
-
-
-def param_groups(
-    model: nn.Module, lr: float, weight_decay: float, *, mix_lr: float | None = None
-) -> list[dict[str, Any]]:
-    """Optimiser groups that honour what every module declares.
-
-    Each trainable parameter stands in exactly one group. Parameters that a module's authors train
-    without weight decay (`Needs.no_decay`) and those of learned mixes get none (a mix without decay
-    keeps lambda from drifting); all others get ``weight_decay``.
-
-    Args:
-        model: The network.
-        lr: Learning rate.
-        weight_decay: Weight decay of ordinary parameters.
-        mix_lr: A learning rate of their own for learned mixes, or None for ``lr``.
-    """
-    mixes = {id(parameter) for _, mix in learned_mixes(model) for parameter in mix.parameters()}
-    spared = {id(parameter) for parameter in _declared_no_decay(model)} - mixes
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "mixes": []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            key = (
-                "mixes"
-                if id(parameter) in mixes
-                else "no_decay"
-                if id(parameter) in spared
-                else "decay"
-            )
-            groups[key].append(parameter)
-    rates = {"decay": lr, "no_decay": lr, "mixes": lr if mix_lr is None else mix_lr}
-    decays = {"decay": weight_decay, "no_decay": 0.0, "mixes": 0.0}
-    return [
-        {"params": members, "lr": rates[key], "weight_decay": decays[key]}
-        for key, members in groups.items()
-        if members
-    ]
-
-
-def _declared_no_decay(model: nn.Module) -> Iterator[nn.Parameter]:
-    for module in model.modules():
-        if isinstance(module, ChannelAttention):
-            for name in module.needs.no_decay:
-                yield module.get_parameter(name)

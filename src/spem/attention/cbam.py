@@ -7,7 +7,6 @@ from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import batch_norm, conv, linear
 from spem.attention.se import hidden_units
-from spem.ops import plane_stats
 from spem.seeding import kaiming_normal_fan_out
 
 
@@ -88,7 +87,7 @@ class CBAM(ChannelAttention):
 
     def gate(self, x: Tensor) -> Tensor:
         """c p, [N, C, H, W]."""
-        stats = plane_stats(x, self.statistics)
+        stats = self.stats_of(x)
         excited = [
             linear(self.fc2, torch.relu(linear(self.fc1, pool(stats)))) for pool in self.pools
         ]

@@ -1,5 +1,6 @@
 """GCT: gated channel transformation."""
 
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
 Mode = Literal["l2", "l1"]
+Placement = Literal["tail", "conv"]
 EPS = 1e-5
 
 
@@ -34,17 +36,20 @@ class GCT(ChannelAttention):
         channels: C.
         mode: The norm of a plane, ``"l2"`` or ``"l1"``. Only l2 is a function of plane statistics:
             sum x^2 = K (var + mean^2), K positions.
+        placement: At the ``"tail"`` of every block, or before every ``"conv"``, as in the official
+            networks.
         device: Where the parameters live.
         dtype: Dtype of the parameters.
 
     Raises:
-        ValueError: An unknown ``mode``.
+        ValueError: An unknown ``mode`` or ``placement``.
 
     Paper: Gated Channel Transformation (2020), https://arxiv.org/abs/1909.11519.
 
-    Differences: the official networks put it before every convolution; here it stands where any
-    attention stands. In l2 an infinite value makes all gates of its image NaN. Its authors train
-    beta without weight decay (`Needs.no_decay`).
+    Differences: the official networks put it before every convolution (stem and shortcuts too),
+    ``placement="conv"``; the default stands where any attention stands. In l2 an infinite value
+    makes all gates of its image NaN. Its authors train beta without weight decay
+    (`Needs.no_decay`).
     """
 
     def __init__(
@@ -52,13 +57,17 @@ class GCT(ChannelAttention):
         channels: int,
         *,
         mode: Mode = "l2",
+        placement: Placement = "tail",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         if mode not in get_args(Mode):
             raise ValueError(f"GCT: mode={mode!r} is unknown. Use 'l2' or 'l1'.")
+        if placement not in get_args(Placement):
+            raise ValueError(f"GCT: placement={placement!r} is unknown. Use 'tail' or 'conv'.")
         self.mode = mode
+        self.needs = replace(self.needs, place=placement)
         self.alpha = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.gamma = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))

@@ -34,8 +34,8 @@ class GE(ChannelAttention):
         an extent e, the averages over windows of 2e - 1 at a stride of e, repeated to H x W
         (nearest). Parameters: none.
 
-        theta: y = x * s(BN(g)), g a depthwise convolution with a kernel of the whole map, no bias.
-        Parameters: C (H W + 2).
+        theta: y = x * s(BN(g)), g a depthwise convolution with a kernel of the whole map, without
+        bias unless ``bias``. Parameters: C (H W + 2), and C with bias.
 
         theta_plus: y = x * s(W2 relu(W1 relu(BN(g)) + b1) + b2), hidden width h = C // reduction.
         Parameters: C (H W + 2) + 2 C h + h + C.
@@ -52,6 +52,8 @@ class GE(ChannelAttention):
         form: ``"theta_minus"``, ``"theta"`` or ``"theta_plus"``.
         extent: ``"global"``, or for theta_minus an integer e >= 2 (2, 4 and 8 in the paper).
         reduction: r of theta_plus, the hidden width is C // r.
+        bias: Whether the depthwise convolution has a bias, which the norm takes away again; the
+            port in SRM's repository has one.
         size: H = W, or (H, W), of the maps; theta and theta_plus need it.
         pool: How a plane becomes a number in theta_minus of global extent.
         device: Where the parameters live.
@@ -75,18 +77,23 @@ class GE(ChannelAttention):
         form: Form = "theta_minus",
         extent: int | Literal["global"] = GLOBAL,
         reduction: int = 16,
+        bias: bool = False,
         size: Size | None = None,
         pool: PoolSpec = "avg",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._refuse(form, extent, pool)
+        if not isinstance(bias, bool) or (bias and form == "theta_minus"):
+            raise ValueError(
+                f"GE: bias={bias!r} is not True or False, or form={form!r} has no convolution."
+            )
         pooled = form == "theta_minus" and extent == GLOBAL
         super().__init__(channels, pool=pool if pooled else None, device=device, dtype=dtype)
         self.form: Form = form
         self.extent = extent
         if form != "theta_minus":
-            self._build(reduction, sides("GE", size), device=device, dtype=dtype)
+            self._build(reduction, sides("GE", size), bias=bias, device=device, dtype=dtype)
         self._draw_start()
 
     @staticmethod
@@ -111,14 +118,15 @@ class GE(ChannelAttention):
         reduction: int,
         size: tuple[int, int],
         *,
+        bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         """The layers of theta and theta_plus, and what these forms declare."""
         c, self.size = self.channels, size
-        self.gather = nn.Conv2d(c, c, size, groups=c, bias=False, device=device, dtype=dtype)
+        self.gather = nn.Conv2d(c, c, size, groups=c, bias=bias, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(c, device=device, dtype=dtype)
-        no_decay = _NORM
+        no_decay = (*_NORM, "gather.bias") if bias else _NORM
         self.random_init = {"gather.weight": kaiming_normal_fan_in}
         if self.form == "theta_plus":
             hidden = hidden_units("GE", c, reduction)

@@ -1,7 +1,7 @@
 """Pooling strategies on plane statistics: average, maximum, minimum, and their mix by lambda.
 
-A pool is described by ``"avg"``, ``"max"``, ``"min"`` or a `Mix`, and built by `make_pool` into a
-module that takes `PlaneStats` to a descriptor [N, C] in at least float32.
+A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an `SRP`, and built by
+`make_pool` into a module that takes `PlaneStats` to a descriptor [N, C] in at least float32.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from spem.attention.descriptor import Pool
+from spem.attention.srp import SRP, RegionPool
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
@@ -79,17 +81,7 @@ class Mix:
         )
 
 
-PoolSpec = Literal["avg", "max", "min"] | Mix
-
-
-class Pool(nn.Module):
-    """Takes plane statistics to a descriptor [N, C]; ``statistics`` names those it reads."""
-
-    statistics: tuple[str, ...] = ()
-
-    def forward(self, stats: PlaneStats) -> Tensor:
-        """The descriptor, [N, C]."""
-        raise NotImplementedError
+PoolSpec = Literal["avg", "max", "min", "srp"] | Mix | SRP
 
 
 class Single(Pool):
@@ -267,7 +259,8 @@ def make_pool(
     """Builds the module a pool specification describes.
 
     Raises:
-        ValueError: The specification is none of ``"avg"``, ``"max"``, ``"min"``, `Mix`.
+        ValueError: The specification is none of ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, `Mix`,
+            `SRP`.
     """
     if isinstance(pool, Mix):
         if pool.lam is not None:
@@ -275,6 +268,10 @@ def make_pool(
         if pool.parametrization == "sigmoid":
             return SigmoidMix(device=device, dtype=dtype)
         return SquaresMix(anchored=pool.parametrization == "anchored", device=device, dtype=dtype)
+    if pool == "srp" or isinstance(pool, SRP):
+        return RegionPool(SRP() if pool == "srp" else pool, device=device)
     if pool == "avg" or pool == "max" or pool == "min":
         return Single(pool)
-    raise ValueError(f"pool={pool!r} is unknown. Use 'avg', 'max', 'min', Mix() or Mix(0.3).")
+    raise ValueError(
+        f"pool={pool!r} is unknown. Use 'avg', 'max', 'min', Mix(), Mix(0.3) or 'srp'."
+    )

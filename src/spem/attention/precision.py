@@ -6,7 +6,7 @@ In both the gate is computed in float32 and only the final factor is cast down.
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,17 @@ from torch.nn import functional as F
 
 _P = ParamSpec("_P")
 _M = TypeVar("_M", bound=nn.Module)
+_X = TypeVar("_X")
+_R = TypeVar("_R")
 
 
 def without_autocast(
-    method: Callable[Concatenate[_M, Tensor, _P], Tensor],
-) -> Callable[Concatenate[_M, Tensor, _P], Tensor]:
+    method: Callable[Concatenate[_M, _X, _P], _R],
+) -> Callable[Concatenate[_M, _X, _P], _R]:
     """Runs a module's method with autocast off for the device type of its input."""
 
     @functools.wraps(method)
-    def wrapped(self: _M, x: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+    def wrapped(self: _M, x: _X, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         # PlaneStats is passed here too: its first statistic that is there tells the device.
         device = _device_type(x)
         if device is None or not torch.is_autocast_enabled(device):
@@ -84,16 +86,40 @@ def batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, z: Tensor) -> Tensor:
     assert norm.momentum is not None  # no module here averages cumulatively
     if z.shape[0] > 0 and norm.weight.dtype == z.dtype:
         return norm(z)
-    training = norm.training and z.shape[0] > 0
-    wide_mean, wide_var = cast(mean, z), cast(var, z)
-    out = F.batch_norm(
-        z, wide_mean, wide_var, cast(norm.weight, z), cast(norm.bias, z), training,
-        norm.momentum, norm.eps,
-    )  # fmt: skip
+    scale, shift = cast(norm.weight, z), cast(norm.bias, z)
+    running = Running(mean, var, norm.num_batches_tracked)
+    return normalise(
+        z, running, scale, shift, training=norm.training, momentum=norm.momentum, eps=norm.eps
+    )
+
+
+class Running(NamedTuple):
+    """Running statistics of a batch norm, and the number of batches in them."""
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+
+
+def normalise(
+    z: Tensor,
+    running: Running,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm in the dtype of z over any rank; running statistics keep theirs."""
+    training = training and z.shape[0] > 0
+    mean, var = cast(running.mean, z), cast(running.var, z)
+    out = F.batch_norm(z, mean, var, weight, bias, training, momentum, eps)
     if training:
         with torch.no_grad():
-            mean.copy_(wide_mean)
-            var.copy_(wide_var)
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
+            if mean is not running.mean:
+                running.mean.copy_(mean)
+                running.var.copy_(var)
+            if running.batches is not None:
+                running.batches.add_(1)
     return out

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import cast
-from spem.ops import plane_stats
 
 
 @register_attention(
@@ -78,7 +77,7 @@ class SGE(ChannelAttention):
 
     def gate(self, x: Tensor) -> Tensor:
         """s(w t + b), [N, C, H, W]: one map a group, the same for all its channels."""
-        z = self.pool(plane_stats(x, self.statistics))  # [N, C]
+        z = self.pool(self.stats_of(x))  # [N, C]
         grouped = x.flatten(2).to(z.dtype).unflatten(1, (self.groups, -1))  # [N, G, C/G, HW]
         q = (grouped * z.unflatten(1, (self.groups, -1))[..., None]).sum(2)  # [N, G, HW]
         centred = q - q.mean(2, keepdim=True)

@@ -10,9 +10,17 @@ from typing import Any
 import torch
 
 from spem.attention.base import ChannelAttention, attention_class
+from spem.attention.needs import PLACES, Place
 from spem.attention.pooling import Mix
+from spem.attention.srp import SRP
 
-Value = bool | int | float | str | Mix | tuple["Value", ...] | None
+Value = bool | int | float | str | Mix | SRP | tuple["Value", ...] | None
+
+_POOLS: dict[str, tuple[type[Mix] | type[SRP], tuple[str, ...]]] = {
+    "mix": (Mix, ("lam", "parametrization")),
+    "srp": (SRP, ("share", "regions", "per")),
+}
+"""Values that are written as a call: the class, and the names of its arguments in their order."""
 
 
 @dataclass(frozen=True, init=False)
@@ -81,6 +89,7 @@ class AttentionSpec:
         channels: int,
         *,
         size: int | tuple[int, int] | None = None,
+        stride: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ChannelAttention:
@@ -90,14 +99,35 @@ class AttentionSpec:
             channels: C.
             size: H = W, or (H, W), of the maps it will meet, for modules that must know it and
                 whose spec does not say it; the others do not care.
+            stride: Stride of the convolution it replaces; only such modules read this.
             device: Where the parameters live.
             dtype: Dtype of the parameters.
         """
         cls = attention_class(self.name)
         options: dict[str, Any] = dict(self.options)
-        if size is not None and options.get("size") is None and "size" in _options_of(cls):
-            options["size"] = size
+        for hint, value in (("size", size), ("stride", stride)):
+            if value is not None and options.get(hint) is None and hint in _options_of(cls):
+                options[hint] = value
         return cls(channels, **options, device=device, dtype=dtype)
+
+    @property
+    def place(self) -> Place:
+        """Where in a network the module stands, a key of `PLACES`.
+
+        Raises:
+            ValueError: The option ``placement`` is no such key.
+        """
+        place: Any = dict(self.options).get("placement", attention_class(self.name).needs.place)
+        if place not in PLACES:
+            raise ValueError(
+                f"{self.name}: placement={place!r} is unknown. Use one of {', '.join(PLACES)}."
+            )
+        return place
+
+    @property
+    def shared(self) -> bool:
+        """Whether the blocks of a stage share one module."""
+        return attention_class(self.name).needs.shared
 
 
 def create_attention(
@@ -169,18 +199,18 @@ def _value(node: ast.expr, text: str) -> Value:
         return _word(node.id)
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item, text) for item in node.elts)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "mix":
-        return _mix(node, text)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _POOLS:
+        return _pool(node, node.func.id, text)
     raise ValueError(_unreadable(text))
 
 
 def _word(word: str) -> Value:
-    return Mix() if word == "mix" else word
+    return _POOLS[word][0]() if word in _POOLS else word
 
 
 def _quoted(value: str, text: str) -> Value:
     """A quoted mix, as shells and JSON suggest writing it, means the same as a bare one."""
-    if value.replace(" ", "").startswith("mix("):
+    if value.replace(" ", "").startswith(tuple(f"{name}(" for name in _POOLS)):
         try:
             node = ast.parse(value.strip(), mode="eval").body
         except SyntaxError:
@@ -189,20 +219,20 @@ def _quoted(value: str, text: str) -> Value:
     return _word(value)
 
 
-def _mix(node: ast.Call, text: str) -> Mix:
+def _pool(node: ast.Call, kind: str, text: str) -> Mix | SRP:
     arguments: dict[str, Any] = {}
-    names = ("lam", "parametrization")
+    cls, names = _POOLS[kind]
     for name, argument in zip(names, node.args, strict=False):
         arguments[name] = _value(argument, text)
     if len(node.args) > len(names):
-        raise ValueError(f"mix takes at most {len(names)} arguments; it takes {list(names)}")
+        raise ValueError(f"{kind} takes at most {len(names)} arguments; it takes {list(names)}")
     for keyword in node.keywords:
         if keyword.arg not in names:
-            raise ValueError(f"mix has no option {keyword.arg!r}; it takes {list(names)}")
+            raise ValueError(f"{kind} has no option {keyword.arg!r}; it takes {list(names)}")
         if keyword.arg in arguments:
             raise ValueError(_unreadable(text))
         arguments[keyword.arg] = _value(keyword.value, text)
-    return Mix(**arguments)
+    return cls(**arguments)
 
 
 def _frozen(value: Any) -> Value:
@@ -216,4 +246,4 @@ def _text(value: Value) -> str:
     if isinstance(value, str):
         # A keyword of Python, like the "global" of ge, is no bare word of the text.
         return value if value.isidentifier() and not iskeyword(value) else repr(value)
-    return str(value) if isinstance(value, Mix) else repr(value)
+    return str(value) if isinstance(value, (Mix, SRP)) else repr(value)

@@ -1,5 +1,6 @@
 """`spem list`: every registered attention module and what there is to know about it."""
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from spem.cli.output import print_json, print_table, unknown
@@ -8,6 +9,14 @@ if TYPE_CHECKING:
     from spem.attention import Needs
 
 CHANNELS = (64, 128, 256)
+_SHORT = {
+    "tail": "blocks",
+    "conv": "before convolutions",
+    "norm": "norms",
+    "middle": "3x3 convolutions",
+    "between": "between stages",
+    "stage": "after stages",
+}
 SIZES = {64: 32, 128: 16, 256: 8}
 """Side of the maps of so many channels in a CIFAR ResNet, for modules built for a size."""
 
@@ -17,25 +26,88 @@ def run(args: list[str]) -> None:
     import tyro
     from tyro.conf import Positional
 
-    def list_modules(pattern: Positional[str] = "*", /, *, json: bool = False) -> None:
+    def list_modules(
+        pattern: Positional[str] = "*",
+        /,
+        *,
+        json: bool = False,
+        markdown: bool = False,
+        bibtex: bool = False,
+    ) -> None:
         """List the attention modules: parameters, gate at start, statistics, needs, paper.
 
         Args:
             pattern: Names to show; * and ? stand for any characters.
             json: Print JSON.
+            markdown: Print the table of the README.
+            bibtex: Print how to cite them.
         """
-        _list(pattern, json)
+        if bibtex:
+            from spem.attention.citing import bibtex as cite
+
+            print("\n\n".join(cite(name) for name in _names(pattern)))
+        elif markdown:
+            print(markdown_table(pattern))
+        else:
+            _list(pattern, json)
 
     tyro.cli(list_modules, prog="spem list", args=args)
 
 
-def _list(pattern: str, json: bool) -> None:
+def markdown_table(pattern: str = "*") -> str:
+    """The README's table of the modules whose names match, one row each, from the registry."""
+    from spem.attention import attention_class
+
+    rows = [
+        "| name | what it is | where | C=64 | C=128 | C=256 | start | fused | no decay | source |",
+        "|---|---|---|---:|---:|---:|---|---|---|---|",
+    ]
+    for name in _names(pattern):
+        module = _describe(name)
+        doc = inspect.getdoc(attention_class(name)) or ""
+        gate = module["start_gate"]
+        start = f"about {_mean_gate(name):.2f}" if gate is None else f"{gate:.7g}"
+        title, _, link = module["paper"].partition(", http")
+        cells = [
+            f"`{name}`",
+            doc.partition("\n")[0].rstrip("."),
+            module["place"],
+            *_counts(module, "-"),
+            start,
+            "yes" if module["fusable"] else "no",
+            ", ".join(module["no_decay"]) or "-",
+            f"[{title}](http{link})" if link else "-",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean_gate(name: str) -> float:
+    """The mean gate of a new module in training, on normal maps under a fixed seed."""
+    import torch
+    from torch import nn
+
+    from spem.attention import create_attention
+    from spem.seeding import initialise, keyed_generator
+
+    module = create_attention(name, 64, size=16)
+    initialise(nn.Sequential(module), 0)
+    x = torch.randn(32, 64, 16, 16, generator=keyed_generator(0, "list"))
+    with torch.no_grad():
+        return float(module.gate(x).mean())
+
+
+def _names(pattern: str) -> list[str]:
     from spem.attention import list_attention
 
     names = list_attention(pattern)
     if not names:
         raise ValueError(unknown("attention module", pattern, list_attention()))
-    modules = [_describe(name) for name in names]
+    return names
+
+
+def _list(pattern: str, json: bool) -> None:
+    modules = [_describe(name) for name in _names(pattern)]
     if json:
         print_json(modules)
         return
@@ -69,9 +141,10 @@ def _describe(name: str) -> dict[str, Any]:
         "name": name,
         "parameters": parameters,
         "start_gate": None if gate is None else float(gate),
-        "fusable": module.takes_any_rank(),
+        "fusable": needs.place == "tail" and module.why_composed() is None,
         "statistics": list(module.statistics) if module.takes_any_rank() else [],
         "no_decay": list(needs.no_decay),
+        "place": _SHORT[needs.place] + (", one a stage" if needs.shared else ""),
         "needs": _needs(needs),
         "paper": type(module).paper,
     }
@@ -79,7 +152,13 @@ def _describe(name: str) -> dict[str, Any]:
 
 def _needs(needs: "Needs") -> list[str]:
     """What a caller must know before using the module, one short phrase each."""
+    from spem.attention import PLACES
+
     phrases: list[str] = []
+    if needs.place != "tail":
+        phrases.append(f"stands {PLACES[needs.place]}")
+    if needs.shared:
+        phrases.append("the blocks of a stage share one")
     if needs.pixels > 1:
         phrases.append(f"maps of {needs.pixels} pixels or more")
     if needs.batch > 1:
@@ -101,15 +180,20 @@ def _needs(needs: "Needs") -> list[str]:
 
 def _numbers(module: dict[str, Any]) -> list[str]:
     gate = module["start_gate"]
-    counts = [module["parameters"][str(channels)] for channels in CHANNELS]
     return [
         module["name"],
-        *("-" if n is None else f"{n:,}" for n in counts),
+        *_counts(module, "-"),
         "-" if gate is None else f"{gate:.7g}",
         ", ".join(module["statistics"]) or ("none" if module["fusable"] else "-"),
-        "yes" if module["fusable"] else "-",
+        "yes" if module["fusable"] else "no",
         ", ".join(module["no_decay"]) or "-",
     ]
+
+
+def _counts(module: dict[str, Any], missing: str) -> list[str]:
+    """Parameters at the listed channels; ``missing`` where a module does not take so many."""
+    counts = [module["parameters"][str(channels)] for channels in CHANNELS]
+    return [missing if n is None else f"{n:,}" for n in counts]
 
 
 def _words(module: dict[str, Any]) -> list[str]:

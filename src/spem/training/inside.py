@@ -19,13 +19,16 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> Tensor:
-    """The norm of the gradient of each block's convolutions, from the first block to the last.
+    """The norm of the gradient of each block's own convolutions, from the first block to the last.
 
-    Convolutions only, so that networks with and without attention compare the same parameters.
+    Those of attention modules are left out, so that networks compare the same parameters.
     """
     found: list[Tensor] = []
     for _, block in blocks(model):
-        kernels = [m.weight for m in block.modules() if isinstance(m, nn.Conv2d)]
+        attention = [m for m in block.modules() if isinstance(m, ChannelAttention)]
+        theirs = {id(p) for module in attention for p in module.parameters()}
+        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+        kernels = [conv.weight for conv in convs if id(conv.weight) not in theirs]
         own = [w.grad for w in kernels if w.grad is not None]
         found.append(torch.stack([g.norm() for g in own]).norm() if own else torch.zeros(()))
     return torch.stack(found).to(next(model.parameters()).device)
@@ -50,9 +53,10 @@ def describe_gates(
     found: list[dict[str, Any]] = []
 
     def look(name: str) -> Any:
-        def hook(module: ChannelAttention, inputs: tuple[Tensor]) -> None:
+        def hook(module: ChannelAttention, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            gate = module.gate(x).float()
+            # With the state that a module carries between blocks, where it carries one.
+            gate = module.gate(*inputs).float()
             found.append({"block": name, "channels": module.channels, **_describe(gate, x)})
 
         return hook

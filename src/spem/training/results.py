@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spem.attention import attention_parameters
 from spem.training.checkpoint import load_json, save_json
 from spem.training.config import RunConfig
 from spem.training.environment import commit, hardware, versions
@@ -104,7 +105,6 @@ def summarise(
     """Put the result of a finished run together from its epochs' lines."""
     steps = math.ceil(len(sets.train) / config.optim.batch)
     last, best = history[-1], best_line(history)
-    attention = sum(p.numel() for n, p in model.named_parameters() if ".attention." in n)
     train_seconds = sum(line["seconds"] for line in history)
     return Result(
         id=config.id,
@@ -122,7 +122,7 @@ def summarise(
         best_epoch=best["epoch"],
         best_selected_on="test" if sets.validation is None else "validation",
         parameters=sum(p.numel() for p in model.parameters()),
-        attention_parameters=attention,
+        attention_parameters=attention_parameters(model),
         flops=_flops(model, tuple(sets.test.images.shape[1:])),
         steps=steps * config.optim.epochs,
         train_seconds=train_seconds,

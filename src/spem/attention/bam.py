@@ -1,0 +1,120 @@
+"""BAM: bottleneck attention module, between the stages of a network."""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import batch_norm, conv, linear
+from spem.attention.se import hidden_units
+
+Placement = Literal["between", "stage", "tail"]
+Fusion = Literal["mul", "add"]
+
+
+@register_attention(
+    "bam",
+    paper="BAM: Bottleneck Attention Module (2018), https://arxiv.org/abs/1807.06514",
+    needs=Needs(batch=2, batch_statistics=True, place="between"),
+)
+class BAM(ChannelAttention):
+    """Bottleneck attention: one plus the sigmoid of a channel map times a spatial map.
+
+    Formula:
+        y = x * (1 + s(Mc Ms)), or (1 + s(Mc + Ms)) with ``fusion="add"``. Mc = W2 relu(BN(W1 z +
+        b1)) + b2, [N, C, 1, 1], z the pooled channels (global average by default), hidden width h =
+        C // reduction. Ms, [N, 1, H, W]: a 1x1 convolution C -> h, two 3x3 convolutions h -> h of a
+        ``dilation``, each with bias, BN and ReLU, and a 1x1 convolution h -> 1 with bias.
+        Parameters: 3 C h + C + 18 h^2 + 13 h + 1.
+
+    Shape:
+        x: [N, C, H, W], N >= 2 in training.
+
+    Args:
+        channels: C.
+        placement: ``"between"`` stages (after all but the last, the official place), after every
+            ``"stage"``, or at the ``"tail"`` of every block.
+        fusion: How the two maps meet, ``"mul"`` or ``"add"``.
+        reduction: r, the hidden width is C // r.
+        dilation: Of the 3x3 convolutions.
+        pool: How a plane becomes a number in Mc.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: An unknown ``placement`` or ``fusion``, a ``dilation`` below 1, or a
+            ``reduction`` that leaves no hidden unit.
+
+    Paper: BAM (2018), https://arxiv.org/abs/1807.06514.
+
+    Differences: the paper adds the two maps, the official code multiplies them; ``"mul"`` is the
+    default, and norms stand where the code has them. Any map may be non-square, which fails there.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        placement: Placement = "between",
+        fusion: Fusion = "mul",
+        reduction: int = 16,
+        dilation: int = 4,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        for option, value, allowed in (
+            ("placement", placement, get_args(Placement)),
+            ("fusion", fusion, get_args(Fusion)),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"BAM: {option}={value!r} is unknown. Use one of {', '.join(allowed)}."
+                )
+        if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+            raise ValueError(f"BAM: dilation={dilation!r} is not a positive integer.")
+        h = hidden_units("BAM", channels, reduction)
+        self.fusion: Fusion = fusion
+        self.needs = replace(self.needs, place=placement)
+        self.fc1 = nn.Linear(channels, h, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm1d(h, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(h, channels, device=device, dtype=dtype)
+
+        def wide() -> nn.Conv2d:
+            return nn.Conv2d(
+                h, h, 3, padding=dilation, dilation=dilation, device=device, dtype=dtype
+            )
+
+        self.reduce = nn.Conv2d(channels, h, 1, device=device, dtype=dtype)
+        self.reduce_norm = nn.BatchNorm2d(h, device=device, dtype=dtype)
+        self.context1 = wide()
+        self.context1_norm = nn.BatchNorm2d(h, device=device, dtype=dtype)
+        self.context2 = wide()
+        self.context2_norm = nn.BatchNorm2d(h, device=device, dtype=dtype)
+        self.spatial = nn.Conv2d(h, 1, 1, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The norms 1/0."""
+        super().reset_parameters()
+        for norm in (self.norm, self.reduce_norm, self.context1_norm, self.context2_norm):
+            norm.reset_parameters()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """1 + s(Mc Ms), [N, C, H, W]."""
+        z = self.pool(self.stats_of(x))
+        z = torch.relu(batch_norm(self.norm, linear(self.fc1, z)))
+        channel = linear(self.fc2, z)[..., None, None]
+        v = torch.relu(batch_norm(self.reduce_norm, conv(self.reduce, x.to(z.dtype))))
+        v = torch.relu(batch_norm(self.context1_norm, conv(self.context1, v)))
+        v = torch.relu(batch_norm(self.context2_norm, conv(self.context2, v)))
+        spatial = conv(self.spatial, v)
+        return 1.0 + torch.sigmoid(channel * spatial if self.fusion == "mul" else channel + spatial)
+
+    def extra_repr(self) -> str:
+        """How the maps meet."""
+        return f"fusion={self.fusion}"

@@ -1,0 +1,139 @@
+"""SK: selective kernels, in place of a 3x3 convolution."""
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import batch_norm, linear, without_autocast
+from spem.seeding import kaiming_normal_fan_out
+
+
+@register_attention(
+    "sk",
+    paper="Selective Kernel Networks (2019), https://arxiv.org/abs/1903.06586",
+    needs=Needs(batch=2, batch_statistics=True, divides="groups", place="middle", replaces="conv"),
+)
+class SK(ChannelAttention):
+    """Selective kernels: two convolutions of different reach, mixed by a softmax per channel.
+
+    Formula:
+        U1 = relu(BN(conv3x3(x))), U2 = relu(BN(conv3x3 of dilation 2(x))), both grouped and without
+        bias; z = relu(BN(W p(U1 + U2))), p the pooling (global average by default), of width d =
+        max(C // reduction, least); a_k = softmax over k of (W_k z); y = a_1 U1 + a_2 U2.
+        Parameters: 3 C d + 2 d, and 18 C^2 / groups + 4 C of the branches.
+
+    Shape:
+        x: [N, C, H, W], N >= 2 in training; output: [N, C, ceil(H / stride), ceil(W / stride)].
+
+    Args:
+        channels: C, of input and output.
+        stride: Of both convolutions; a network tells that of the convolution it replaces (1
+            without).
+        groups: Of both convolutions, must divide C; None is min(32, C).
+        reduction: r of the width d.
+        least: The smallest d.
+        pool: How a plane of U1 + U2 becomes a number.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: ``groups`` does not divide ``channels``, or an option is no positive integer.
+
+    Paper: Selective Kernel Networks (2019), https://arxiv.org/abs/1903.06586.
+
+    Differences: the paper's networks have 32 groups; narrower layers here have a group a channel.
+    Two branches, which then also hold the norm and the ReLU after the convolution they replace.
+    `gate` is a_1.
+    """
+
+    random_init = {  # noqa: RUF012  # typed in the base class
+        "near.weight": kaiming_normal_fan_out,
+        "far.weight": kaiming_normal_fan_out,
+    }
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        stride: int | None = None,
+        groups: int | None = None,
+        reduction: int = 16,
+        least: int = 32,
+        pool: PoolSpec = "avg",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        step = 1 if stride is None else stride
+        groups = min(32, channels) if groups is None else groups
+        for option, value in (
+            ("stride", step),
+            ("groups", groups),
+            ("reduction", reduction),
+            ("least", least),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"SK: {option}={value!r} is not a positive integer.")
+        if channels % groups:
+            raise ValueError(
+                f"SK: groups={groups} does not divide channels={channels}. "
+                f"Use a divisor of {channels}."
+            )
+
+        def branch(dilation: int) -> nn.Conv2d:
+            return nn.Conv2d(
+                channels,
+                channels,
+                3,
+                stride=step,
+                padding=dilation,
+                dilation=dilation,
+                groups=groups,
+                bias=False,
+                device=device,
+                dtype=dtype,
+            )
+
+        width = max(channels // reduction, least)
+        self.near = branch(1)
+        self.near_norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self.far = branch(2)
+        self.far_norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self.fc = nn.Linear(channels, width, bias=False, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm1d(width, device=device, dtype=dtype)
+        self.fc_near = nn.Linear(width, channels, bias=False, device=device, dtype=dtype)
+        self.fc_far = nn.Linear(width, channels, bias=False, device=device, dtype=dtype)
+        self._draw_start()
+
+    def reset_parameters(self) -> None:
+        """The norms 1/0."""
+        super().reset_parameters()
+        for norm in (self.near_norm, self.far_norm, self.norm):
+            norm.reset_parameters()
+
+    def gate(self, x: Tensor) -> Tensor:
+        """a_1, the share of the first branch, [N, C, 1, 1]."""
+        near, far = self._branches(x)
+        return self._share(near + far)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """a_1 U1 + a_2 U2."""
+        self._check(x)
+        near, far = self._branches(x)
+        share = self._share(near + far).to(far.dtype)
+        return share * near + (1.0 - share) * far
+
+    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """U1 and U2, in the dtype in which any convolution of the network would have them."""
+        near, far = self.near(x), self.far(x)
+        if x.shape[0] == 0:  # no sample may move a running statistic
+            return torch.relu(near), torch.relu(far)
+        return torch.relu(self.near_norm(near)), torch.relu(self.far_norm(far))
+
+    @without_autocast
+    def _share(self, both: Tensor) -> Tensor:
+        z = self.pool(self.stats_of(both))
+        z = torch.relu(batch_norm(self.norm, linear(self.fc, z)))
+        scores = torch.stack([linear(self.fc_near, z), linear(self.fc_far, z)])
+        return torch.softmax(scores, dim=0)[0, ..., None, None]

@@ -1,0 +1,73 @@
+"""`spem list`: what it says of every module, and the README's table made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import spem
+
+pytest.importorskip("tyro")
+
+from spem.cli.listing import markdown_table, run
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_the_readme_is_the_generated_one() -> None:
+    """Between two markers; `spem list --markdown` prints it."""
+    start, end = "<!-- spem list --markdown -->\n", "\n<!-- end -->"
+    assert start in README
+    assert README.partition(start)[2].partition(end)[0].strip() == markdown_table()
+
+
+def test_every_module_has_a_row_with_its_facts() -> None:
+    rows = [line.split(" | ") for line in markdown_table().splitlines()[2:]]
+    assert [row[0].strip("| `") for row in rows] == spem.list_attention()
+    assert all(len(row) == 10 and all(cell.strip() for cell in row) for row in rows)
+    by_name = {row[0].strip("| `"): row for row in rows}
+    assert by_name["se"][3:6] == ["580", "2,184", "8,464"]
+    assert by_name["iebn"][6] == "0.2689414"
+    assert by_name["bam"][2] == "between stages"
+    assert by_name["dia"][2] == "blocks, one a stage"
+    assert by_name["gct"][8] == "beta"
+    assert "https://arxiv.org/abs/1903.06586" in by_name["sk"][9]
+    assert float(by_name["bam"][6].removeprefix("about ")) == pytest.approx(1.5, abs=0.03)
+
+
+def test_which_modules_run_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["--json"])
+    modules = {m["name"]: m for m in json.loads(capsys.readouterr().out)}
+    fused = {name for name, facts in modules.items() if facts["fusable"]}
+    assert fused == {
+        *("spem", "se", "eca", "srm", "scale"),
+        *("gct", "ese", "ge", "dia", "ean"),
+    }
+    for name in fused:
+        assert spem.create_attention(name, 64).why_composed() is None
+    run(["[gs]*"])
+    shown = capsys.readouterr().out.splitlines()
+    column = shown[0].index("fused")
+    cells = {line.split()[0]: line[column:].split()[0] for line in shown[1:8]}
+    assert cells["gct"] == "yes"
+    assert cells["gsop"] == cells["sge"] == "no"
+
+
+def test_it_says_where_a_module_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["--json"])
+    needs = {m["name"]: "; ".join(m["needs"]) for m in json.loads(capsys.readouterr().out)}
+    assert "after every stage but the last" in needs["bam"]
+    assert "in place of every norm" in needs["iebn"]
+    assert "in place of the 3x3 convolution" in needs["sk"]
+    assert needs["ean"] == needs["dia"] == "the blocks of a stage share one"
+    assert needs["se"] == ""
+
+
+def test_the_table_of_some(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["e?a", "--markdown"])
+    assert capsys.readouterr().out.strip() == markdown_table("e?a")
+    assert len(markdown_table("e?a").splitlines()) == 2 + len(spem.list_attention("e?a"))
+    with pytest.raises(ValueError, match="zz"):
+        markdown_table("zz")
