@@ -6,16 +6,19 @@ import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 
+from spem.reproduce.agreement import read_predictions
 from spem.reproduce.experiments import Cell, Experiment, experiment
-from spem.reproduce.gather import gather, read_predictions
+from spem.reproduce.gather import gather
 from spem.reproduce.plan_file import name_of, read_plan, record_plan
 from spem.reproduce.scales import SCALES
 from spem.training import RunConfig, Silent, recipes, train
-from spem.training.checkpoint import load_answers, save_json
+from spem.training.checkpoint import load_answers
+from spem.training.diverged import write_diverged
 from spem.training.runs import save_config
 
 TABLES = ["runs.csv", "epochs.csv", "mixes.csv", "gates.csv", "gradients.csv"]
@@ -55,8 +58,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = lost.folder(out / "runs")
     folder.mkdir(parents=True)
     save_config(lost, folder)
-    message = "train: the training loss became nan in epoch 1.\nMore."
-    save_json({"id": lost.id, "seed": 1, "message": message}, folder / "diverged.json")
+    write_diverged(lost, folder, 1, f"train: it diverged. The last checkpoint is in {folder}.")
+    one = tiny("none").folder(out / "runs") / "metrics.jsonl"
+    (folder / "metrics.jsonl").write_text(one.read_text().splitlines(keepends=True)[0])
     record_plan([planned(*CELLS)], out)
     return out
 
@@ -72,7 +76,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_tables_hold_the_planned_runs_in_order(results: Path):
-    written = gather(results)
+    written = gather(results).files
     assert [path.name for path in written] == [*TABLES, "predictions.npz"]
     runs = rows(results / "runs.csv")
     again = f"{tiny('spem').id}-again"
@@ -84,27 +88,29 @@ def test_tables_hold_the_planned_runs_in_order(results: Path):
         ("spem", again, "0", "finished"),
     ]
     assert runs[1]["accuracy"] == ""
-    assert runs[1]["message"] == "train: the training loss became nan in epoch 1."
-    assert len(rows(results / "epochs.csv")) == 8
+    assert runs[1]["message"] == "the loss became infinite or NaN in epoch 1, counted from 0"
+    assert len(rows(results / "epochs.csv")) == 9  # one before it diverged
     assert len(rows(results / "mixes.csv")) == 3 * 2 * 3
     assert len(rows(results / "gates.csv")) == 3 * 3
     gradients = rows(results / "gradients.csv")
-    assert len(gradients) == 4 * 2 * 3
+    assert len(gradients) == 4 * 2 * 3 + 3
     assert [g["index"] for g in gradients[:3]] == ["0", "1", "2"]
 
 
 def test_predictions_agree_with_accuracies(results: Path):
     gather(results)
-    found = read_predictions(results)
+    found = read_predictions(results / "predictions.npz")
+    assert found.answers.keys() >= {(f"{tiny('spem').id}-again", 0)}
     for row in rows(results / "runs.csv"):
         if row["status"] == "finished":
-            answers, labels = found[f"{row['id']}-{row['seed']}"], found[f"labels-{row['id']}"]
+            answers = found.answers[row["id"], int(row["seed"])]
+            labels = found.labels[row["id"]]
             assert 100 * float((answers == labels).mean()) == pytest.approx(float(row["accuracy"]))
 
 
 def test_two_gatherings_write_the_same_bytes(results: Path):
-    first = {path.name: path.read_bytes() for path in gather(results)}
-    assert {path.name: path.read_bytes() for path in gather(results)} == first
+    first = {path.name: path.read_bytes() for path in gather(results).files}
+    assert {path.name: path.read_bytes() for path in gather(results).files} == first
 
 
 def test_labels_are_kept_where_the_images_are_gone(results: Path, monkeypatch: pytest.MonkeyPatch):
@@ -119,7 +125,7 @@ def test_labels_are_kept_where_the_images_are_gone(results: Path, monkeypatch: p
     assert (results / "predictions.npz").read_bytes() == before
     (results / "predictions.npz").unlink()
     gather(results)
-    assert not [name for name in read_predictions(results) if name.startswith("labels")]
+    assert not read_predictions(results / "predictions.npz").labels
 
 
 def test_a_plan_grows_and_keeps_its_seeds(results: Path):
@@ -150,15 +156,21 @@ def test_a_folder_without_a_plan_is_refused(tmp_path: Path):
         gather(tmp_path)
 
 
-def test_damaged_files_are_named(results: Path):
+def test_a_damaged_run_is_left_out_and_named_and_hides_no_other(results: Path):
+    gather(results)
+    before = rows(results / "runs.csv")
+    folder = tiny("spem").folder(results / "runs")
+    (folder / "answers.npy").write_bytes(b"no array")
+    (damaged,) = gather(results).damaged
+    assert "answers.npy is damaged" in damaged
+    left = rows(results / "runs.csv")
+    assert left == [row for row in before if (row["id"], row["seed"]) != (tiny("spem").id, "0")]
+
+
+def test_damaged_predictions_are_named(results: Path):
     gather(results)
     (results / "predictions.npz").write_bytes(b"PK no archive")
     with pytest.raises(ValueError, match=r"predictions\.npz is damaged"):
-        read_predictions(results)
-    (results / "predictions.npz").unlink()
-    folder = tiny("spem").folder(results / "runs")
-    (folder / "answers.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"answers\.npy is damaged"):
         gather(results)
 
 
@@ -170,3 +182,14 @@ def test_names_tell_arms_apart():
 def test_answers_are_small(trained: Path):
     folder = tiny("spem").folder(trained / "runs")
     assert load_answers(folder / "answers.npy").dtype == np.uint8
+
+
+def test_two_commands_plan_at_once(tmp_path: Path):
+    names = ("forms", "penalty", "parametrisations", "controls")
+    planned = [experiment(name, "smoke", seeds=[0]) for name in names]
+    threads = [Thread(target=record_plan, args=([one], tmp_path)) for one in planned]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {row.experiment for row in read_plan(tmp_path)} == set(names)

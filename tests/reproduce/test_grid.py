@@ -16,10 +16,11 @@ from reproduce.grids import LONG, Recorder, holders, plan, require_same, undistu
 
 from spem.reproduce.board import Board, Tally
 from spem.reproduce.grid import run_grid, stopped_by
-from spem.reproduce.worker import DIVERGED, attempt, read_diverged
+from spem.reproduce.worker import attempt
 from spem.training import RunConfig, Silent, read_config, read_result
 from spem.training.checkpoint import load_json
 from spem.training.claim import claimed
+from spem.training.diverged import DIVERGED, read_diverged
 from spem.training.signals import StopSignals
 
 ROOM = 1_400_000

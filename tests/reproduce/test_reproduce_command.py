@@ -108,7 +108,7 @@ def test_what_the_grid_is_asked_for(
     asked = {"workers": 3, "per_gpu": 1, "budget": 120.0, "retry_diverged": True}
     assert options == asked
     out = capsys.readouterr().out
-    assert "1 run left: the budget is used up." in out
+    assert "1 run left. Checkpoints are written;" in out
     assert "`spem reproduce penalty --scale smoke" in out
     assert (tmp_path / "plan.csv").exists()
 

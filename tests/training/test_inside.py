@@ -14,8 +14,9 @@ from spem.attention import ChannelAttention
 from spem.data import load_images
 from spem.models import resnet
 from spem.seeding import initialise
-from spem.training import DataConfig, ModelConfig, RunConfig, Silent, recipes, train
+from spem.training import DataConfig, ModelConfig, RunConfig, Silent, evaluate, recipes, train
 from spem.training.checkpoint import load_answers, load_weights
+from spem.training.diverged import read_diverged
 from spem.training.inside import describe_gates, gradient_norms
 from spem.training.log import read_metrics
 from spem.training.sets import load_sets
@@ -148,3 +149,38 @@ def test_later_fields_change_the_id_only_where_they_are_used():
             ModelConfig(**wrong)
     with pytest.raises(ValueError, match="test_limit"):
         DataConfig(test_limit=0)
+
+
+def test_a_stop_during_evaluation_ends_it_there():
+    class StopError(Exception):
+        pass
+
+    def stop() -> None:
+        raise StopError
+
+    model = resnet(11).train()
+    few = load_images("digits", "test", size=8).take(torch.arange(4))
+    with pytest.raises(StopError):
+        evaluate(model, few, normalisation="digits", batch=1, between=stop)
+    assert model.training
+    calls: list[int] = []
+    evaluate(model, few, normalisation="digits", batch=2, between=lambda: calls.append(1))
+    assert len(calls) == 2
+
+
+def test_a_run_that_diverges_says_so_in_its_folder_until_it_is_tried_again(tmp_path: Path):
+    config = small("none")
+    wild = replace(config, optim=replace(config.optim, lr=1e30))
+    with pytest.raises(FloatingPointError):
+        train(wild, tmp_path, progress=Silent())
+    found = read_diverged(wild, tmp_path)
+    assert found is not None
+    assert found.epoch == 0
+    assert "became" in found.message
+    assert read_diverged(replace(wild, seed=1), tmp_path) is None
+    (tmp_path / "diverged.json").write_text("{}")
+    with pytest.raises(ValueError, match="Delete it to try the run again"):
+        read_diverged(wild, tmp_path)
+    other = tmp_path / "other"
+    train(config, other, progress=Silent())
+    assert not (other / "diverged.json").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from spem.cli.compare import parse_seeds
+from spem.extras import require
 
 if TYPE_CHECKING:
     from spem.reproduce.board import GridOutcome
@@ -124,17 +125,19 @@ def reproduce(request: Request, *, again: str) -> None:
         show_plan(planned, configs, request)
         return
     budget = None if request.budget is None else parse_duration(request.budget)
-    from spem.reproduce.gather import gather
+    for module in ("scipy.stats", "matplotlib", "jinja2"):  # missed now, not after hours of runs
+        require(module, extra="reproduce", purpose="spem reproduce")
     from spem.reproduce.plan_file import record_plan
 
     out = request.results
     out.mkdir(parents=True, exist_ok=True)
     record_plan(planned, out)
     outcome = _execute(request, configs, budget)
-    files = gather(out)
-    if outcome.stopped_by is None:
-        files += _report(out)
-    _summarise(outcome, files, again)
+    try:
+        files, damaged = _collect(out, report=outcome.stopped_by is None)
+    except (OSError, ValueError) as error:
+        files, damaged = [], [f"The tables could not be made: {error}"]
+    _summarise(outcome, files, damaged, again)
 
 
 def find_experiments(request: Request) -> "list[Experiment]":
@@ -208,17 +211,26 @@ def _execute(
     )
 
 
-def _report(out: Path) -> list[Path]:
+def _collect(out: Path, *, report: bool) -> tuple[list[Path], list[str]]:
+    """Tables, and the report unless somebody is waiting for the prompt."""
+    from spem.reproduce.gather import gather
     from spem.reproduce.report import build_report
+    from spem.training.claim import folder_lock
 
-    return build_report(out)
+    with folder_lock(out):  # of two commands the later one must not write the older tables
+        files, damaged = gather(out)
+        return (files + build_report(out) if report else files), damaged
 
 
-def _summarise(outcome: "GridOutcome", files: Sequence[Path], again: str) -> None:
+def _summarise(
+    outcome: "GridOutcome", files: Sequence[Path], damaged: Sequence[str], again: str
+) -> None:
     from spem.training import Interrupted
 
     for path in files:
         print(f"wrote {path}")
+    for sentence in damaged:
+        print(f"left out: {sentence}", file=sys.stderr)
     print(f"{_runs(len(outcome.finished))} finished.")
     left = len(outcome.left) + len(outcome.held)
     if outcome.held:
@@ -226,10 +238,13 @@ def _summarise(outcome: "GridOutcome", files: Sequence[Path], again: str) -> Non
     go_on = f"Checkpoints are written; `{again}` goes on."
     if outcome.stopped_by is not None:
         name = "Ctrl-C" if outcome.stopped_by.name == "SIGINT" else outcome.stopped_by.name
-        text = f"reproduce: stopped by {name} with {_runs(left)} left. {go_on}"
+        text = (
+            f"reproduce: stopped by {name} with {_runs(left)} left. {go_on} The tables are up to "
+        )
+        text += "date, the report is not (`spem report` makes it)."
         raise Interrupted(text, 128 + outcome.stopped_by)
     if outcome.left:
-        print(f"{_runs(len(outcome.left))} left: the budget is used up. {go_on}")
+        print(f"{_runs(len(outcome.left))} left. {go_on}")
     problems = [
         *(("diverged", *each) for each in outcome.diverged),
         *(("failed", *each) for each in outcome.failed),

@@ -156,7 +156,7 @@ def _measure(config: "RunConfig") -> float:
 
 def _state(config: "RunConfig", runs: "Path") -> str:
     """How far a run is, by its folder."""
-    from spem.reproduce.worker import read_diverged
+    from spem.training.diverged import read_diverged
     from spem.training.runs import CHECKPOINT, finished
 
     folder = config.folder(runs)

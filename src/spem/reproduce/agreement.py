@@ -145,11 +145,11 @@ def read_predictions(path: Path) -> Predictions:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             for key in stored.files:
-                before, _, after = key.rpartition("-")
-                if before == "labels":
-                    labels[after] = _vector(stored[key])
-                else:
-                    answers[before, int(after)] = _vector(stored[key])
+                if key.startswith("labels-"):
+                    labels[key.removeprefix("labels-")] = _vector(stored[key])
+                    continue
+                name, _, seed = key.rpartition("-")  # the id of an arm has a hyphen too
+                answers[name, int(seed)] = _vector(stored[key])
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} is damaged or holds no stored answers ({error}). Collect the runs again."

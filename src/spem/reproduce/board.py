@@ -8,8 +8,9 @@ from pathlib import Path
 from signal import Signals
 from typing import Protocol
 
-from spem.reproduce.worker import DIVERGED, Outcome, Told, read_diverged
+from spem.reproduce.worker import Outcome, Told
 from spem.training import RunConfig
+from spem.training.diverged import DIVERGED, read_diverged
 from spem.training.log import Status
 from spem.training.runs import finished
 
@@ -151,7 +152,7 @@ class Tally:
             if retry_diverged:
                 run.retry = (run.folder / DIVERGED).exists()
             elif (known := read_diverged(run.config, run.folder)) is not None:
-                self.diverged.append((run.config, known))
+                self.diverged.append((run.config, known.message))
                 return
         except (ValueError, OSError):
             pass  # a damaged file is told when the run is tried
@@ -212,8 +213,9 @@ class Tally:
             return "held" if first else ""
         if kind == "finished":
             self.finished.append(run.config)
-            self._work += run.weight * (1 - (run.begun_at or 0.0))
-            self._seconds += time.monotonic() - run.begun
+            if run.begun_at is not None:  # else another process has finished it
+                self._work += run.weight * (1 - run.begun_at)
+                self._seconds += time.monotonic() - run.begun
         elif kind == "stopped":
             self.stopped.append(run.config)
         else:

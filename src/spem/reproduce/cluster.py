@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -174,6 +175,13 @@ class _Tasks:
         for reference in ready:
             run = self.runs.pop(reference)
             outcome = self._outcome(reference, run)
+            if outcome.kind == "stopped" and not self.stopping and run.deaths + 1 < DEATHS:
+                # A signal reached this process alone, which ended the task well for Ray.
+                run.deaths += 1
+                self.tally.again(run)
+                text = "its process was stopped; it goes on from its checkpoint"
+                self.observer.event("died", run.config, text)
+                continue
             kind = self.tally.end(run, outcome)
             if kind:
                 self.observer.event(kind, run.config, outcome.text)
@@ -224,7 +232,9 @@ def _task(
     names = [
         path.name for path in where.iterdir() if path.name in _BROUGHT or "diverged" in path.name
     ]
-    return outcome, {name: (where / name).read_bytes() for name in names}
+    brought = {name: (where / name).read_bytes() for name in names}
+    shutil.rmtree(where)  # else a results folder that was emptied would get this run back
+    return outcome, brought
 
 
 @functools.cache

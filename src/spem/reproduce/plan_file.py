@@ -8,6 +8,7 @@ from pathlib import Path
 from spem.reproduce.experiments import EXPERIMENTS, Cell, Experiment
 from spem.reproduce.rows import Row, write_table
 from spem.training import RunConfig
+from spem.training.claim import folder_lock
 
 PLAN = "plan.csv"
 
@@ -75,30 +76,32 @@ def name_of(config: RunConfig) -> str:
 def record_plan(experiments: Iterable[Experiment], out: Path) -> None:
     """Add experiments to a results folder's plan; what was planned before stays, seeds add up.
 
+    Two commands may do this at once.
+
     Raises:
         ValueError: The folder holds experiments of another scale, or its plan is damaged.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        _add(experiments, out)
+
+
+def _add(experiments: Iterable[Experiment], out: Path) -> None:
     before = {row.key: row for row in read_plan(out)} if (out / PLAN).exists() else {}
     rows = dict(before)
     for experiment in experiments:
         for cell in experiment.cells:
             row = _planned(experiment, cell)
             old = before.get(row.key)
-            if old is not None and old.scale != row.scale:
-                raise ValueError(
-                    f"reproduce: {out} holds results of scale {old.scale!r}, not "
-                    f"{row.scale!r}. Use another --results folder."
-                )
             rows[row.key] = row if old is None else _with_seeds_of(row, old)
-    if {row.scale for row in rows.values()} - {row.scale for row in [*rows.values()][:1]}:
-        scales = " and ".join(sorted({row.scale for row in rows.values()}))
+    scales = sorted({row.scale for row in [*before.values(), *rows.values()]})
+    if len(scales) > 1:
         raise ValueError(
-            f"reproduce: {out} would hold results of the scales {scales}. "
+            f"reproduce: {out} would hold results of the scales {' and '.join(scales)}. "
             "Use another --results folder."
         )
     order = {name: index for index, name in enumerate(EXPERIMENTS)}
     ordered = sorted(rows.values(), key=lambda row: order.get(row.experiment, len(order)))
-    out.mkdir(parents=True, exist_ok=True)
     write_table([vars(row) for row in ordered], out / PLAN)
 
 

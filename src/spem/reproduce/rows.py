@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spem.training import Result, RunConfig
 from spem.training.checkpoint import write_atomic
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 Row = Mapping[str, Cell]
+
+
+class Trained(Protocol):
+    """A run with the epochs it has behind it, whatever it ended in."""
+
+    @property
+    def config(self) -> RunConfig:
+        """What was trained."""
+        ...
+
+    @property
+    def epochs(self) -> tuple[dict[str, Any], ...]:
+        """The lines of its `metrics.jsonl`."""
+        ...
 
 
 def run_key(config: RunConfig, name: str) -> dict[str, Cell]:
@@ -91,7 +105,7 @@ def _host(result: Result) -> dict[str, Cell]:
     }
 
 
-def epoch_rows(run: "Run", name: str) -> Iterable[Row]:
+def epoch_rows(run: Trained, name: str) -> Iterable[Row]:
     """A row for each epoch of a run."""
     for line in run.epochs:
         numbers = {_column(k): v for k, v in line.items() if not isinstance(v, (dict, list))}
@@ -99,14 +113,14 @@ def epoch_rows(run: "Run", name: str) -> Iterable[Row]:
         yield {**run_key(run.config, name), **ordered}
 
 
-def mix_rows(run: "Run", name: str) -> Iterable[Row]:
+def mix_rows(run: Trained, name: str) -> Iterable[Row]:
     """A row for each epoch and learned mix of a run."""
     for line in run.epochs:
         for mix, numbers in line["mixes"].items():
             yield {**run_key(run.config, name), "epoch": line["epoch"], "mix": mix, **numbers}
 
 
-def gradient_rows(run: "Run", name: str) -> Iterable[Row]:
+def gradient_rows(run: Trained, name: str) -> Iterable[Row]:
     """A row for each epoch and block: the gradient norm at the epoch's last step."""
     for line in run.epochs:
         # Runs of the first versions did not write it down.
@@ -115,7 +129,7 @@ def gradient_rows(run: "Run", name: str) -> Iterable[Row]:
             yield {**run_key(run.config, name), **place, "norm": norm}
 
 
-def gate_rows(run: "Run", name: str, gates: Sequence[Mapping[str, Any]]) -> Iterable[Row]:
+def gate_rows(run: Trained, name: str, gates: Sequence[Mapping[str, Any]]) -> Iterable[Row]:
     """A row for each block of a run that has a gate (see `spem.training.inside`)."""
     for index, gate in enumerate(gates):
         key = run_key(run.config, name)

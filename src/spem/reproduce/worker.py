@@ -15,15 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from spem.training import Interrupted, Progress, RunConfig, read_config, read_metrics, train
-from spem.training.checkpoint import load_json, save_json
+from spem.training import Interrupted, Progress, RunConfig, read_config, train
 from spem.training.claim import HeldError, claimed
+from spem.training.diverged import DIVERGED, read_diverged
 from spem.training.log import Status
 from spem.training.memory import keep_freed_memory
 from spem.training.runs import CHECKPOINT, finished, plan_run
 from spem.training.sets import images_kept
 
-DIVERGED = "diverged.json"
 TOLD_SECONDS = 0.5
 """Time between two messages on where a run stands."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -110,21 +109,6 @@ def attempt(
         return Outcome("failed", _sentence(error, folder), spent=not ours)
 
 
-def read_diverged(config: RunConfig, folder: Path) -> str | None:
-    """Why this very run diverged before; None if it did not.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    path = folder / DIVERGED
-    if not path.exists():
-        return None
-    values = load_json(path, remedy="Delete it to try the run again.")
-    if (values.get("id"), values.get("seed")) != (config.id, config.seed):
-        return None
-    return str(values.get("message"))
-
-
 def work(channel: Connection, visible: str | None) -> None:
     """Train the runs that come through a channel, until it closes or a signal stops one.
 
@@ -201,13 +185,10 @@ def _attempt(
                 (folder / DIVERGED).unlink(missing_ok=True)
         known = read_diverged(config, folder)
         if known is not None:
-            return Outcome("diverged", known)
+            return Outcome("diverged", known.message)
     try:
         result = train(plan(config, folder), folder, progress=progress)
     except FloatingPointError as error:
-        epoch = len(read_metrics(folder))
-        values = {"id": config.id, "seed": config.seed, "message": str(error), "epoch": epoch}
-        save_json(values, folder / DIVERGED)
         return Outcome("diverged", str(error))
     return Outcome("finished", f"{result.accuracy:.2f} %")
 

@@ -51,7 +51,7 @@ class Claim:
             HeldError: another living process holds the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder):
+        with folder_lock(self.folder):
             for leftover in self.folder.glob(f"{_NAME}.*.probe"):  # of a process killed in here
                 leftover.unlink()
             self.taken_over = self._dead_holder()
@@ -83,7 +83,7 @@ class Claim:
         self._stop.set()
         if self._heartbeat is not None:
             self._heartbeat.join()
-        with _locked(self.folder):
+        with folder_lock(self.folder):
             if self._read().get("token") == self._token:
                 self._path.unlink()
 
@@ -154,8 +154,8 @@ def process_start(pid: int) -> str | None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    """Serialise claiming and releasing; the kernel frees the lock when its process dies."""
+def folder_lock(folder: Path) -> Generator[None]:
+    """Let one process at a time do something in a folder; a dead one's lock is freed at once."""
     import fcntl  # not on every system, and `import spem.training` must work everywhere
 
     handle = os.open(folder, os.O_RDONLY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ def evaluate(
     *,
     normalisation: str = "paper",
     batch: int = 500,
+    between: Callable[[], None] | None = None,
 ) -> Accuracy:
     """Evaluate a network on all images of a set, in float32 on the network's own device.
 
@@ -48,12 +49,15 @@ def evaluate(
         data: the images; they are moved to the network's device if they lie elsewhere.
         normalisation: a key of `spem.data.NORMALISATION`, the one trained with.
         batch: images at a time.
+        between: called after every batch; may raise to stop here.
 
     Raises:
         ValueError: the set is empty.
     """
     loss = correct = 0
     for logits, labels in _answers(model, data, normalisation, batch):
+        if between is not None:
+            between()
         loss += functional.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     right = int(correct)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -88,3 +89,17 @@ def _describe(gate: Tensor, x: Tensor) -> dict[str, float]:
         "sd_images": values.std(0, correction=0).mean(),
     }
     return {key: float(value) for key, value in numbers.items()}
+
+
+def norm_report(model: nn.Module, count: int = 4) -> str:
+    """The norm layers with NaN or with the largest running variance, for an error message."""
+    found: list[tuple[float, str]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
+            variance = float(module.running_var.max())
+            weight = float(module.weight.detach().norm())
+            badness = variance if math.isfinite(variance) else math.inf
+            found.append(
+                (badness, f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})")
+            )
+    return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:count])

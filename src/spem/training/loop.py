@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention import ChannelAttention, learned_mixes
+from spem.attention import learned_mixes
 from spem.data import NORMALISATION, ImageSet, normalise
 from spem.extras import require
 from spem.models import blocks, start_branches
@@ -30,10 +30,11 @@ from spem.training.choose_impl import evaluation_impl, tails_of
 from spem.training.choose_step import choose_step
 from spem.training.claim import Claim, claimed
 from spem.training.config import RunConfig
+from spem.training.diverged import DIVERGED, write_diverged
 from spem.training.environment import record_environment
 from spem.training.evaluation import Accuracy, evaluate, predict
-from spem.training.inside import describe_gates, gradient_norms
-from spem.training.log import Progress, RunLog, Status, choose_progress
+from spem.training.inside import describe_gates, gradient_norms, norm_report
+from spem.training.log import Progress, RunLog, Status, choose_progress, read_metrics
 from spem.training.results import Result, best_line, summarise, write_result
 from spem.training.runs import (
     ANSWERS,
@@ -45,7 +46,7 @@ from spem.training.runs import (
     require_same_run,
     settle_step,
 )
-from spem.training.sets import epoch_images, load_sets
+from spem.training.sets import epoch_images, load_sets, require_batches
 from spem.training.signals import StopSignals, stop_signals
 from spem.training.step import execution, lambdas, make_optimizer, make_step, set_rate
 
@@ -86,9 +87,13 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) 
         try:
             if claim.taken_over:
                 log.message(claim.taken_over)
+            (folder / DIVERGED).unlink(missing_ok=True)  # of a try before this one
             config = plan_run(config, folder, log.message)
             with execution(config.runtime) as device:
                 return _Training(config, folder, device, log, claim, stop).run()
+        except FloatingPointError as error:
+            write_diverged(config, folder, len(read_metrics(folder)), str(error))
+            raise
         finally:
             log.close()
 
@@ -132,7 +137,7 @@ class _Training:
             torch.channels_last if config.runtime.channels_last else torch.contiguous_format
         )
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
-        _require_batches(self.model, len(self.sets.train), config.optim.batch)
+        require_batches(self.model, len(self.sets.train), config.optim.batch)
         self.optimizer = make_optimizer(self.model, config.optim)
         if config.runtime.step == "auto":
             batch = self._sample(min(config.optim.batch, len(self.sets.train)))
@@ -193,16 +198,19 @@ class _Training:
             if state.step == self.steps:
                 state.sums["gradients"].copy_(gradient_norms(self.model))
             state.seconds = carried + time.monotonic() - started
-            if self.stop.received:
-                self._save()
-                where = f"in epoch {state.epoch + 1} after step {state.step} of {self.steps}"
-                raise self.stop.interruption(where, self._go_on())
+            self._stop_if_asked()
             if time.monotonic() - self.saved_at > 60 * config.runtime.checkpoint_minutes:
                 self._save()
             if self.log.progress.due():
                 self.log.progress.step(self._status(state.step - first, time.monotonic() - started))
         self._synchronise()
         state.seconds = carried + time.monotonic() - started
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.received:
+            self._save()
+            where = f"in epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps}"
+            raise self.stop.interruption(where, self._go_on())
 
     def _normalised(self, images: Tensor) -> Tensor:
         config = self.config
@@ -268,7 +276,12 @@ class _Training:
 
     def _evaluate(self, images: ImageSet) -> Accuracy:
         with use_impl(evaluation_impl(self.config.runtime.impl)):
-            return evaluate(self.model, images, normalisation=self.config.data.normalisation)
+            return evaluate(
+                self.model,
+                images,
+                normalisation=self.config.data.normalisation,
+                between=self._stop_if_asked,
+            )
 
     def _look_inside(self) -> None:
         """Write down the answers of the finished network on the test set, and its gates."""
@@ -344,7 +357,7 @@ class _Training:
         rate = self.optimizer.param_groups[0]["lr"]
         raise FloatingPointError(
             f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
-            f"Norm layers, worst first: {_norm_report(self.model)}. {good}. Use a lower optim.lr."
+            f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
         )
 
     def _status(self, steps_now: int, seconds_now: float) -> Status:
@@ -379,33 +392,3 @@ class _Training:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _require_batches(model: nn.Module, images: int, batch: int) -> None:
-    """Refuse before the first step what would fail at the last one of the epoch.
-
-    Raises:
-        ValueError: the smallest batch of an epoch is too small for a module's batch statistics.
-    """
-    smallest = images % batch or batch
-    for module in model.modules():
-        if isinstance(module, ChannelAttention) and smallest < module.needs.batch:
-            raise ValueError(
-                f"train: {images} images in batches of {batch} end in one of {smallest}, but "
-                f"{module.name} needs at least {module.needs.batch} images in training. "
-                "Change optim.batch, data.limit or data.val."
-            )
-
-
-def _norm_report(model: nn.Module, count: int = 4) -> str:
-    """The norm layers with NaN or with the largest running variance, for an error message."""
-    found: list[tuple[float, str]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
-            variance = float(module.running_var.max())
-            weight = float(module.weight.detach().norm())
-            badness = variance if math.isfinite(variance) else math.inf
-            found.append(
-                (badness, f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})")
-            )
-    return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:count])

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spem.attention import ChannelAttention
 from spem.data import ImageSet, Split, augment, epoch_plan, hold_out, load_images
 from spem.seeding import keyed_generator
 from spem.training.config import DataConfig
@@ -102,3 +103,19 @@ def epoch_images(train: ImageSet, data: DataConfig, seed: int, epoch: int) -> tu
         flips = plan.flips if data.flip else torch.zeros_like(plan.flips)
         images = augment(images, plan.offsets, flips, pad=pad)
     return images, train.labels[order]
+
+
+def require_batches(model: nn.Module, images: int, batch: int) -> None:
+    """Refuse before the first step what would fail at the last one of the epoch.
+
+    Raises:
+        ValueError: the smallest batch of an epoch is too small for a module's batch statistics.
+    """
+    smallest = images % batch or batch
+    for module in model.modules():
+        if isinstance(module, ChannelAttention) and smallest < module.needs.batch:
+            raise ValueError(
+                f"train: {images} images in batches of {batch} end in one of {smallest}, but "
+                f"{module.name} needs at least {module.needs.batch} images in training. "
+                "Change optim.batch, data.limit or data.val."
+            )
