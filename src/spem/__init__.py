@@ -35,6 +35,7 @@ from spem.attention import (
     penalty,
     register_attention,
 )
+from spem.insert import attach, attn_layer, detach
 from spem.models import ResNet, load_official, resnet
 from spem.seeding import initialise, keyed_generator
 
@@ -65,8 +66,11 @@ __all__ = [
     "Scale",
     "SimAM",
     "Triplet",
+    "attach",
     "attention",
+    "attn_layer",
     "create_attention",
+    "detach",
     "initialise",
     "keyed_generator",
     "learned_mixes",

@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("spem.cli.demo", "compare none, se and spem on a small data set, in about a minute"),
     "list": ("spem.cli.listing", "the attention modules: parameters, gate at start, needs, paper"),
     "cost": ("spem.cli.cost", "parameters and FLOPs of a network, layer by layer"),
+    "attach": ("spem.cli.attach", "where attention goes in a timm or torchvision network"),
     "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
     "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
     "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),

@@ -1,0 +1,145 @@
+"""Attention layers that other people's networks already have, and how they are replaced."""
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from spem.attention import ChannelAttention, make_pool
+from spem.attention.descriptor import Pool
+from spem.attention.pooling import PoolSpec
+from spem.attention.precision import batch_norm, conv
+from spem.insert.keys import Around
+from spem.ops import PlaneStats
+
+SE_LAYERS: dict[str, tuple[str, ...]] = {
+    "timm.layers.squeeze_excite:SEModule": ("fc1", "bn", "act", "fc2", "gate"),
+    "timm.models._efficientnet_blocks:SqueezeExcite": (
+        "conv_reduce",
+        "act1",
+        "conv_expand",
+        "gate",
+    ),
+    "timm.models.senet:SEModule": ("fc1", "relu", "fc2", "sigmoid"),
+    "torchvision.ops.misc:SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation"),
+}
+"""Squeeze-and-excitation layers: the parts between the average and the factor, in their order."""
+
+OTHER_LAYERS: dict[str, str] = {
+    "timm.layers.squeeze_excite:EffectiveSEModule": "fc",
+    "timm.layers.squeeze_excite:SqueezeExciteCl": "fc1",
+    "timm.layers.eca:EcaModule": "",
+    "timm.layers.eca:CecaModule": "",
+    "timm.layers.cbam:CbamModule": "channel.fc1",
+    "timm.layers.cbam:LightCbamModule": "channel.fc1",
+    "timm.layers.gather_excite:GatherExcite": "",
+    "timm.layers.global_context:GlobalContext": "conv_attn",
+    "timm.layers.coord_attn:CoordAttn": "",
+    "timm.models.hgnet:EseModule": "conv",
+}
+"""Other attention layers that can be replaced, and the part whose inputs are the channels."""
+
+
+def existing_layer(module: nn.Module) -> str | None:
+    """What attention layer a module of a host is: its key in these tables; None if it is none."""
+    for cls in type(module).__mro__:
+        key = f"{cls.__module__}:{cls.__name__}"
+        if key in SE_LAYERS or key in OTHER_LAYERS:
+            return key
+    return None
+
+
+def channels_of_layer(module: nn.Module) -> int | None:
+    """The channels of such a layer; None if it does not say."""
+    key = existing_layer(module)
+    if key is None:
+        return None
+    path = SE_LAYERS[key][0] if key in SE_LAYERS else OTHER_LAYERS[key]
+    part: object = module
+    for name in path.split(".") if path else ():
+        part = getattr(part, name, None)
+    channels = getattr(part, "in_channels", None)
+    return channels if isinstance(channels, int) else None
+
+
+def carries(module: nn.Module) -> bool:
+    """Whether our SE can take over a layer as it is."""
+    return existing_layer(module) in SE_LAYERS and not getattr(module, "add_maxpool", False)
+
+
+class FromAverage(Pool):
+    """A pool that starts as the average and learns how much of another one to take.
+
+    Formula:
+        u = avg + beta (pool - avg), beta one learned number, 0 at the start.
+
+    Args:
+        pool: The other pool.
+    """
+
+    def __init__(self, pool: PoolSpec, like: Tensor) -> None:
+        super().__init__()
+        self.pool = make_pool(pool, device=like.device, dtype=like.dtype)
+        self.beta = nn.Parameter(like.new_zeros(()))
+        self.statistics = tuple(dict.fromkeys(("mean", *self.pool.statistics)))
+        self.needs_map = self.pool.needs_map
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """u, [N, C]."""
+        average = stats.mean
+        assert average is not None
+        return average + self.beta.to(average.dtype) * (self.pool(stats) - average)
+
+
+class CarriedSE(Around, ChannelAttention):
+    """The SE of a host with its weights, activation and gate, and with a pool of ours.
+
+    Formula:
+        y = x * s(W2 act(W1 u + b1) + b2); act and s are the host's, u = avg + beta (pool - avg).
+
+    Shape:
+        x: [N, C, ...], one to three spatial axes.
+
+    Args:
+        host: The layer (`SE_LAYERS`).
+        pool: The pool; ``"avg"`` leaves the layer as it is.
+        exact: Whether it starts as the exact average; else it is the pool from the start.
+    """
+
+    inner = "host"
+    added = ("pool",)
+    name = "se"
+
+    def __init__(self, host: nn.Module, pool: PoolSpec, *, channels: int, exact: bool) -> None:
+        ChannelAttention.__init__(self, channels)
+        self._stand_around(host)
+        key = existing_layer(host)
+        assert key is not None
+        like = next(host.parameters())
+        if exact and pool != "avg":
+            self.pool: Pool = FromAverage(pool, like)
+            # Pulling beta to 0 would take the pool out again.
+            self.needs = replace(self.needs, no_decay=("pool.beta",))
+        else:
+            self.pool = make_pool(pool, device=like.device, dtype=like.dtype)
+        self._reads(self.pool.statistics)
+        self.reads_map = self.pool.needs_map
+        self._parts = SE_LAYERS[key]
+
+    def reset_parameters(self) -> None:
+        """beta = 0."""
+        super().reset_parameters()
+        if isinstance(self.pool, FromAverage):
+            nn.init.zeros_(self.pool.beta)
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """s(W2 act(W1 u + b1) + b2), [N, C]."""
+        z = self.pool(stats)[:, :, None, None]
+        for name in self._parts:
+            part = self.host.get_submodule(name)
+            if isinstance(part, nn.Conv2d):
+                z = conv(part, z)
+            elif isinstance(part, nn.BatchNorm2d):
+                z = batch_norm(part, z)
+            else:
+                z = part(z)
+        return z.flatten(1)
