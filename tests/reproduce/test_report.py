@@ -129,6 +129,17 @@ def test_the_headline_names_controls_and_plain(folder: Path, page: Page) -> None
     assert "not shown to be above or below “plain, branches start at 0.032” and “scale”" in text
 
 
+def test_sentences_name_the_family_of_the_correction(folder: Path, page: Page) -> None:
+    """Each control is compared with the five other arms, and that is what Holm corrects for."""
+    text = " ".join(page.text)
+    assert "also after correction for the 5 comparisons with “scale” (Holm p" in text
+    assert "for all comparisons of the table" not in text
+    assert "not across columns or tables" in text
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert "not across columns or tables" in markdown
+    assert "correction for the 5 comparisons with “plain” (Holm" in markdown
+
+
 def test_three_seeds_are_not_marked(folder: Path) -> None:
     html = (folder / "report.html").read_text(encoding="utf-8")
     sections = html.split('<section class="table"')
@@ -215,7 +226,10 @@ def test_figures_are_whole_and_named(folder: Path) -> None:
 
 def test_data_are_named(page: Page) -> None:
     text = " ".join(page.text)
-    assert "108 of the 60,000 images (85 training, 23" in text
+    assert "by their checksum the test images are those of a copy in which 23 of the 10,000" in text
+    assert "* 23 of the 10,000 test images are JPEG copies" in text
+    assert "The training images were not compared." in text
+    assert "of the 60,000" not in text  # the sums in the folder are of test sets
     assert "Table 1: modules, CIFAR-10*" in text
     assert "Table 1: modules, CIFAR-100*" not in text
 

@@ -39,6 +39,14 @@ def test_a_shown_difference_is_said_with_its_side() -> None:
     )
 
 
+def test_the_corrected_family_is_named() -> None:
+    up = apart([0.5, 0.6, 0.55])
+    for p, start in ((0.04, "also after"), (0.06, "not after")):
+        text = sentence("a", "b", up, p, family="the 5 comparisons with b")
+        assert f"{start} correction for the 5 comparisons with b (Holm p = {p:.3f})" in text
+        assert "of the table" not in text
+
+
 def test_what_is_lost_to_the_correction_is_no_difference() -> None:
     text = sentence("a", "b", apart([0.5, 0.6, 0.55]), 0.06)
     assert "lies above 0 if looked at alone, but not after correction" in text

@@ -236,6 +236,7 @@ def sentence(
     unit: str = "points",
     decimals: int = 2,
     pair: str = "seed",
+    family: str = "all comparisons of the table",
 ) -> str:
     """What the test shows in plain words, and what so few seeds cannot show; no more than that.
 
@@ -243,10 +244,11 @@ def sentence(
         name: What was compared.
         baseline: What it was compared with.
         test: `name` minus `baseline`.
-        adjusted_p: Its p after Holm within the table; None if this is the only comparison.
+        adjusted_p: Its p after Holm within the family; None if this is the only comparison.
         unit: Unit of the difference; "" for none.
         decimals: Decimals of the numbers.
         pair: What makes a pair.
+        family: The comparisons that Holm corrected for, in words.
     """
     if test.n == 0 or test.mean is None:
         return f"{name} and {baseline} share no {pair}: nothing can be compared."
@@ -271,7 +273,7 @@ def sentence(
     shown = f"so in this setting {name} is {side} {baseline}"
     if adjusted_p is None:
         return f"{claim}, {shown}."
-    after = f"correction for all comparisons of the table (Holm {p_text(adjusted_p)})"
+    after = f"correction for {family} (Holm {p_text(adjusted_p)})"
     if adjusted_p <= _alpha(test.level):
         return f"{claim}, {shown}, also after {after}."
     return (

@@ -10,7 +10,8 @@ from spem.reproduce.experiments import EXPERIMENTS, experiment
 from spem.reproduce.report import figures_accuracy, figures_inside, summary
 from spem.reproduce.report.differences import DIFFERENCES
 from spem.reproduce.report.drawing import Picture
-from spem.reproduce.report.lines import Block, blocks, data_name
+from spem.reproduce.report.faster import equivalence_table
+from spem.reproduce.report.lines import Block, Line, blocks, data_name
 from spem.reproduce.report.reading import Folder, RunRow
 from spem.reproduce.report.tables import (
     MINUS,
@@ -33,7 +34,7 @@ class Chapter:
         name: The experiment.
         title: Its title.
         question: What it asks, in one sentence.
-        tables: One for each data set.
+        tables: One for each data set; those of more questions follow.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Document:
         state: How much of each experiment is there.
         power: What so many seeds can show.
         images: Image by image: McNemar's tests; None without stored answers.
+        no_images: Why that table is missing; empty if it is there.
         chapters: The tables.
         pictures: The figures.
         differences: From the paper, (what, how).
@@ -73,6 +75,7 @@ class Document:
     state: Table
     power: Table | None
     images: Table | None
+    no_images: str
     chapters: tuple[Chapter, ...]
     pictures: tuple[Picture, ...]
     differences: tuple[tuple[str, str], ...]
@@ -89,6 +92,7 @@ def compose(folder: Folder) -> tuple[Document, list[Block]]:
         *summary.machine_sentences(folder),
         *summary.missing_sentences(folder, every),
     ]
+    images = _images(folder, every)
     document = Document(
         title="SPEM: tables and figures, reproduced",
         scale=scale,
@@ -99,7 +103,8 @@ def compose(folder: Folder) -> tuple[Document, list[Block]]:
         data=tuple(summary.data_sentences(run for run in folder.runs if run.finished)),
         state=summary.state_table(every),
         power=summary.power_table(every),
-        images=_images(folder, every),
+        images=images,
+        no_images="" if images else _no_images(folder, every),
         chapters=tuple(_chapters(every)),
         pictures=tuple(_pictures(folder, every)),
         differences=DIFFERENCES,
@@ -121,7 +126,10 @@ def _chapters(every: Sequence[Block]) -> list[Chapter]:
         if name in EXPERIMENTS:
             known = experiment(name, "smoke")
             title, question = known.title, known.question
-        tables = [experiment_table(block, title) for block in every if block.experiment == name]
+        own = [block for block in every if block.experiment == name]
+        tables = [experiment_table(block, title) for block in own]
+        if name == "equivalence":
+            tables += [equivalence_table(block) for block in own]
         found.append(Chapter(name, title, question, tuple(tables)))
     return found
 
@@ -143,20 +151,13 @@ def _pictures(folder: Folder, every: Sequence[Block]) -> list[Picture]:
 
 def _images(folder: Folder, every: Sequence[Block]) -> Table | None:
     """McNemar's test of SPEM against its references, where the answers are stored."""
-    block = summary.question(every) or next((b for b in every if b.experiment == "table1"), None)
     found: dict[str, dict[int, McNemar]] = {}
-    for line in block.lines if block is not None else ():
-        if block is None or not line.plan.attention.startswith("spem"):
-            continue
-        rows = {other.plan.row: other.plan for other in block.lines}
-        for compared in line.comparisons.values():  # so they saw the same test images
-            other = rows[compared.to]
-            ids = (line.plan.id, other.id)
-            if other.reference == "se" or not set(ids) <= set(folder.predictions.labels):
-                continue
+    for line, other in _compared(every):
+        ids = (line.plan.id, other.plan.id)
+        if set(ids) <= set(folder.predictions.labels):
             tests = image_by_image(folder.predictions, *ids)
             if tests:
-                found[f"{line.plan.row} {MINUS} {other.row}"] = tests
+                found[f"{line.plan.row} {MINUS} {other.plan.row}"] = tests
     if not found:
         return None
     seeds = sorted({seed for tests in found.values() for seed in tests})
@@ -171,6 +172,43 @@ def _images(folder: Folder, every: Sequence[Block]) -> Table | None:
         "methods. The seeds share the images, so their tests are not pooled.",
     )
     return Table("images", "Image by image", columns, "l" + "r" * len(seeds), cells, notes)
+
+
+def _compared(every: Sequence[Block]) -> list[tuple[Line, Line]]:
+    """Forms of SPEM with the references that saw the same test images; SE is left out."""
+    block = summary.question(every) or next((b for b in every if b.experiment == "table1"), None)
+    if block is None:
+        return []
+    rows = {line.plan.row: line for line in block.lines}
+    return [
+        (line, rows[compared.to])
+        for line in block.lines
+        if line.plan.attention.startswith("spem")
+        for compared in line.comparisons.values()
+        if rows[compared.to].plan.reference != "se"
+    ]
+
+
+def _no_images(folder: Folder, every: Sequence[Block]) -> str:
+    """Why there is no test of SPEM and its references image by image."""
+    start = "McNemar's tests, image by image, are missing:"
+    pairs = _compared(every)
+    if not pairs:
+        return (
+            f"{start} neither the controls nor Table 1 have SPEM and a network it is compared with."
+        )
+    ids = {line.plan.id for pair in pairs for line in pair}
+    if not any(name in ids for name, _ in folder.predictions.answers):
+        return (
+            f"{start} predictions.npz holds no answers of these runs, because it was not kept "
+            "beside the tables or the runs have stored none."
+        )
+    if not ids & set(folder.predictions.labels):
+        return (
+            f"{start} predictions.npz holds answers but not the labels of the test images, because "
+            "these were not at hand where the runs were collected. Collect them where they are."
+        )
+    return f"{start} no two of the networks have stored answers of one seed, and labels."
 
 
 def _image_cell(test: McNemar | None) -> Cell:

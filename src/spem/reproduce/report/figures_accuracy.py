@@ -278,7 +278,7 @@ def differences(blocks: Sequence[Block], experiment: str, command: str) -> Pictu
         f"{title}: differences of equal seeds",
         "A dot is the difference of two runs with the same seed, the tick their mean, the bar the "
         "95 % interval (t below six pairs, BCa from six on). Pale: not shown to differ from 0 "
-        "after the correction for all lines of the table (Holm).",
+        "after the correction (Holm) for the lines compared with the same reference.",
         tuple(panels),
         command,
     )

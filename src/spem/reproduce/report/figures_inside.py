@@ -25,6 +25,7 @@ MANY = 12
 """Blocks from which on single seeds and bars would be a thicket."""
 R = TypeVar("R", MixRow, EpochRow)
 MixValue = Callable[[MixRow], float | None]
+Series = dict[int, list[float]]
 
 
 def lambdas(folder: Folder, blocks: Sequence[Block]) -> Picture:
@@ -35,7 +36,7 @@ def lambdas(folder: Folder, blocks: Sequence[Block]) -> Picture:
             continue
         for line in block.lines:
             if line.plan.attention.startswith("spem"):
-                panels += _mix_panels(folder, line, f"{block.experiment}-{block.data}")
+                panels += _mix_panels(folder, line)
     return Picture(
         "mix",
         "Lambda and |p| of each block over epochs",
@@ -53,11 +54,10 @@ def _once(panels: Sequence[Panel]) -> list[Panel]:
     return list({panel.name: panel for panel in panels}.values())
 
 
-def _mix_panels(folder: Folder, line: Line, where: str) -> list[Panel]:
+def _mix_panels(folder: Folder, line: Line) -> list[Panel]:
     rows = _mixes_of(folder, line)
     if not rows:
         return []
-    del where  # the same runs serve several tables
     run = line.runs[0]
     name = f"{plain(line.plan.attention)}, {data_name(run.dataset)}, depth {run.depth}"
     low, high = _lines(rows, lambda row: row.lam), _lines(rows, lambda row: row.magnitude)
@@ -144,18 +144,20 @@ def penalty(folder: Folder, blocks: Sequence[Block]) -> Picture:
             ("change", "change of lambda in a step, median", lambda row: row.change, True),
         ]
         for name, label, value, log in mixes:
-            series = [(line, _median_by_epoch(folder.mixes, line, value)) for line in lines]
+            series = [(line, _by_epoch(folder.mixes, line, value)) for line in lines]
             panels.append(_series_panel(f"penalty-{name}", label, series, log=log))
-        series = [(line, _median_by_epoch(folder.epochs, line, _task_loss)) for line in lines]
+        label = "lambda, median of blocks and seeds"
+        series = [(line, _by_epoch(folder.mixes, line, lambda row: row.lam)) for line in lines]
+        panels.insert(0, _series_panel("penalty-lambda", label, series, band=True))
+        series = [(line, _by_epoch(folder.epochs, line, _task_loss)) for line in lines]
         panels.append(
-            _series_panel(
-                "penalty-loss", "training loss without the penalty term", series, log=False
-            )
+            _series_panel("penalty-loss", "training loss without the penalty term", series)
         )
     return Picture(
         "penalty",
         "Penalty 0 against 0.1",
-        'The paper adds the penalty "to prevent explosion". Runs that diverged stand in the table.',
+        'The paper adds the penalty "to prevent explosion". Runs that diverged stand in the table. '
+        "The band of lambda reaches from the lowest to the highest block of any seed.",
         tuple(panels),
         "penalty",
     )
@@ -166,39 +168,49 @@ def _task_loss(row: EpochRow) -> float | None:
     return None if row.loss is None else row.loss - (row.penalty or 0.0)
 
 
-def _median_by_epoch(
-    rows: Sequence[R], line: Line, value: Callable[[R], float | None]
-) -> list[tuple[int, float]]:
+def _by_epoch(rows: Sequence[R], line: Line, value: Callable[[R], float | None]) -> Series:
+    """Epoch -> the numbers of all blocks and seeds, sorted."""
     seeds = {run.seed for run in line.runs}
     found: dict[int, list[float]] = {}
     for row in rows:
         number = value(row) if row.id == line.plan.id and row.seed in seeds else None
         if number is not None:
             found.setdefault(row.epoch + 1, []).append(number)
-    return [(epoch, sorted(found[epoch])[len(found[epoch]) // 2]) for epoch in sorted(found)]
+    return {epoch: sorted(found[epoch]) for epoch in sorted(found)}
 
 
 def _series_panel(
-    name: str, label: str, series: Sequence[tuple[Line, list[tuple[int, float]]]], *, log: bool
+    name: str,
+    label: str,
+    series: Sequence[tuple[Line, Series]],
+    *,
+    log: bool = False,
+    band: bool = False,
 ) -> Panel:
+    """The median by epoch of each line, in a band from the lowest to the highest number."""
     figure, axis = canvas(3.3, label)
     told: list[str] = []
-    for i, (line, points) in enumerate(series):
-        if not points:
+    middles = [[v[len(v) // 2] for v in found.values()] for _, found in series]
+    for i, ((line, found), medians) in enumerate(zip(series, middles, strict=True)):
+        if not medians:
             continue
         colour, marker, dash = style(2 * i)
+        told.append(f"{line.plan.row} ends at {medians[-1]:.3g}")
+        if band:
+            low, high = [v[0] for v in found.values()], [v[-1] for v in found.values()]
+            axis.fill_between(list(found), low, high, color=colour, alpha=0.12, linewidth=0)
+            told[-1] += f" ({low[-1]:.3g} to {high[-1]:.3g})"
         axis.plot(
-            [epoch for epoch, _ in points],
-            [value for _, value in points],
+            list(found),
+            medians,
             color=colour,
             linestyle=dash,
-            marker=marker if len(points) <= 12 else None,
+            marker=marker if len(medians) <= 12 else None,
             markersize=4,
             linewidth=1.6,
             label=plain(line.plan.row),
         )
-        told.append(f"{line.plan.row} ends at {points[-1][1]:.3g}")
-    if log and all(value > 0 for _, points in series for _, value in points):
+    if log and all(value > 0 for medians in middles for value in medians):
         log_scale(axis)
     name_axes(axis, "epoch", "")
     axis.locator_params(axis="x", integer=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from spem.reproduce.statistics import Summary, prediction_interval, summarise, v
 
 PAPER = ("table1", "table2", "table3", "table4", "figure2")
 """Experiments that stand beside a table or figure of the paper."""
+PAPER_DEPTH = 164
 PAPER_EPOCHS, PAPER_IMAGES, PAPER_TEST_IMAGES, PAPER_BATCH = 164, 50_000, 10_000, 128
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "digits"}
 
@@ -23,11 +25,28 @@ class Comparison:
         to: Label of the line compared with.
         test: Difference, interval and test.
         adjusted: Its p after Holm over the lines of the table compared with the same reference.
+        heading: Of the column that it stands in: the lines compared there are Holm's family.
+        family: How many comparisons with a p value that column has.
+        runs: The pairs: runs of both lines with the seeds that both have.
     """
 
     to: str
     test: PairedTest
     adjusted: float | None = None
+    heading: str = ""
+    family: int = 0
+    runs: tuple[RunRow, ...] = ()
+
+    @property
+    def family_words(self) -> str:
+        """The comparisons that Holm corrected for.
+
+        >>> Comparison("scale", paired_test({}, {}), None, "scale", 5).family_words
+        'the 5 comparisons with “scale”'
+        """
+        if self.family == 1:
+            return f"the only comparison with “{self.heading}”"
+        return f"the {self.family} comparisons with “{self.heading}”"
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,12 @@ class Line:
         return all(run.best_selected_on == "test" for run in self.runs)
 
     @property
+    def paper_depth(self) -> int:
+        """The depth of the paper's network: of the cell, of the label, else of its main one."""
+        named = re.match(r"ResNet(\d+)\b", self.plan.row)
+        return self.plan.paper_depth or (int(named[1]) if named else PAPER_DEPTH)
+
+    @property
     def other_recipe(self) -> tuple[str, ...]:
         """In what the runs differ from the paper's recipe, one phrase each."""
         if not self.runs:
@@ -84,8 +109,8 @@ class Line:
         found: list[str] = []
         if plan.dataset != plan.data:
             found.append(f"trained on {data_name(plan.dataset)} instead of {data_name(plan.data)}")
-        if plan.paper_depth is not None and run.depth != plan.paper_depth:
-            found.append(f"depth {run.depth} instead of {plan.paper_depth}")
+        if run.depth != self.paper_depth:
+            found.append(f"depth {run.depth} instead of {self.paper_depth}")
         facts = (
             (run.train_count, PAPER_IMAGES, "training images"),
             (run.test_count, PAPER_TEST_IMAGES, "test images"),
@@ -130,11 +155,6 @@ class Block:
     def runs(self) -> list[RunRow]:
         """Every finished run behind the table, once."""
         return list({run.key: run for line in self.lines for run in line.runs}.values())
-
-    @property
-    def of_paper(self) -> bool:
-        """Whether the paper has such a table."""
-        return self.experiment in PAPER
 
 
 def data_name(name: str) -> str:
@@ -199,16 +219,24 @@ def _block(name: str, data: str, lines: Sequence[Line]) -> Block:
                 if reference is None or reference is line:
                     continue
                 test = paired_test(line.by_seed, reference.by_seed) if line.runs else None
-                if test is not None and test.n and _same_recipe(line, reference):
-                    found[i] = Comparison(reference.plan.row, test)
+                if test is not None and test.n and same_recipe(line, reference):
+                    runs = _paired_runs(line, reference)
+                    found[i] = Comparison(reference.plan.row, test, runs=runs)
             adjusted = holm([found[i].test.p for i in found])
+            family = sum(p is not None for p in adjusted)
             for i, p in zip(found, adjusted, strict=True):
-                compared[i][heading] = replace(found[i], adjusted=p)
+                compared[i][heading] = replace(found[i], adjusted=p, heading=heading, family=family)
     done = [replace(line, comparisons=own) for line, own in zip(lines, compared, strict=True)]
     return Block(name, data, tuple(done), tuple(headings))
 
 
-def _same_recipe(one: Line, other: Line) -> bool:
+def _paired_runs(one: Line, other: Line) -> tuple[RunRow, ...]:
+    """The runs behind a difference: of both lines, with their common seeds."""
+    common = one.by_seed.keys() & other.by_seed.keys()
+    return tuple(run for line in (one, other) for run in line.runs if run.seed in common)
+
+
+def same_recipe(one: Line, other: Line) -> bool:
     """Whether two lines were trained and tested alike, so that their seeds are pairs."""
     a, b = one.runs[0], other.runs[0]
     return (a.dataset, a.epochs, a.batch, a.train_images, a.test_sha256) == (

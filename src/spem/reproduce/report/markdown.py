@@ -28,6 +28,8 @@ def _lines(d: Document) -> Iterator[str]:
         yield from table(d.power)
     if d.images:
         yield from table(d.images)
+    else:
+        yield from _paragraphs([d.no_images])
     yield from ("## Tables", "")
     yield from _paragraphs([READING])
     for chapter in d.chapters:
@@ -59,7 +61,8 @@ READING = (
     "Accuracies are percent of the test images, mean ± standard deviation (number of seeds). Last "
     "epoch is the headline; best epoch was selected on the test set, as the paper's numbers were. "
     "Differences are of last epochs, in points, over pairs of equal seed, with a 95 % interval (t "
-    "below six pairs, BCa from six on) and p values, alone and after Holm's correction. The "
+    "below six pairs, BCa from six on) and p values, alone and after Holm's correction for the "
+    "lines of one table compared with the same reference (not across columns or tables). The "
     "verdict says whether the paper's number lies inside the 95 % prediction interval for one more "
     "best-epoch run of ours."
 )

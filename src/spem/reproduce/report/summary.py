@@ -29,6 +29,8 @@ from spem.reproduce.report.tables import (
 
 OFFICIAL_CIFAR100 = "7a49b15a2d025a396f6109d0703885ec10f65383c3003b58884d847adf3abb69"
 """Checksum of the official CIFAR-100 test set."""
+NOT_COMPARED = "The training images were not compared."
+"""No sum of a whole official training set is known here, and runs may train on a part of it."""
 
 
 def question(blocks: Sequence[Block]) -> Block | None:
@@ -115,7 +117,16 @@ def _against(block: Block, headings: Iterable[str], lines: Sequence[Line]) -> li
         for heading in headings:
             compared = line.comparisons.get(heading)
             if compared is not None:
-                found.append(sentence(line.plan.row, compared.to, compared.test, compared.adjusted))
+                alone = compared.family == 1
+                found.append(
+                    sentence(
+                        line.plan.row,
+                        compared.to,
+                        compared.test,
+                        None if alone else compared.adjusted,
+                        family=compared.family_words,
+                    )
+                )
             else:
                 found.append(f"{line.plan.row} {MINUS} {heading}: not run with common seeds.")
     return found
@@ -140,7 +151,7 @@ def headline_table(blocks: Sequence[Block]) -> Table | None:
             rows.append(
                 (
                     cell(f"{line.plan.row} {MINUS} {heading}", _role(marks.get(heading))),
-                    difference_cell(found, line.runs),
+                    difference_cell(found),
                     cell(interval(test.t_low, test.t_high)),
                     cell(str(test.n)),
                     cell(number(test.sd)),
@@ -153,8 +164,8 @@ def headline_table(blocks: Sequence[Block]) -> Table | None:
         "Test accuracy after the last epoch, percentage points, pairs of equal seed. sd: of the "
         "paired differences. correlation: of the two members of the pairs; pairing helps as far as "
         "it is above 0. visible: the difference that so many pairs with this sd find four times in "
-        "five; smaller ones these seeds mostly miss. Holm: corrected for all lines compared with "
-        "the same network.",
+        "five; smaller ones these seeds mostly miss. Holm: corrected for the lines of the "
+        "experiment compared with the same network, SE among them; not across networks.",
     )
     return Table("headline", title, columns, "lrrrrrr", tuple(rows), notes)
 
@@ -173,13 +184,14 @@ def power_table(blocks: Sequence[Block]) -> Table | None:
             if not usable:
                 continue
             sd = statistics.median(test.sd or 0.0 for test in usable)
-            n = max(test.n for test in usable)
+            counts = sorted({test.n for test in usable})
+            n = counts[0]  # what each line can show, not only the luckiest
             known = [test.correlation for test in usable if test.correlation is not None]
             rows.append(
                 (
                     cell(f"{block.experiment}, {data_name(block.data)}"),
                     cell(heading),
-                    cell(str(n)),
+                    cell(str(n), *([f"up to {counts[-1]}"] if len(counts) > 1 else [])),
                     cell(number(sd)),
                     cell(number(statistics.median(known)) if known else ""),
                     cell(number(smallest_visible(sd, n))),
@@ -200,7 +212,8 @@ def power_table(blocks: Sequence[Block]) -> Table | None:
         "least sign-flip p",
     )
     notes = (
-        "sd and correlation of the pairs: medians over the lines of the table. visible: the "
+        "n: the smallest number of pairs of a line, of lines with at least two; what follows is "
+        "for so many. sd and correlation of the pairs: medians over these lines. visible: the "
         "difference found with 80 % power. seeds for 0.3: pairs needed to find 0.3 points as "
         "often, the distance of many neighbouring cells of the paper.",
     )
@@ -317,7 +330,7 @@ def missing_sentences(folder: Folder, blocks: Sequence[Block]) -> list[str]:
 
 
 def data_sentences(runs: Iterable[RunRow]) -> list[str]:
-    """In what the images differ from the official sets."""
+    """What is known of the images by the checksum of the test set, and what is not."""
     sums: dict[str, set[str]] = {}
     for run in runs:
         sums.setdefault(run.dataset, set()).add(run.test_sha256)
@@ -327,12 +340,16 @@ def data_sentences(runs: Iterable[RunRow]) -> list[str]:
         sums_text = ", ".join(f"{one[:12]}..." for one in sorted(tests))
         if tests <= {COPY_OF_CIFAR10}:
             found.append(
-                f"{name} differs from the official set: 108 of the 60,000 images (85 training, 23 "
-                "test images; 101 show ships) are JPEG copies of quality 75, because no lossless "
-                "copy of them was at hand. All other images hold the original pixels."
+                f"{name}: by their checksum the test images are those of a copy in which 23 of the "
+                "10,000 are JPEG copies of quality 75, because no lossless copy of them was at "
+                f"hand; the others hold the original pixels. {NOT_COMPARED} The training set that "
+                "belongs to this copy has 85 such images among 50,000."
             )
         elif tests <= {OFFICIAL_CIFAR100}:
-            found.append(f"{name} is the official set, bit for bit.")
+            found.append(
+                f"{name}: by their checksum the test images are the official ones, bit for bit. "
+                f"{NOT_COMPARED}"
+            )
         elif dataset == "digits":
             found.append(
                 "digits are scikit-learn's 8x8 images, a test of the machinery: no number of the "

@@ -11,7 +11,10 @@ from spem.reproduce.report.reading import RunRow
 from spem.reproduce.statistics import Summary
 
 MINUS = "\N{MINUS SIGN}"
-STAR = "* 108 of the 60,000 images (85 training, 23 test) are JPEG copies, not the official pixels."
+STAR = (
+    "* 23 of the 10,000 test images are JPEG copies, not the official pixels. The training images "
+    "were not compared."
+)
 NOT_RUN, DIVERGED = "not run", "diverged"
 Value = str | int | float | None
 
@@ -167,10 +170,10 @@ def _difference(line: Line, heading: str) -> Cell:
     found = line.comparisons.get(heading)
     if found is None:
         return cell("\N{EN DASH}" if line.runs else "")
-    return difference_cell(found, line.runs)
+    return difference_cell(found)
 
 
-def difference_cell(found: Comparison, runs: Sequence[RunRow]) -> Cell:
+def difference_cell(found: Comparison) -> Cell:
     """A difference with its interval; below it the p values."""
     test = found.test
     first = number(test.mean, sign=True)
@@ -181,7 +184,7 @@ def difference_cell(found: Comparison, runs: Sequence[RunRow]) -> Cell:
     kind = ""
     if shown(found) and test.n >= FEW:  # no marks on three seeds: their interval speaks
         kind = "above" if (test.mean or 0) > 0 else "below"
-    return cell(f"{first} {second}", third, kind=kind, runs=runs)
+    return cell(f"{first} {second}", third, kind=kind, runs=found.runs)
 
 
 def shown(found: Comparison) -> bool:
@@ -226,13 +229,16 @@ def notes(block: Block) -> list[str]:
     """What must be known to read a table, in sentences."""
     found = [STAR] if _copied(block) else []
     beside = [line for line in block.lines if line.plan.paper_top1 is not None]
-    recipes = dict.fromkeys(phrase for line in beside for phrase in line.other_recipe)
+    recipes = dict.fromkeys(phrase for line in block.lines for phrase in line.other_recipe)
     if recipes:
-        found.append(
-            f"Our runs are of another recipe than the paper's ({', '.join(recipes)}): the "
-            "verdicts follow the rule, but this is no comparison with the paper's numbers and "
-            "neither confirms nor refutes them."
-        )
+        start = f"Our runs are of another recipe than the paper's ({', '.join(recipes)})"
+        rest = "no number here can be compared with one of the paper."
+        if any(line.verdict for line in block.lines):
+            rest = (
+                "the verdicts follow the rule, but this is no comparison with the paper's numbers "
+                "and neither confirms nor refutes them."
+            )
+        found.append(f"{start}: {rest}")
     excluded = sum(len(line.excluded) for line in block.lines)
     if excluded:
         found.append(
