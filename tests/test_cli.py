@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from reproduce import runs
 
 import spem
 from spem import cli
+from spem.reproduce import Run
 from spem.training import load_weights, save_weights, smoke
 
 # digits at their own size, few of them: a run takes about a second
@@ -261,6 +263,57 @@ def test_seeds(text: str, seeds: list[int]) -> None:
     from spem.cli.compare import parse_seeds
 
     assert parse_seeds(text) == seeds
+
+
+def test_seeds_that_are_none_are_refused_whoever_asks() -> None:
+    from spem.cli.compare import parse_seeds
+
+    with pytest.raises(ValueError, match=r"^--seeds 'x' is no number of seeds \(3\)"):
+        parse_seeds("x")
+
+
+@pytest.mark.parametrize("seeds", [3, 6])
+def test_compare_and_stats_say_the_same(
+    seeds: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of six seeds a difference that is shown, one that is not, and Holm's correction of both."""
+    right = {
+        "none": (331, 325, 329, 320, 327, 330),
+        "se": (335, 334, 331, 329, 330, 342),
+        "spem": (330, 327, 329, 321, 325, 333),
+    }
+
+    def made_up(config: Any, *_: Any, **__: Any) -> Any:
+        accuracy = 100 * right[config.model.attention][config.seed] / 360
+        made = Run(config, runs.result(config, accuracy), tuple(runs.epochs(accuracy)))
+        runs.write(made, Path("runs"))
+        return made.result
+
+    monkeypatch.setattr("spem.reproduce.compare.train", made_up)
+    args = ["compare", "none", "se", "spem", "--data", "digits", "--seeds", str(seeds)]
+    told = answer(capsys, args)
+    (table,) = answer(capsys, ["stats", "comparison/runs.csv"])["tables"]
+    assert told["reading"] == table["reading"]
+    for line, group in zip(told["lines"], table["groups"], strict=True):
+        assert line["attention"] == group["name"]
+        assert line["difference"] == group["difference"]
+        assert line["adjusted_p"] == group["adjusted_p"]
+        assert line["last"] == {key: group[key] for key in ("n", "mean", "sd")}
+    with Path("comparison/summary.csv").open(newline="") as file:
+        summary = list(csv.DictReader(file))
+    for row, group in zip(summary[1:], table["groups"][1:], strict=True):
+        d = group["difference"]
+        assert row["difference_interval"] == d["interval"] == ("t" if seeds < 6 else "BCa")
+        expected = [d["low"], d["high"], d["p"], group["adjusted_p"]]
+        cells = ("difference_low95", "difference_high95", "difference_p", "difference_holm_p")
+        assert [float(row[cell]) for cell in cells] == pytest.approx(expected, rel=1e-6)
+    assert call(args) == 0
+    printed = capsys.readouterr().out
+    assert all(sentence in printed for sentence in table["reading"])
+    assert ("Holm" in table["reading"][0]) == (seeds == 6)
 
 
 def test_compare_one_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

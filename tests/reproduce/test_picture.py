@@ -70,6 +70,21 @@ def test_labels() -> None:
     assert curves.get_xlabel() == "epoch"
 
 
+def test_from_six_seeds_on_the_bars_are_those_of_the_bootstrap() -> None:
+    """One seed far above the others: the interval reaches further to that side."""
+    above = (0.5, 1.25, 2.0, 0.25, 3.0, 9.0)
+    runs = [run("none", seed, 80.0 + seed) for seed in range(6)]
+    runs += [run("se", seed, 80.0 + seed + d) for seed, d in enumerate(above)]
+    _, line = lines = table(runs, "none")
+    figure = build_figure(lines, runs, title="", reference="none")
+    assert "95 % BCa interval" in figure.axes[1].get_xlabel()
+    ((low, high),) = bars(figure.axes[1])
+    assert line.difference is not None
+    assert (low, high) == pytest.approx((line.difference.low, line.difference.high))
+    mean = sum(above) / 6
+    assert high - mean > 1.5 * (mean - low)
+
+
 def test_one_seed_has_no_bars() -> None:
     runs = [one for one in RUNS if one.seed == 0]
     figure = build_figure(table(runs, "none"), runs, title="", reference="none")

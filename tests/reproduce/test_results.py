@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from reproduce.runs import config, run, write
+from scipy import stats
 
-from spem.reproduce import collect, table, write_csv
+from spem.reproduce import Run, collect, table, write_csv
 
 RUNS = [
     run("spem", 0, 92.0, step_seconds=0.03, parameters=129440, attention_parameters=1798),
@@ -65,7 +69,76 @@ def test_table() -> None:
 
 def test_table_without_the_reference() -> None:
     (line,) = table(RUNS[:1], "none")
-    assert (line.difference, line.step_ratio) == (None, None)
+    assert (line.difference, line.adjusted_p, line.step_ratio) == (None, None, None)
+
+
+NONE = (90.0, 91.5, 89.0, 92.0, 90.5, 91.0, 88.5)
+ABOVE = (0.5, 1.25, 2.0, 0.25, 3.0, 1.5, 9.0)
+AROUND = (0.5, -1.25, 0.75, -0.25, 1.0, -1.5, 2.0)
+
+
+def many(count: int) -> list[Run]:
+    """So many seeds of a reference, of something above it for every seed, and of something not."""
+    return [
+        run(name, seed, NONE[seed] + difference[seed])
+        for name, difference in (("none", (0.0,) * 7), ("se", ABOVE), ("spem", AROUND))
+        for seed in range(count)
+    ]
+
+
+def flipped(differences: tuple[float, ...]) -> float:
+    """Share of sign patterns whose sum is as far from 0, counted one by one."""
+    sums = [
+        sum(sign * d for sign, d in zip(signs, differences, strict=True))
+        for signs in product((1, -1), repeat=len(differences))
+    ]
+    return sum(abs(s) >= abs(sum(differences)) - 1e-9 for s in sums) / len(sums)
+
+
+def test_few_seeds_are_compared_by_t() -> None:
+    plain, se, spem = table(many(5), "none")
+    assert (plain.difference, plain.adjusted_p) == (None, None)
+    for line, differences in ((se, ABOVE[:5]), (spem, AROUND[:5])):
+        expected = stats.ttest_1samp(differences, 0)
+        ends = expected.confidence_interval(0.95)
+        assert line.difference is not None
+        assert (line.difference.interval, line.difference.p_method) == ("t", "t")
+        assert line.difference.p == pytest.approx(expected.pvalue)
+        assert (line.difference.low, line.difference.high) == pytest.approx((ends.low, ends.high))
+
+
+def test_from_six_seeds_on_by_resampling_and_after_holm() -> None:
+    _, se, spem = table(many(7), "none")
+    for line, differences in ((se, ABOVE), (spem, AROUND)):
+        assert line.difference is not None
+        assert (line.difference.interval, line.difference.p_method) == ("BCa", "sign-flip")
+        assert line.difference.p == pytest.approx(flipped(differences))
+    # 2 of 128 patterns; the one comparison that has the smaller p is corrected for both
+    assert se.adjusted_p == pytest.approx(2 * 2 / 128)
+    assert spem.adjusted_p == pytest.approx(flipped(AROUND))
+    # one seed far above the others: the interval is not symmetric, as that of t is
+    d = se.difference
+    assert d is not None
+    assert d.mean is not None
+    assert d.low is not None
+    assert d.high is not None
+    assert d.high - d.mean > 1.5 * (d.mean - d.low)
+
+
+def test_what_is_compared_is_what_the_table_holds(tmp_path: Path) -> None:
+    """Thirds of a percent have no end; the file ends after seven digits."""
+    runs = [
+        run(name, seed, 100 * right / 360)
+        for name, counts in (("none", (331, 325, 329)), ("se", (335, 326, 331)))
+        for seed, right in enumerate(counts)
+    ]
+    _, line = table(runs, "none")
+    written = rows(write_csv(runs, table(runs, "none"), tmp_path, reference="none")[0])
+    a, b = ([float(r["accuracy"]) for r in written if r["attention"] == n] for n in ("none", "se"))
+    assert line.difference is not None
+    assert line.difference.mean == pytest.approx(fmean(b) - fmean(a), abs=1e-12)
+    assert line.last.mean == pytest.approx(fmean(b), abs=1e-12)
+    assert line.last.mean != pytest.approx(100 * (335 + 326 + 331) / 3 / 360, abs=1e-12)
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -96,6 +169,13 @@ def test_csv(tmp_path: Path) -> None:
     assert summary[1]["difference_to"] == ""
     # two values of 2 and 3: deviation sqrt(1/2), t(1, 0.975) = 12.7062
     assert float(summary[0]["difference_low95"]) == pytest.approx(2.5 - 12.7062 * 0.5, abs=1e-4)
+    # t = 2.5 / 0.5 = 5 with one degree of freedom, where Student's t is Cauchy's distribution
+    p = 1 - 2 * math.atan(5) / math.pi
+    assert float(summary[0]["difference_p"]) == pytest.approx(p, abs=1e-6)
+    assert float(summary[0]["difference_holm_p"]) == pytest.approx(p, abs=1e-6)  # the only one
+    assert summary[0]["difference_interval"] == "t"
+    added = ("difference_p", "difference_holm_p", "difference_interval")
+    assert [summary[1][column] for column in added] == [""] * 3
 
 
 def test_what_depends_on_clock_or_machine_says_so(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`spem compare`: several attentions with the same seeds, as table, CSV and picture."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,9 +156,7 @@ def parse_seeds(text: str) -> list[int]:
         return list(range(int(text)))
     if re.fullmatch(r"\d+(,\d+)*,?", text):
         return [int(seed) for seed in text.strip(",").split(",")]
-    raise ValueError(
-        f"compare: --seeds {text!r} is no number of seeds (3) and no list of them (0,4,7)."
-    )
+    raise ValueError(f"--seeds {text!r} is no number of seeds (3) and no list of them (0,4,7).")
 
 
 def describe(config: "RunConfig", seeds: int) -> str:
@@ -176,15 +175,7 @@ def describe(config: "RunConfig", seeds: int) -> str:
 def _show(
     lines: Sequence["Line"], reference: str, title: str, files: Sequence[Path], *, json: bool
 ) -> None:
-    from spem.reproduce import reading
-
-    differences = [(line, line.difference) for line in lines if line.difference is not None]
-    sentences = [reading(line.attention, reference, d) for line, d in differences]
-    if len(differences) > 1:
-        sentences.append(
-            f"Each interval is for one comparison alone; the more there are ({len(differences)}), "
-            "the likelier one of them misses 0 by chance."
-        )
+    sentences = _reading(lines, reference)
     if json:
         rows = [dataclasses.asdict(line) for line in lines]
         paths = [str(path) for path in files]
@@ -207,11 +198,18 @@ def _show(
         f"{best} %",
         f"to {reference}",
         "95 % interval",
+        "method",
+        "p",
+        "Holm p",
     ]
-    print_table(columns, [_accuracy_cells(line) for line in lines], align="lrrrrrl", title=title)
+    decimals = _decimals(lines)
+    cells = [_accuracy_cells(line, decimals) for line in lines]
+    print_table(columns, cells, align="lrrrrrllrr", title=title)
     print("accuracy: test images, after the last epoch, mean over seeds.")
     print(f"{best}: at each run's best epoch, which flatters if chosen on the test images.")
-    print(f"to {reference}: mean difference of runs with the same seed, in points.\n")
+    print(f"to {reference}: mean difference of runs with the same seed, in points.")
+    print("p: of no difference, paired t test below six pairs and sign-flip test from six on.")
+    print("Holm p: the same, corrected for all comparisons of the table.\n")
     columns = ["attention", "parameters", "MFLOPs", "ms/step", "time ratio"]
     print_table(columns, [_cost_cells(line) for line in lines], align="lrrrr")
     print()
@@ -220,17 +218,54 @@ def _show(
     print("\n" + "\n".join(f"wrote {path}" for path in files))
 
 
-def _accuracy_cells(line: "Line") -> list[str]:
+def _reading(lines: Sequence["Line"], reference: str) -> list[str]:
+    """What the table shows and what it does not, in sentences."""
+    from spem.reproduce.inference import reach_sentence, sentence
+
+    decimals = _decimals(lines)
+    compared = [(line, line.difference) for line in lines if line.difference is not None]
+    texts = [
+        sentence(
+            line.attention,
+            reference,
+            test,
+            line.adjusted_p if len(compared) > 1 else None,
+            decimals=decimals,
+        )
+        for line, test in compared
+    ]
+    reach = reach_sentence([line.compared for line in lines])
+    return [*texts, reach] if reach else texts
+
+
+def _decimals(lines: Sequence["Line"]) -> int:
+    """As many as show two digits of the smallest deviation, and two at least."""
+    spreads = [line.last.sd for line in lines]
+    spreads += [line.difference.sd for line in lines if line.difference is not None]
+    smallest = min((sd for sd in spreads if sd), default=1.0)
+    return min(10, max(2, 1 - math.floor(math.log10(smallest))))
+
+
+def _accuracy_cells(line: "Line", decimals: int) -> list[str]:
     d = line.difference
     return [
         line.attention,
         str(line.last.n),
-        f"{line.last.mean:.2f}",
-        "-" if line.last.sd is None else f"{line.last.sd:.2f}",
-        f"{line.best.mean:.2f}",
-        "-" if d is None or d.mean is None else f"{d.mean:+.2f}",
-        "-" if d is None else d.interval_text,
+        f"{line.last.mean:.{decimals}f}",
+        "-" if line.last.sd is None else f"{line.last.sd:.{decimals}f}",
+        f"{line.best.mean:.{decimals}f}",
+        "-" if d is None or d.mean is None else f"{d.mean:+.{decimals}f}",
+        "-" if d is None else d.interval_in(decimals),
+        (d and d.interval) or "-",
+        _p(d and d.p),
+        _p(line.adjusted_p),
     ]
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _cost_cells(line: "Line") -> list[str]:

@@ -63,7 +63,8 @@ def _accuracy(axis: "Axes", lines: Sequence["Line"], runs: Sequence["Run"]) -> N
     """Last-epoch test accuracy: a dot per seed, the mean with one standard deviation."""
     for i, line in enumerate(lines):
         seeds = [run.accuracy for run in runs if run.attention == line.attention]
-        _row(axis, i, seeds, line.last.mean, line.last.sd or 0.0)
+        mean, sd = line.last.mean, line.last.sd
+        _row(axis, i, seeds, mean, (mean - sd, mean + sd) if sd else None)
     _label_rows(axis, [line.attention for line in lines])
     spread = any(line.last.sd is not None for line in lines)
     axis.set_title("Accuracy after the last epoch", fontsize=10)
@@ -90,19 +91,24 @@ def _difference(
             for run in runs
             if run.attention == line.attention and run.seed in baseline
         ]
-        _row(axis, i, seeds, d.mean, d.high - d.mean if d.high is not None else 0.0)
+        ends = None if d.low is None or d.high is None else (d.low, d.high)
+        _row(axis, i, seeds, d.mean, ends)
     _label_rows(axis, [""] * len(lines))
     drawn = [line.difference for line in lines if line.difference is not None]
-    interval = any(d.low is not None for d in drawn)
-    note = f"\nbar: mean and {drawn[0].level:.0%} t interval".replace("%", " %") if interval else ""
+    kinds = " or ".join(sorted({d.interval for d in drawn if d.interval}, reverse=True))
+    note = f"\nbar: mean and {100 * drawn[0].level:g} % {kinds} interval" if kinds else ""
     axis.set_title(f"Difference to {reference}, same seed", fontsize=10)
     axis.set_xlabel("percentage points" + note, fontsize=9)
 
 
-def _row(axis: "Axes", i: int, seeds: Sequence[float], mean: float, half: float) -> None:
+def _row(
+    axis: "Axes", i: int, seeds: Sequence[float], mean: float, ends: tuple[float, float] | None
+) -> None:
     """The bar of row i with the mean as a tick, and the seeds as dots just below it."""
     colour = COLOURS[i % len(COLOURS)]
-    axis.errorbar(mean, i - 0.1, xerr=half or None, color=colour, linewidth=2, capsize=5)
+    if ends is not None:  # not always symmetric about the mean
+        middle, half = sum(ends) / 2, (ends[1] - ends[0]) / 2
+        axis.errorbar(middle, i - 0.1, xerr=half, color=colour, linewidth=2, capsize=5)
     axis.plot(mean, i - 0.1, color=colour, marker="|", markersize=18, markeredgewidth=3)
     # Seeds of equal accuracy would hide each other in one line.
     rows = [i + 0.16 + 0.18 * k / max(len(seeds) - 1, 1) for k in range(len(seeds))]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spem.reproduce.inference import Compared, PairedTest, against
 from spem.reproduce.rows import Row, epoch_rows, mix_rows, run_row, write_table
-from spem.reproduce.statistics import PairedDifference, Summary, paired_difference, summarise
+from spem.reproduce.statistics import Summary, summarise
 from spem.training import Result, RunConfig, read_metrics
 from spem.training.log import METRICS
 from spem.training.runs import finished
@@ -53,6 +54,7 @@ class Line:
         best: Test accuracy at each run's best epoch, over seeds.
         best_selected_on: The set on which the best epoch was chosen.
         difference: Paired difference of `last` to the reference; None for the reference itself.
+        adjusted_p: Its p after Holm within the table; None where there is no p.
         parameters: Parameters of the network.
         flops: FLOPs of one image, forward.
         step_ms: Median over runs of the time of a training step.
@@ -63,11 +65,17 @@ class Line:
     last: Summary
     best: Summary
     best_selected_on: str
-    difference: PairedDifference | None
+    difference: PairedTest | None
+    adjusted_p: float | None
     parameters: int
     flops: int
     step_ms: float
     step_ratio: float | None
+
+    @property
+    def compared(self) -> Compared:
+        """What the line says of accuracy, as `spem.reproduce.inference` has it."""
+        return Compared(self.attention, self.last, self.difference, self.adjusted_p)
 
 
 def collect(configs: Iterable[RunConfig], runs: Path) -> list[Run]:
@@ -111,6 +119,8 @@ def _epochs_of(result: Result, folder: Path) -> tuple[dict[str, Any], ...]:
 def table(runs: Sequence[Run], reference: str) -> list[Line]:
     """One line for each attention, in the order in which they first appear.
 
+    Accuracies are compared as runs.csv writes them, so that `spem stats` finds the same in there.
+
     Args:
         runs: Finished runs.
         reference: The attention the others are compared with; without its runs nothing is compared.
@@ -118,31 +128,29 @@ def table(runs: Sequence[Run], reference: str) -> list[Line]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.attention, []).append(run)
-    return [_line(members, groups.get(reference)) for members in groups.values()]
+    accuracies = {name: _by_seed(members) for name, members in groups.items()}
+    compared = against(accuracies, reference)
+    return [_line(one, groups[one.name], groups.get(reference)) for one in compared]
 
 
-def _line(members: Sequence[Run], reference: Sequence[Run] | None) -> Line:
+def _line(compared: Compared, members: Sequence[Run], reference: Sequence[Run] | None) -> Line:
     one = members[0].result
-    difference = ratio = None
-    if reference is not None:
-        ratio = _step_ms(members) / _step_ms(reference)
-        if reference is not members:
-            difference = paired_difference(_by_seed(members), _by_seed(reference))
     return Line(
         attention=one.attention,
-        last=summarise([run.accuracy for run in members]),
+        last=compared.summary,
         best=summarise([run.result.best_accuracy for run in members]),
         best_selected_on=one.best_selected_on,
-        difference=difference,
+        difference=compared.test,
+        adjusted_p=compared.adjusted_p,
         parameters=one.parameters,
         flops=one.flops,
         step_ms=_step_ms(members),
-        step_ratio=ratio,
+        step_ratio=None if reference is None else _step_ms(members) / _step_ms(reference),
     )
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[int, float]:
-    return {run.seed: run.accuracy for run in runs}
+    return {run.seed: float(f"{run.accuracy:.7g}") for run in runs}
 
 
 def _step_ms(runs: Sequence[Run]) -> float:
@@ -194,6 +202,9 @@ def _summary_row(line: Line, reference: str) -> Row:
         "difference_sd": None if d is None else d.sd,
         "difference_low95": None if d is None else d.low,
         "difference_high95": None if d is None else d.high,
+        "difference_interval": None if d is None else d.interval,
+        "difference_p": None if d is None else d.p,
+        "difference_holm_p": line.adjusted_p,
         "parameters": line.parameters,
         "flops": line.flops,
         "time_step_ms": line.step_ms,
