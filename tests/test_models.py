@@ -272,7 +272,7 @@ def test_attention_sees_the_last_norm_and_leaves_the_shortcut(block: str, attent
         out = first(x)
         hook.remove()
         shortcut = x if first.downsample is None else first.downsample(x)
-        expected = (first.attention(seen["branch"]) + shortcut).relu()
+        expected = (first.attention(seen["branch"]) + shortcut).relu()  # pyright: ignore[reportOptionalCall]
         torch.testing.assert_close(out, expected, **TOLERANCE[torch.float64])
         assert not torch.allclose(out, (seen["branch"] + shortcut).relu())
 

@@ -15,7 +15,7 @@ from spem.training import evaluate, load_weights
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
-COMPARISONS = sorted(RESULTS.glob("*/runs.csv"))
+COMPARISONS = sorted(path.with_name("runs.csv") for path in RESULTS.glob("*/summary.csv"))
 WEIGHTS = sorted(RESULTS.glob("*/weights/*.safetensors"))
 
 
