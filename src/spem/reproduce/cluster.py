@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -232,9 +231,8 @@ def _task(
     names = [
         path.name for path in where.iterdir() if path.name in _BROUGHT or "diverged" in path.name
     ]
-    brought = {name: (where / name).read_bytes() for name in names}
-    shutil.rmtree(where)  # else a results folder that was emptied would get this run back
-    return outcome, brought
+    # What was trained stays there too: if the driver is lost, its next call finds it.
+    return outcome, {name: (where / name).read_bytes() for name in names}
 
 
 @functools.cache
