@@ -10,6 +10,7 @@ import torch
 from insert.hosts import COUNTED, RUN, Host, attentions, build, images, models, scattered, timm
 from tolerance import TOLERANCE
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import spem
 from spem.insert import find_sites
@@ -107,6 +108,9 @@ def every_site_learns(network: nn.Module, x: torch.Tensor) -> None:
         for attention in added
     ]
     network.train()
+    for module in network.modules():
+        if isinstance(module, (nn.Dropout, StochasticDepth)):  # may drop a branch of all images
+            module.eval()
     network(x).square().sum().backward()
     for handle in handles:
         handle.remove()
