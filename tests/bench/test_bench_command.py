@@ -51,6 +51,20 @@ def test_a_wrong_provider(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert captured.err.strip().splitlines()[-1].startswith("spem: bench: none, composed (bn_train")
 
 
+def test_the_family(capsys: pytest.CaptureFixture[str]):
+    """Modules of every place, with what they add: counts from the formulas of their papers."""
+    who = ["eca", "bam", "dia", "sk", "ge(form=theta)"]
+    assert main(["bench", "family", "--quick", "--impl", "formula", "--attention", *who]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    added = {(line[0], line[1]): line[-2] for line in lines if len(line) > 3 and line[0] in who}
+    assert added[("eca", "composed")] == added[("eca", "fused")] == "13"  # 3 + 5 + 5
+    assert added[("bam", "composed")] == "5630"  # after the first two stages
+    assert added[("dia", "fused")] == str(10_784 + 42_048 + 166_016)
+    assert ("sk", "fused") not in added
+    assert int(added[("sk", "composed")]) < 0  # grouped convolutions in place of a full one
+    assert added[("ge(form=theta)", "composed")] == str(65_664 + 33_024 + 16_896)
+
+
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert main(["bench", "step", "--quick", "--attention", "spam"]) == 2
     assert "spam" in capsys.readouterr().err

@@ -27,6 +27,9 @@ over the edge of a ReLU changes single elements by all they are."""
 IN_ONE = 0.4
 """All gradients of a network in bfloat16 as one vector, in the same norm."""
 
+ZERO = 1e-3
+"""Norm of a network's gradient, relative to its largest, below which it counts as zero."""
+
 
 class BenchError(RuntimeError):
     """A provider computes something else than it should, or could not run."""
@@ -37,14 +40,21 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def error_of(found: Tensor, expected: Tensor, *, norm: bool = False) -> float:
-    """The relative error; infinite for another shape, and where anything is not a number."""
+def error_of(found: Tensor, expected: Tensor, *, norm: bool = False, least: float = 1e-30) -> float:
+    """The relative error; infinite for another shape, and where anything is not a number.
+
+    Args:
+        found: What was computed.
+        expected: The truth.
+        norm: In the Euclidean norm instead of the largest deviation.
+        least: What the error is at least divided by, with `norm`.
+    """
     a, b = found.detach().double(), expected.detach().double()
     if a.numel() != b.numel():
         return float("inf")
     difference = a.reshape(b.shape) - b
     if norm:
-        error = difference.norm() / b.norm().clamp_min(1e-30)
+        error = difference.norm() / b.norm().clamp_min(least)
     else:
         # torch's max of an empty tensor raises; there are none here.
         error = difference.abs().max() / b.abs().max().clamp_min(1e-30)
@@ -67,7 +77,8 @@ def require_close(
         found: What it computed.
         expected: The reference.
         bounds: The largest error of each.
-        norm: Errors in the Euclidean norm instead of the largest deviation.
+        norm: Errors in the Euclidean norm instead of the largest deviation; of a gradient that is
+            (nearly) zero, such as a bias before a batch norm's, relative to `ZERO` of the largest.
 
     Raises:
         BenchError: One is missing or deviates; no time may be reported then.
@@ -75,8 +86,9 @@ def require_close(
     if set(found) != set(expected):
         differing = ", ".join(sorted(set(found) ^ set(expected)))
         raise BenchError(f"bench: {name} and the reference do not both have {differing}: no times.")
+    least = ZERO * max(float(value.detach().double().norm()) for value in expected.values())
     for key, value in expected.items():
-        error = error_of(found[key], value, norm=norm)
+        error = error_of(found[key], value, norm=norm, least=max(least, 1e-30))
         if not error <= bounds[key]:
             raise BenchError(
                 f"bench: {name} differs from the reference in {key} "

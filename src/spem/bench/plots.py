@@ -24,7 +24,7 @@ def draw(kind: str, table: Path) -> Path:
     """Draws a table beside it, as SVG.
 
     Args:
-        kind: ``"ops"``, ``"step"``, ``"network"`` or ``"memory"``.
+        kind: A key of `spem.bench.table.KINDS`.
         table: Its CSV file.
 
     Raises:

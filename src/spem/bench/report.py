@@ -23,6 +23,12 @@ HEADINGS = {
 AIMED = ("spem", "se", "eca")
 AIMED_WORK = {"depth": "29", "batch": "128", "layout": "contiguous"}
 """The network and batch for which aims are stated."""
+_STEP = "training step"
+_EXTRA = {
+    "ops": {"share_of_copy": "of copy bandwidth"},
+    "family": {"attention_parameters": "parameters added", "attention_mflops": "MFLOPs added"},
+}
+"""Columns that one kind of table alone has, and their headings."""
 
 
 class Report(NamedTuple):
@@ -61,14 +67,14 @@ def reports(kind: str, rows: Sequence[Row]) -> list[Report]:
     tables: list[Report] = []
     for title, members in groups.items():
         ratios = [name for name in HEADINGS if any(row.get(name) for row in members)]
-        extra = ["share_of_copy"] if kind == "ops" else []
+        extra = _EXTRA.get(kind, {})
         columns = ["attention", "way", heading, *(HEADINGS[name] for name in ratios)]
         lines = [
             [row["attention"], _way(row), row[value], *(row[name] or "-" for name in ratios)]
             + [row[name] for name in extra]
             for row in members
         ]
-        columns += ["of copy bandwidth"] if extra else []
+        columns += extra.values()
         tables.append(Report(title, columns, lines, "ll" + "r" * (len(columns) - 2)))
     return tables
 
@@ -96,7 +102,8 @@ def aims(kind: str, rows: Sequence[Row]) -> list[Aim]:
     for a GPU are not judged yet.
     """
     rows = [row for row in select(rows, {"device": "cpu", "dtype": "float32"}) if _timed(row)]
-    return {"ops": _ops, "step": _step, "network": _network, "memory": _memory}[kind](rows)
+    judges = {"ops": _ops, "step": _step, "network": _network, "memory": _memory}
+    return judges[kind](rows) if kind in judges else []
 
 
 def _ops(rows: Sequence[Row]) -> list[Aim]:
@@ -160,7 +167,9 @@ def _group(kind: str, row: Row) -> str:
         return (
             f"{row['op']}, {row['mode']}, {_shape(row)}, {row['dtype']}, {row['layout']}{l2}{copy}"
         )
-    name = {"step": "training step", "network": "inference"}.get(kind) or f"{row['mode']}, memory"
+    name = {"step": _STEP, "family": _STEP, "network": "inference"}.get(
+        kind
+    ) or f"{row['mode']}, memory"
     work = f"ResNet-{row['depth']}, batch {row['batch']}, {row['dtype']}, {row['layout']}"
     return f"{name}, {work}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spem.bench import table
 from spem.bench.facts import machine
+from spem.bench.family import run_family
 from spem.bench.infer import run_network
 from spem.bench.memory import run_memory
 from spem.bench.ops import run_ops
@@ -32,7 +33,7 @@ def measure(
     """Measures one table and writes it.
 
     Args:
-        kind: ``"ops"``, ``"step"``, ``"network"`` or ``"memory"``.
+        kind: A key of `spem.bench.table.KINDS`.
         settings: How.
         work: The network, for all but ``"ops"``.
         path: The CSV file; None writes nothing. The tail's is written after every map.
@@ -48,8 +49,13 @@ def measure(
         if path is not None:
             save = _writer(path)
         return run_ops(settings, kept=kept, save=save, quiet=quiet)
-    run = {"step": run_step, "network": run_network, "memory": run_memory}[kind]
-    rows = run(settings, work or Workload(), quiet=quiet)
+    runs = {
+        "step": run_step,
+        "family": run_family,
+        "network": run_network,
+        "memory": run_memory,
+    }
+    rows = runs[kind](settings, work or Workload(), quiet=quiet)
     if path is not None:
         table.write(rows, path)
     return rows

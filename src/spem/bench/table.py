@@ -9,7 +9,7 @@ from pathlib import Path
 
 Row = dict[str, str]
 
-KINDS = ("ops", "step", "network", "memory")
+KINDS = ("ops", "step", "family", "network", "memory")
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

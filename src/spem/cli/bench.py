@@ -23,7 +23,14 @@ def run(args: list[str]) -> None:
     from tyro.extras import subcommand_cli_from_dict
 
     subcommand_cli_from_dict(
-        {"ops": ops, "step": step, "network": network, "memory": memory, "plot": plot},
+        {
+            "ops": ops,
+            "step": step,
+            "family": family,
+            "network": network,
+            "memory": memory,
+            "plot": plot,
+        },
         prog="spem bench",
         description="Measure what attention costs and what fusing the block's tail brings.",
         args=args,
@@ -94,6 +101,42 @@ def step(
     """
     settings = _settings(device, rounds, warm_up, threads, impl, compiled=compile, quick=quick)
     _run("step", settings, _workload(depth, batch, dtype, layout, attention), out)
+
+
+def family(
+    *,
+    depth: int = 29,
+    batch: int = 128,
+    layout: Layout = "contiguous",
+    attention: tuple[str, ...] = (),
+    device: Device = "auto",
+    rounds: int = 15,
+    warm_up: int = 2,
+    threads: int = 0,
+    impl: str | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Time the training step with every registered module, beside parameters and FLOPs.
+
+    Args:
+        depth: Layers, 9n + 2.
+        batch: Images a step.
+        layout: Memory layout of images and weights.
+        attention: Who takes part; every module, and forms of some, without this option.
+        device: Where; auto takes CUDA where there is any.
+        rounds: Timed steps of each network.
+        warm_up: Steps of each before those.
+        threads: CPU threads; 0 is torch's choice.
+        impl: What counts as fused, instead of this machine's kernels.
+        out: Folder for table and picture; without it they are only shown.
+        quick: Depth 11, batch 4, to see that it runs; writes nothing.
+    """
+    from spem.bench.family import family as members
+
+    settings = _settings(device, rounds, warm_up, threads, impl, compiled=False, quick=quick)
+    work = _workload(depth, batch, "float32", layout, attention or members())
+    _run("family", settings, work, out)
 
 
 def network(
