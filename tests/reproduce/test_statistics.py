@@ -9,10 +9,8 @@ import pytest
 from scipy import stats
 
 from spem.reproduce.statistics import (
-    PairedDifference,
-    paired_difference,
+    mean_interval,
     prediction_interval,
-    reading,
     summarise,
     verdict,
 )
@@ -37,69 +35,28 @@ def test_equal_values_have_none_either() -> None:
 
 
 def test_an_interval_by_hand() -> None:
-    """Differences 1, 2, 3: mean 2, deviation 1, t(2, 0.975) = 4.30265."""
-    d = paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
-    assert (d.n, d.mean, d.sd) == (3, pytest.approx(2.0), pytest.approx(1.0))
-    assert d.low == pytest.approx(2 - 4.302652729749464 / math.sqrt(3), abs=CLOSE)
-    assert d.high == pytest.approx(2 + 4.302652729749464 / math.sqrt(3), abs=CLOSE)
-    assert not d.excludes_zero
-    assert d.interval_text == "[-0.48, +4.48]"
+    """Values 1, 2, 3: mean 2, deviation 1, t(2, 0.975) = 4.30265."""
+    half = 4.302652729749464 / math.sqrt(3)
+    assert mean_interval(summarise([1.0, 2.0, 3.0])) == pytest.approx((2 - half, 2 + half))
 
 
 @pytest.mark.parametrize("n", [2, 3, 6, 10])
 @pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
 def test_intervals_of_scipy(n: int, level: float) -> None:
-    rng = np.random.default_rng(100 * n)
-    a, b = rng.normal(94, 1, n), rng.normal(93, 1, n)
-    d = paired_difference(dict(enumerate(a)), dict(enumerate(b)), level)
-    test = stats.ttest_rel(a, b)
-    low, high = test.confidence_interval(level)
-    assert (d.low, d.high) == (pytest.approx(low, abs=CLOSE), pytest.approx(high, abs=CLOSE))
-    assert d.excludes_zero == (test.pvalue < 1 - level)
-    half = stats.t.interval(level, n - 1, loc=np.mean(a - b), scale=stats.sem(a - b))
-    assert (d.low, d.high) == (pytest.approx(half[0], abs=CLOSE), pytest.approx(half[1], abs=CLOSE))
-    assert d.sd == pytest.approx(np.std(a - b, ddof=1), abs=CLOSE)
+    values = np.random.default_rng(100 * n).normal(94, 1, n)
+    expected = stats.t.interval(level, n - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert mean_interval(summarise(list(values)), level) == pytest.approx(expected, abs=CLOSE)
 
 
-def test_only_common_seeds_count() -> None:
-    """Pairs are by seed, whatever the order and whatever else there is."""
-    d = paired_difference({7: 3.0, 1: 1.0, 5: 9.0}, {1: 0.0, 7: 1.0, 2: 50.0})
-    assert (d.n, d.mean) == (2, pytest.approx(1.5))
-    assert d.sd == pytest.approx(math.sqrt(0.5))
-
-
-def test_too_few_pairs() -> None:
-    none = paired_difference({0: 1.0}, {1: 1.0})
-    assert none == PairedDifference(0, None, None, None, None)
-    one = paired_difference({0: 3.0}, {0: 1.0})
-    assert one == PairedDifference(1, 2.0, None, None, None)
-    assert none.interval_text == one.interval_text == "n too small"
-    assert not none.excludes_zero
-    assert not one.excludes_zero
-
-
-def test_equal_differences_are_no_certainty() -> None:
-    """Percentages of 360 images, one image more each time: rounding must not fake a deviation."""
-    a, b = [100 * k / 360 for k in (344, 345, 347)], [100 * k / 360 for k in (343, 344, 346)]
-    d = paired_difference(dict(enumerate(a)), dict(enumerate(b)))
-    assert (d.n, d.sd, d.low, d.high) == (3, 0.0, None, None)
-    assert d.mean == pytest.approx(100 / 360)
-    assert d.interval_text == "all equal"
-    assert not d.excludes_zero
-
-
-def test_no_difference_is_zero() -> None:
-    """Differences 1, -1 and 0 images of 360 have mean 0, not 1e-14."""
-    a, b = [100 * k / 360 for k in (344, 340, 347)], [100 * k / 360 for k in (343, 341, 347)]
-    assert paired_difference(dict(enumerate(a)), dict(enumerate(b))).mean == 0.0
+def test_no_spread_is_no_certainty() -> None:
+    assert mean_interval(summarise([94.0])) is None
+    assert mean_interval(summarise([94.1, 94.1, 94.1])) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         summarise([1.0, bad])
-    with pytest.raises(ValueError, match="finite"):
-        paired_difference({0: bad, 1: 1.0}, {0: 1.0, 1: 1.0})
 
 
 def test_nothing_to_summarise() -> None:
@@ -110,35 +67,7 @@ def test_nothing_to_summarise() -> None:
 @pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
 def test_no_level(level: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        paired_difference({0: 1.0}, {0: 1.0}, level)
-
-
-@pytest.mark.parametrize(
-    ("difference", "says", "never"),
-    [
-        (PairedDifference(3, 0.5, 0.4, -0.49, 1.49), "contains 0", "above"),
-        (PairedDifference(3, 0.5, 0.1, 0.25, 0.75), "lies above 0", "contains"),
-        (PairedDifference(3, -0.5, 0.1, -0.75, -0.25), "lies below 0", "contains"),
-        (PairedDifference(1, 0.5, None, None, None), "no conclusion", "lies"),
-        (PairedDifference(3, 0.5, 0.0, None, None), "no conclusion", "lies"),
-        (PairedDifference(0, None, None, None, None), "nothing can be compared", "lies"),
-    ],
-)
-def test_the_sentence_claims_no_more_than_the_interval(
-    difference: PairedDifference, says: str, never: str
-) -> None:
-    sentence = reading("spem", "none", difference)
-    assert sentence.startswith("spem ")
-    assert says in sentence
-    assert never not in sentence
-
-
-def test_the_sentence_names_numbers() -> None:
-    sentence = reading("spem", "none", PairedDifference(3, 0.5, 0.4, -0.49, 1.49))
-    assert "+0.50 points over 3 paired seeds, 95 % interval [-0.49, +1.49]" in sentence
-
-
-# ---- one more run, and the verdict on a number of the paper
+        mean_interval(summarise([1.0, 2.0]), level)
 
 
 def test_a_prediction_interval_by_hand() -> None:

@@ -1,25 +1,19 @@
 """Several runs together: run what is missing, collect tables, CSV and a picture, read them."""
 
 from spem.reproduce.compare import Observer, plan, run_missing
+from spem.reproduce.inference import PairedTest, paired_test
 from spem.reproduce.results import Line, Run, collect, table, write_csv
-from spem.reproduce.statistics import (
-    PairedDifference,
-    Summary,
-    paired_difference,
-    reading,
-    summarise,
-)
+from spem.reproduce.statistics import Summary, summarise
 
 __all__ = [
     "Line",
     "Observer",
-    "PairedDifference",
+    "PairedTest",
     "Run",
     "Summary",
     "collect",
-    "paired_difference",
+    "paired_test",
     "plan",
-    "reading",
     "run_missing",
     "summarise",
     "table",

@@ -1,12 +1,10 @@
-"""What a few paired seeds can show: mean, deviation, t interval of a paired difference.
+"""What a few seeds say of one network: mean and deviation, and where one more run would lie.
 
-The unit of every comparison is the difference of two runs with the same seed: they start from the
-same backbone and see the same images in the same order. With few seeds the interval is wide, and
-that is the honest answer.
+How two networks compare is told by the differences of their runs of equal seed; see `inference`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spem.extras import require
@@ -25,39 +23,6 @@ class Summary:
     n: int
     mean: float
     sd: float | None
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """The mean of per-seed differences and its t interval.
-
-    Args:
-        n: How many pairs there are; 0 if the two share no seed.
-        mean: Mean difference; None for n = 0.
-        sd: Standard deviation of the differences, n - 1 in the denominator; None for n < 2.
-        low: Lower end of the interval; None where there is none (n < 2, or all differences equal).
-        high: Upper end; None like `low`.
-        level: The level of the interval.
-    """
-
-    n: int
-    mean: float | None
-    sd: float | None
-    low: float | None
-    high: float | None
-    level: float = 0.95
-
-    @property
-    def excludes_zero(self) -> bool:
-        """True if an interval exists and 0 lies outside of it."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    @property
-    def interval_text(self) -> str:
-        """The interval for a table cell, or the reason why there is none."""
-        if self.low is not None and self.high is not None:
-            return f"[{self.low:+.2f}, {self.high:+.2f}]"
-        return "n too small" if self.n < 2 else "all equal"
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -86,66 +51,29 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(n, mean, math.sqrt(spread / (n - 1)))
 
 
-def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float], level: float = 0.95
-) -> PairedDifference:
-    """The mean difference `values - baseline` over the seeds both have, with its t interval.
+def mean_interval(summary: Summary, level: float = 0.95) -> tuple[float, float] | None:
+    """The t interval of a mean.
 
-    **Formula** mean(d) -+ t(n - 1, (1 + level) / 2) * sd(d) / sqrt(n), where d[seed] is
-    values[seed] - baseline[seed] and t(k, q) the quantile q of Student's t with k degrees.
+    **Formula** mean -+ t(n - 1, (1 + level) / 2) * sd / sqrt(n).
 
     Args:
-        values: Seed -> number.
-        baseline: Seed -> number; seeds that only one of the two has are left out.
+        summary: Mean, deviation and number of the values.
         level: Level of the interval, between 0 and 1.
 
     Returns:
-        The difference. There is no interval below two pairs, and none if all differences are the
-        same number: a deviation of 0 says that the values are coarse, not that the difference is
-        certain.
+        The interval; None for one value, and none if all are equal: a deviation of 0 says that the
+        values are coarse (few test images), not that the mean is certain.
 
     Raises:
-        ValueError: `level` is not between 0 and 1, or a number is not finite.
+        ValueError: `level` is not between 0 and 1.
     """
-    check_level("paired_difference", level)
-    seeds = sorted(set(values) & set(baseline))
-    if not seeds:
-        return PairedDifference(0, None, None, None, None, level)
-    both = [number for seed in seeds for number in (values[seed], baseline[seed])]
-    check_finite("paired_difference", both)
-    # Subtracting percentages leaves noise in the last digits; what is no larger is 0.
-    noise = 1e-12 * max(map(abs, both))
-    summary = summarise([_settle(values[seed] - baseline[seed], noise) for seed in seeds])
-    mean, sd = _settle(summary.mean, noise), summary.sd
-    if sd is None or sd <= noise:
-        return PairedDifference(summary.n, mean, None if sd is None else 0.0, None, None, level)
-    stats = require("scipy.stats", extra="train", purpose="the t interval")
-    half = float(stats.t.ppf((1 + level) / 2, summary.n - 1)) * sd / math.sqrt(summary.n)
-    return PairedDifference(summary.n, mean, sd, mean - half, mean + half, level)
-
-
-def reading(name: str, baseline: str, difference: PairedDifference) -> str:
-    """One plain sentence that says what the interval shows, and no more.
-
-    Args:
-        name: The module compared.
-        baseline: The module it is compared with.
-        difference: `name` minus `baseline`, in percentage points of accuracy.
-    """
-    d = difference
-    if d.n == 0 or d.mean is None:
-        return f"{name} and {baseline} share no seed: nothing can be compared."
-    pairs = f"{d.n} paired seed" + ("s" if d.n > 1 else "")
-    start = f"{name} - {baseline}: {d.mean:+.2f} points over {pairs}"
-    if d.n < 2:
-        return f"{start}. One seed shows no spread (n too small): no conclusion."
-    if d.low is None:
-        return f"{start}, the same for every seed: no interval can be drawn, no conclusion."
-    start = f"{start}, {d.level:.0%} interval {d.interval_text}".replace("%", " %")
-    if not d.excludes_zero:
-        return f"{start}: it contains 0, so these runs do not show a difference."
-    side = "above" if d.mean > 0 else "below"
-    return f"{start}: it lies {side} 0, so in this setting {name} is {side} {baseline}."
+    check_level("mean_interval", level)
+    if not summary.sd or summary.sd <= 1e-12 * abs(summary.mean):
+        return None
+    stats = require("scipy.stats", extra="train", purpose="the interval of a mean")
+    quantile = float(stats.t.ppf((1 + level) / 2, summary.n - 1))
+    half = quantile * summary.sd / math.sqrt(summary.n)
+    return summary.mean - half, summary.mean + half
 
 
 def prediction_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
@@ -158,9 +86,9 @@ def prediction_interval(values: Sequence[float], level: float = 0.95) -> tuple[f
         level: Level of the interval, between 0 and 1.
 
     Returns:
-        The interval; None below three runs, and None if all are the same number: as with
-        `paired_difference`, a deviation of 0 says that the values are coarse (few test images), not
-        that the next run must give the same number again.
+        The interval; None below three runs, and None if all are the same number: a deviation of 0
+        says that the values are coarse (few test images), not that the next run must give the same
+        number again.
 
     Raises:
         ValueError: `level` is not between 0 and 1, or a number is not finite.
@@ -227,7 +155,3 @@ def check_finite(subject: str, values: Sequence[float]) -> None:
             raise ValueError(
                 f"{subject}: {value} is not a finite number. Look for a run that diverged."
             )
-
-
-def _settle(value: float, noise: float) -> float:
-    return value if abs(value) > noise else 0.0

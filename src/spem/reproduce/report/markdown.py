@@ -58,8 +58,9 @@ def _lines(d: Document) -> Iterator[str]:
 
 
 READING = (
-    "Accuracies are percent of the test images, mean ± standard deviation (number of seeds). Last "
-    "epoch is the headline; best epoch was selected on the test set, as the paper's numbers were. "
+    "Accuracies are percent of the test images, mean ± standard deviation (number of seeds), then "
+    "the 95 % t interval of the mean. Last epoch is the headline; best epoch was selected on the "
+    "test set, as the paper's numbers were. "
     "Differences are of last epochs, in points, over pairs of equal seed, with a 95 % interval (t "
     "below six pairs, BCa from six on) and p values, alone and after Holm's correction for the "
     "lines of one table compared with the same reference (not across columns or tables). The "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from spem.reproduce.inference import FEW, PairedTest
 from spem.reproduce.report.lines import Block, Comparison, Line, data_name
 from spem.reproduce.report.reading import RunRow
-from spem.reproduce.statistics import Summary
+from spem.reproduce.statistics import Summary, mean_interval
 
 MINUS = "\N{MINUS SIGN}"
 STAR = (
@@ -154,12 +154,13 @@ def _absent(line: Line) -> Cell | None:
 
 
 def _accuracy(line: Line, summary: Summary | None) -> Cell:
-    """Mean, deviation and n; the seeds that are lacking."""
+    """Mean, deviation and n, the interval of the mean; the seeds that are lacking."""
     absent = _absent(line)
     if absent is not None or summary is None:
         return absent or cell(NOT_RUN, kind="missing")
     spread = "" if summary.sd is None else f" ± {number(summary.sd)}"
-    lines = [f"{number(summary.mean)}{spread} ({summary.n})"]
+    between = interval(*(mean_interval(summary) or (None, None)), sign=False)
+    lines = [f"{number(summary.mean)}{spread} ({summary.n})", *([between] if between else [])]
     lacking = [f"{len(line.diverged)} {DIVERGED}"] if line.diverged else []
     lacking += [f"{len(line.missing)} {NOT_RUN}"] if line.missing else []
     lacking += [f"{len(line.excluded)} left out"] if line.excluded else []
