@@ -11,12 +11,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_READY := $(OLDEST)/.installed
-CHECKED := src tests benchmarks
+CHECKED := src tests benchmarks examples
+
+# Without the theme's notice about another site generator.
+SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && $(BIN)/python .ci/docs_offline.py site
 
 # One thread for each of the two test processes: more would only get in each other's way.
 test test-oldest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint check bench test-oldest clean
+.PHONY: demo test lint check docs bench test-oldest clean
 
 demo: $(READY)
 	$(BIN)/spem demo
@@ -32,6 +35,11 @@ lint: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/python .ci/check_wheel.py dist
+	$(SITE)
+
+docs: $(READY)
+	$(BIN)/python .ci/docs_tables.py
+	$(SITE)
 
 check: test lint
 
@@ -45,7 +53,7 @@ test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/attention
 
 clean:
-	rm -rf $(VENV) $(OLDEST) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) dist build site .pytest_cache .ruff_cache .hypothesis
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

@@ -46,6 +46,10 @@ NAMES = {
     "resnet",
     "load_official",
     "initialise",
+    "inspect",
+    "save_pretrained",
+    "from_pretrained",
+    "push_to_hub",
 }
 PARTS = {
     "ops": {
@@ -60,6 +64,7 @@ PARTS = {
     },
     "training": {
         "train",
+        "process_group",
         "evaluate",
         "RunConfig",
         "ModelConfig",

@@ -23,6 +23,9 @@ COMMANDS = {
     "attach": ("spem.cli.attach", "where attention goes in a timm or torchvision network"),
     "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
     "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
+    "export": ("spem.cli.export", "a network as an ONNX file that was run beside it"),
+    "explain": ("spem.cli.explain", "what attention keeps of an image: gates, maps, a picture"),
+    "share": ("spem.cli.share", "a finished run as a folder that others load, or on the hub"),
     "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),
     "stats": ("spem.cli.stats", "paired differences of anybody's results, from any tidy CSV"),
     "reproduce": (

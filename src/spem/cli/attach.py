@@ -1,12 +1,9 @@
 """`spem attach`: where attention goes in a timm or torchvision network, and what it costs there."""
 
 import dataclasses
-import warnings
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from spem.cli.output import print_json, print_table
-from spem.extras import require
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,23 +93,9 @@ def build(arch: str) -> "nn.Module":
     Raises:
         ValueError: Neither knows the name; the message lists the nearest.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what these packages say about names of their own
-        timm = require("timm", extra="timm", purpose="spem attach")
-        models = require("torchvision.models", extra="timm", purpose="spem attach")
-        library, _, name = arch.rpartition(":")
-        theirs: list[str] = models.list_models()
-        if library in ("", "timm") and timm.is_model(name):
-            return timm.create_model(name, pretrained=False).eval()
-        if library in ("", "torchvision") and name in theirs:
-            parts = ("fpn", "deeplab", "fcn", "lraspp", "ssd", "fcos", "retinanet")
-            composed = any(part in name for part in parts)
-            options = {"weights_backbone": None} if composed else {}
-            return models.get_model(name, weights=None, **options).eval()
-        known: set[str] = {*timm.list_models(), *theirs}
-    near = get_close_matches(name, sorted(known), n=3, cutoff=0.6)
-    hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
-    raise ValueError(f"attach: unknown architecture {arch!r}. {hint}")
+    from spem.insert.architectures import build
+
+    return build(arch, asker="attach")
 
 
 def _tails(attention: str, site: "Site") -> str:

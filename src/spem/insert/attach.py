@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Collection
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, attention_class
 from spem.attention.pooling import PoolSpec
+from spem.insert.attached import Attached, forget, remember
 from spem.insert.choose import chosen, costed, number_stages
 from spem.insert.existing import CarriedSE, carries
 from spem.insert.families import is_norm
@@ -19,6 +20,7 @@ from spem.insert.layer import tail_spec
 from spem.insert.sites import Site, Spot, Where, find_spots, trace
 from spem.insert.wrap import AfterNorm, BeforeModule
 
+_T = TypeVar("_T")
 _STARTS = ("identity", "module")
 
 
@@ -91,6 +93,19 @@ def attach(
         built = [_built(spot, spec, start) for spot in spots]
         _warn(spots, built, start)
         _insert(model, spots, built, fuse=fuse)
+        remember(
+            model,
+            Attached(
+                attention=str(spec),
+                include=(include,) if isinstance(include, str) else _tuple(include),
+                stages=(stages,) if isinstance(stages, int) else _tuple(stages),
+                replace=replace,
+                start=start,
+                fuse=fuse,
+                input_shape=_tuple(input_shape),
+                where=where is not None,
+            ),
+        )
     return [spot.name for spot in spots]
 
 
@@ -154,7 +169,12 @@ def detach(model: nn.Module) -> list[str]:
                 layer = layer.to(device=like.device, dtype=like.dtype)
             _put(parent, node.key, layer)
             names.append(node.name)
+    forget(model)
     return names
+
+
+def _tuple(values: Collection[_T] | None) -> tuple[_T, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _spots(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
 from spem.data import ImageSet
+from spem.gates import inspect
 from spem.models import blocks
 from spem.training.evaluation import predict
 
@@ -51,36 +52,24 @@ def describe_gates(
         images) and `sd_images` (over images, averaged over channels): a gate whose `sd_images` is 0
         does not look at its input. A module that has no gate (it only adds) is left out.
     """
-    found: list[dict[str, Any]] = []
-
-    def look(name: str) -> Any:
-        def hook(module: ChannelAttention, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            # With the state that a module carries between blocks, where it carries one.
-            gate = module.gate(*inputs).float()
-            found.append({"block": name, "channels": module.channels, **_describe(gate, x)})
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(look(name))
-        for name, module in model.named_modules()
-        if isinstance(module, ChannelAttention) and not module.needs.adds
-    ]
     few = ImageSet(
         data.images[:GATE_IMAGES], data.labels[:GATE_IMAGES], data.classes, data.name, data.sha256
     )
-    try:
+    if not any(isinstance(module, ChannelAttention) for module in model.modules()):
+        return []  # the plain network
+    with inspect(model) as inside:
         predict(model, few, normalisation=normalisation, batch=GATE_IMAGES)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return [
+        {"block": seen.name, "channels": seen.module.channels, **_describe(seen.gate)}
+        for seen in inside.records
+        if not seen.module.needs.adds
+    ]
 
 
-def _describe(gate: Tensor, x: Tensor) -> dict[str, float]:
-    values = gate.expand(x.shape[0], x.shape[1], *gate.shape[2:]).flatten(2).mean(2)  # [N, C]
-    quantiles = torch.quantile(values.flatten().cpu(), torch.tensor(QUANTILES))
+def _describe(gate: Tensor) -> dict[str, float]:
+    values = gate.cpu().double()
+    values = values.flatten(2).mean(2) if values.dim() > 2 else values  # [N, C]
+    quantiles = torch.quantile(values.flatten(), values.new_tensor(QUANTILES))
     numbers = {
         "mean": values.mean(),
         "sd": values.std(correction=0),
@@ -94,8 +83,9 @@ def _describe(gate: Tensor, x: Tensor) -> dict[str, float]:
 def norm_report(model: nn.Module, count: int = 4) -> str:
     """The norm layers with NaN or with the largest running variance, for an error message."""
     found: list[tuple[float, str]] = []
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_var is not None:
+        if isinstance(module, norms) and module.running_var is not None:
             variance = float(module.running_var.max())
             weight = float(module.weight.detach().norm())
             badness = variance if math.isfinite(variance) else math.inf

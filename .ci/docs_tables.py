@@ -1,0 +1,186 @@
+"""Writes the generated parts of the documentation, each between two markers of its page.
+
+python .ci/docs_tables.py            # rewrites them
+python .ci/docs_tables.py --check    # says which are not current, and ends with status 1
+"""
+
+import contextlib
+import csv
+import inspect
+import io
+import json
+import statistics
+import sys
+import textwrap
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from spem.attention import attention_class
+from spem.cli import main as spem_command
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "benchmarks" / "results"
+PLACES = {"modules": "docs/modules.md", "lambda": "docs/lambda.md"}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a measured table; none where it has not been measured."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def said(*arguments: str) -> str:
+    """What a command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if spem_command(list(arguments)):
+            sys.exit(f"docs_tables: spem {' '.join(arguments)} failed")
+    return out.getvalue()
+
+
+def modules() -> str:
+    """A table of the registry, and for each module its formula, source, counts and cost."""
+    facts: list[dict[str, Any]] = json.loads(said("list", "--json"))
+    lines = said("list", "--markdown").splitlines()[2:]
+    rows = {row[0].strip("| `"): row for row in (line.split(" | ") for line in lines)}
+    costs = costs_by_name()
+    parts = [
+        "| module | what it is | C=64 | C=256 | gate at start | fused | step / plain |",
+        "|---|---|---:|---:|---:|---|---:|",
+    ]
+    for name, row in rows.items():
+        measured = costs.get(name)
+        step = "not measured" if measured is None else measured["short"]
+        cells = [f"[`{name}`](#{name})", row[1], row[3], row[5], row[6], row[7], step]
+        parts.append(f"| {' | '.join(cells)} |")
+    for module in facts:
+        parts += ["", *section(module, rows[module["name"]], costs.get(module["name"]))]
+    return "\n".join(parts)
+
+
+def section(module: dict[str, Any], row: list[str], cost: dict[str, str] | None) -> list[str]:
+    """One module: formula, source, parameters, start, needs, cost."""
+    name = module["name"]
+    counts = ", ".join(
+        f"{'-' if n is None else f'{n:,}'} at C={channels}"
+        for channels, n in module["parameters"].items()
+    )
+    source = row[9].removesuffix(" |")
+    decay = f" Trained without weight decay: {row[8]}." if row[8] != "-" else ""
+    return [
+        f"### `{name}` {{ #{name} }}",
+        "",
+        f"{row[1]}.",
+        "",
+        "```text",
+        formula(name),
+        "```",
+        "",
+        f"- Source: {source if source != '-' else 'none, the control of this package'}",
+        f"- Parameters: {counts}",
+        f"- Gate at start: {row[6]}; stands in: {row[2]}; fused tail: {row[7]}.{decay}",
+        f"- Needs: {'; '.join(module['needs']) or 'nothing in particular'}",
+        f"- Measured: {'not measured' if cost is None else cost['long']}",
+    ]
+
+
+def formula(name: str) -> str:
+    """The formula of a module, from the docstring of its class."""
+    doc = inspect.getdoc(attention_class(name)) or ""
+    lines: list[str] = []
+    for line in doc.partition("Formula:\n")[2].splitlines():
+        if line and not line.startswith(" "):
+            break  # the next section
+        lines.append(line)
+    text = textwrap.dedent("\n".join(lines)).strip()
+    if not text:
+        sys.exit(f"docs_tables: the docstring of {name} has no formula")
+    return text.replace("``", "")
+
+
+def costs_by_name() -> dict[str, dict[str, str]]:
+    """What has been measured of each module: the ratio of a training step to the plain network's.
+
+    `family.csv` holds every module, `step_cpu.csv` those of the paper, composed and fused.
+    """
+    told: defaultdict[str, list[str]] = defaultdict(list)
+    short: dict[str, str] = {}
+    for row in read(MEASURED / "step_cpu.csv"):
+        if row["way"] in ("composed", "fused") and row["to_plain"] and row["attention"] != "none":
+            ratio = f"{float(row['to_plain']):.2f}"
+            told[row["attention"]].append(f"{row['way']} {ratio}")
+            if row["way"] == "composed":
+                short[row["attention"]] = ratio
+    long = {
+        name: f"training step / plain PyTorch (ResNet-29, batch 128, CPU): {', '.join(parts)}"
+        for name, parts in told.items()
+    }
+    for row in read(MEASURED / "family.csv"):
+        name = row["spec"]
+        if not row.get("step_ratio"):
+            continue
+        short[name] = f"{float(row['step_ratio']):.2f}"
+        parts = [f"training step / plain {short[name]} beside the whole family"]
+        parts += [f"{row[key]} {key}" for key in ("parameters", "flops") if row.get(key)]
+        long[name] = "; ".join([", ".join(parts), *filter(None, [long.get(name)])])
+    return {name: {"short": short[name], "long": long[name]} for name in short}
+
+
+def lambda_moves() -> str:
+    """The record of `examples/lambda_moves.py`, one row for each arm."""
+    rows = read(ROOT / "docs" / "data" / "lambda_moves.csv")
+    last = max(int(row["step"]) for row in rows)
+    parts = [
+        f"| arm | network: lambda of the blocks after {last} steps, by seed "
+        "| travelled a step | smallest size | clear pull: lambda | faint pull: lambda |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        network = [row for row in own if row["record"] == "network"]
+        ends = [row for row in network if int(row["step"]) == last]
+        seeds = dict.fromkeys(row["seed"] for row in ends)
+        lambdas = "; ".join(
+            ", ".join(f"{float(row['lambda']):.2f}" for row in ends if row["seed"] == seed)
+            for seed in seeds
+        )
+        travelled = statistics.mean(float(row["travelled"]) for row in ends) / last
+        size = min(float(row["size"]) for row in network)
+        pulled = {
+            float(row["strength"]): row["lambda"]
+            for row in own
+            if row["record"] == "pull" and int(row["step"]) == last
+        }
+        clear, faint = (
+            "diverged" if pulled[strength] == "nan" else f"{float(pulled[strength]):.3f}"
+            for strength in (1.0, 0.01)
+        )
+        parts.append(f"| {arm} | {lambdas} | {travelled:.2g} | {size:.2g} | {clear} | {faint} |")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    made = {"modules": modules, "lambda": lambda_moves}
+    stale: list[str] = []
+    for name, place in PLACES.items():
+        page = ROOT / place
+        text = page.read_text(encoding="utf-8")
+        start, end = f"<!-- generated: {name} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(start)
+        old, closed, after = rest.partition(end)
+        if not found or not closed:
+            sys.exit(f"docs_tables: {place} has no part {name}")
+        new = made[name]()
+        if new != old:
+            stale.append(place)
+            if "--check" not in sys.argv[1:]:
+                page.write_text(before + start + new + end + after, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit(f"not current: {', '.join(stale)}. Run: make docs")
+    print(f"{'rewritten' if stale else 'current'}: {', '.join(stale or PLACES.values())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The picture of an explanation: the image and the answer on the left, a row for every block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spem.explain.reading import CLOSED, BlockView, Explanation
+from spem.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+MOST, LEAST = "#0072B2", "#D55E00"
+"""Colours of the channels most and least kept (Okabe and Ito: told apart by everybody)."""
+ANSWERS = 5
+"""Classes whose probability is drawn."""
+
+
+def draw(
+    explanation: Explanation,
+    image: Tensor,
+    path: Path,
+    *,
+    title: str,
+    classes: Sequence[str],
+    marked: int | None = None,
+    blocks: int = 6,
+    top: int = 4,
+) -> None:
+    """Draws an explanation into an image file.
+
+    Args:
+        explanation: What was seen.
+        image: The image as a person sees it, uint8 [3, H, W].
+        path: Where to write; the suffix gives the format (.png, .svg, .pdf).
+        title: What was looked at, in one line.
+        classes: The names of the classes.
+        marked: The class to mark among the answers, or None.
+        blocks: Rows at most; of more blocks, as many are taken evenly from the first to the last.
+        top: Channels shown of those most kept, and of those least kept.
+
+    Raises:
+        ValueError: ``blocks`` or ``top`` is below 1, or nothing was seen.
+        ImportError: matplotlib is not installed.
+    """
+    if blocks < 1 or top < 1:
+        raise ValueError(f"explain: blocks={blocks} and top={top} must be at least 1.")
+    require("matplotlib", extra="train", purpose="the picture of an explanation")
+    from matplotlib.figure import Figure
+
+    rows = evenly(explanation.blocks, blocks)
+    if not rows:
+        raise ValueError("explain: no attention has run on the image, so there is nothing to draw.")
+    figure = Figure(figsize=(6.6 + 1.9 * top, 1.5 + 1.55 * max(len(rows), 2)), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    halves = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.7, 3.9 + 1.9 * top))
+    _answer(halves[0, 0], explanation.probabilities, image, classes, marked)
+    _rows(halves[0, 1], rows, top)
+    figure.savefig(path, dpi=150)
+
+
+def evenly(blocks: Sequence[BlockView], count: int) -> list[BlockView]:
+    """At most this many of the blocks, with the first and the last, at even distances."""
+    if len(blocks) <= count:
+        return list(blocks)
+    if count == 1:
+        return [blocks[-1]]
+    return [blocks[round(k * (len(blocks) - 1) / (count - 1))] for k in range(count)]
+
+
+def _answer(
+    figure: SubFigure | Figure,
+    probabilities: Tensor | None,
+    image: Tensor,
+    classes: Sequence[str],
+    marked: int | None,
+) -> None:
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+    above.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    above.set_title(f"the image, {image.shape[2]}x{image.shape[1]}", fontsize=10)
+    above.set_axis_off()
+    if probabilities is None:
+        below.set_axis_off()
+        return
+    best = probabilities.argsort(descending=True, stable=True)[:ANSWERS].tolist()
+    if marked is not None and marked not in best:
+        best = [*best[:-1], marked]
+    values = [float(probabilities[k]) for k in best]
+    colours = [LEAST if k == marked else MOST for k in best]
+    below.barh(range(len(best)), values, color=colours, height=0.6)
+    for row, value in enumerate(values):
+        below.text(value + 0.02, row, f"{value:.2f}", va="center", fontsize=9)
+    below.set_yticks(range(len(best)), [classes[k] for k in best], fontsize=9)
+    below.set_ylim(len(best) - 0.4, -0.6)
+    below.set_xlim(0, 1.2)
+    below.set_xticks([0, 0.5, 1])
+    below.tick_params(axis="y", length=0)
+    below.set_xlabel("probability", fontsize=9)
+    below.set_title("answer" + ("" if marked is None else ", orange: --class"), fontsize=10)
+    below.spines[["top", "right"]].set_visible(False)
+
+
+def _rows(figure: SubFigure, rows: Sequence[BlockView], top: int) -> None:
+    widths = [2.6, *[1.0] * top, 0.12, *[1.0] * top]
+    grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths)
+    for row, block in enumerate(rows):
+        order = block.order
+        count = min(top, (len(order) + 1) // 2)
+        most, least = order[:count], order[::-1][:count][::-1]
+        _profile(figure.add_subplot(grid[row, 0]), block, most, least)
+        low, high, colours = _scale(block)
+        for channels, first, colour in ((most, 1, MOST), (least, top + 2, LEAST)):
+            for place, channel in enumerate(channels):
+                axis = figure.add_subplot(grid[row, first + place])
+                axis.imshow(block.maps[channel].numpy(), cmap=colours, vmin=low, vmax=high)
+                title = f"{channel}: {number(float(block.kept[channel]))}"
+                axis.set_title(title, fontsize=9, color=colour, pad=3)
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.spines[:].set_color(colour)
+    figure.supxlabel(_legend(rows), fontsize=9)
+
+
+def _profile(axis: Axes, block: BlockView, most: Sequence[int], least: Sequence[int]) -> None:
+    """The gates of all channels, sorted; those whose maps are shown are marked."""
+    order = block.order
+    place = {channel: position for position, channel in enumerate(order)}
+    values = block.kept[torch.tensor(order)]
+    axis.plot(range(len(order)), values.numpy(), color="0.25", linewidth=1.5)
+    for channels, colour in ((most, MOST), (least, LEAST)):
+        marks = [place[channel] for channel in channels]
+        axis.plot(marks, [float(block.kept[c]) for c in channels], "o", color=colour, markersize=4)
+    low, high = min(0.0, float(values.min())), max(float(values.max()), 0.02)
+    axis.set_ylim(low - 0.06 * (high - low), high + 0.1 * (high - low))
+    axis.set_xlim(-0.03 * len(order), 1.03 * len(order))
+    axis.locator_params(axis="y", nbins=4)
+    axis.set_xticks([0, len(order) - 1])
+    axis.set_xticklabels(["1", str(len(order))])
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    closed = f", {100 * block.closed:.0f} % < {CLOSED}" if low >= 0 else ""
+    axis.set_title(f"{block.name}\nmean {number(block.mean)}{closed}", fontsize=9, loc="left")
+
+
+def _scale(block: BlockView) -> tuple[float, float, str]:
+    """The ends of the colours, the same in a row: a rare large value may not whiten the rest."""
+    maps = block.maps.flatten()
+    if block.spatial:
+        return float(maps.min()), max(float(maps.max()), float(maps.min()) + 1e-6), "viridis"
+    highest = float(maps.abs().double().quantile(0.995)) if len(maps) < 2**24 else float(maps.max())
+    return -max(highest, 1e-6), max(highest, 1e-6), "RdBu_r"
+
+
+def _legend(rows: Sequence[BlockView]) -> str:
+    text = "Curves: the gate of every channel, sorted. Maps: channels most kept (blue) and least "
+    text += "kept (orange), number and gate above.\n"
+    if any(block.spatial for block in rows):
+        return text + "Colours: the gate at each position, from dark (low) to bright (high)."
+    return text + "Colours: the channel before its gate, red above 0, blue below, one scale a row."
+
+
+def number(value: float) -> str:
+    """A gate with two decimals, or with two digits if it is small."""
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"

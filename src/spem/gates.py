@@ -1,0 +1,282 @@
+"""Looking inside: the gates that a network's attention computes, recorded as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention import ChannelAttention
+from spem.attention.carrying import Carrying
+from spem.attention.pooling import MixPool
+from spem.insert import IdentityStart
+from spem.insert.keys import walk
+
+
+@dataclass(frozen=True, eq=False)
+class GateRecord:
+    """One gate that was computed.
+
+    Shape:
+        gate, own: [N, C] where the factor of a channel is one number, else that of every position,
+            [N, C, H, W]; in at least float32, without gradient.
+        shift: [N, C] or [N, C, H, W].
+
+    Attributes:
+        name: The attention's name in the state dict. One that the blocks of a stage share has the
+            number of the block behind it: ``layer1.shared[0]``.
+        module: The attention; of an identity start, what it starts.
+        gate: What the map was multiplied by. A module that replaces a norm or a convolution says in
+            its own words what its gate is (`Needs.replaces`).
+        own: The attention's own gate v; differs from ``gate`` where an identity start makes it
+            1 + alpha (v - 1).
+        shift: What was added to the map, for a module that adds (`Needs.adds`).
+    """
+
+    name: str
+    module: ChannelAttention
+    gate: Tensor
+    own: Tensor
+    shift: Tensor | None = None
+
+
+class Inspection:
+    """Records gates while its ``with`` block runs; see `inspect`.
+
+    Attributes:
+        names: The names of all attentions of the network, from the first to the last.
+        records: Every gate since the block began or `clear`, in the order they were computed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"inspect: needs a torch.nn.Module, got {type(model).__name__}.")
+        if any(_is_compiled(module) for module in model.modules()):
+            raise ValueError(
+                "inspect: the network is compiled, and compiled code does not show its gates. "
+                "Inspect the network it was compiled from."
+            )
+        self._found = _attentions(model)
+        if not self._found:
+            raise ValueError(
+                f"inspect: {type(model).__name__} has no attention of this library. "
+                f"Put it in with spem.attach."
+            )
+        self.names = list(self._found)
+        self.records: list[GateRecord] = []
+        self._open: ExitStack | None = None
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """The latest gate of every attention that has run, by name."""
+        return {record.name: record.gate for record in self.records}
+
+    @property
+    def silent(self) -> list[str]:
+        """The names of the attentions that have computed no gate."""
+        heard = {id(record.module) for record in self.records}
+        return [name for name, found in self._found.items() if id(_inner(found)) not in heard]
+
+    @property
+    def lambdas(self) -> dict[str, float]:
+        """The weight of the maximum in every mix of the network as it is now, by name."""
+        return {
+            f"{name}.{part}": float(mix.lam.detach())
+            for name, attention in self._found.items()
+            for part, mix in attention.named_modules()
+            if isinstance(mix, MixPool)
+        }
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The alpha of every identity start as it is now, by name."""
+        return {
+            name: float(attention.alpha.detach())
+            for name, attention in self._found.items()
+            if isinstance(attention, IdentityStart)
+        }
+
+    def clear(self) -> None:
+        """Forgets the records."""
+        self.records.clear()
+
+    def __enter__(self) -> Inspection:
+        if self._open is not None:
+            raise RuntimeError("inspect: this inspection is running. Begin another one.")
+        with ExitStack() as stack:
+            for name, attention in self._found.items():
+                self._listen(name, attention, stack)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._open is not None
+        self._open.close()
+        self._open = None
+
+    def _listen(self, name: str, attention: ChannelAttention, stack: ExitStack) -> None:
+        """Lets one attention write down its gates.
+
+        A hook would change the outputs: a tail whose attention has hooks is composed. So the
+        instance gets a method that calls its own, which fused and composed tails find alike. A
+        module with a forward of its own is composed anyway.
+        """
+        inner = _inner(attention)
+        said = _Name(name, shared=attention.needs.shared)
+        if said.shared:
+            _put(inner, "begin", partial(_begun, said, inner.begin), stack)
+        if type(inner).forward not in (ChannelAttention.forward, Carrying.forward):
+            handle = inner.register_forward_pre_hook(partial(self._before, said, attention))
+            stack.callback(handle.remove)
+            return
+        depth = [0]
+        for method in ("gate", "gate_from", "step"):
+            call = getattr(inner, method, None)
+            if call is not None:
+                _put(inner, method, partial(self._during, said, attention, call, depth), stack)
+
+    def _during(
+        self,
+        said: _Name,
+        attention: ChannelAttention,
+        call: Callable[..., Any],
+        depth: list[int],
+        x: Any,
+        *args: Any,
+    ) -> Any:
+        """Calls a method and writes its gate down; one that is called by another is part of it."""
+        depth[0] += 1
+        try:
+            result = call(x, *args)
+        finally:
+            depth[0] -= 1
+        if depth[0] == 0:
+            gate = result[0] if isinstance(result, tuple) else result
+            images = x.shape[0] if isinstance(x, Tensor) else x.batch
+            self._write(said, attention, gate, images)
+        return result
+
+    def _before(
+        self, said: _Name, attention: ChannelAttention, module: nn.Module, inputs: tuple[Any, ...]
+    ) -> None:
+        """Computes the gate of a forward that is about to run, and leaves no trace of it."""
+        assert isinstance(module, ChannelAttention)
+        x: Tensor = inputs[0]
+        kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            gate = module.gate(x)
+            shift = module.shift(x) if module.needs.adds else None
+            for name, buffer in module.named_buffers():
+                buffer.copy_(kept[name])  # a norm in training has counted this batch
+        self._write(said, attention, gate, x.shape[0], shift)
+
+    def _write(
+        self,
+        said: _Name,
+        attention: ChannelAttention,
+        gate: Tensor,
+        images: int,
+        shift: Tensor | None = None,
+    ) -> None:
+        inner = _inner(attention)
+        own = _expanded(gate, images, inner.channels)
+        full = own
+        shift = None if shift is None else _expanded(shift, images, inner.channels)
+        if isinstance(attention, IdentityStart):
+            alpha = attention.alpha.detach().to(own.dtype)
+            full = 1.0 + alpha * (own - 1.0)
+            shift = None if shift is None else alpha * shift
+        self.records.append(GateRecord(said.next(), inner, full, own, shift))
+
+
+def inspect(model: nn.Module) -> Inspection:
+    """Records the gates of every attention of a network, for the length of a ``with`` block.
+
+    Outputs, gradients, running statistics and random numbers are those without it, bit for bit,
+    with fused tails and composed ones, in training and in evaluation. Nothing stays on the network
+    afterwards, also if the block ends in an exception.
+
+    Args:
+        model: A network of `spem.resnet`, one with `spem.attach`ed attention, or any other module
+            that contains attention of this library; not a compiled one.
+
+    Returns:
+        An `Inspection`: ``gates``, ``records``, ``lambdas`` and ``alphas``.
+
+    Raises:
+        ValueError: There is no attention in it, or it is compiled.
+
+    >>> import spem
+    >>> model = spem.resnet(11, attention="spem").eval()
+    >>> with spem.inspect(model) as inside:
+    ...     answer = model(torch.zeros(2, 3, 32, 32))
+    >>> {name: tuple(gate.shape) for name, gate in inside.gates.items()}
+    {'layer1.0.attention': (2, 64), 'layer2.0.attention': (2, 128), 'layer3.0.attention': (2, 256)}
+    """
+    return Inspection(model)
+
+
+class _Name:
+    """What the next record of an attention is called."""
+
+    def __init__(self, name: str, *, shared: bool) -> None:
+        self.shared = shared
+        self.block = 0
+        self._name = name
+
+    def next(self) -> str:
+        if not self.shared:
+            return self._name
+        self.block += 1
+        return f"{self._name}[{self.block - 1}]"
+
+
+def _attentions(model: nn.Module) -> dict[str, ChannelAttention]:
+    """The attentions of a network by their names; what is part of another one is left out."""
+    found: dict[str, ChannelAttention] = {}
+    parts: set[int] = set()
+    for node in walk(model):
+        if isinstance(node.module, ChannelAttention) and id(node.module) not in parts:
+            found[node.name] = node.module
+            parts |= {id(part) for part in node.module.modules()}
+    return found
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what torch.compile gave, or was compiled in place."""
+    return "_orig_mod" in dict(module.named_children()) or (
+        getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def _inner(attention: ChannelAttention) -> ChannelAttention:
+    return attention.inner if isinstance(attention, IdentityStart) else attention
+
+
+def _expanded(value: Tensor, images: int, channels: int) -> Tensor:
+    """[N, C], or [N, C, H, W] where positions differ."""
+    value = value.detach()
+    value = value.expand(images, channels, *value.shape[2:])
+    flat = value.dim() > 2 and all(size == 1 for size in value.shape[2:])
+    return value.flatten(1) if flat else value
+
+
+def _begun(said: _Name, call: Callable[[], Any]) -> Any:
+    said.block = 0
+    return call()
+
+
+def _put(module: nn.Module, name: str, value: object, stack: ExitStack) -> None:
+    """Sets an attribute of an instance, past torch's own; the stack takes it back."""
+    own = vars(module)
+    if name in own:
+        stack.callback(own.__setitem__, name, own[name])
+    else:
+        stack.callback(own.pop, name)
+    own[name] = value

@@ -1,0 +1,101 @@
+"""Networks of timm and torchvision by their names, with random weights."""
+
+import warnings
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from torch import nn
+
+from spem.extras import require
+
+OPTIONS: dict[str, dict[str, type]] = {
+    "timm": {
+        "num_classes": int,
+        "in_chans": int,
+        "global_pool": str,
+        "drop_rate": float,
+        "drop_path_rate": float,
+        "output_stride": int,
+    },
+    "torchvision": {"num_classes": int},
+}
+"""What may be said about an architecture, and of what type. Nothing else is passed on: other
+arguments of these packages name files and addresses."""
+
+_COMPOSED = ("fpn", "deeplab", "fcn", "lraspp", "ssd", "fcos", "retinanet")
+
+
+def library_of(arch: str, asker: str) -> tuple[str, str]:
+    """The library of an architecture, and its name there; timm comes first.
+
+    Args:
+        arch: Such as ``resnet50``; ``torchvision:resnet50`` names one that timm has too.
+        asker: Who asks, the subject of messages.
+
+    Raises:
+        ValueError: Neither knows the name; the message lists the nearest.
+        ImportError: timm or torchvision is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what these packages say about names of their own
+        timm = require("timm", extra="timm", purpose=asker)
+        models = require("torchvision.models", extra="timm", purpose=asker)
+        library, _, name = arch.rpartition(":")
+        theirs: list[str] = models.list_models()
+        if library in ("", "timm") and timm.is_model(name):
+            return "timm", name
+        if library in ("", "torchvision") and name in theirs:
+            return "torchvision", name
+        known: set[str] = {*timm.list_models(), *theirs}
+    near = get_close_matches(name, sorted(known), n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them."
+    raise ValueError(f"{asker}: unknown architecture {arch!r}. {hint}")
+
+
+def build(
+    arch: str, options: Mapping[str, object] | None = None, *, asker: str = "build"
+) -> nn.Module:
+    """An architecture with random weights, in evaluation mode. Nothing is fetched.
+
+    Args:
+        arch: As for `library_of`.
+        options: Of `OPTIONS`.
+        asker: Who asks, the subject of messages.
+
+    Raises:
+        ValueError: An unknown name or option, an option of another type, or one that this
+            architecture does not take.
+        ImportError: timm or torchvision is not installed.
+    """
+    library, name = library_of(arch, asker)
+    given = dict(options or {})
+    check_options(library, given, asker)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if library == "timm":
+                timm = require("timm", extra="timm", purpose=asker)
+                return timm.create_model(name, pretrained=False, **given).eval()
+            models = require("torchvision.models", extra="timm", purpose=asker)
+            if any(part in name for part in _COMPOSED):
+                given["weights_backbone"] = None
+            return models.get_model(name, weights=None, **given).eval()
+        except TypeError as error:
+            if not options:
+                raise
+            raise ValueError(f"{asker}: {arch} does not take {sorted(options)}: {error}") from error
+
+
+def check_options(library: str, options: Mapping[str, object], asker: str) -> None:
+    """Raises ValueError unless all options are of `OPTIONS`, each of its type."""
+    allowed = OPTIONS[library]
+    for option, value in options.items():
+        if option not in allowed:
+            raise ValueError(
+                f"{asker}: {library} architectures take no option {option!r} here. "
+                f"Use {', '.join(allowed)}."
+            )
+        kind = allowed[option]
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or isinstance(value, bool):
+            raise ValueError(f"{asker}: {option}={value!r} must be of type {kind.__name__}.")
