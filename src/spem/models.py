@@ -29,6 +29,8 @@ def residual_tail(z: Tensor, residual: Tensor, norm: nn.Module, attention: Endin
         return norm.tail(z, residual)
     if attention is None:
         return bn_gate_tail(z, residual, norm, inplace=True)
+    if isinstance(attention, nn.Module) and not hasattr(type(attention), "tail"):
+        return torch.relu(attention(norm(z)) + residual)  # two in a row: `spem.attach` added one
     if type(attention).tail is not ChannelAttention.tail:
         return attention.tail(z, residual, norm)  # one of its own need not know the option
     return attention.tail(z, residual, norm, inplace=True)

@@ -194,7 +194,7 @@ class SquaresMix(LearnedMix):
     def lam(self) -> Tensor:
         """lambda, exact for any |p| above the smallest normal float32, 0.5 below."""
         p = self.p.to(compute_dtype(self.p.dtype))
-        scale = p.detach().abs().amax()
+        scale = p.detach().abs().amax(0)  # with its axis, which ONNX asks for
         # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is
         # 1/2 with gradient 0. Written so that a NaN in p is not taken for zero.
         vanished = scale < torch.finfo(torch.float32).tiny

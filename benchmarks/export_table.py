@@ -1,0 +1,201 @@
+"""How every attention module leaves PyTorch: ONNX operators, errors in three precisions, latency.
+
+    python benchmarks/export_table.py              # goes on where it stopped; times nothing
+    python benchmarks/export_table.py --latency    # adds the times, on a machine that does no more
+
+The operators are those of the module alone. The errors are those of a whole ResNet-11 with it on
+32 x 32 images, of which every parameter and running statistic is drawn at random: the largest
+difference to PyTorch in float32 over the largest output, for int8 to the float32 graph on the
+calibration inputs. Latency is that network's in onnxruntime at batch 1 over the plain one's, the
+two called in turns; the median of the ratios.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from attach_table import Plain, scattered, told
+from torch import nn
+
+import spem
+from spem.attention import PLACES, as_spec
+from spem.bench.facts import commit, facts
+from spem.bench.table import Row, read, write
+from spem.export import quantize_onnx, to_onnx
+from spem.export.checking import Session
+
+RESULTS = Path(__file__).parent / "results"
+FORMS = (
+    "spem(form=figure)",
+    "spem(form=code)",
+    "ge(form=theta)",
+    "ge(form=theta_plus)",
+    "ge(extent=2)",
+    "gct(placement=conv)",
+    "se(pool=mix())",
+    "se(pool=srp)",
+)
+CHANNELS, SIDE, IMAGE = 64, 8, 32
+TIMES = ("latency_over_plain", "latency_q20", "latency_q80", "latency_rounds", "latency_on")
+UNTESTED = "TensorRT, Core ML, OpenVINO, TFLite, ncnn and other targets are untested."
+
+
+def specs() -> list[str]:
+    return ["none", *sorted([*spem.list_attention(), *FORMS])]
+
+
+def host(spec: str) -> nn.Module:
+    """The network of a row; it is the same every time."""
+    return scattered(spem.resnet(11, attention=spec), 0).eval()
+
+
+def measured(spec: str, folder: Path) -> Row:
+    """The cells of one row; an error stands in the cells that it leaves empty."""
+    cells: Row = {"operators": "", "opset": "", "dynamic_size": "", "int8_float_nodes": ""}
+    cells |= dict.fromkeys(("fp32", "fp16", "int8"), "")
+    if spec != "none":
+        cells |= alone(spec, folder)
+    shape = (1, 3, IMAGE, IMAGE)
+    plain = folder / "fp32.onnx"
+    try:
+        for precision in ("fp32", "fp16"):
+            exported = to_onnx(host(spec), folder / f"{precision}.onnx", shape, precision=precision)
+            cells[precision] = f"{max(found.relative for found in exported.differences):.2g}"
+            cells["opset"] = str(exported.opset)
+        rng = torch.Generator().manual_seed(3)
+        inputs = [torch.randn(8, *shape[1:], generator=rng) for _ in range(4)]
+        quantized = quantize_onnx(plain, folder / "int8.onnx", inputs)
+        cells["int8"] = f"{quantized.difference.relative:.2g}"
+        cells["int8_float_nodes"] = " ".join(quantized.floating)
+    except ValueError as error:
+        empty = [name for name in ("fp32", "fp16", "int8") if not cells[name]]
+        cells |= dict.fromkeys(empty, told(error))
+    return cells
+
+
+def alone(spec: str, folder: Path) -> Row:
+    """The module by itself, with height and width that change where it lets them."""
+    module = scattered(spem.create_attention(spec, CHANNELS, size=SIDE), 0)
+    path, shape = folder / "module.onnx", (2, CHANNELS, SIDE, SIDE)
+    try:
+        exported, dynamic = to_onnx(module, path, shape, dynamic_size=True), "yes"
+    except ValueError as error:
+        dynamic = told(error).removeprefix("to_onnx: dynamic_size=True: ")
+        try:
+            exported = to_onnx(module, path, shape)
+        except ValueError as other:
+            return {"operators": told(other), "dynamic_size": told(other)}
+    return {"operators": " ".join(exported.operators), "dynamic_size": dynamic}
+
+
+def latencies(rows: list[Row], rounds: int) -> None:
+    """Fills the columns of times in, all networks in turns within every round."""
+    with tempfile.TemporaryDirectory() as name:
+        sessions: dict[str, Session] = {}
+        for row in rows:
+            path = Path(name) / "network.onnx"
+            to_onnx(host(row["spec"]), path, (1, 3, IMAGE, IMAGE))
+            sessions[row["spec"]] = Session(path.read_bytes())
+    x = torch.randn(1, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(4))
+    ratios: dict[str, list[float]] = {spec: [] for spec in sessions}
+    for number in range(rounds + 3):
+        for spec, session in sessions.items():
+            # The plain network right before: what else the machine does strikes both alike.
+            plain, other = seconds(sessions["none"], x), seconds(session, x)
+            if number >= 3:
+                ratios[spec].append(other / plain)
+    on = facts(torch.device("cpu"))["hardware"] + ", 1 thread"
+    for row in rows:
+        low, *_, high = statistics.quantiles(ratios[row["spec"]], n=5)
+        median = statistics.median(ratios[row["spec"]])
+        values = (f"{median:.3f}", f"{low:.3f}", f"{high:.3f}", str(rounds), on)
+        row |= dict(zip(TIMES, values, strict=True))
+
+
+def seconds(session: Session, x: torch.Tensor) -> float:
+    """The shortest of five calls."""
+    times: list[float] = []
+    for _ in range(5):
+        start = time.perf_counter()
+        session(x)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [
+        "| module | where | ONNX operators of the module | opset | other heights and widths "
+        "| fp32 | fp16 | int8 | latency over plain |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        spec = as_spec(row["spec"])
+        place = "-" if spec is None else PLACES[spec.place]
+        cells = [row[name] or "-" for name in ("operators", "opset", "dynamic_size")]
+        cells += [row[name] or "-" for name in ("fp32", "fp16", "int8", TIMES[0])]
+        lines.append(" | ".join([f"| `{row['spec']}`", place, *cells]) + " |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Errors: a whole ResNet-11, the largest difference to PyTorch in float32 over the "
+            "largest output; parameters and running statistics drawn at random. int8: static, QDQ; "
+            "convolutions and matrix products compute in integers, those of the gates included; "
+            "everything else stays in float32.",
+            UNTESTED,
+            "",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Plain)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of export.csv and .md")
+    parser.add_argument("--retry", action="store_true", help="run rows with an error again")
+    parser.add_argument("--latency", action="store_true", help="measure times; rows must be there")
+    parser.add_argument("--rounds", type=int, default=51, help="rounds of --latency")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    path: Path = given.out / "export.csv"
+    rows = [row for row in read(path) if not (given.retry and row["note"])]
+    order = {spec: number for number, spec in enumerate(specs())}
+    rows = [row for row in rows if row["spec"] in order]
+    for spec in order:
+        if spec in {row["spec"] for row in rows}:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            cells = measured(spec, Path(folder))
+        failed = not all(cells[name][:1].isdigit() for name in ("fp32", "fp16", "int8"))
+        packages = ("torch", "onnx", "onnxscript", "onnxruntime")
+        rows.append(
+            {
+                "spec": spec,
+                **cells,
+                **dict.fromkeys(TIMES, ""),
+                "note": "failed" if failed else "",
+                **{name: version(name) for name in packages},
+                "commit": commit(),
+                "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            }
+        )
+        rows.sort(key=lambda row: order[row["spec"]])
+        write(rows, path)
+        print(spec, *cells.values(), flush=True)
+    if given.latency:
+        latencies(rows, given.rounds)
+        write(rows, path)
+    (given.out / "export.md").write_text(markdown(rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""`spem export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from export.graphs import expected, loaded, maps, ran
+from insert.hosts import scattered
+from torch import nn
+
+import spem
+from spem import cli
+from spem.insert.architectures import build
+from spem.training import load_weights
+
+WEIGHTS = REPOSITORY / "results" / "cifar10-depth11" / "weights" / "spem-seed0.safetensors"
+
+
+def call(args: list[str]) -> int:
+    return cli.main(["export", *args])
+
+
+def test_trained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run's folder, and JSON."""
+    (tmp_path / "model.safetensors").write_bytes(WEIGHTS.read_bytes())
+    out = tmp_path / "model.onnx"
+    assert call([str(tmp_path), "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["operators"]["ReduceMax"] == 3
+    assert document["differences"][0]["shape"] == [1, 3, 32, 32]
+    model, _ = load_weights(WEIGHTS)
+    x = maps(2, 3, 32, 32)
+    error = abs(ran(out, x) - expected(model, x)).max()
+    assert error < 1e-4 * abs(expected(model, x)).max()
+    about = {entry.key: entry.value for entry in loaded(out).metadata_props}
+    assert about["spem_data"] == "cifar10"
+    assert about["spem_mean"].count(",") == 2
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments that `to_onnx` is called with; nothing is exported."""
+    found: dict[str, Any] = {}
+
+    def record(model: nn.Module, path: Path, shape: object, **options: object) -> object:
+        found.update(model=model, path=path, shape=shape, **options)
+        difference = spem.export.Difference((1, 3, 8, 8), 1e-6, 2e-7)
+        return spem.export.Exported(path, 1234, "fp32", 20, {"Conv": 3}, (difference,))
+
+    monkeypatch.setattr("spem.export.to_onnx", record)
+    return found
+
+
+def test_an_architecture(
+    told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With attention, and with weights of the plain network, or of the one with attention."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    from safetensors.torch import save_file
+
+    plain = scattered(build("timm:mobilenetv3_small_050"))
+    weights, arch = tmp_path / "plain.safetensors", "timm:mobilenetv3_small_050"
+    save_file(plain.state_dict(), weights)
+    out = str(tmp_path / "model.onnx")
+    args = [arch, "--attention", "eca", "--out", out, "--weights", str(weights)]
+    assert call([*args, "--dynamic-size", "--size", "64", "--opset", "18"]) == 0
+    assert (told["shape"], told["dynamic_size"], told["opset"]) == ((1, 3, 64, 64), True, 18)
+    assert told["dynamic_batch"]
+    starts = [part for part in told["model"].modules() if isinstance(part, spem.ECA)]
+    assert len(starts) == 11
+    x = maps(1, 3, 64, 64)
+    assert (expected(told["model"], x) == expected(plain, x)).all()
+    text = capsys.readouterr().out
+    assert "1,234 bytes, fp32, opset 20" in text
+    assert "operators: Conv 3" in text
+    assert "largest difference 1e-06, 2e-07 of the largest output" in text
+
+    model = told["model"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.fill_(0.5)
+    save_file(model.state_dict(), weights)
+    assert call([*args, "--fixed-batch"]) == 0
+    assert (told["shape"], told["dynamic_batch"]) == (None, False)
+    assert (expected(told["model"], x) == expected(model, x)).all()
+    assert call([arch, "--out", out, "--weights", str(weights)]) == 2
+    assert "holds" in capsys.readouterr().err
+    save_file(
+        {key: value for key, value in plain.state_dict().items() if "bn1" not in key}, weights
+    )
+    assert call(args) == 2
+    err = capsys.readouterr().err
+    assert "lacks " in err
+    assert "bn1" in err
+    assert "belongs to another architecture or attention" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["resnet5"], "export: unknown architecture 'resnet5'. Did you mean resnet"),
+        (["no.safetensors"], "export: there is no file no.safetensors"),
+        (["{tmp}/out"], "export: there is no model.safetensors in"),
+        (["{tmp}/damaged.safetensors"], "is damaged"),
+        (
+            [str(WEIGHTS), "--attention", "se"],
+            "--attention and --weights belong to an architecture",
+        ),
+        (["resnet18", "--attention", "see"], "unknown attention 'see'"),
+        (["resnet18", "--weights", "{tmp}/damaged.safetensors"], "no safetensors file"),
+        ([str(WEIGHTS), "--opset", "4"], "opset=4"),
+    ],
+)
+def test_refused(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    given = [arg.replace("{tmp}", str(tmp_path)) for arg in args]
+    assert call([*given, "--out", str(folder / "x.onnx")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(folder.iterdir())
