@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from tolerance import TOLERANCE
 from torch import nn
 
 import spem
+from spem.insert.identity import IdentityStart
 from spem.insert.keys import walk
 from spem.insert.sites import _followed, find_spots
+from spem.models import Bottleneck
 
 # what holds a factor on the channels of the branch: parameters, by their whole names
 LAST = {
@@ -126,3 +129,27 @@ def test_following_leaves_out_blocks_that_do_not_add() -> None:
 def meta(name: str) -> nn.Module:
     with torch.device("meta"):
         return build(name)
+
+
+@pytest.mark.parametrize("first", ["se", "sge", "iebn", "sk", "bam"])
+def test_a_second_attention_in_our_own_networks(first: str) -> None:
+    """It follows the one that is there: relu(second(first(norm(z))) + shortcut)."""
+    network, x = scattered(spem.resnet(11, attention=first)).eval(), images(size=32)
+    with torch.no_grad():
+        before = network(x)
+        assert len(spem.attach(network, "scale")) == 3
+        torch.testing.assert_close(network(x), before, rtol=0, atol=0)
+        for attention in network.modules():
+            if isinstance(attention, IdentityStart):
+                attention.alpha.fill_(1.0)
+                attention.inner.factor.fill_(0.0)  # every branch is gone
+        moved = network(x)
+        spem.detach(network)
+        torch.testing.assert_close(network(x), before, rtol=0, atol=0)
+        for block in (m for m in network.modules() if isinstance(m, Bottleneck)):
+            block.forward = partial(shortcut_alone, block)
+        torch.testing.assert_close(moved, network(x))
+
+
+def shortcut_alone(block: Bottleneck, x: torch.Tensor, shared: object = None) -> torch.Tensor:
+    return torch.relu(x if block.downsample is None else block.downsample(x))

@@ -42,6 +42,12 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     (network, "bam", {}, "bam stands after every stage but the last.*placement 'tail'"),
     (network, "sk", {}, "sk stands in place of the 3x3 convolution"),
     (network, "dia", {}, "dia is one module for all blocks of a stage, which only spem.resnet has"),
+    (
+        lambda: spem.resnet(11, attention="dia"),
+        "spem",
+        {},
+        "layer1.0.attention would not run, because the blocks of layer1 share one dia",
+    ),
     (network, "spem", {"start": "zero"}, "start='zero' is unknown. Use 'identity' or 'module'"),
     (network, "spem", {"stages": (3, 5)}, r"stages=\[3, 5\], but this network has stages 1 to 4"),
     (network, "spem", {"include": "layer9*"}, r"include='layer9\*' matches no site.*layer1.0.bn2"),

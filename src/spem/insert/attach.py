@@ -197,6 +197,7 @@ def _spots(
     number_stages(spots)
     spots = chosen(spots, include, stages)
     _refuse_attached(spots)
+    _refuse_shared(model, spots)
     return spots
 
 
@@ -218,6 +219,19 @@ def _refuse_attached(spots: list[Spot]) -> None:
             raise ValueError(
                 f"attach: there is attention at {spot.name} already. Call spem.detach(model) first."
             )
+
+
+def _refuse_shared(model: nn.Module, spots: list[Spot]) -> None:
+    """A stage of `spem.resnet` that hands all blocks one module leaves their own slots unused."""
+    for name, stage in model.named_modules():
+        shared = getattr(stage, "shared", None)
+        if isinstance(shared, ChannelAttention):
+            unused = next((spot.name for spot in spots if spot.name.startswith(f"{name}.")), None)
+            if unused is not None:
+                raise ValueError(
+                    f"attach: {unused} would not run, because the blocks of {name} share one "
+                    f"{shared.name}. Build the network with attention='none'."
+                )
 
 
 def _check_fusable(model: nn.Module, spots: list[Spot]) -> None:
