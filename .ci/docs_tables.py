@@ -103,29 +103,31 @@ def formula(name: str) -> str:
 def costs_by_name() -> dict[str, dict[str, str]]:
     """What has been measured of each module: the ratio of a training step to the plain network's.
 
-    `family.csv` holds every module, `step_cpu.csv` those of the paper, composed and fused.
+    `family_cpu.csv` holds every module; without it `step_cpu.csv` those of the paper.
     """
     told: defaultdict[str, list[str]] = defaultdict(list)
     short: dict[str, str] = {}
-    for row in read(MEASURED / "step_cpu.csv"):
-        if row["way"] in ("composed", "fused") and row["to_plain"] and row["attention"] != "none":
-            ratio = f"{float(row['to_plain']):.2f}"
-            told[row["attention"]].append(f"{row['way']} {ratio}")
-            if row["way"] == "composed":
-                short[row["attention"]] = ratio
-    long = {
-        name: f"training step / plain PyTorch (ResNet-29, batch 128, CPU): {', '.join(parts)}"
+    added: dict[str, str] = {}
+    rows = read(MEASURED / "family_cpu.csv") or read(MEASURED / "step_cpu.csv")
+    for row in rows:
+        name = row["attention"]
+        if row["way"] not in ("composed", "fused") or not row["to_plain"] or name == "none":
+            continue
+        ratio = f"{float(row['to_plain']):.2f}"
+        told[name].append(f"{row['way']} {ratio}")
+        if row["way"] == "composed":
+            short[name] = ratio
+        if row.get("attention_mflops"):
+            number, mflops = int(row["attention_parameters"]), float(row["attention_mflops"])
+            added[name] = f"; {number:+,} parameters, {mflops:+.2f} MFLOPs"
+    return {
+        name: {
+            "short": short[name],
+            "long": f"training step / plain PyTorch (ResNet-29, batch 128, CPU): "
+            f"{', '.join(parts)}{added.get(name, '')}",
+        }
         for name, parts in told.items()
     }
-    for row in read(MEASURED / "family.csv"):
-        name = row["spec"]
-        if not row.get("step_ratio"):
-            continue
-        short[name] = f"{float(row['step_ratio']):.2f}"
-        parts = [f"training step / plain {short[name]} beside the whole family"]
-        parts += [f"{row[key]} {key}" for key in ("parameters", "flops") if row.get(key)]
-        long[name] = "; ".join([", ".join(parts), *filter(None, [long.get(name)])])
-    return {name: {"short": short[name], "long": long[name]} for name in short}
 
 
 def lambda_moves() -> str:

@@ -50,6 +50,7 @@ NAMES = {
     "save_pretrained",
     "from_pretrained",
     "push_to_hub",
+    "to_onnx",
 }
 PARTS = {
     "ops": {
@@ -73,6 +74,7 @@ PARTS = {
         "RuntimeConfig",
     },
     "cost": {"count", "Cost"},
+    "export": {"to_onnx", "quantize_onnx"},
 }
 
 # name -> (options with their defaults) after the leading positional arguments

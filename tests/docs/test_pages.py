@@ -97,10 +97,11 @@ def test_modules_are_told_with_or_without_measurements(
     text = tables["modules"]()
     assert "| [`se`](#se) |" in text
     assert text.count("- Measured: not measured") == text.count("### `")
-    header = "spec,parameters,flops,step_ratio\n"
-    (tmp_path / "family.csv").write_text(header + "se,1234,5678,1.125\nbam,1,2,\n")
+    header = "attention,way,to_plain,attention_parameters,attention_mflops\n"
+    rows = "se,composed,1.125,1234,0.678\nse,fused,0.9,1234,0.678\nbam,composed,,1,2\n"
+    (tmp_path / "family_cpu.csv").write_text(header + rows)
     assert costs()["se"]["short"] == "1.12"
-    assert "1234 parameters, 5678 flops" in costs()["se"]["long"]
+    assert "composed 1.12, fused 0.90; +1,234 parameters, +0.68 MFLOPs" in costs()["se"]["long"]
     assert "bam" not in costs()
     assert "y = x * s(W2 relu(W1 z + b1) + b2)" in tables["formula"]("se")
 
