@@ -25,3 +25,6 @@ GRADCHECK = {"eps": 1e-6, "atol": 1e-6, "rtol": 1e-5}
 # a fused tail against float64 autograd of the composed one: the largest difference of a tensor
 # over its largest magnitude
 TAIL = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+# some float32 training steps of two processes against those of one, which adds in another order
+TOGETHER = {"rtol": 1e-4, "atol": 1e-5}

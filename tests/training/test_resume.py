@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -13,30 +12,10 @@ from typing import Any
 import pytest
 import torch
 from training.processes import start
-from training.tiny import differences, outcome, shortened, tiny, validated
+from training.tiny import Stop, differences, outcome, shortened, tiny, validated
 
 from spem.training import Interrupted, RunConfig, Silent, read_metrics, read_result, train
 from spem.training.checkpoint import load_checkpoint, save_checkpoint
-from spem.training.log import Status
-
-
-class Stop(Silent):
-    """Progress that sends a signal once, after so many steps."""
-
-    def __init__(self, after: int, number: signal.Signals = signal.SIGTERM) -> None:
-        self.left, self.number = after, number
-        self.messages: list[str] = []
-
-    def due(self) -> bool:
-        return True
-
-    def step(self, status: Status) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def train_with_stops(config: RunConfig, folder: Path, stops: list[int]) -> None:

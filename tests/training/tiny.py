@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
+from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig, Silent
 from spem.training.checkpoint import load_checkpoint
-from spem.training.log import read_metrics
+from spem.training.log import Status, read_metrics
 
 CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
 """Numbers of a metrics line that depend on the clock."""
+
+
+class Stop(Silent):
+    """Progress that sends a signal once, after so many steps."""
+
+    def __init__(self, after: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.left, self.number = after, number
+        self.messages: list[str] = []
+
+    def due(self) -> bool:
+        return True
+
+    def step(self, status: Status) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
 
 def tiny(attention: str = "spem", *, epochs: int = 4, **runtime: Any) -> RunConfig:

@@ -64,6 +64,10 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
     ) -> Request:
         """Train one network; an interrupted run goes on, a finished one shows its result.
 
+        Several processes train one run together under torchrun, with the result of one process:
+        torchrun --nproc-per-node 2 -m spem train short ... Each has its own GPU, or they share the
+        CPU. If one is lost, the same command goes on, with any number of processes.
+
         Short forms: --attention, --depth, --root, --val, --limit, --precision and
         --checkpoint-minutes.
 
@@ -85,11 +89,21 @@ def _signature(default: "RunConfig") -> Callable[..., Request]:
 
 
 def _train(config: "RunConfig", folder: Path, *, json: bool) -> None:
-    from spem.training import train
+    from spem.training import Interrupted, process_group, train
+    from spem.training.distributed import FollowerError
     from spem.training.memory import keep_freed_memory
 
     keep_freed_memory()
-    result = train(config, folder)
+    with process_group(config.runtime.device) as first:
+        try:
+            result = train(config, folder)
+        except (Interrupted, FollowerError) as stopped:
+            if first:
+                raise
+            # The first process says it for all.
+            raise SystemExit(getattr(stopped, "code", 1)) from stopped
+    if not first:
+        return
     if json:
         print_json({"folder": str(folder), **dataclasses.asdict(result)})
         return

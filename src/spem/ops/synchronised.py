@@ -1,4 +1,4 @@
-"""Batch statistics over several processes, for the fused tail of a `SyncBatchNorm`.
+"""Batch statistics over several processes, for batch norms and for the fused tail of one.
 
 Forward the processes exchange the count, mean and variance of every channel, backward the two sums
 that the gradient of a norm needs. Works with any backend of torch.distributed, on the CPU too.
@@ -6,14 +6,24 @@ that the gradient of a norm needs. Works with any backend of torch.distributed, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def group_of(norm: nn.Module) -> ProcessGroup | None:
+    """The processes whose batches a norm in training shares, None for this one alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if getattr(norm, "alone", False) or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def moments(
@@ -46,3 +56,108 @@ def sums(s0: Tensor, s1: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     both = torch.stack([s0, s1])
     dist.all_reduce(both, group=group)
     return both[0], both[1]
+
+
+class SharedBatchNorm(nn.SyncBatchNorm):
+    """Batch norm over the batches of all processes, on any device and without waiting for it.
+
+    torch's `SyncBatchNorm` refuses CPU tensors, and reads counts back from a GPU. Statistics are
+    taken in at least float32; a tail with this norm can be fused.
+
+    Formula:
+        y = gamma (z - mu) / sqrt(var + eps) + beta, with the moments of all processes' batches
+        together; running statistics as one process with all of them has.
+
+    Shape:
+        z and output: [N, C, ...]; N may differ between the processes, and be 0 in some.
+    """
+
+    alone = False
+    """Whether this process normalises its batch by itself for the moment."""
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> SharedBatchNorm:
+        """A norm to put in the place of another one: its options, and its very tensors."""
+        shared = cls(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+        )
+        shared.weight, shared.bias = norm.weight, norm.bias
+        shared.running_mean, shared.running_var = norm.running_mean, norm.running_var
+        shared.num_batches_tracked = norm.num_batches_tracked
+        return shared.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, ...] -> the same shape, dtype and memory format."""
+        group = group_of(self)
+        if group is None:
+            # The forward of all plain batch norms, whatever their rank.
+            return nn.BatchNorm2d.forward(self, input)  # pyright: ignore[reportArgumentType]
+        self._check_input_dim(input)
+        y, mu, var, n = _Normalise.apply(input, self.weight, self.bias, self.eps, group)
+        mean, variance = self.running_mean, self.running_var
+        if self.track_running_stats and mean is not None and variance is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            factor = self.momentum
+            if factor is None:
+                factor = 1.0 / float(self.num_batches_tracked)
+            mean.lerp_(mu.to(mean.dtype), factor)
+            variance.lerp_((var * (n / (n - 1))).to(variance.dtype), factor)
+        return y
+
+
+class _Normalise(torch.autograd.Function):
+    """The norm with its gradient, each with one exchange; also returns mu, var and the count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: ProcessGroup,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = z.to(torch.promote_types(z.dtype, torch.float32))
+        channels = z.shape[1]
+        if z.numel() == 0:
+            var, mu = x.new_zeros(channels), x.new_zeros(channels)
+        else:
+            var, mu = torch.var_mean(x, _others(z), correction=0)
+        mu, var, n = moments(mu, var, z.numel() // channels, group)
+        rstd = torch.rsqrt(var + eps)
+        a = rstd if weight is None else rstd * weight.to(x.dtype)
+        y = (x - _spread(mu, z)) * _spread(a, z)
+        if bias is not None:
+            y = y + _spread(bias.to(x.dtype), z)
+        ctx.save_for_backward(z, mu, rstd, a, n)
+        ctx.group = group
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.mark_non_differentiable(mu, var, n)
+        return y.to(z.dtype), mu, var, n
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, mu, rstd, a, n = ctx.saved_tensors
+        x, g = z.to(mu.dtype) - _spread(mu, z), grad.to(mu.dtype)
+        s0, s1 = g.sum(_others(z)), (g * x).sum(_others(z))
+        for_weight, for_bias = ctx.dtypes
+        weight = None if for_weight is None else (rstd * s1).to(for_weight)
+        bias = None if for_bias is None else s0.to(for_bias)
+        dz = None
+        if ctx.needs_input_grad[0]:
+            s0, s1 = sums(s0, s1, ctx.group)
+            dz = g - _spread(s0 / n, z) - x * _spread(rstd.square() * s1 / n, z)
+            dz = (dz * _spread(a, z)).to(z.dtype)
+        return dz, weight, bias, None, None
+
+
+def _others(z: Tensor) -> list[int]:
+    """All axes but that of the channels."""
+    return [0, *range(2, z.dim())]
+
+
+def _spread(t: Tensor, z: Tensor) -> Tensor:
+    """[C] as a tensor that broadcasts over z."""
+    return t.reshape(-1, *[1] * (z.dim() - 2))

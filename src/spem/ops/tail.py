@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,7 @@ from spem.ops.choice import Choice, choose, tell
 from spem.ops.layout import is_dense, laid_out_as
 from spem.ops.library import any_global_hook, is_plain
 from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from spem.ops.synchronised import SharedBatchNorm, group_of
 
 Gate = Callable[[PlaneStats], Tensor]
 
@@ -122,7 +119,8 @@ def why_composed(norm: nn.Module | None) -> str | None:
     if norm is None:
         return None
     forward = type(norm).forward
-    known = forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SharedBatchNorm.forward)
+    known = forward in plain
     if not known or not isinstance(norm, _NORMS):
         return f"fuses batch norms, not {type(norm).__name__}"
     if has_hooks(norm):
@@ -227,25 +225,13 @@ def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:
             raise ValueError(f"bn_gate_tail: the map is on {z.device}, the norm on {t.device}.")
     if not norm.training and mean is not None and var is not None:
         return Norm(weight, bias, mean, var, norm.eps)
-    group = _group(norm)
+    group = group_of(norm)
     if z.shape[0] and z.numel() == z.shape[1] and group is None:
         raise ValueError(
             f"bn_gate_tail: training needs more than one value per channel, got {list(z.shape)}. "
             "Use a larger batch, or eval()."
         )
     return Norm(weight, bias, None, None, norm.eps, group)
-
-
-def _group(norm: nn.Module) -> ProcessGroup | None:
-    """The processes whose batches a norm in training shares, None for this one alone."""
-    from torch import distributed as dist
-
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
-        return None
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    group = norm.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
 
 
 @torch.no_grad()

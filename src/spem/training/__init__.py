@@ -2,6 +2,7 @@
 
 from spem.training.checkpoint import load_weights, save_weights
 from spem.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
+from spem.training.distributed import process_group
 from spem.training.evaluation import Accuracy, evaluate
 from spem.training.log import Progress, Silent, read_metrics
 from spem.training.loop import train
@@ -24,6 +25,7 @@ __all__ = [
     "fast",
     "load_weights",
     "paper",
+    "process_group",
     "read_config",
     "read_metrics",
     "read_result",

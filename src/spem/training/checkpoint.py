@@ -66,7 +66,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged.
     """
-    content = path.read_bytes()
+    return unpack_checkpoint(path.read_bytes(), path)
+
+
+def unpack_checkpoint(content: bytes, path: Path) -> dict[str, Any]:
+    """Take apart the bytes of a file of `save_checkpoint`; the path is for messages.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
     payload, footer = content[:-_FOOTER], content[-_FOOTER:]
     if footer != _MAGIC + hashlib.sha256(payload).digest():
         raise _damaged(

@@ -1,12 +1,16 @@
-"""`diverged.json` of a run folder: the loss of this run became infinite or NaN."""
+"""A loss that became infinite or NaN: how it is told, and `diverged.json` of the run folder."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from spem.training.checkpoint import load_json, save_json
 from spem.training.config import RunConfig
+from spem.training.inside import norm_report
 
 DIVERGED = "diverged.json"
 
@@ -43,3 +47,23 @@ def read_diverged(config: RunConfig, folder: Path) -> Divergence | None:
     if (values.get("id"), values.get("seed")) != (config.id, config.seed):
         return None
     return Divergence(int(values.get("epoch", 0)), str(values.get("message")))
+
+
+def require_finite(
+    name: str, value: float, *, model: nn.Module, epoch: int, rate: float, checkpoint: Path
+) -> None:
+    """Refuse to go on with a number that is infinite or NaN.
+
+    Raises:
+        FloatingPointError: the message says where, what the norm layers look like, and where the
+            last good checkpoint lies.
+    """
+    if math.isfinite(value):
+        return
+    good = f"The last good checkpoint is {checkpoint}"
+    if not checkpoint.exists():
+        good = "There is no checkpoint yet"
+    raise FloatingPointError(
+        f"train: the {name} became {value} in epoch {epoch + 1} at rate {rate:.3g}. "
+        f"Norm layers, worst first: {norm_report(model)}. {good}. Use a lower optim.lr."
+    )

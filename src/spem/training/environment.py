@@ -20,7 +20,9 @@ _KERNELS = ("numba", "triton")
 """Packages that compile kernels, if they are there."""
 
 
-def record_environment(folder: Path, data: dict[str, str], runtime: RuntimeConfig) -> None:
+def record_environment(
+    folder: Path, data: dict[str, str], runtime: RuntimeConfig, processes: int = 1
+) -> None:
     """Append to `environment.json` what the run runs on from here; a resume appends again."""
     path = folder / ENVIRONMENT
     try:
@@ -32,6 +34,7 @@ def record_environment(folder: Path, data: dict[str, str], runtime: RuntimeConfi
             "versions": versions(*_KERNELS),
             "impl": runtime.impl,
             "step": runtime.step,
+            "processes": processes,
             "platform": platform.platform(),
             "hardware": hardware(torch.device(runtime.device), runtime.threads),
             "commit": commit(),

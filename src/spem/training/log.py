@@ -214,6 +214,25 @@ class RunLog:
         self.progress.close()
 
 
+class NoLog(RunLog):
+    """The log of a process that leaves the telling to another one."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), Silent())
+
+    def open_board(self, first_epoch: int) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def restart(self, history: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        """Nothing."""
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read the epochs of a run folder; a torn last line, of a killed run, is left out."""
     path = folder / METRICS

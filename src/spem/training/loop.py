@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +22,50 @@ from spem.seeding import initialise
 from spem.training.capture import CapturedStep
 from spem.training.checkpoint import (
     build_model,
-    load_checkpoint,
     save_answers,
     save_checkpoint,
     save_json,
     save_weights,
+    unpack_checkpoint,
 )
 from spem.training.choose_impl import evaluation_impl, tails_of
 from spem.training.choose_step import choose_step
-from spem.training.claim import Claim, claimed
 from spem.training.config import RunConfig
-from spem.training.diverged import DIVERGED, write_diverged
+from spem.training.distributed import Team, gather_team
+from spem.training.diverged import require_finite, write_diverged
 from spem.training.environment import record_environment
 from spem.training.evaluation import Accuracy, evaluate, predict
-from spem.training.inside import describe_gates, gradient_norms, norm_report
-from spem.training.log import Progress, RunLog, Status, choose_progress, read_metrics
+from spem.training.inside import describe_gates, gradient_norms
+from spem.training.log import Progress, Status, read_metrics
+from spem.training.opening import Opened, opened
 from spem.training.results import Result, best_line, summarise, write_result
-from spem.training.runs import (
-    ANSWERS,
-    CHECKPOINT,
-    GATES,
-    WEIGHTS,
-    finished,
-    plan_run,
-    require_same_run,
-    settle_step,
-)
+from spem.training.runs import ANSWERS, CHECKPOINT, GATES, WEIGHTS, require_same_run, settle_step
 from spem.training.sets import epoch_images, load_sets, require_batches
-from spem.training.signals import StopSignals, stop_signals
+from spem.training.shared_step import shared_step
+from spem.training.signals import Interrupted, StopSignals, stop_signals
+from spem.training.state import DIVIDED, State, zero_sums
 from spem.training.step import execution, lambdas, make_optimizer, make_step, set_rate
 
 
 def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> Result:
     """Train in a folder, from the start or from its checkpoint; at once if it is finished.
 
-    On the CPU a resumed run ends in the same bits as an undisturbed one.
+    On the CPU a resumed run ends in the same bits as an undisturbed one. Where torch.distributed
+    has a process group of several processes (`spem.training.process_group` joins torchrun's), all
+    of them call this with the same arguments and train the run together: every batch is divided
+    among them, and the result is that of one process, within rounding.
 
     Args:
         config: what to train; what it leaves open (device, threads, implementation, step) is
             resolved and written down.
-        folder: the run folder, made if needed. One process at a time may train in it.
+        folder: the run folder, made if needed. One run at a time may be trained in it.
         progress: what is told about the run; None shows a live bar or plain lines.
 
     Raises:
         ValueError: the folder holds another run, or a damaged file, or the config asks for an
             implementation or a step that cannot be had.
-        RuntimeError: another process trains in the folder.
+        RuntimeError: another process trains in the folder, or one that trained with this one is
+            gone.
         ImportError: safetensors is not installed.
         FloatingPointError: the loss became infinite or NaN.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint is written, and the exception carries the
@@ -74,61 +74,39 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) 
     folder = Path(folder)
     # Needed after the last epoch; missing, it must be missed before the first.
     require("safetensors", extra="train", purpose="train")
-    result = finished(config, folder)
-    if result is not None:
-        return result
-    with stop_signals() as stop, claimed(folder) as claim:
-        result = finished(config, folder)  # by another process, since the first look
-        if result is not None:
-            return result
-        for leftover in folder.glob(".*.tmp"):  # of a process killed while it wrote
-            leftover.unlink()
-        log = RunLog(folder, progress or choose_progress())
+    with (
+        gather_team() as team,
+        stop_signals() as stop,
+        team.watched(folder / CHECKPOINT),
+        opened(config, folder, progress, team) as run,
+    ):
+        if isinstance(run, Result):
+            return run
+        runtime = run.config.runtime
         try:
-            if claim.taken_over:
-                log.message(claim.taken_over)
-            (folder / DIVERGED).unlink(missing_ok=True)  # of a try before this one
-            config = plan_run(config, folder, log.message)
-            with execution(config.runtime) as device:
-                return _Training(config, folder, device, log, claim, stop).run()
+            with execution(runtime, team.device(runtime.device)) as device:
+                return _Training(run, folder, device, stop, team).run()
         except FloatingPointError as error:
-            write_diverged(config, folder, len(read_metrics(folder)), str(error))
+            write_diverged(run.config, folder, len(read_metrics(folder)), str(error))
             raise
-        finally:
-            log.close()
-
-
-@dataclass
-class _State:
-    """Where a run stands: everything of a checkpoint but model and optimiser."""
-
-    sums: dict[str, Tensor]
-    """Sums over the steps of the current epoch: loss, penalty, correct, change of each lambda; and,
-    of its last step, the norm of each block's gradient."""
-    epoch: int = 0
-    step: int = 0
-    """Steps done in the current epoch."""
-    seconds: float = 0.0
-    """Time of those steps."""
-    history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """Lines of `metrics.jsonl`."""
 
 
 class _Training:
-    """One run in progress."""
+    """One run in progress, in the process that leads it or in one that follows."""
 
     def __init__(
         self,
-        config: RunConfig,
+        run: Opened,
         folder: Path,
         device: torch.device,
-        log: RunLog,
-        claim: Claim,
         stop: StopSignals,
+        team: Team,
     ) -> None:
-        self.config, self.folder, self.device = config, folder, device
-        self.log, self.claim, self.stop = log, claim, stop
+        self.config = config = run.config
+        self.log, self.claim = run.log, run.claim
+        self.folder, self.device, self.stop, self.team = folder, device, stop, team
         self.sets = load_sets(config.data, device)
+        team.require_same("images", self._checksums())
         model = build_model(config, classes=len(self.sets.train.classes))
         initialise(model, config.seed, scope=config.model.init_scope)
         if config.model.branch_start is not None:
@@ -139,10 +117,14 @@ class _Training:
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
         require_batches(self.model, len(self.sets.train), config.optim.batch)
         self.optimizer = make_optimizer(self.model, config.optim)
-        if config.runtime.step == "auto":
+        if team.size > 1:
+            self.take_step = shared_step(
+                self.model, self.optimizer, config.optim, config.runtime, team
+            )
+        elif config.runtime.step == "auto":
             batch = self._sample(min(config.optim.batch, len(self.sets.train)))
             step, self.take_step = choose_step(
-                self.model, self.optimizer, config, *batch, log.message
+                self.model, self.optimizer, config, *batch, self.log.message
             )
             self.config = config = settle_step(config, folder, step)
         else:
@@ -150,7 +132,7 @@ class _Training:
         self.mixes = learned_mixes(self.model)
         self.blocks = [name for name, _ in blocks(self.model)]
         self.steps = math.ceil(len(self.sets.train) / config.optim.batch)
-        self.state = _State(self._zero_sums())
+        self.state = State(self._zero_sums())
         self.saved_at = time.monotonic()
 
     def run(self) -> Result:
@@ -158,24 +140,29 @@ class _Training:
         self._resume()
         self._prepare()
         state, optim = self.state, self.config.optim
-        record_environment(self.folder, self._checksums(), self.config.runtime)
+        if self.team.leads:
+            runtime = self.config.runtime
+            record_environment(self.folder, self._checksums(), runtime, self.team.size)
         if self.config.runtime.tensorboard:
             self.log.open_board(first_epoch=state.epoch)
         while state.epoch < optim.epochs:
             rate = set_rate(self.optimizer, optim, state.epoch)
             self._train_epoch()
-            line = self._epoch_line(rate)
+            line = self.team.lead(partial(self._epoch_line, rate, self._totals()))
             state.history.append(line)
             state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
             state.sums = self._zero_sums()
             self._save()
             self.log.epoch(line, optim.epochs)
-            if self.stop.received and state.epoch < optim.epochs:
+            if self._asked_to_stop() and state.epoch < optim.epochs:
                 raise self.stop.interruption(f"after epoch {state.epoch}", self._go_on())
-        result = self._finish()
-        if self.stop.received:
+        result = self.team.lead(lambda: asdict(self._finish()))
+        if self._asked_to_stop():
             raise self.stop.interruption("after its last epoch", "The result is written.")
-        return result
+        return Result(**result)
+
+    def _asked_to_stop(self) -> bool:
+        return self.team.agree(self.stop, False)[0]
 
     def _train_epoch(self) -> None:
         """Take the missing steps of the current epoch, without waiting for the device between."""
@@ -198,19 +185,20 @@ class _Training:
             if state.step == self.steps:
                 state.sums["gradients"].copy_(gradient_norms(self.model))
             state.seconds = carried + time.monotonic() - started
-            self._stop_if_asked()
-            if time.monotonic() - self.saved_at > 60 * config.runtime.checkpoint_minutes:
+            due = time.monotonic() - self.saved_at > 60 * config.runtime.checkpoint_minutes
+            stop, due = self.team.agree(self.stop, due)
+            if stop or due:
                 self._save()
+            if stop:
+                raise self._interruption()
             if self.log.progress.due():
                 self.log.progress.step(self._status(state.step - first, time.monotonic() - started))
         self._synchronise()
         state.seconds = carried + time.monotonic() - started
 
-    def _stop_if_asked(self) -> None:
-        if self.stop.received:
-            self._save()
-            where = f"in epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps}"
-            raise self.stop.interruption(where, self._go_on())
+    def _interruption(self) -> Interrupted:
+        where = f"in epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps}"
+        return self.stop.interruption(where, self._go_on())
 
     def _normalised(self, images: Tensor) -> Tensor:
         config = self.config
@@ -237,25 +225,31 @@ class _Training:
             seconds = time.monotonic() - started
             self.log.message(f"captured the step for {text} images in {seconds:.0f} s")
 
-    def _epoch_line(self, rate: float) -> dict[str, Any]:
+    def _epoch_line(self, rate: float, sums: dict[str, Tensor]) -> dict[str, Any]:
         """Read the epoch's sums (once), evaluate, and put the epoch's line together."""
         state, count = self.state, len(self.sets.train)
-        loss = float(state.sums["loss"]) / count
+        loss = float(sums["loss"]) / count
         self._require_finite("training loss", loss)
+
+        def stop_if_asked() -> None:
+            if self.stop.received:
+                self._write_checkpoint(sums)
+                raise self._interruption()
+
         started = time.monotonic()
-        test = self._evaluate(self.sets.test)
+        test = self._evaluate(self.sets.test, stop_if_asked)
         self._require_finite("test loss", test.loss)
         line: dict[str, Any] = {
             "epoch": state.epoch,
             "lr": rate,
             "loss": loss,
-            "penalty": float(state.sums["penalty"]) / self.steps,
-            "train_accuracy": 100.0 * int(state.sums["correct"]) / count,
+            "penalty": float(sums["penalty"]) / self.steps,
+            "train_accuracy": 100.0 * int(sums["correct"]) / count,
             "test_loss": test.loss,
             "test_accuracy": test.top1,
         }
         if self.sets.validation is not None:
-            held_out = self._evaluate(self.sets.validation)
+            held_out = self._evaluate(self.sets.validation, stop_if_asked)
             line |= {"validation_loss": held_out.loss, "validation_accuracy": held_out.top1}
         best = best_line([*state.history, line])
         line |= {"best_epoch": best["epoch"], "best_test_accuracy": best["test_accuracy"]}
@@ -268,19 +262,19 @@ class _Training:
                 "magnitude": float(mix.magnitude.detach()),
                 "change": change / self.steps,
             }
-            for (name, mix), change in zip(self.mixes, state.sums["change"].tolist(), strict=True)
+            for (name, mix), change in zip(self.mixes, sums["change"].tolist(), strict=True)
         }
-        norms = state.sums["gradients"].tolist()
+        norms = sums["gradients"].tolist()
         line["gradients"] = dict(zip(self.blocks, norms, strict=True))
         return line
 
-    def _evaluate(self, images: ImageSet) -> Accuracy:
+    def _evaluate(self, images: ImageSet, between: Callable[[], None]) -> Accuracy:
         with use_impl(evaluation_impl(self.config.runtime.impl)):
             return evaluate(
                 self.model,
                 images,
                 normalisation=self.config.data.normalisation,
-                between=self._stop_if_asked,
+                between=between,
             )
 
     def _look_inside(self) -> None:
@@ -298,10 +292,12 @@ class _Training:
         )
 
     def _finish(self) -> Result:
-        self.claim.check()
+        self._check_claim()
         self._look_inside()
         save_weights(self.model, self.config, self.folder / WEIGHTS)
-        result = summarise(self.config, self.model, self.sets, self.state.history, self.folder)
+        result = summarise(
+            self.config, self.model, self.sets, self.state.history, self.folder, self.team.size
+        )
         write_result(result, self.folder)
         if not self.config.runtime.keep_checkpoint:
             (self.folder / CHECKPOINT).unlink(missing_ok=True)
@@ -309,26 +305,40 @@ class _Training:
 
     def _save(self) -> None:
         """Write the checkpoint. This waits for the device, so it does not happen every step."""
-        state = self.state
-        self._require_finite("training loss", float(state.sums["loss"]))
+        self.team.alone(partial(self._write_checkpoint, self._totals()))
+        self.saved_at = time.monotonic()
+
+    def _totals(self) -> dict[str, Tensor]:
+        """The epoch's sums over all processes."""
+        total = self.team.total
+        return {k: total(v) if k in DIVIDED else v for k, v in self.state.sums.items()}
+
+    def _write_checkpoint(self, sums: dict[str, Tensor]) -> None:
+        self._require_finite("training loss", float(sums["loss"]))
         weights = [parameter.detach() for parameter in self.model.parameters()]
         self._require_finite("norm of the weights", float(nn.utils.get_total_norm(weights)))
-        self.claim.check()
+        self._check_claim()
         content = {
             "config": self.config.to_dict(),
             "data_sha256": self._checksums(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            **vars(state),
+            **vars(self.state),
+            "sums": sums,
         }
         save_checkpoint(content, self.folder / CHECKPOINT)
-        self.saved_at = time.monotonic()
+
+    def _check_claim(self) -> None:
+        assert self.claim is not None  # only the first process writes
+        self.claim.check()
 
     def _resume(self) -> None:
         """Go to where the checkpoint stands, if there is one."""
         path = self.folder / CHECKPOINT
-        if path.exists():
-            content = load_checkpoint(path)
+        # The first process reads for all: another machine need not have the folder.
+        stored = self.team.share(lambda: path.read_bytes() if path.exists() else b"")
+        if stored:
+            content = unpack_checkpoint(stored, path)
             require_same_run(RunConfig.from_dict(content["config"]), self.config, self.folder)
             if content["data_sha256"] != self._checksums():
                 raise ValueError(
@@ -338,26 +348,26 @@ class _Training:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             names = vars(self.state).keys()
-            self.state = _State(**{name: content[name] for name in names})
+            self.state = State(**{name: content[name] for name in names})
             # A checkpoint of an earlier version lacks the sums that are younger.
             sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
             self.state.sums = self._zero_sums() | sums
+            if not self.team.leads:
+                for name in DIVIDED:
+                    self.state.sums[name].zero_()
             self.log.message(
                 f"resuming in epoch {self.state.epoch + 1} after step {self.state.step}"
             )
         self.log.restart(self.state.history)
 
     def _require_finite(self, name: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        path = self.folder / CHECKPOINT
-        good = (
-            f"The last good checkpoint is {path}" if path.exists() else "There is no checkpoint yet"
-        )
-        rate = self.optimizer.param_groups[0]["lr"]
-        raise FloatingPointError(
-            f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
-            f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
+        require_finite(
+            name,
+            value,
+            model=self.model,
+            epoch=self.state.epoch,
+            rate=self.optimizer.param_groups[0]["lr"],
+            checkpoint=self.folder / CHECKPOINT,
         )
 
     def _status(self, steps_now: int, seconds_now: float) -> Status:
@@ -377,14 +387,7 @@ class _Training:
         )
 
     def _zero_sums(self) -> dict[str, Tensor]:
-        real = torch.float32 if self.device.type == "mps" else torch.float64
-        return {
-            "loss": torch.zeros((), dtype=real, device=self.device),
-            "penalty": torch.zeros((), dtype=real, device=self.device),
-            "correct": torch.zeros((), dtype=torch.int64, device=self.device),
-            "change": torch.zeros(len(self.mixes), dtype=real, device=self.device),
-            "gradients": torch.zeros(len(self.blocks), dtype=real, device=self.device),
-        }
+        return zero_sums(len(self.mixes), len(self.blocks), self.device)
 
     def _checksums(self) -> dict[str, str]:
         return {"train": self.sets.train.sha256, "test": self.sets.test.sha256}

@@ -101,8 +101,19 @@ def summarise(
     sets: Sets,
     history: list[dict[str, Any]],
     folder: Path,
+    processes: int = 1,
 ) -> Result:
-    """Put the result of a finished run together from its epochs' lines."""
+    """Put the result of a finished run together from its epochs' lines.
+
+    Args:
+        config: of the run, as planned.
+        model: the trained network.
+        sets: its images.
+        history: the lines of `metrics.jsonl`.
+        folder: the run folder.
+        processes: how many trained it in the end; more than one are told with the hardware.
+    """
+    machine = hardware(torch.device(config.runtime.device), config.runtime.threads)
     steps = math.ceil(len(sets.train) / config.optim.batch)
     last, best = history[-1], best_line(history)
     train_seconds = sum(line["seconds"] for line in history)
@@ -129,7 +140,7 @@ def summarise(
         evaluation_seconds=sum(line["evaluation_seconds"] for line in history),
         step_seconds=statistics.median(line["seconds"] for line in history) / steps,
         images_per_second=len(sets.train) * len(history) / train_seconds,
-        hardware=hardware(torch.device(config.runtime.device), config.runtime.threads),
+        hardware=machine if processes == 1 else f"{processes} x {machine}",
         versions=versions(),
         train_sha256=sets.train.sha256,
         test_sha256=sets.test.sha256,

@@ -25,15 +25,20 @@ KEPT = ("device", "impl", "step", "threads", "channels_last", "deterministic")
 """Runtime fields that can change the last bits, and so stay as they were planned."""
 
 
-def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) -> RunConfig:
+def plan_run(
+    config: RunConfig, folder: Path, message: Callable[[str], None], processes: int = 1
+) -> RunConfig:
     """Resolve what a config leaves open, or take over how the folder's run was planned.
 
     A step "auto" stays so on a CPU, where the network is needed to choose one (`settle_step`).
+    Several processes take their steps eagerly, and each on a device of its own: a run that one
+    process planned otherwise goes on so.
 
     Args:
         config: the config asked for.
         folder: the run folder, already claimed.
         message: told when a resumed run keeps another device, thread count or step than asked.
+        processes: how many train the run together.
 
     Raises:
         ValueError: the folder holds another run, one of its files is damaged, or the device, the
@@ -48,11 +53,15 @@ def plan_run(config: RunConfig, folder: Path, message: Callable[[str], None]) ->
         # Before the first checkpoint nothing depends on the plan yet, and a wish may mend it (a
         # device that is not there); what was left open stays as it was planned.
         kept = KEPT if begun else _kept_open(runtime, stored.runtime)
-        runtime = replace(runtime, **{name: getattr(stored.runtime, name) for name in kept})
-        asked = _differing_wishes(config.runtime, stored.runtime)
+        planned = replace(runtime, **{name: getattr(stored.runtime, name) for name in kept})
+        runtime = planned if processes == 1 else _divided(planned, runtime)
+        asked = _differing_wishes(config.runtime, runtime)
         if asked and begun:
             message(f"resuming as planned, so that the result stays exact: {asked}")
     try:
+        if processes > 1:
+            _require_divisible(runtime, processes)
+            runtime = replace(runtime, step="eager")
         planned = replace(config, runtime=_resolved(runtime))
     except ValueError as error:
         if not begun:
@@ -155,6 +164,33 @@ def _resolved(runtime: RuntimeConfig) -> RuntimeConfig:
     threads = runtime.threads or torch.get_num_threads()
     settled = replace(runtime, device=device, threads=threads, step=step)
     return replace(settled, impl=choose_impl(settled, kind).impl)
+
+
+def _divided(planned: RuntimeConfig, asked: RuntimeConfig) -> RuntimeConfig:
+    """A plan of one process without what only one can do, unless that is asked for again."""
+    step = "eager" if asked.step in ("auto", "eager") else planned.step
+    device = planned.device
+    if device != asked.device:
+        device = device.partition(":")[0]
+    return replace(planned, step=step, device=device)
+
+
+def _require_divisible(runtime: RuntimeConfig, processes: int) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        ValueError: a compiled or captured step, one device for all, or one without collectives.
+    """
+    if runtime.step in ("compile", "graph"):
+        raise ValueError(
+            f"train: runtime.step={runtime.step!r} is for one process, and {processes} train this "
+            "run. Use 'eager' or 'auto'."
+        )
+    if runtime.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"train: runtime.device={runtime.device!r} cannot serve {processes} processes, each of "
+            "which takes a device of its own. Use 'cuda', 'cpu' or 'auto'."
+        )
 
 
 def _require_device(device: str) -> None:

@@ -52,14 +52,7 @@ def make_step(
             "make_step: runtime.step='auto' is settled when a run is planned. Name another one."
         )
     device = next(model.parameters()).device
-    bf16 = runtime.precision == "bf16"
-
-    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            logits = model(images)
-        logits = logits.float()
-        loss = functional.cross_entropy(logits, labels)
-        return loss, penalty(model), (logits.argmax(1) == labels).sum()
+    forward = make_forward(model, runtime)
 
     def read_lambdas() -> Tensor:
         return lambdas(model)
@@ -86,6 +79,23 @@ def make_step(
 
     require_cuda(device.type)
     return CapturedStep(step, model, optimizer, CudaCapturer(device))
+
+
+def make_forward(
+    model: nn.Module, runtime: RuntimeConfig
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Build what a step differentiates: images and labels to loss, penalty and correct answers."""
+    device = next(model.parameters()).device.type
+    bf16 = runtime.precision == "bf16"
+
+    def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+            logits = model(images)
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels)
+        return loss, penalty(model), (logits.argmax(1) == labels).sum()
+
+    return forward
 
 
 def require_cuda(device: str) -> None:
@@ -144,10 +154,13 @@ def set_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, epoch: int) -
 
 
 @contextlib.contextmanager
-def execution(runtime: RuntimeConfig) -> Generator[torch.device]:
+def execution(
+    runtime: RuntimeConfig, device: torch.device | None = None
+) -> Generator[torch.device]:
     """Set threads, determinism, full float32 and the implementation of all tails in a `with` block.
 
-    An implementation that was left open stays so.
+    An implementation that was left open stays so. What is yielded is the device to run on: the
+    planned one, or the one given.
     """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -162,7 +175,7 @@ def execution(runtime: RuntimeConfig) -> Generator[torch.device]:
     implementation = use_impl(runtime.impl) if runtime.impl else contextlib.nullcontext()
     try:
         with implementation:
-            yield torch.device(runtime.device)
+            yield device or torch.device(runtime.device)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark

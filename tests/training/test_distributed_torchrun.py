@@ -1,0 +1,136 @@
+"""The command under torchrun: one process killed, what is said, and going on; and parts of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+from torch import distributed
+from training.tiny import tiny
+
+from spem.attention import AttentionSpec
+from spem.models import resnet
+from spem.training import RunConfig, Silent, process_group, read_config, read_result, train
+from spem.training.checkpoint import load_checkpoint
+from spem.training.distributed import Team
+from spem.training.log import read_metrics
+from spem.training.runs import plan_run
+from spem.training.shared_step import share_norms
+
+OPTIONS = [
+    *("train", "smoke", "--depth", "11", "--epochs", "6", "--limit", "50", "--attention", "none"),
+    *("--checkpoint-minutes", "0", "--runtime.impl", "reference", "--runtime.keep-checkpoint"),
+]
+
+
+def ranks(parent: int) -> dict[int, int]:
+    """The process ids of torchrun's children, by rank."""
+    found: dict[int, int] = {}
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in map(int, listed):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(v[5:]): child for v in variables if v.startswith(b"RANK=")}
+    return found
+
+
+def start(folder: Path, errors: IO[str]) -> subprocess.Popen[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [*torchrun, *port, "-m", "spem", *OPTIONS, "--folder", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=errors, stdout=errors, text=True, env=environment)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.timeout(900)
+def test_a_killed_process_ends_the_run_with_a_sentence_and_another_number_goes_on(
+    tmp_path: Path,
+) -> None:
+    folder, said = tmp_path / "run", tmp_path / "said"
+    with said.open("w") as errors:
+        running = start(folder, errors)
+        try:
+            while not read_metrics(folder) and running.poll() is None:
+                time.sleep(0.02)
+            killed = ranks(running.pid)[1]
+            os.kill(killed, signal.SIGKILL)
+            assert running.wait(120) != 0
+        finally:
+            running.kill()
+    text = said.read_text()
+    assert text.count("run the same command again") == 1
+    assert f"rank 1 (process {killed}) of the 2 processes of this run is gone" in text
+    assert "checkpoint.pt" in text
+    assert read_result(folder) is None
+    assert load_checkpoint(folder / "checkpoint.pt")["epoch"] >= 1
+    config = read_config(folder)
+    assert config is not None
+    result = train(config, folder, progress=Silent())  # one process goes on
+    assert result.epochs == len(read_metrics(folder)) == 6
+    assert "took the folder over" not in (folder / "log.txt").read_text()  # rank 0 gave it back
+
+
+def test_without_torchrun_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables in ({}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}):
+        with monkeypatch.context() as patch:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with process_group() as first:
+                assert first
+                assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("images", "size"), [(40, 2), (41, 2), (7, 3), (128, 5)])
+def test_parts_cover_a_batch_once(images: int, size: int) -> None:
+    parts = [Team(rank, size).part(images) for rank in range(size)]
+    taken = [i for part in parts for i in range(images)[part]]
+    assert taken == list(range(images))
+    lengths = {part.stop - part.start for part in parts}
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_several_processes_step_eagerly_each_on_its_own_device(tmp_path: Path) -> None:
+    def planned(name: str, processes: int, **runtime: object) -> RunConfig:
+        return plan_run(tiny(**runtime), tmp_path / name, told.append, processes)
+
+    told: list[str] = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    assert planned("a", 2, step="auto").runtime.step == "eager"
+    # A plan of one process is taken over as far as several can carry it out.
+    assert planned("b", 1, step="compile").runtime.step == "compile"
+    assert planned("b", 2).runtime.step == "eager"
+    assert not told
+    with pytest.raises(ValueError, match=r"step='compile' is for one process, and 2 train"):
+        planned("c", 2, step="compile")
+    with pytest.raises(ValueError, match=r"device='cuda:1' cannot serve 2 processes"):
+        planned("c", 2, device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [("iebn", "takes statistics of the batch by itself"), ("se(pool=srp)", "draws at random")],
+)
+def test_modules_that_look_at_the_whole_batch_are_refused(spec: str, reason: str) -> None:
+    model = resnet(11, attention=AttentionSpec.parse(spec))
+    with pytest.raises(ValueError, match=reason):
+        share_norms(model)
+
+
+def test_shared_norms_keep_names_and_tensors() -> None:
+    model = resnet(11, attention=AttentionSpec.parse("srm")).train()
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    norms = share_norms(model)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert len(norms) == 16  # of stem, blocks, shortcuts and attention
+    assert all(norm.training for norm in norms)

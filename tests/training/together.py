@@ -1,0 +1,158 @@
+"""What two processes do together for the tests: train runs, stop one, normalise a batch.
+
+Run as a program with the folder that holds `jobs.json`; the two are forked from it before torch has
+computed anything, and do all jobs one after the other in one process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from training.processes import fork, wait
+from training.tiny import Stop, tiny
+
+from spem.attention import AttentionSpec
+from spem.models import ResNet, resnet
+from spem.ops.synchronised import SharedBatchNorm
+from spem.training import Interrupted, OptimConfig, RunConfig, Silent, train
+from spem.training.distributed import gather_team
+from spem.training.shared_step import shared_step
+from spem.training.step import Step, StepOutput, make_optimizer
+
+SIZES = [(3, 2), (4, 0), (1, 5)]
+"""Images of each process in the tests of the norm."""
+
+
+STEPS = ("none", "spem", "srm")
+"""Attentions of the tests of the step."""
+OPTIM = OptimConfig(lr=0.1, batch=7, penalty=2.0)
+
+
+def step_case(attention: str) -> ResNet:
+    """A network of which every parameter is drawn at random, in float64."""
+    generator = torch.Generator().manual_seed(7)
+    spec = None if attention == "none" else AttentionSpec.parse(attention)
+    model = resnet(11, attention=spec).double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_((0.3 if parameter.dim() > 1 else 1.0) * drawn)
+    return model
+
+
+def two_steps(step: Step) -> list[StepOutput]:
+    """A batch of 7 images, and one of 3."""
+    generator = torch.Generator().manual_seed(8)
+    found: list[StepOutput] = []
+    for count in (7, 3):
+        images = torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+        found.append(step(images, torch.arange(count)))
+    return found
+
+
+def take_steps(rank: int, folder: Path) -> None:
+    """Save what a process comes to by its parts of two steps of each network."""
+    for attention in STEPS:
+        model = step_case(attention)
+        with gather_team() as team:
+            optimizer = make_optimizer(model, OPTIM)
+            found = two_steps(shared_step(model, optimizer, OPTIM, tiny().runtime, team))
+        torch.save(
+            (model.state_dict(), [tuple(each) for each in found]), folder / f"{attention}.{rank}.pt"
+        )
+
+
+def norm_case(sizes: tuple[int, int]) -> tuple[nn.BatchNorm2d, torch.Tensor, torch.Tensor]:
+    """A norm, its input and the gradient of its output, all drawn at random, in float64."""
+    generator = torch.Generator().manual_seed(100 * sizes[0] + sizes[1])
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    norm = nn.BatchNorm2d(5).double()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.copy_(drawn(5))
+        norm.running_var.copy_(drawn(5).square())
+    shape = (sum(sizes), 5, 4, 3)
+    return norm, 3 + 2 * drawn(*shape), drawn(*shape)
+
+
+def normalise(rank: int, folder: Path) -> None:
+    """Save what a process computes of each case of the norm with its part of the batch."""
+    for number, sizes in enumerate(SIZES):
+        norm, z, grad = norm_case(sizes)
+        shared = SharedBatchNorm.of(norm)
+        mine = slice(sizes[0]) if rank == 0 else slice(sizes[0], None)
+        z = z[mine].requires_grad_()
+        y = shared(z)
+        y.backward(grad[mine])
+        found = {"y": y.detach(), "dz": z.grad, "dw": norm.weight.grad, "db": norm.bias.grad}
+        found |= {name: buffer.clone() for name, buffer in shared.named_buffers()}
+        torch.save(found, folder / f"norm{number}.{rank}.pt")
+
+
+def work(rank: int, folder: Path) -> int:
+    """Do all jobs as one of two processes; what each came to stands in `said.RANK.json`."""
+    meeting = f"file://{folder / 'meeting'}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    normalise(rank, folder)
+    take_steps(rank, folder)
+    said: list[dict[str, Any]] = []
+    for job in json.loads((folder / "jobs.json").read_text()):
+        config = RunConfig.from_dict(job["config"])
+        # Progress is told to the first process only, so that is the one that gets the signal.
+        progress = Stop(job["stop"]) if job["stop"] else Silent()
+        try:
+            result = train(config, folder / job["name"], progress=progress)
+            said.append({"loss": result.train_loss, "hardware": result.hardware})
+        except Interrupted as stopped:
+            said.append({"stopped": str(stopped), "code": stopped.code})
+        except (ValueError, RuntimeError) as error:
+            said.append({"error": f"{type(error).__name__}: {error}"})
+    (folder / f"said.{rank}.json").write_text(json.dumps(said))
+    distributed.destroy_process_group()
+    return 0
+
+
+def run_together(folder: Path, jobs: dict[str, tuple[RunConfig, int]]) -> list[dict[str, Any]]:
+    """Let two processes train these runs, each stopped after so many steps (0: not at all).
+
+    Returns:
+        What each process came to, by the name of the job.
+    """
+    listed = [{"name": n, "config": c.to_dict(), "stop": s} for n, (c, s) in jobs.items()]
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    paths = [str(Path(__file__).resolve().parents[1]), *sys.path]
+    subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        check=True,
+        timeout=800,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )
+    said = [json.loads((folder / f"said.{rank}.json").read_text()) for rank in range(2)]
+    return [dict(zip(jobs, each, strict=True)) for each in said]
+
+
+def _told(rank: int, folder: Path) -> int:
+    try:
+        return work(rank, folder)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    where = Path(sys.argv[1])
+    children = [fork(lambda rank=rank: _told(rank, where)) for rank in range(2)]
+    sys.exit(max(abs(wait(child)) for child in children))
