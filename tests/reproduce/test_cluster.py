@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve()
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 EPOCHS = 6
 PROGRAM = "import sys; from spem.cli import main; sys.exit(main())"
-MINUTES = 270.0
+MINUTES = 420.0
 """Seconds after which a grid counts as stuck."""
 SEEDS = os.environ.get("SPEM_TEST_SEEDS", "1")
 """Of the grid; 3 are the whole of it, and take minutes."""
@@ -158,6 +158,7 @@ def reproduce(folder: Path, *options: str, **more: str) -> subprocess.Popen[str]
     )
 
 
+@pytest.mark.timeout(1000)
 def test_the_smoke_grid_on_two_workers_one_of_them_killed(tmp_path: Path, address: str) -> None:
     """Every run is trained once but the killed one, and all tables equal those of local runs."""
     where, _, secret = address.partition(" ")
