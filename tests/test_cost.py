@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import spem
+from spem.cli import main
 from spem.cli.cost import run
 from spem.cost import block_tails, count, tails_text
 from spem.ops import choice, use_impl
@@ -253,3 +254,37 @@ def test_the_command_names_the_tails(capsys: pytest.CaptureFixture[str], numba_t
     assert answer["tails_for"] == "cpu, fp32"
     assert [tail["name"] for tail in answer["tails"]] == [f"layer{i}.0" for i in (1, 2, 3)]
     assert answer["tails"][0]["impl"] == "numba"
+
+
+@pytest.mark.parametrize(("fuse", "fused"), [(False, 0), (True, 8)])
+def test_other_peoples_blocks_are_fused_when_asked(fuse: bool, fused: int) -> None:
+    """ResNet-18 has 8 blocks; each has one tail, whether attention is fused into it or not."""
+    models = pytest.importorskip("torchvision.models")
+    network = models.resnet18(num_classes=3).eval()
+    assert block_tails(network) == ()
+    spem.attach(network, "se", fuse=fuse)
+    with use_impl("formula"):
+        tails = block_tails(network)
+    assert [tail.attention for tail in tails] == ["se"] * 8
+    assert sum(tail.impl == "formula" for tail in tails) == fused
+    text = tails_text(tails)
+    if not fuse:
+        apart = "not fused: attention stands apart from norm and addition"
+        assert text == f"8 block tails: reference ({apart})"
+
+
+@pytest.mark.parametrize("attention", ["bam", "sk", "iebn", "gct(placement=conv)", "dia", "srm"])
+def test_our_own_networks_have_a_tail_a_block(attention: str) -> None:
+    assert len(block_tails(spem.resnet(11, attention=attention))) == 3
+
+
+def test_the_command_takes_other_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    call = ["cost", "timm:resnet10t", "--attention", "spem", "--size", "32", "--classes", "3"]
+    assert main(call) == 0
+    assert "4 block tails: reference (not fused" in capsys.readouterr().out
+    assert main([*call, "--fuse"]) == 0
+    assert "not fused" not in capsys.readouterr().out
+    assert main(["cost", "timm:resnet10t", "--fuse"]) == 2
+    assert main(["cost", "resnet11", "--fuse"]) == 2
+    assert main(["cost", "timm:resnot10t"]) == 2

@@ -18,6 +18,8 @@ _MAP_PASSES = {"numba": (4, 7), "triton": (4, 7), "formula": (4, 8)}
 what a compiler makes of it."""
 _PLAIN_PASSES = (8, 8)
 """The same for batch norm, addition and ReLU, one operation after the other."""
+_APART = "attention stands apart from norm and addition"
+"""Why attention in other people's blocks is not fused."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def block_tails(
 
     A block is a module with an `attention` (a channel attention, or None) and a last norm `bn3` or
     `bn2`, as those of `spem.models`. A stage is a module whose `shared` is the attention of all
-    blocks in it.
+    blocks in it. Attention that stands elsewhere, as `spem.attach` without ``fuse`` and timm's
+    ``attn_layer`` put it, follows its norm as a module of its own: not fused.
 
     Args:
         model: Any module.
@@ -165,17 +168,24 @@ def block_tails(
         for block in stage.children()
     }
     found: list[TailCost] = []
+    counted: set[nn.Module] = set()
     for name, block in model.named_modules():
         norm: object = getattr(block, "bn3", None) or getattr(block, "bn2", None)
         attention: object = shared.get(id(block), getattr(block, "attention", False))
-        if not isinstance(norm, nn.Module):
-            continue
-        if attention is None or isinstance(attention, ChannelAttention):
+        if isinstance(norm, nn.Module) and (
+            attention is None or isinstance(attention, ChannelAttention)
+        ):
             if attention is None and isinstance(norm, ChannelAttention):
                 attention = norm  # in place of the norm
             choice = _tail_choice(attention, norm, device, dtype)
             kind = "none" if attention is None else attention.name or type(attention).__name__
             found.append(TailCost(name, kind, choice.impl, choice.reason))
+            counted |= set() if attention is None else set(attention.modules())
+        elif isinstance(block, ChannelAttention) and block not in counted:
+            counted |= set(block.modules())
+            if block.needs.place == "tail":
+                kind = block.name or type(block).__name__
+                found.append(TailCost(name, kind, "reference", _APART))
     return tuple(found)
 
 

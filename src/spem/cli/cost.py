@@ -1,4 +1,4 @@
-"""`spem cost`: parameters, FLOPs and block tails of a CIFAR ResNet or of a weights file."""
+"""`spem cost`: parameters, FLOPs and block tails of a network, ours or of timm or torchvision."""
 
 import dataclasses
 import re
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spem.cost import Cost, TailCost
     from spem.models import ResNet
 
@@ -23,8 +25,9 @@ def run(args: list[str]) -> None:
         /,
         *,
         attention: str | None = None,
+        fuse: bool = False,
         classes: int | None = None,
-        size: int = 32,
+        size: int | None = None,
         batch: int = 1,
         device: Literal["cpu", "cuda"] = "cpu",
         precision: Literal["fp32", "bf16"] = "fp32",
@@ -36,11 +39,14 @@ def run(args: list[str]) -> None:
 
         Args:
             model: resnet164 (bottleneck blocks, depth 9n+2), resnet-basic56 (basic blocks, depth
-                6n+2), or a .safetensors file of weights.
+                6n+2), a .safetensors file of weights, or an architecture of another package, with
+                its name: timm:resnet50, torchvision:resnet50.
             attention: Attention of a named network, such as spem or "se(reduction=8)"; none
-                without this option.
-            classes: Outputs of a named network; 10 without this option.
-            size: Side of the square input in pixels.
+                without this option. `spem.attach` puts it into those of other packages.
+            fuse: Give timm's and torchvision's ResNets with attention the fused tail.
+            classes: Outputs of a named network; without this option 10, or what the package has.
+            size: Side of the square input in pixels; without this option 32, or what the
+                architecture is made for.
             batch: Images in the batch.
             device: Device for which the implementation of the block tails is named; it need not be
                 there.
@@ -51,10 +57,17 @@ def run(args: list[str]) -> None:
 
         from spem.cost import count
 
-        network = build(model, attention, classes)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        result = count(network, (batch, 3, size, size), device=device, dtype=dtype)
-        _print(_title(network), result, f"{device}, {precision}", json=json)
+        if ":" in model:
+            network, shape = _other(model, attention, classes, size, fuse=fuse)
+            title = f"{model}, attention {attention or 'none'}"
+        elif fuse:
+            raise ValueError(f"cost: {model} is fused without --fuse. Leave it out.")
+        else:
+            network, shape = build(model, attention, classes), (3, size or 32, size or 32)
+            title = _title(network)
+        result = count(network, (batch, *shape), device=device, dtype=dtype)
+        _print(title, result, f"{device}, {precision}", json=json)
 
     tyro.cli(cost, prog="spem cost", args=args)
 
@@ -86,11 +99,30 @@ def build(model: str, attention: str | None, classes: int | None) -> "ResNet":
     if match is None:
         raise ValueError(
             f"cost: unknown model {model!r}. Use resnet<depth> (bottleneck, such as resnet164), "
-            "resnet-basic<depth> (such as resnet-basic56) or a .safetensors file."
+            "resnet-basic<depth> (such as resnet-basic56), a .safetensors file, or timm:NAME or "
+            "torchvision:NAME."
         )
     spec = AttentionSpec.parse(attention or "none")
     block = "basic" if match[1] else "bottleneck"
     return resnet(int(match[2]), classes or 10, attention=spec, block=block)
+
+
+def _other(
+    model: str, attention: str | None, classes: int | None, size: int | None, *, fuse: bool
+) -> tuple["nn.Module", tuple[int, ...]]:
+    """An architecture of another package with attention, and the shape of its images."""
+    from spem import attach
+    from spem.insert import architectures
+    from spem.insert.sites import default_input
+
+    options = {} if classes is None else {"num_classes": classes}
+    network = architectures.build(model, options, asker="cost")
+    shape = default_input(network)[1:] if size is None else (3, size, size)
+    if attention not in (None, "none"):
+        attach(network, attention, fuse=fuse, input_shape=(1, *shape))
+    elif fuse:
+        raise ValueError("cost: --fuse is for attention that --attention names.")
+    return network, shape
 
 
 def _title(network: "ResNet") -> str:
