@@ -64,7 +64,8 @@ def run(args: list[str]) -> None:
         elif fuse:
             raise ValueError(f"cost: {model} is fused without --fuse. Leave it out.")
         else:
-            network, shape = build(model, attention, classes), (3, size or 32, size or 32)
+            network, side = build(model, attention, classes), 32 if size is None else size
+            shape = (3, side, side)
             title = _title(network)
         result = count(network, (batch, *shape), device=device, dtype=dtype)
         _print(title, result, f"{device}, {precision}", json=json)
