@@ -16,12 +16,23 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from spem.attention import attention_class
+from spem.attention import attention_class, create_attention
 from spem.cli import main as spem_command
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "benchmarks" / "results"
-PLACES = {"modules": "docs/modules.md", "lambda": "docs/lambda.md"}
+PLACES = {
+    "modules": "docs/modules.md",
+    "lambda": "docs/lambda.md",
+    "attach": "docs/insert.md",
+    "export": "docs/export.md",
+}
+FORMS = ("ge(form=theta)", "ge(form=theta_plus)", "ge(extent=2)", "gct(placement=conv)")
+"""Forms of modules that differ from the default in what they need."""
+SAME = ("depth", "batch", "image", "dtype", "layout", "device", "hardware", "threads")
+"""What rows must agree in to stand beside one another."""
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -106,10 +117,14 @@ def costs_by_name() -> dict[str, dict[str, str]]:
     `family_cpu.csv` holds every module; without it `step_cpu.csv` those of the paper.
     """
     told: defaultdict[str, list[str]] = defaultdict(list)
+    work = ""
     short: dict[str, str] = {}
     added: dict[str, str] = {}
     rows = read(MEASURED / "family_cpu.csv") or read(MEASURED / "step_cpu.csv")
+    if mixed := [name for name in SAME if len({row.get(name) for row in rows}) > 1]:
+        sys.exit(f"docs_tables: rows of different {', '.join(mixed)} in one table of costs")
     for row in rows:
+        work = f"ResNet-{row['depth']}, batch {row['batch']}, {row['device'].upper()}"
         name = row["attention"]
         if row["way"] not in ("composed", "fused") or not row["to_plain"] or name == "none":
             continue
@@ -122,8 +137,8 @@ def costs_by_name() -> dict[str, dict[str, str]]:
             added[name] = f"; {number:+,} parameters, {mflops:+.2f} MFLOPs"
     return {
         name: {
-            "short": short[name],
-            "long": f"training step / plain PyTorch (ResNet-29, batch 128, CPU): "
+            "short": short.get(name, "-"),  # only the fused step could be measured
+            "long": f"training step / plain PyTorch ({work}): "
             f"{', '.join(parts)}{added.get(name, '')}",
         }
         for name, parts in told.items()
@@ -163,8 +178,40 @@ def lambda_moves() -> str:
     return "\n".join(parts)
 
 
+def attach() -> str:
+    """The table of `benchmarks/attach_table.py`."""
+    from attach_table import markdown
+
+    rows = read(MEASURED / "attach.csv")
+    return markdown(rows).rstrip() if rows else "Not measured."
+
+
+def export() -> str:
+    """The modules of one size, and the table of `benchmarks/export_table.py`."""
+    from export_table import markdown
+
+    names: list[str] = sorted(
+        [*(module["name"] for module in json.loads(said("list", "--json"))), *FORMS]
+    )
+    fixed = [f"`{name}`" for name in names if of_one_size(name)]
+    rows = read(MEASURED / "export.csv")
+    return "\n".join(
+        [
+            f"Built for maps of one size: {', '.join(fixed)}. All other modules take any.",
+            "",
+            markdown(rows).rstrip() if rows else "Not measured.",
+        ]
+    )
+
+
+def of_one_size(spec: str) -> bool:
+    """Whether `dynamic_size=True` refuses a module."""
+    needs = create_attention(spec, 64, size=8).needs
+    return needs.size or needs.fixed_size
+
+
 def main() -> None:
-    made = {"modules": modules, "lambda": lambda_moves}
+    made = {"modules": modules, "lambda": lambda_moves, "attach": attach, "export": export}
     stale: list[str] = []
     for name, place in PLACES.items():
         page = ROOT / place

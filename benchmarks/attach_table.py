@@ -10,6 +10,7 @@ start="identity", relative to the largest output; `onnx_difference` that between
 onnxruntime once alpha is not zero.
 A cell that a module cannot fill holds its error message. Nothing is timed.
 """
+# ruff: noqa: BLE001  # an error of any type is a cell: the other rows are measured all the same
 
 import argparse
 import copy
@@ -66,6 +67,10 @@ ARCHITECTURES = (
     "torchvision:shufflenet_v2_x0_5",
     "torchvision:squeezenet1_1",
 )
+CELLS = (
+    *("plain_parameters", "sites", "added_parameters"),
+    *("identity_difference", "onnx_difference"),
+)
 SIZES = {"timm:inception_v3": 96, "timm:legacy_xception": 96}
 """Sides of inputs larger than 64 pixels, where 64 leaves no map at the end."""
 
@@ -96,17 +101,19 @@ def measured(host: nn.Module, attention: str, size: int) -> Row:
     model = copy.deepcopy(host)
     try:
         sites = spem.attach(model, attention, input_shape=(1, 3, size, size))
-    except ValueError as error:
+    except Exception as error:
         message = told(error)
-        return row | dict.fromkeys(
-            ("sites", "added_parameters", "identity_difference", "onnx_difference"), message
-        )
+        return row | dict.fromkeys(CELLS[1:], message)
     starts = [module for module in model.modules() if isinstance(module, IdentityStart)]
     for number, start in enumerate(starts):
         scattered(start.inner, number)
     row["sites"] = str(len(sites))
     row["added_parameters"] = str(sum(p.numel() for p in model.parameters()) - plain)
-    row["identity_difference"] = f"{difference(x.shape, before, outputs(model, x)).relative:.2g}"
+    try:
+        moved = difference(x.shape, before, outputs(model, x)).relative
+        row["identity_difference"] = f"{moved:.2g}"
+    except Exception as error:
+        row["identity_difference"] = told(error)
     row["onnx_difference"] = onnx_cell(model, starts, x) if attention == "spem" else ""
     return row
 
@@ -120,7 +127,7 @@ def onnx_cell(model: nn.Module, starts: list[IdentityStart], x: Tensor) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             exported = to_onnx(model, Path(folder) / "model.onnx", example=x)
-        except ValueError as error:
+        except Exception as error:
             return told(error)
     return f"{max(found.relative for found in exported.differences):.2g}"
 
@@ -130,9 +137,29 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
         return tensors(model(x))
 
 
-def told(error: BaseException) -> str:
-    """An error as a cell: one line."""
-    return " ".join(str(error).split())
+def told(error: Exception) -> str:
+    """An error as a cell: one line, with its type unless it is one of our own sentences."""
+    text = " ".join(str(error).split())
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+def isnumber(text: str) -> bool:
+    """Whether a cell holds a finite number; messages begin with a name."""
+    return text[:1].isdigit()
+
+
+def thousands(text: str) -> str:
+    return f"{int(text):,}" if text.isdigit() else text
+
+
+def origin(rows: Sequence[Row]) -> str:
+    """Of which commits and versions the rows are, for the end of a table."""
+    parts: list[str] = []
+    for name in ("torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "commit"):
+        values = sorted({row[name] for row in rows if row.get(name)})
+        if values:
+            parts.append(f"{name} {' and '.join(values)}")
+    return f"Measured with {', '.join(parts)}."
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -146,7 +173,7 @@ def markdown(rows: Sequence[Row]) -> str:
     notes: list[str] = []
 
     def cell(text: str) -> str:
-        if not text or text[0].isdigit():
+        if not text or isnumber(text):
             return text or "-"
         if text not in notes:
             notes.append(text)
@@ -160,17 +187,17 @@ def markdown(rows: Sequence[Row]) -> str:
         moved = {
             cell(row["identity_difference"])
             for row in of
-            if row["identity_difference"][0].isdigit()
+            if isnumber(row["identity_difference"]) or row["identity_difference"] != row["sites"]
         }
         added = [cell(row["added_parameters"]) for row in of]
         lines.append(
             f"| `{arch}` | {of[0]['size']} | {cell(of[0]['sites'])} "
-            f"| {int(of[0]['plain_parameters']):,} "
-            f"| {' / '.join(f'{int(a):,}' if a.isdigit() else a for a in added)} "
+            f"| {thousands(cell(of[0]['plain_parameters']))} "
+            f"| {' / '.join(map(thousands, added))} "
             f"| {', '.join(sorted(moved)) or '-'} | {cell(of[0]['onnx_difference'])} |"
         )
-    lines += ["", *(f"Note {number}: {text}" for number, text in enumerate(notes, 1))]
-    return "\n".join(lines).rstrip() + "\n"
+    lines += ["", *(f"Note {number}: {text}\n" for number, text in enumerate(notes, 1))]
+    return "\n".join([*lines, origin(rows)]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,17 +209,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # what the hosts' libraries say about names of their own
     path: Path = given.out / "attach.csv"
-    rows = [row for row in read(path) if not (given.retry and "failed" in row["note"])]
+    rows = [row for row in read(path) if not (given.retry and row["note"])]
     done = {(row["architecture"], row["attention"]) for row in rows}
     for arch in given.only or ARCHITECTURES:
         wanted = [name for name in ATTENTIONS if (arch, name) not in done]
         if not wanted:
             continue
-        host = scattered(build(arch, {"num_classes": 10}), 0).eval()
         size = SIZES.get(arch, 64)
+        host: nn.Module | Exception
+        try:
+            host = scattered(build(arch, {"num_classes": 10}), 0).eval()
+        except Exception as error:
+            host = error
         for attention in wanted:
-            cells = measured(host, attention, size)
-            failed = not all(cells[name][:1].isdigit() or not cells[name] for name in cells)
+            try:
+                if isinstance(host, Exception):
+                    raise host
+                cells = measured(host, attention, size)
+            except Exception as error:
+                cells = dict.fromkeys(CELLS, told(error))
+            failed = not all(isnumber(cells[name]) or not cells[name] for name in cells)
             rows.append(
                 {
                     "architecture": arch,

@@ -9,6 +9,7 @@ difference to PyTorch in float32 over the largest output, for int8 to the float3
 calibration inputs. Latency is that network's in onnxruntime at batch 1 over the plain one's, the
 two called in turns; the median of the ratios.
 """
+# ruff: noqa: BLE001  # an error of any type is a cell: the other rows are measured all the same
 
 import argparse
 import statistics
@@ -22,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from attach_table import Plain, scattered, told
+from attach_table import Plain, origin, scattered, told
 from torch import nn
 
 import spem
@@ -45,6 +46,7 @@ FORMS = (
 )
 CHANNELS, SIDE, IMAGE = 64, 8, 32
 TIMES = ("latency_over_plain", "latency_q20", "latency_q80", "latency_rounds", "latency_on")
+FIXED = "is built for maps of one size"
 UNTESTED = "TensorRT, Core ML, OpenVINO, TFLite, ncnn and other targets are untested."
 
 
@@ -75,7 +77,7 @@ def measured(spec: str, folder: Path) -> Row:
         quantized = quantize_onnx(plain, folder / "int8.onnx", inputs)
         cells["int8"] = f"{quantized.difference.relative:.2g}"
         cells["int8_float_nodes"] = " ".join(quantized.floating)
-    except ValueError as error:
+    except Exception as error:
         empty = [name for name in ("fp32", "fp16", "int8") if not cells[name]]
         cells |= dict.fromkeys(empty, told(error))
     return cells
@@ -83,21 +85,34 @@ def measured(spec: str, folder: Path) -> Row:
 
 def alone(spec: str, folder: Path) -> Row:
     """The module by itself, with height and width that change where it lets them."""
-    module = scattered(spem.create_attention(spec, CHANNELS, size=SIDE), 0)
+    try:
+        module = scattered(spem.create_attention(spec, CHANNELS, size=SIDE), 0)
+    except Exception as error:
+        return {"operators": told(error), "dynamic_size": told(error)}
     path, shape = folder / "module.onnx", (2, CHANNELS, SIDE, SIDE)
     try:
         exported, dynamic = to_onnx(module, path, shape, dynamic_size=True), "yes"
-    except ValueError as error:
+    except Exception as error:
         dynamic = told(error).removeprefix("to_onnx: dynamic_size=True: ")
         try:
             exported = to_onnx(module, path, shape)
-        except ValueError as other:
+        except Exception as other:
             return {"operators": told(other), "dynamic_size": told(other)}
     return {"operators": " ".join(exported.operators), "dynamic_size": dynamic}
 
 
+def failed(row: Row) -> bool:
+    """Whether a cell holds an error; that a module is built for one size is none."""
+    numbers = all(row[name][:1].isdigit() for name in ("fp32", "fp16", "int8"))
+    dynamic = row["dynamic_size"] in ("", "yes") or FIXED in row["dynamic_size"]
+    return not numbers or not dynamic or ": " in row["operators"]
+
+
 def latencies(rows: list[Row], rounds: int) -> None:
     """Fills the columns of times in, all networks in turns within every round."""
+    rows = [row for row in rows if not failed(row)]
+    if "none" not in {row["spec"] for row in rows}:
+        raise SystemExit("export_table: the plain network failed; run it again with --retry.")
     with tempfile.TemporaryDirectory() as name:
         sessions: dict[str, Session] = {}
         for row in rows:
@@ -140,6 +155,8 @@ def markdown(rows: Sequence[Row]) -> str:
         spec = as_spec(row["spec"])
         place = "-" if spec is None else PLACES[spec.place]
         cells = [row[name] or "-" for name in ("operators", "opset", "dynamic_size")]
+        if FIXED in row["dynamic_size"]:
+            cells[2] = "no"
         cells += [row[name] or "-" for name in ("fp32", "fp16", "int8", TIMES[0])]
         lines.append(" | ".join([f"| `{row['spec']}`", place, *cells]) + " |")
     return "\n".join(
@@ -152,6 +169,8 @@ def markdown(rows: Sequence[Row]) -> str:
             "everything else stays in float32.",
             UNTESTED,
             "",
+            origin(rows),
+            "",
         ]
     )
 
@@ -161,27 +180,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of export.csv and .md")
     parser.add_argument("--retry", action="store_true", help="run rows with an error again")
     parser.add_argument("--latency", action="store_true", help="measure times; rows must be there")
+    parser.add_argument("--only", nargs="*", help="these specs alone, beside none")
     parser.add_argument("--rounds", type=int, default=51, help="rounds of --latency")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
+    warnings.simplefilter("ignore")  # what the exporter and the quantiser say about themselves
     path: Path = given.out / "export.csv"
-    rows = [row for row in read(path) if not (given.retry and row["note"])]
+    rows = [row for row in read(path) if not (given.retry and failed(row))]
     order = {spec: number for number, spec in enumerate(specs())}
     rows = [row for row in rows if row["spec"] in order]
-    for spec in order:
+    wanted = order if given.only is None else [s for s in order if s in ("none", *given.only)]
+    for spec in wanted:
         if spec in {row["spec"] for row in rows}:
             continue
         with tempfile.TemporaryDirectory() as folder:
             cells = measured(spec, Path(folder))
-        failed = not all(cells[name][:1].isdigit() for name in ("fp32", "fp16", "int8"))
         packages = ("torch", "onnx", "onnxscript", "onnxruntime")
         rows.append(
             {
                 "spec": spec,
                 **cells,
                 **dict.fromkeys(TIMES, ""),
-                "note": "failed" if failed else "",
+                "note": "failed" if failed(cells) else "",
                 **{name: version(name) for name in packages},
                 "commit": commit(),
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

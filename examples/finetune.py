@@ -7,7 +7,8 @@ FOLDER holds train/<class>/ and test/<class>/. Images are prepared as the model'
 (timm's data config, the transforms of torchvision's weights), with random crops and flips in
 training; `--size` takes another size. Weights come from the library (`--pretrained`) or from a file
 (`--weights`: safetensors, or a checkpoint of tensors), whose head may be for other classes: it then
-starts anew. Every run is a row of the CSV file; a run that stands there is not trained again. Runs
+starts anew. Every run is a row of the CSV file; a run that stands there is not trained again, and
+several commands may write into one file at the same time. Runs
 that differ in the attention alone share subset, head, batches and augmentation, and can be compared
 in pairs:
 
@@ -15,13 +16,18 @@ in pairs:
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import datetime
+import fcntl
 import hashlib
+import json
+import os
 import random
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +69,16 @@ class Settings:
     crop: float = 0.35
     test_limit: int = 0
 
+
+ADDED = ("train_images", "test_images", "classes_sha256")
+"""Columns that tables of older versions lack."""
+
+COLUMNS = (
+    *(field.name for field in dataclasses.fields(Settings)),
+    *("classes", *ADDED, "correct", "tested", "accuracy", "train_loss", "parameters"),
+    *("weights_sha256", "time_seconds", "time_date"),
+    *("host_hardware", "host_torch", "host_timm", "host_commit"),
+)
 
 HELP = {
     "model": "timm:NAME or torchvision:NAME",
@@ -192,7 +208,7 @@ def finetune(settings: Settings, save: Path | None = None) -> dict[str, Any]:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, save)
     return {
         **columns(settings),
-        "classes": len(train_set.classes),
+        **contents(settings),
         "correct": correct,
         "tested": tested,
         "accuracy": round(100 * correct / tested, 4),
@@ -264,30 +280,73 @@ def sha256(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
+def contents(settings: Settings) -> dict[str, Any]:
+    """What lies in the image folder: two folders of the same name are not the same images."""
+    cells: dict[str, Any] = {}
+    classes: list[str] = []
+    for split in ("train", "test"):
+        images = ImageFolder(str(Path(settings.images) / split))
+        classes = images.classes
+        cells[f"{split}_images"] = len(images)
+    names = hashlib.sha256(json.dumps(classes).encode()).hexdigest()
+    return {"classes": len(classes), **cells, "classes_sha256": names}
+
+
 def run(settings: Settings, table: Path, save: Path | None = None) -> dict[str, str]:
-    """The row of a run: from the table if it stands there, else trained and appended."""
-    wanted = {key: str(cell) for key, cell in columns(settings).items()}
-    wanted["weights_sha256"] = sha256(settings.weights)
-    rows = read(table)
-    found = [row for row in rows if wanted.items() <= row.items()]
+    """The row of a run: from the table if it stands there, else trained and appended.
+
+    A table without the columns of ADDED is taken up as it is: in its rows, where these cells are
+    empty, images are known by the name of their folder alone.
+    """
+    identity = {**columns(settings), **contents(settings)}
+    identity["weights_sha256"] = sha256(settings.weights)
+    wanted = {key: str(cell) for key, cell in identity.items()}
+    found = [row for row in read(table) if same(row, wanted)]
     if found and (save is None or save.exists()):
         return found[0]
     row = {key: str(cell) for key, cell in finetune(settings, save).items()}
-    rows = [other for other in rows if other not in found]
-    part = table.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, row])
-    part.replace(table)  # a kill leaves the old table or the new one
+    with locked(table):
+        # Read anew: other commands have written while this one trained.
+        rows = [other for other in read(table) if not same(other, wanted)]
+        part = table.with_name(f".{table.name}.{os.getpid()}.part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*rows, row])
+        part.replace(table)  # a kill leaves the old table or the new one
     return row
 
 
+def same(row: dict[str, str], wanted: dict[str, str]) -> bool:
+    """Whether a row is that of a run; what an older table does not say is not compared."""
+    return all(row[key] == cell or (key in ADDED and not row[key]) for key, cell in wanted.items())
+
+
+@contextlib.contextmanager
+def locked(table: Path) -> Generator[None]:
+    """Alone among the commands that write into this folder."""
+    folder = os.open(table.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)  # which ends the lock, as the end of the process does
+
+
 def read(table: Path) -> list[dict[str, str]]:
+    """The rows of a table; those of ADDED that an older one lacks are empty."""
     if not table.exists():
         return []
     with table.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        there = list(reader.fieldnames or [])
+        if set(there) - set(COLUMNS) or set(COLUMNS) - set(there) - set(ADDED):
+            odd = sorted(set(there) ^ set(COLUMNS) - set(ADDED))
+            raise ValueError(
+                f"finetune: {table} is no table of this program: {', '.join(odd)} stand in one of "
+                "the two only. Name another --csv."
+            )
+        return [dict.fromkeys(COLUMNS, "") | row for row in reader]
 
 
 def main() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import importlib
+import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 
+from safetensors.torch import load_file
+
+import spem
+from spem.cli import main
 from spem.data import load_images
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -66,6 +73,116 @@ def test_a_row_holds_the_run_and_is_not_made_twice(tune: ModuleType, tiny, tmp_p
     assert (again["train_loss"], again["correct"]) == (row["train_loss"], row["correct"])
     assert weights.exists()
     assert len(tune.read(table)) == 1
+
+
+def test_another_command_has_written_meanwhile(
+    tune: ModuleType, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its row stays, and writers wait for each other."""
+    table = tmp_path / "runs.csv"
+
+    def trained(settings, save=None):
+        if settings.seed < 2:
+            tune.run(replace(settings, seed=settings.seed + 1), table)
+        cells = dict.fromkeys(tune.COLUMNS, "1")
+        return {**cells, **tune.columns(settings), **tune.contents(settings), "weights_sha256": ""}
+
+    monkeypatch.setattr(tune, "finetune", trained)
+    tune.run(tiny, table)
+    assert sorted(row["seed"] for row in tune.read(table)) == ["0", "1", "2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with tune.locked(table), pytest.raises(BlockingIOError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
+
+
+def test_images_and_columns_decide_before_a_training(
+    tune: ModuleType, tiny, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the same name with other classes is another run; an old table is taken up."""
+    table = tmp_path / "runs.csv"
+    first = tune.run(tiny, table)
+    assert (first["train_images"], first["test_images"]) == ("60", "30")
+    assert list(first) == list(tune.COLUMNS)
+    other = tmp_path / "other" / folder.name
+    shutil.copytree(folder, other)
+    for split in ("train", "test"):
+        (other / split / "9").rename(other / split / "nine")
+
+    class TrainedError(Exception): ...
+
+    def stop(settings, save=None):
+        raise TrainedError
+
+    monkeypatch.setattr(tune, "finetune", stop)
+    assert tune.run(tiny, table) == first
+    with pytest.raises(TrainedError):
+        tune.run(replace(tiny, images=str(other)), table)
+
+    old = {key: cell for key, cell in first.items() if key not in tune.ADDED}
+    write(table, [old])
+    assert tune.run(tiny, table) == {**first, **dict.fromkeys(tune.ADDED, "")}
+    with pytest.raises(TrainedError):
+        tune.run(replace(tiny, seed=1), table)
+    for odd in ({**old, "more": "1"}, {key: old[key] for key in old if key != "lr"}):
+        write(table, [odd])
+        with pytest.raises(ValueError, match=r"runs\.csv is no table of this program: (more|lr) "):
+            tune.run(replace(tiny, seed=1), table)
+
+
+def test_the_committed_report_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that were made before the columns of ADDED."""
+    results = EXAMPLES.parent / "results" / "finetune"
+    study = example("finetune_study", monkeypatch)
+    assert study.summary(results / "runs.csv", "cifar100") == (results / "summary.md").read_text()
+
+
+def write(table: Path, rows: list[dict[str, str]]) -> None:
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_a_tuned_network_is_exported(
+    tune: ModuleType,
+    tiny,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The two commands of docs/export.md, on three classes: the graph holds the tuned network."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    few, weights, path = tmp_path / "few", tmp_path / "tuned.safetensors", tmp_path / "tuned.onnx"
+    for split in ("train", "test"):
+        for name in "012":
+            shutil.copytree(folder / split / name, few / split / name)
+    words = "finetune.py --model timm:resnet10t --size 32 --epochs 1 --batch 8 --attention spem"
+    arguments = [*words.split(), "--images", str(few), "--save", str(weights)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--csv", str(tmp_path / "runs.csv")])
+    tune.main()
+    capsys.readouterr()
+    options = ["--classes", "3", "--attention", "spem", "--size", "32"]
+    files = ["--weights", str(weights), "--out", str(path)]
+    assert main(["export", "timm:resnet10t", *options, *files]) == 0
+    out, err = capsys.readouterr()
+    assert "onnxruntime and PyTorch on" in out
+    assert err == ""
+    model, _, _ = tune.build(replace(tiny, images=str(few)), 3)
+    spem.attach(model, "spem")
+    model.load_state_dict(load_file(weights))
+    starts = [value for key, value in model.state_dict().items() if key.endswith("alpha")]
+    assert any(starts)  # attention has learned, so it is in the graph
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model.eval()(x)
+    (found,) = runtime.InferenceSession(str(path)).run(None, {"input": x.numpy()})
+    assert found.shape == (2, 3)
+    torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-5)
 
 
 def test_pairs_share_everything_but_the_attention(

@@ -97,13 +97,28 @@ def test_modules_are_told_with_or_without_measurements(
     text = tables["modules"]()
     assert "| [`se`](#se) |" in text
     assert text.count("- Measured: not measured") == text.count("### `")
-    header = "attention,way,to_plain,attention_parameters,attention_mflops\n"
-    rows = "se,composed,1.125,1234,0.678\nse,fused,0.9,1234,0.678\nbam,composed,,1,2\n"
+    for part in ("attach", "export"):
+        assert "Not measured." in tables[part]()
+    header = "attention,way,to_plain,attention_parameters,attention_mflops,depth,batch,device\n"
+    rows = "se,composed,1.125,1234,0.678,11,64,cpu\nse,fused,0.9,1234,0.678,11,64,cpu\n"
+    rows += "bam,composed,,1,2,11,64,cpu\neca,fused,0.8,1,2,11,64,cpu\n"
     (tmp_path / "family_cpu.csv").write_text(header + rows)
+    assert "(ResNet-11, batch 64, CPU): composed" in costs()["se"]["long"]
+    assert costs()["eca"]["short"] == "-"
     assert costs()["se"]["short"] == "1.12"
     assert "composed 1.12, fused 0.90; +1,234 parameters, +0.68 MFLOPs" in costs()["se"]["long"]
     assert "bam" not in costs()
+    (tmp_path / "family_cpu.csv").write_text(header + rows + "ela,fused,0.8,1,2,29,64,cpu\n")
+    with pytest.raises(SystemExit, match="rows of different depth"):
+        costs()
     assert "y = x * s(W2 relu(W1 z + b1) + b2)" in tables["formula"]("se")
+
+
+def test_modules_of_one_size() -> None:
+    """As the exporter's own tests have them."""
+    text = runpy.run_path(str(ROOT / ".ci" / "docs_tables.py"))["export"]()
+    fixed = "`fca`, `ge(form=theta)`, `ge(form=theta_plus)`"
+    assert text.startswith(f"Built for maps of one size: {fixed}. All other")
 
 
 def test_a_resource_of_another_host_is_found(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_an_architecture(
     assert len(starts) == 11
     x = maps(1, 3, 64, 64)
     assert (expected(told["model"], x) == expected(plain, x)).all()
-    text = capsys.readouterr().out
+    text, notes = capsys.readouterr()
+    left_out = "attention starts as the identity and is left out"
+    assert notes == f"note: no attention weights in {weights}: {left_out}\n"
     assert "1,234 bytes, fp32, opset 20" in text
     assert "operators: Conv 3" in text
     assert "largest difference 1e-06, 2e-07 of the largest output" in text
@@ -89,6 +92,14 @@ def test_an_architecture(
     assert call([*args, "--fixed-batch"]) == 0
     assert (told["shape"], told["dynamic_batch"]) == (None, False)
     assert (expected(told["model"], x) == expected(model, x)).all()
+    assert capsys.readouterr().err == ""
+    part = {key: value for key, value in model.state_dict().items() if "alpha" not in key}
+    save_file(part, weights)
+    assert call(args) == 2
+    assert "holds a part of the attention and lacks" in capsys.readouterr().err
+    save_file(model.state_dict(), weights)
+    assert call([*args, "--classes", "7"]) == 2
+    assert "--classes that it was trained with" in capsys.readouterr().err
     assert call([arch, "--out", out, "--weights", str(weights)]) == 2
     assert "holds" in capsys.readouterr().err
     save_file(
@@ -101,6 +112,58 @@ def test_an_architecture(
     assert "belongs to another architecture or attention" in err
 
 
+def test_what_is_not_trained_is_said(
+    told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    args = ["timm:resnet10t", "--classes", "7", "--out", str(tmp_path / "x.onnx"), "--json"]
+    assert call([*args, "--attention", "se"]) == 0
+    assert told["model"].get_classifier().out_features == 7
+    out, err = capsys.readouterr()
+    assert json.loads(out)["bytes"] == 1234
+    assert err.splitlines() == [
+        "note: random weights",
+        "note: attention starts as the identity and is left out",
+    ]
+    assert call([*args, "--attention", "se", "--start", "module"]) == 0
+    assert capsys.readouterr().err == "note: random weights\n"
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "plain.safetensors"
+    save_file(build("timm:resnet10t", {"num_classes": 7}).state_dict(), weights)
+    with_weights = [*args, "--weights", str(weights)]
+    assert call([*with_weights, "--attention", "se", "--start", "module"]) == 0
+    assert "no attention weights in" in (err := capsys.readouterr().err)
+    assert "attention has random weights" in err
+    assert call(with_weights) == 0
+    assert call([*with_weights, "--attention", "simam", "--start", "module"]) == 0
+    assert capsys.readouterr().err == ""  # no parameters, nothing that could be random
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("digits", (1, 3, 16, 16)), ("cifar100", (1, 3, 32, 32)), ("mine", None)]
+)
+def test_the_size_that_a_set_has(
+    name: str,
+    shape: tuple[int, ...] | None,
+    told: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, config = load_weights(WEIGHTS)
+    data = dataclasses.replace(config.data, name=name, size=None)
+    found = (model, dataclasses.replace(config, data=data))
+    monkeypatch.setattr("spem.training.load_weights", lambda path: found)
+    args = [str(WEIGHTS), "--out", str(tmp_path / "x.onnx")]
+    if shape is None:
+        assert call(args) == 2
+        assert "how large the images of mine were. Give --size" in capsys.readouterr().err
+        args, shape = [*args, "--size", "24"], (1, 3, 24, 24)
+    assert call(args) == 0
+    assert told["shape"] == shape
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -110,8 +173,9 @@ def test_an_architecture(
         (["{tmp}/damaged.safetensors"], "is damaged"),
         (
             [str(WEIGHTS), "--attention", "se"],
-            "--attention and --weights belong to an architecture",
+            "--attention, --classes and --weights belong to an architecture",
         ),
+        (["resnet18", "--classes", "0"], "--classes 0 is no number of outputs"),
         (["resnet18", "--attention", "see"], "unknown attention 'see'"),
         (["resnet18", "--weights", "{tmp}/damaged.safetensors"], "no safetensors file"),
         ([str(WEIGHTS), "--opset", "4"], "opset=4"),

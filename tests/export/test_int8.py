@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from export.graphs import expected, maps, module, network, operators, ran
+from export.graphs import expected, loaded, maps, module, network, operators, ran
 
-from spem.export import quantize_onnx, to_onnx
+from spem.export import int8, quantize_onnx, to_onnx
 
 
 def test_quantised(tmp_path: Path) -> None:
@@ -30,6 +30,8 @@ def test_quantised(tmp_path: Path) -> None:
     fresh = maps(4, 3, 12, 12, key="fresh")
     assert relative(ran(target, fresh), expected(model, fresh)) < 0.1
     assert result.bytes == target.stat().st_size
+    about = {entry.key: entry.value for entry in loaded(target).metadata_props}
+    assert (about["spem_precision"], about["spem_attention"]) == ("int8", "spem")
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -58,4 +60,49 @@ def test_refused(tmp_path: Path) -> None:
     to_onnx(torch.nn.ReLU(), source, (1, 3, 8, 8), precision="fp16")
     with pytest.raises(ValueError, match="is in fp16"):
         quantize_onnx(source, target, x)
+    assert not target.exists()
+
+
+def test_the_float32_file_is_not_written_over(tmp_path: Path) -> None:
+    source = tmp_path / "in.onnx"
+    to_onnx(network(module("se", 16)), source, (1, 3, 8, 8))
+    content = source.read_bytes()
+    for same in (source, tmp_path / "." / "in.onnx", tmp_path / ".." / tmp_path.name / "in.onnx"):
+        with pytest.raises(ValueError, match="is the float32 file itself"):
+            quantize_onnx(source, same, [maps(1, 3, 8, 8)])
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_no_numbers(position: int, value: float, tmp_path: Path) -> None:
+    """On any of the inputs: a NaN is larger than nothing, and would not be the maximum."""
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    to_onnx(network(module("se", 16)), source, (1, 3, 8, 8))
+    inputs = [maps(1, 3, 8, 8, key=key) for key in range(2)]
+    inputs[position][0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"is not finite\. Give inputs"):
+        quantize_onnx(source, target, inputs)
+    assert not target.exists()
+
+
+def test_an_int8_graph_that_gives_no_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its outputs are looked at too, on every input."""
+    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    to_onnx(network(module("se", 16)), source, (1, 3, 8, 8))
+
+    class Broken(int8.Session):
+        def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+            outputs = super().__call__(x)
+            return [y * float("nan") for y in outputs] if self.quantised and len(x) > 1 else outputs
+
+        def __init__(self, content: bytes) -> None:
+            super().__init__(content)
+            self.quantised = b"QuantizeLinear" in content
+
+    monkeypatch.setattr(int8, "Session", Broken)
+    with pytest.raises(ValueError, match=r"in int8 .* outputs that are not finite"):
+        quantize_onnx(source, target, [maps(1, 3, 8, 8), maps(2, 3, 8, 8)])
     assert not target.exists()

@@ -96,6 +96,8 @@ def test_alpha_is_a_constant_of_the_graph(tmp_path: Path) -> None:
         to_onnx(model, path, (1, 3, 8, 8), dynamic_size=True)
         np.testing.assert_allclose(ran(path, x), expected(model, x), **CLOSE)
         found[alpha] = operators(path)
+        about = {entry.key: entry.value for entry in loaded(path).metadata_props}
+        assert about["spem_attention"] == ("se" if alpha else "none")
         names = [tensor.name for tensor in loaded(path).graph.initializer]
         assert not [name for name in names if "alpha" in name]
     assert found[0.0] == found[None]

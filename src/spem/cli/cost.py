@@ -112,8 +112,7 @@ def _other(
     model: str, attention: str | None, classes: int | None, size: int | None, *, fuse: bool
 ) -> tuple["nn.Module", tuple[int, ...]]:
     """An architecture of another package with attention, and the shape of its images."""
-    from spem import attach
-    from spem.insert import architectures
+    from spem.insert import architectures, attach
     from spem.insert.sites import default_input
 
     options = {} if classes is None else {"num_classes": classes}

@@ -1,6 +1,7 @@
 """`spem export`: trained weights, or an architecture with attention, as a checked ONNX file."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spem.export import Exported
+
+_REMEDY = "Name the architecture, --attention, --start and --classes that it was trained with."
 
 
 def run(args: list[str]) -> None:
@@ -25,6 +28,7 @@ def run(args: list[str]) -> None:
         out: Path,
         attention: str | None = None,
         start: Literal["identity", "module"] = "identity",
+        classes: int | None = None,
         weights: Path | None = None,
         size: int | None = None,
         dynamic_size: bool = False,
@@ -41,6 +45,8 @@ def run(args: list[str]) -> None:
             out: The ONNX file to write.
             attention: Attention to put into an architecture, such as spem.
             start: How gates start that no weights are loaded into, at one or as the module does.
+            classes: Outputs of an architecture, as many as its weights were trained with; without
+                it, the library's own number.
             weights: A .safetensors file with weights of the architecture; without it they are
                 random.
             size: Side of the input in pixels; without it, what the network is made for.
@@ -52,17 +58,20 @@ def run(args: list[str]) -> None:
         """
         from spem.export import to_onnx
 
-        network, shape, about = _network(model, attention, start, weights)
+        given = None if size is None else (1, 3, size, size)
+        source = _source(model, attention, start, classes, weights, given)
         exported = to_onnx(
-            network,
+            source.network,
             out,
-            shape if size is None else (1, 3, size, size),
+            source.shape if given is None else given,
             dynamic_batch=not fixed_batch,
             dynamic_size=dynamic_size,
             precision=precision,
             opset=opset,
-            metadata=about,
+            metadata=source.about,
         )
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
         if json:
             print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
         else:
@@ -71,38 +80,73 @@ def run(args: list[str]) -> None:
     tyro.cli(export, prog="spem export", args=args)
 
 
-def _network(
-    model: str, attention: str | None, start: Literal["identity", "module"], weights: Path | None
-) -> "tuple[nn.Module, tuple[int, ...] | None, dict[str, str]]":
-    """The network, the shape of its input if it is known, and what the file shall say about it."""
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A network to export, the shape of its input if it is known, and what is to be said."""
+
+    network: "nn.Module"
+    shape: tuple[int, ...] | None
+    about: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def _source(
+    model: str,
+    attention: str | None,
+    start: Literal["identity", "module"],
+    classes: int | None,
+    weights: Path | None,
+    given: tuple[int, ...] | None,
+) -> _Source:
+    """What the command names: trained weights of spem, or an architecture."""
     path = Path(model)
     if path.is_dir():
         path /= "model.safetensors"
         if not path.is_file():
             raise FileNotFoundError(f"export: there is no model.safetensors in {model}.")
     if path.suffix == ".safetensors":
-        if attention is not None or weights is not None:
+        if attention is not None or classes is not None or weights is not None:
             raise ValueError(
-                "export: --attention and --weights belong to an architecture; trained weights of "
-                "spem bring their own."
+                "export: --attention, --classes and --weights belong to an architecture; trained "
+                "weights of spem bring their own."
             )
-        return _trained(path)
+        return _trained(path, given)
     from spem.insert.architectures import build
 
-    network = build(model, asker="export")
+    if classes is not None and classes < 1:
+        raise ValueError(f"export: --classes {classes} is no number of outputs. Use 1 or more.")
+    options = {} if classes is None else {"num_classes": classes}
+    network = build(model, options, asker="export")
     plain = set(network.state_dict())
     if attention is not None:
         from spem.insert import attach
 
-        attach(network, attention, start=start)
-    if weights is not None:
-        _load(network, weights, plain)
-    return network, None, {}
+        attach(network, attention, start=start, input_shape=given)
+    added = set(network.state_dict()) - plain
+    lacking = added
+    notes: list[str] = []
+    if weights is None:
+        notes.append("random weights")
+    else:
+        lacking = _load(network, weights, plain)
+        if lacking and lacking != added:
+            raise ValueError(
+                f"export: {weights} holds a part of the attention and lacks {min(lacking)}. "
+                f"{_REMEDY}"
+            )
+    if added and lacking == added:
+        where = "" if weights is None else f"no attention weights in {weights}: "
+        if start == "identity":
+            notes.append(f"{where}attention starts as the identity and is left out")
+        elif where:
+            notes.append(f"{where}attention has random weights")
+    return _Source(network, None, {}, tuple(notes))
 
 
-def _trained(path: Path) -> "tuple[nn.Module, tuple[int, ...], dict[str, str]]":
+def _trained(path: Path, given: tuple[int, ...] | None) -> _Source:
     """Weights of a training, with what its images were normalised by."""
     from spem.data import NORMALISATION
+    from spem.data.names import native_size
     from spem.training import load_weights
 
     if not path.is_file():
@@ -115,12 +159,21 @@ def _trained(path: Path) -> "tuple[nn.Module, tuple[int, ...], dict[str, str]]":
         "spem_mean": str(mean),
         "spem_std": str(std),
     }
-    side = config.data.size or 32
-    return network, (1, 3, side, side), about
+    side = config.data.size or native_size(config.data.name)
+    if side is None and given is None:
+        raise ValueError(
+            f"export: {path} does not say how large the images of {config.data.name} were. "
+            f"Give --size."
+        )
+    return _Source(network, None if side is None else (1, 3, side, side), about)
 
 
-def _load(network: "nn.Module", path: Path, plain: set[str]) -> None:
-    """Loads weights; all keys of the plain network must be there, those of attention may."""
+def _load(network: "nn.Module", path: Path, plain: set[str]) -> set[str]:
+    """Loads weights; all keys of the plain network must be there, those of attention may.
+
+    Returns:
+        The keys of attention that are not there.
+    """
     safetensors = require("safetensors.torch", extra="hub", purpose="spem export --weights")
     if not path.is_file():
         raise FileNotFoundError(f"export: there is no file {path}.")
@@ -132,14 +185,15 @@ def _load(network: "nn.Module", path: Path, plain: set[str]) -> None:
     try:
         missing, unexpected = network.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"export: {path} does not fit: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"export: {path} does not fit: {reason}. {_REMEDY}") from error
     lacking = sorted(plain.intersection(missing))
     if lacking or unexpected:
         what = f"lacks {lacking[0]}" if lacking else f"holds {unexpected[0]} too"
         raise ValueError(
-            f"export: {path} {what}: it belongs to another architecture or attention. "
-            f"Name the one it was trained with."
+            f"export: {path} {what}: it belongs to another architecture or attention. {_REMEDY}"
         )
+    return set(missing)
 
 
 def _print(exported: "Exported") -> None:

@@ -13,7 +13,7 @@ TRAIN = 1437
 """Images of the training split; the other 360 are the test split."""
 
 _SOURCE = 8
-_DEFAULT_SIZE = 16
+DEFAULT_SIZE = 16
 
 
 def load_digits(split: Split, *, size: int | None = None) -> ImageSet:
@@ -37,7 +37,7 @@ def load_digits(split: Split, *, size: int | None = None) -> ImageSet:
         ImportError: scikit-learn is not installed.
     """
     check_split(split)
-    size = _DEFAULT_SIZE if size is None else size
+    size = DEFAULT_SIZE if size is None else size
     if size < _SOURCE or size % _SOURCE or size > 512:
         raise ValueError(
             f"digits: size={size} is not a multiple of 8 from 8 to 512. Use 8, 16, 24 or 32."

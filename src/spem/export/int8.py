@@ -72,10 +72,15 @@ def quantize_onnx(
         ImportError: The extra ``export`` is not installed.
         FileNotFoundError: There is no such file or folder.
         ValueError: The file is no ONNX graph or not in float32, holds none of the operators, or
-            there is no calibration input that it can run on.
+            there is no calibration input that it can run on; ``path_out`` is ``path_in``; outputs
+            are not finite. No file is written then.
     """
     source, target = Path(path_in), Path(path_out)
     content = _content(source)
+    if target.exists() and target.samefile(source):
+        raise ValueError(
+            f"quantize_onnx: {target} is the float32 file itself. Name another file to write."
+        )
     if not target.parent.is_dir():
         raise FileNotFoundError(f"quantize_onnx: there is no folder {target.parent}.")
     inputs = [torch.as_tensor(x).detach().cpu().float() for x in calibration]
@@ -94,6 +99,12 @@ def quantize_onnx(
         raise ValueError(
             f"quantize_onnx: calibration: {error} Give inputs of the shape that {source} takes."
         ) from error
+    for x, outputs in zip(inputs, expected, strict=True):
+        if not (_finite([x]) and _finite(outputs)):
+            raise ValueError(
+                f"quantize_onnx: a calibration input {list(x.shape)}, or what {source} makes of "
+                f"it, is not finite. Give inputs of the kind the network will meet."
+            )
     quantized = _quantized(content, inputs, before.input, operators)
     onnx = require("onnx", extra="export", purpose="quantize_onnx")
     proto = onnx.load_from_string(quantized)
@@ -103,11 +114,26 @@ def quantize_onnx(
             f"quantize_onnx: {source} holds none of {', '.join(operators)}; nothing would be "
             f"quantised."
         )
+    about = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, {**about, "spem_precision": "int8"})
+    quantized = proto.SerializeToString()
     after = Session(quantized)
-    differences = [difference(x.shape, e, after(x)) for x, e in zip(inputs, expected, strict=True)]
+    found = [after(x) for x in inputs]
+    if not all(map(_finite, found)):
+        raise ValueError(
+            f"quantize_onnx: in int8 {source} has outputs that are not finite; nothing was "
+            f"written. Give calibration inputs of the kind the network will meet."
+        )
+    differences = [
+        difference(x.shape, e, f) for x, e, f in zip(inputs, expected, found, strict=True)
+    ]
     write(target, quantized)
     worst = max(differences, key=lambda found: found.relative)
     return Quantized(target, len(quantized), operators_of(proto), integer, floating, worst)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _content(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from spem.attention import ChannelAttention
 from spem.export.capture import capture, refuse_fixed_sizes
 from spem.export.checking import Difference, Session, difference, tensors
 from spem.export.files import clean, content_of, operators_of, opset_of, write
-from spem.export.folding import folded
+from spem.export.folding import FoldedStart, folded
 from spem.extras import require
 from spem.insert.sites import default_input
 from spem.models import ResNet
@@ -124,7 +124,7 @@ def to_onnx(
 
     about = {
         "spem_version": __version__,
-        "spem_attention": _attention(model),
+        "spem_attention": _attention(network),
         "spem_precision": precision,
     }
     for key, value in {**about, **(metadata or {})}.items():
@@ -213,12 +213,22 @@ def _converted(program: torch.export.ExportedProgram, opset: int | None, name: s
     return proto
 
 
-def _attention(model: nn.Module) -> str:
-    """The spec of one of our networks, else the names of the attention modules in it."""
-    spec = getattr(model, "spec", None) if isinstance(model, ResNet) else None
+def _attention(network: nn.Module) -> str:
+    """The spec of one of our networks, else the names of the attention modules in the graph.
+
+    Args:
+        network: The folded one: what an alpha of 0 leaves out is not in the graph.
+    """
+    spec = getattr(network, "spec", None) if isinstance(network, ResNet) else None
     if spec is not None:
         return str(spec)
-    names = {m.name for m in model.modules() if isinstance(m, ChannelAttention) and m.name}
+    names: set[str] = set()
+    out: set[nn.Module] = set()
+    for module in network.modules():  # a start comes before what is in it
+        if isinstance(module, FoldedStart) and module.constant == 0.0:
+            out.update(module.modules())
+        elif isinstance(module, ChannelAttention) and module.name and module not in out:
+            names.add(module.name)
     return ", ".join(sorted(names)) or "none"
 
 

@@ -1,0 +1,168 @@
+"""benchmarks/attach_table.py and export_table.py: interrupted, taken up again, errors repeated."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+import attach_table
+import export_table
+
+TINY = ("timm:resnet10t", "timm:mobilenetv3_small_050")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """The scripts set the number of threads, and what becomes of warnings."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        yield
+    torch.set_num_threads(threads)
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def counted(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, stop: int | None = None
+) -> list[object]:
+    """The attentions that a script's `measured` is asked for, until it is stopped at one."""
+    asked: list[object] = []
+    measured = script.measured
+
+    def note(*given: object) -> dict[str, str]:
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(given[0] if isinstance(given[0], str) else given[1])
+        return measured(*given)
+
+    monkeypatch.setattr(script, "measured", note)
+    return asked
+
+
+def test_attach_goes_on_and_repeats_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attach_table, "ARCHITECTURES", TINY)
+    args = ["--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        counted(attach_table, patch, stop=4)  # in the second network
+        with pytest.raises(KeyboardInterrupt):
+            attach_table.main(args)
+    done = rows(tmp_path, "attach.csv")
+    assert [(row["architecture"], row["attention"]) for row in done] == [
+        *((TINY[0], name) for name in attach_table.ATTENTIONS),
+        (TINY[1], "spem"),
+    ]
+    assert not (tmp_path / "attach.md").exists()
+
+    def no_attach(model: torch.nn.Module, attention: str, **options: object) -> None:
+        raise RuntimeError(f"{attention}\nbroke")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach_table.spem, "attach", no_attach)
+        assert attach_table.main(args) == 0
+    found = rows(tmp_path, "attach.csv")
+    assert found[:4] == done
+    assert [row["sites"] for row in found[4:]] == [
+        "RuntimeError: se broke",
+        "RuntimeError: eca broke",
+    ]
+    assert {row["note"] for row in found[4:]} == {"failed"}
+    text = (tmp_path / "attach.md").read_text()
+    assert "Note 1: RuntimeError: se broke\n" in text
+    assert "note 1 / note 2" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+
+    assert attach_table.main(args) == 0  # errors stay
+    assert rows(tmp_path, "attach.csv") == found
+    asked = counted(attach_table, monkeypatch)
+    assert attach_table.main([*args, "--retry"]) == 0
+    assert asked == ["se", "eca"]
+    again = rows(tmp_path, "attach.csv")
+    assert again[:4] == done
+    # mobilenetv3_small_050 has a block of 8 channels: no hidden unit at reduction=16
+    assert again[4]["sites"].startswith("attach: blocks.0.0.bn2: SE: reduction=16")
+    assert (again[5]["sites"], again[5]["note"], again[5]["identity_difference"]) == ("11", "", "0")
+    assert 0 < float(again[0]["onnx_difference"]) < 1e-4
+
+
+def test_an_architecture_that_is_not_there_is_a_row(tmp_path: Path) -> None:
+    assert attach_table.main(["--out", str(tmp_path), "--only", "timm:nosuch"]) == 0
+    (one, *_) = found = rows(tmp_path, "attach.csv")
+    assert len(found) == 3
+    assert one["plain_parameters"].startswith("build: unknown architecture 'timm:nosuch'")
+    assert one["note"] == "failed"
+
+
+def test_export_goes_on_and_repeats_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_table, "specs", lambda: ["none", "eca", "fca"])
+    args = ["--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        counted(export_table, patch, stop=1)
+        with pytest.raises(KeyboardInterrupt):
+            export_table.main(args)
+    assert [row["spec"] for row in rows(tmp_path, "export.csv")] == ["none"]
+
+    real = export_table.to_onnx
+
+    def no_second_size(*given: object, dynamic_size: bool = False, **options: object) -> object:
+        if dynamic_size:
+            raise TypeError("no second size")
+        return real(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_table, "to_onnx", no_second_size)
+        assert export_table.main([*args, "--only", "eca"]) == 0
+    none, eca = rows(tmp_path, "export.csv")
+    assert (eca["dynamic_size"], eca["note"]) == ("TypeError: no second size", "failed")
+    assert eca["operators"].split()[0] == "Conv"
+    assert float(eca["int8"]) < 0.2
+    assert export_table.main([*args, "--only", "eca"]) == 0
+    assert rows(tmp_path, "export.csv") == [none, eca]
+
+    asked = counted(export_table, monkeypatch)
+    assert export_table.main([*args, "--retry", "--latency", "--rounds", "2"]) == 0
+    assert asked == ["eca", "fca"]
+    timed = {row["spec"]: row for row in rows(tmp_path, "export.csv")}
+    assert timed["eca"]["dynamic_size"] == "yes"
+    assert timed["fca"]["dynamic_size"] == "fca is built for maps of one size. " + (
+        "Leave dynamic_size out."
+    )
+    for row in timed.values():
+        assert row["note"] == ""
+        assert float(row["latency_over_plain"]) > 0
+        assert row["latency_rounds"] == "2"
+    text = (tmp_path / "export.md").read_text()
+    assert "| `eca` | " in text
+    assert "commit " in text
+
+
+def test_a_row_with_an_error_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_table, "specs", lambda: ["none", "eca"])
+    real = export_table.host
+
+    def host(spec: str) -> torch.nn.Module:
+        if spec == "eca":
+            raise AssertionError("no network")
+        return real(spec)
+
+    monkeypatch.setattr(export_table, "host", host)
+    args = ["--out", str(tmp_path), "--latency", "--rounds", "2"]
+    assert export_table.main(args) == 0
+    none, eca = rows(tmp_path, "export.csv")
+    assert (eca["fp32"], eca["note"]) == ("AssertionError: no network", "failed")
+    assert (eca["latency_over_plain"], none["latency_rounds"]) == ("", "2")
