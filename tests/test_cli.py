@@ -133,7 +133,7 @@ def test_a_missing_extra_ends_in_the_line_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert call(["list"]) == 2
-    assert capsys.readouterr().err.endswith('pip install "spem[train]"\n')
+    assert capsys.readouterr().err.endswith('pip install ".[train]"\n')
     assert call([]) == 0  # help needs nothing
 
 

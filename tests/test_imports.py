@@ -59,7 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "bench": {"seeding", "ops", "attention", "models", "cost", "training", "bench"},
     "explain": {"attention", "gates", "insert", "ops", "explain"},
     # networks of others are rebuilt with what was attached to them; results come from runs
-    "hub": {"attention", "models", "insert", "data", "training", "hub"},
+    "hub": {"ops", "attention", "models", "insert", "data", "training", "hub"},
     # the commands import inside themselves only (see the test below)
     "cli": {
         "seeding",

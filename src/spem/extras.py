@@ -23,6 +23,6 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             raise  # the dependency is there and broken: its own message says more
         raise ImportError(
             f"{purpose} needs {missing.partition('.')[0]}, which is not installed. "
-            f'Install it: pip install "spem[{extra}]"',
+            f'Install it, from a checkout: pip install ".[{extra}]"',
             name=error.name,
         ) from error

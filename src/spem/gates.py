@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -167,13 +167,10 @@ class Inspection:
         """Computes the gate of a forward that is about to run, and leaves no trace of it."""
         assert isinstance(module, ChannelAttention)
         x: Tensor = inputs[0]
-        kept = {name: buffer.clone() for name, buffer in module.named_buffers()}
         devices = [x.device] if x.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _spare_buffers(module):
             gate = module.gate(x)
             shift = module.shift(x) if module.needs.adds else None
-            for name, buffer in module.named_buffers():
-                buffer.copy_(kept[name])  # a norm in training has counted this batch
         self._write(said, attention, gate, x.shape[0], shift)
 
     def _write(
@@ -265,6 +262,26 @@ def _expanded(value: Tensor, images: int, channels: int) -> Tensor:
     value = value.expand(images, channels, *value.shape[2:])
     flat = value.dim() > 2 and all(size == 1 for size in value.shape[2:])
     return value.flatten(1) if flat else value
+
+
+@contextmanager
+def _spare_buffers(module: nn.Module) -> Generator[None]:
+    """Clones in the place of the buffers, which a norm in training counts a batch in.
+
+    The buffers themselves are never written: autograd may have kept them for a backward pass.
+    """
+    kept = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+    try:
+        for part, name, buffer in kept:
+            setattr(part, name, buffer.clone())
+        yield
+    finally:
+        for part, name, buffer in kept:
+            setattr(part, name, buffer)
 
 
 def _begun(said: _Name, call: Callable[[], Any]) -> Any:

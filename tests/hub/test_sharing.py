@@ -138,6 +138,23 @@ def test_refusals_of_the_hub_are_told_in_a_sentence(recorder: Recorder, tmp_path
     assert not any(name == "upload_folder" for name, _ in recorder.calls)
 
 
+class NoRouteError(Exception):
+    """A transport's own: of no type of the hub's client, and no OSError."""
+
+
+def test_a_transport_that_fails_is_told_in_a_sentence(
+    recorder: Recorder, run: Path, capsys: pytest.CaptureFixture[str]
+):
+    recorder.refuses = NoRouteError("[Errno -2] Name or service not known\nand a traceback")
+    said = r"me/net cannot be reached: \[Errno -2\] Name or service not known$"
+    with pytest.raises(OSError, match=said):
+        spem.push_to_hub(spem.resnet(11), "me/net")
+    with pytest.raises(OSError, match=r"no folder me/net, .* cannot be reached: \[Errno -2\]"):
+        spem.from_pretrained("me/net")
+    assert cli.main(["share", str(run), "--to", "me/net"]) == 2
+    assert "me/net cannot be reached" in capsys.readouterr().err
+
+
 # ---- the card
 
 
@@ -179,6 +196,7 @@ def test_a_card_without_results_says_so_and_its_example_runs(tmp_path: Path):
     assert "license" not in card.data.to_dict()
     assert "No results are stated." in card.text
     assert "Citation" not in card.text
+    assert 'from a checkout of spem: `pip install ".[hub]"`' in card.text
     (example,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
     names: dict[str, Any] = {}
     exec(example, names)
@@ -232,6 +250,49 @@ def test_a_run_is_shared_with_its_result(run: Path, tmp_path: Path):
     assert parsed(tmp_path / "again").data.eval_results[0].metric_value == result.accuracy
 
 
+def test_a_folder_named_like_a_known_set_is_not_that_set(run: Path, tmp_path: Path):
+    """Its images may be anything, so neither the hub's id nor names of classes are stated."""
+    from spem.training import save_weights
+    from spem.training.results import write_result
+
+    model, config = load_weights(run / "model.safetensors")
+    result = read_result(run)
+    assert result is not None
+    config = replace(config, data=replace(config.data, name=str(tmp_path / "cifar10"), size=None))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    save_weights(model, config, mine / "model.safetensors")
+    write_result(replace(result, dataset=config.data.name, id=config.id), mine)
+    weights = mine / "model.safetensors"
+    result = replace(result, dataset=config.data.name, id=load_weights(weights)[1].id)
+    write_result(result, mine)
+    share_run(mine, tmp_path / "out")
+    shared = read_shared(tmp_path / "out")
+    assert shared.classes is None
+    assert shared.images is not None
+    assert shared.images.size is None
+    card = parsed(tmp_path / "out")
+    assert "datasets" not in card.data.to_dict()
+    (told,) = card.data.eval_results
+    assert told.dataset_type == told.dataset_name == "cifar10 (a folder of the author's)"
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_known_sets_are_known_by_name_and_id_alone():
+    from spem.data import load_images
+    from spem.data.names import class_names, known_name, native_size
+
+    assert known_name("uoft-cs/cifar100") == known_name("cifar100") == "cifar100"
+    assert known_name("./cifar10") is known_name("mine/cifar10") is known_name("digit") is None
+    digits = load_images("digits", "test")
+    assert native_size("digits") == digits.images.shape[2] == digits.images.shape[3]
+    assert class_names("digits", 10) == digits.classes
+    assert native_size("cifar10") == native_size("uoft-cs/cifar100") == 32
+    assert native_size("mine/cifar10") is None
+    assert class_names("uoft-cs/cifar10", 10)[3] == "cat"
+    assert class_names("cifar10", 11) is class_names("mine/cifar10", 10) is None
+
+
 def test_a_result_of_another_run_is_refused(run: Path, tmp_path: Path):
     mixed = tmp_path / "mixed"
     shutil.copytree(run, mixed)
@@ -249,9 +310,11 @@ def test_the_command_sends_nothing_unless_asked(
     run: Path, tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "shared"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not of this command")
     assert cli.main(["share", str(run), "--folder", str(folder), "--license", "mit"]) == 0
     out = capsys.readouterr().out
-    assert "README.md, config.json, model.safetensors" in out
+    assert f"{folder}: README.md, config.json, model.safetensors\n" in out
     assert recorder.calls == []
     assert parsed(folder).data.license == "mit"
     assert cli.main(["share", str(run), "--to", "me/net"]) == 0

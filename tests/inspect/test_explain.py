@@ -59,6 +59,14 @@ def test_what_is_seen_is_what_runs():
         assert not block.spatial
 
 
+def test_a_frozen_norm_stays_frozen():
+    model = network("spem").train()
+    model.get_submodule("layer1.0.bn1").eval()
+    modes = [module.training for module in model.modules()]
+    explain(model, IMAGE)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_gates_of_positions_are_shown_themselves():
     (first, *_) = explain(network("sge"), IMAGE).blocks
     assert first.spatial
@@ -202,6 +210,18 @@ def test_what_cannot_be_explained(
     assert cli.main(call) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_run_that_has_not_finished_is_told_apart(tmp_path: Path):
+    from spem.cli.subject import read_subject
+
+    (tmp_path / "config.json").write_text('{"config": {}}')  # as a run writes it when planned
+    with pytest.raises(FileNotFoundError, match=r"x: .* holds no model\.safetensors: .* finished"):
+        read_subject(tmp_path, "x")
+    with pytest.raises(FileNotFoundError, match=r"x: No such file: .*gone"):
+        read_subject(tmp_path / "gone", "x")
+    subject = read_subject(WEIGHTS / "se-seed0.safetensors", "x")
+    assert (subject.size, subject.data, subject.classes[3]) == (32, "cifar10", "cat")
 
 
 def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
@@ -76,6 +77,26 @@ def test_outputs_gradients_and_statistics_stay_bit_for_bit(spec: str):
         for a, b in zip(plain.state_dict().values(), seen.state_dict().values(), strict=True)
     )
     assert untouched(seen)
+
+
+@pytest.mark.parametrize("spec", spem.list_attention())
+def test_two_passes_before_one_backward(spec: str):
+    """Nothing that autograd kept of the first pass is written to by the second."""
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    plain = scattered(spem.resnet(11, attention=spec))
+    seen = copy.deepcopy(plain)
+    for train in (True, False):
+        random = torch.random.get_rng_state()
+        found: list[list[torch.Tensor]] = []
+        for model in (plain, seen):
+            model.train(train).zero_grad()
+            buffers = {name: id(buffer) for name, buffer in model.named_buffers()}
+            torch.random.set_rng_state(random)
+            with spem.inspect(model) if model is seen else contextlib.nullcontext():
+                (model(x).square().mean() + model(x.flip(0)).mean()).backward()
+            assert buffers == {name: id(buffer) for name, buffer in model.named_buffers()}
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("train", [True, False])

@@ -1,39 +1,16 @@
 """`spem explain`: what the attention of trained weights keeps of an image, told and drawn."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.output import print_json, print_table, unknown
+from spem.cli.subject import Subject, read_subject
 from spem.extras import require
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from spem.explain import BlockView, Explanation
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Trained weights, and what is known of the images they take.
-
-    Attributes:
-        model: The network.
-        what: The network in words.
-        data: Name of the set it was trained on, or None.
-        size: Height and width of the images, or None.
-        mean: Of the normalisation.
-        std: Of the normalisation.
-        classes: The names of the classes, or None.
-    """
-
-    model: "nn.Module"
-    what: str
-    data: str | None
-    size: int | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...] | None
 
 
 def run(args: list[str]) -> None:
@@ -70,13 +47,13 @@ def run(args: list[str]) -> None:
         from spem import explain as looking
         from spem.data import normalise
 
-        subject = read(checkpoint)
+        subject = read_subject(checkpoint, "explain")
         shown, said = pixels(image, subject, root)
         seen = looking.explain(subject.model, normalise(shown[None], subject.mean, subject.std))
         count = 0 if seen.probabilities is None else len(seen.probabilities)
         classes = subject.classes or tuple(str(number) for number in range(count))
         marked = None if label is None else _class_number(label, classes)
-        title = f"{checkpoint.name}: {subject.what}, {said}"
+        title = f"{checkpoint.name}: {subject.text}, {said}"
         looking.draw(
             seen, shown, out, title=title, classes=classes, marked=marked, blocks=blocks, top=top
         )
@@ -99,42 +76,6 @@ def run(args: list[str]) -> None:
         print(f"picture: {out}")
 
     tyro.cli(explain, prog="spem explain", args=args)
-
-
-def read(checkpoint: Path) -> Subject:
-    """Weights of any of the kinds that the command takes.
-
-    Raises:
-        FileNotFoundError: Nothing of this name, or no weights in the folder.
-        ValueError: The weights are damaged, or a shared network does not say how images are
-            normalised.
-    """
-    from spem.data import NORMALISATION
-    from spem.data.names import class_names
-    from spem.training import load_weights
-
-    if checkpoint.is_dir() and not (checkpoint / "result.json").exists():
-        from spem.hub import read_shared
-
-        shared = read_shared(checkpoint)
-        if shared.images is None:
-            raise ValueError(
-                f"explain: {checkpoint} does not say how its images were normalised. "
-                f"Write it again: spem.save_pretrained(..., images=...)."
-            )
-        images = shared.images
-        what = type(shared.model).__name__
-        return Subject(
-            shared.model, what, None, images.size, images.mean, images.std, shared.classes
-        )
-    path = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    model, config = load_weights(path)
-    name = Path(config.data.name).name
-    mean, std = NORMALISATION[config.data.normalisation]
-    what = f"ResNet-{config.model.depth}, attention {config.model.attention}"
-    size = config.data.size or {"cifar10": 32, "cifar100": 32}.get(name)
-    names = class_names(name, model.classes)
-    return Subject(model, what, config.data.name, size, mean, std, names)
 
 
 def pixels(image: str, subject: Subject, root: Path | None) -> "tuple[Tensor, str]":

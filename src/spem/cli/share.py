@@ -31,6 +31,7 @@ def run(args: list[str]) -> None:
             private: Make a new repository private.
         """
         from spem.hub import share_run
+        from spem.hub.folder import FILES
         from spem.hub.remote import check_id, push_folder
 
         if folder is None and to is None:
@@ -42,7 +43,7 @@ def run(args: list[str]) -> None:
         with TemporaryDirectory() as temporary:
             written = share_run(weights, folder or temporary, license=license, repo_id=to)
             if folder is not None:
-                print(f"{folder}: {', '.join(sorted(path.name for path in written.iterdir()))}")
+                print(f"{folder}: {', '.join(sorted(FILES))}")
                 print(f'load it: spem.from_pretrained("{to or folder}")')
             if to is not None:
                 print(f"sent: {push_folder(written, to, private=private or None)}")

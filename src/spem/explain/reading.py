@@ -80,7 +80,8 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
     """Shows one image to a network and looks at what each of its attentions keeps.
 
     Tails are composed meanwhile, since a fused one never forms the map that its gate multiplies;
-    the numbers are those of ``impl="reference"``. The mode of the network is restored.
+    the numbers are those of ``impl="reference"``. The mode of every module is
+    restored.
 
     Shape:
         image: [1, 3, H, W], normalised as in training.
@@ -103,9 +104,10 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
         shown = inputs[0] if module.needs.replaces is None else output
         maps.append((module, shown[0].detach().float().cpu()))
 
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
-        stack.callback(model.train, training)
+        for module, mode in modes:  # each its own: a norm may be frozen in a network in training
+            stack.callback(setattr, module, "training", mode)
         stack.enter_context(use_impl("reference"))
         for attention in attentions:
             stack.callback(attention.register_forward_hook(keep).remove)

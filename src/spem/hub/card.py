@@ -58,7 +58,7 @@ def card(
         "```",
         "",
         "Nothing in the folder is executed: the weights are safetensors, the config is JSON. "
-        f'Install: `pip install "spem[{extras}]"`.',
+        f'Install, from a checkout of spem: `pip install ".[{extras}]"`.',
         "",
         *_images(config),
         "## Results",
@@ -127,7 +127,7 @@ def _metadata(
 
 
 def _id(dataset: str) -> str:
-    """What the hub calls a set."""
+    """What the hub calls a set of this very name."""
     from spem.data import HUB_IDS  # reads images with numpy; not at import
 
     return HUB_IDS.get(dataset, dataset)

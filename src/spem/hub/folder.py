@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,15 @@ from spem.extras import require
 from spem.hub.card import card
 from spem.hub.fields import fields, sequence
 from spem.hub.measured import Results, measured
-from spem.hub.network import describe, dtype_of, misfit, rebuild
+from spem.hub.network import checked, describe, dtype_of, misfit, rebuild
 from spem.hub.remote import fetch
+from spem.hub.sameness import same_outputs
+from spem.hub.sizes import misfit_of
 
 SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FILES = (CARD, CONFIG, WEIGHTS)
 _NONE = type(None)
 _CONFIG = {
     "schema": (int,),
@@ -83,12 +87,13 @@ def save_pretrained(
 
     The folder gets ``model.safetensors``, ``config.json`` (architecture, attention, arguments of
     `spem.attach`) and a model card, ``README.md``, which states measured results only. Before
-    anything is written, the network is built from that config and compared tensor by tensor.
+    anything is written, the network is built from that config and compared: tensor by tensor, then
+    by the outputs of both for one random input.
 
     Args:
         model: A network of `spem.resnet`, or one of timm or torchvision, with or without attached
             attention.
-        folder: Is made if it is not there; the three files are replaced.
+        folder: Is made if it is not there; what an earlier call wrote is replaced.
         results: What was measured, for the card: the folder of a finished run, or tables with
             ``dataset``, ``metric``, ``value`` and, if wished, ``split`` and ``note``.
         arch: The architecture, such as ``"torchvision:resnet50"``; timm's networks say it.
@@ -104,24 +109,31 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: The network cannot be made from a config, is of several dtypes, or a result is
-            no number.
+        ValueError: The network cannot be made from a config, is of several dtypes, a result is no
+            number, or the folder holds files of these names that another program wrote.
         ImportError: An extra is missing; the message ends in the line that installs it.
     """
     from spem import __version__
+    from spem.training.checkpoint import write_atomic
 
     asker = "save_pretrained"
     safetensors = require("safetensors.torch", extra="hub", purpose=asker)
     network, calls = describe(model, arch, options, asker=asker)
     dtype = dtype_of(model, asker=asker)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    wrong = misfit(tensors, _built(network, calls, dtype, asker).state_dict())
+    built = _built(network, calls, dtype, asker)
+    wrong = misfit(tensors, built.state_dict())
     if wrong is not None:
         what = network.get("arch", "spem.resnet")
         raise ValueError(
             f"{asker}: {what}, built anew, is another network: {wrong}. "
             f"Pass arch= and options= as it was built, and change it by spem.attach alone."
         )
+    built.load_state_dict(tensors)
+    outputs = same_outputs(model, built, asker=asker)
+    count = outputs[0].shape[1] if len(outputs) == 1 and outputs[0].dim() == 2 else None
+    if network["kind"] == "torchvision" and count is not None:
+        network["options"]["num_classes"] = count  # which the network itself does not tell
     content: bytes = safetensors.save(tensors, {"format": "pt"})
     config = {
         "schema": SCHEMA,
@@ -134,13 +146,14 @@ def save_pretrained(
         "classes": None if classes is None else list(classes),
         "weights_sha256": hashlib.sha256(content).hexdigest(),
     }
-    _check(asker, config, network.get("classes"))
+    _check(asker, config)
     text = card(model, config, measured(results), license=license, repo_id=repo_id)
     folder = Path(folder)
+    _refuse_foreign(folder, asker)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(content)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(text, encoding="utf-8")
+    write_atomic(folder / WEIGHTS, content)
+    write_atomic(folder / CARD, text.encode())
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
     return folder
 
 
@@ -210,12 +223,12 @@ def read_shared(folder: str | Path) -> Shared:
         tensors: dict[str, Tensor] = safetensors.load(content)
     except Exception as error:  # safetensors has its own exception types for broken files
         raise ValueError(f"{asker}: {WEIGHTS} is no safetensors file ({error}).") from error
-    model = _built(config["network"], config["attach"], _DTYPES[config["dtype"]], asker)
-    wrong = misfit(tensors, model.state_dict())
-    if wrong is not None:
-        raise ValueError(
-            f"{asker}: {wrong}. Weights and config belong to different networks; fetch both again."
-        )
+    network, calls, dtype = config["network"], config["attach"], _DTYPES[config["dtype"]]
+    with torch.random.fork_rng(devices=[]):
+        wrong = misfit_of(tensors, network, calls, dtype, subject=asker)
+    _refuse_misfit(wrong, asker)
+    model = _built(network, calls, dtype, asker)
+    _refuse_misfit(misfit(tensors, model.state_dict()), asker)
     model.load_state_dict(tensors)
     images = config["images"]
     return Shared(
@@ -223,6 +236,28 @@ def read_shared(folder: str | Path) -> Shared:
         None if images is None else Images(images["size"], *_mean_std(asker, images)),
         None if config["classes"] is None else tuple(config["classes"]),
     )
+
+
+def _refuse_foreign(folder: Path, asker: str) -> None:
+    """Raises ValueError where a file would be replaced that `save_pretrained` did not write."""
+    there = [name for name in FILES if (folder / name).exists()]
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    ours = isinstance(config, dict) and config.get("library_name") == "spem"
+    if there and not ours:
+        raise ValueError(
+            f"{asker}: {folder / there[0]} is there and was not written by save_pretrained. "
+            f"Name another folder."
+        )
+
+
+def _refuse_misfit(wrong: str | None, asker: str) -> None:
+    if wrong is not None:
+        raise ValueError(
+            f"{asker}: {wrong}. Weights and config belong to different networks; fetch both again."
+        )
 
 
 def _read_config(path: Path, asker: str) -> dict[str, Any]:
@@ -237,11 +272,11 @@ def _read_config(path: Path, asker: str) -> dict[str, Any]:
             f"Use the version that wrote it, or write it anew with save_pretrained."
         )
     config = fields(f"{asker}: {path.name}", config, _CONFIG)
-    _check(asker, config, config["network"].get("classes"))
+    _check(asker, config)
     return config
 
 
-def _check(asker: str, config: dict[str, Any], count: object) -> None:
+def _check(asker: str, config: dict[str, Any]) -> None:
     """Checks what a config says beside the network."""
     if config["dtype"] not in _DTYPES:
         raise ValueError(
@@ -251,10 +286,14 @@ def _check(asker: str, config: dict[str, Any], count: object) -> None:
         images = fields(f"{asker}: images", config["images"], _IMAGES)
         mean, std = _mean_std(asker, images)
         size = images["size"]
-        if len(mean) != len(std) or min(std, default=0) <= 0 or (size is not None and size < 1):
+        finite = all(math.isfinite(value) for value in (*mean, *std))
+        paired = finite and len(mean) == len(std) and min(std, default=0) > 0
+        if not paired or (size is not None and size < 1):
             raise ValueError(f"{asker}: images={images!r} is no size with means and deviations.")
     classes = sequence(asker, "classes", config["classes"], str)
-    if classes is not None and isinstance(count, int) and len(classes) != count:
+    kind, given = checked(config["network"], subject=asker)
+    count = given["classes"] if kind == "spem.resnet" else given["options"].get("num_classes")
+    if classes is not None and count is not None and len(classes) != count:
         raise ValueError(
             f"{asker}: {len(classes)} names of classes for {count} outputs. Name each of them."
         )
@@ -267,7 +306,8 @@ def _mean_std(asker: str, images: Mapping[str, Any]) -> tuple[tuple[float, ...],
 
 
 def _built(network: object, calls: object, dtype: torch.dtype, subject: str) -> nn.Module:
-    return rebuild(network, calls, subject=subject).to(dtype)
+    with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
+        return rebuild(network, calls, subject=subject).to(dtype)
 
 
 def _images_of(model: nn.Module) -> dict[str, Any] | None:

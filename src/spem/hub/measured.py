@@ -16,7 +16,7 @@ class Measured:
     """One measured number.
 
     Attributes:
-        dataset: Short name of the set, or its id on the hub.
+        dataset: Short name of the set, or its id on the hub; another text for any other set.
         metric: What was measured; accuracies are percent.
         value: The number.
         split: The part of the set.
@@ -68,8 +68,19 @@ def of_run(folder: Path) -> Measured:
     ]
     if result.commit is not None:
         notes.append(f"commit {result.commit}")
-    name = Path(result.dataset).name
-    return Measured(name, "accuracy", result.accuracy, note=", ".join(notes))
+    return Measured(
+        published_name(result.dataset), "accuracy", result.accuracy, note=", ".join(notes)
+    )
+
+
+def published_name(dataset: str) -> str:
+    """What a card calls the set of a run: a known set by its name, a folder as a folder.
+
+    Where the folder lies is nobody's business, and it is not the known set it may be named after.
+    """
+    from spem.data.names import known_name  # reads images with numpy; not at import
+
+    return known_name(dataset) or f"{Path(dataset).name} (a folder of the author's)"
 
 
 def _told(table: Mapping[str, Any]) -> Measured:

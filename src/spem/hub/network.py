@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from spem.attention import spec_text
 from spem.hub.fields import fields, sequence
 from spem.insert import attach
-from spem.insert.architectures import OPTIONS, build, library_of
+from spem.insert.architectures import OPTIONS, build, check_options, library_of
 from spem.insert.attached import Attached, remembered
 from spem.models import ResNet, resnet
 
 _NONE = type(None)
+_LARGEST_INPUT = 2**26
+"""Numbers in the input that attention was traced with; no image is larger."""
 _OURS = {"kind": (str,), "depth": (int,), "classes": (int,), "attention": (str,), "block": (str,)}
 _THEIRS = {"kind": (str,), "arch": (str,), "options": (dict,)}
 _ATTACHED = {
@@ -68,10 +71,28 @@ def describe(
         )
     library, name = library_of(arch, asker)
     given = dict(options or {})
-    if library == "timm" and "num_classes" not in given:
-        count = getattr(model, "num_classes", None)
-        given |= {"num_classes": count} if isinstance(count, int) else {}
+    if library == "timm":
+        given = _said(model, name, asker) | given
     return {"kind": library, "arch": name, "options": given}, calls
+
+
+def _said(model: nn.Module, arch: str, asker: str) -> dict[str, Any]:
+    """The options that a timm network shows: its number of classes, and what is not usual."""
+    shown = _shown(model)
+    with torch.random.fork_rng(devices=[]):
+        usual = _shown(build(f"timm:{arch}", asker=asker))
+    return {k: v for k, v in shown.items() if k == "num_classes" or v != usual.get(k, v)}
+
+
+def _shown(model: nn.Module) -> dict[str, Any]:
+    found = {name: getattr(model, name, None) for name in ("num_classes", "in_chans")}
+    shown: dict[str, Any] = {k: v for k, v in found.items() if isinstance(v, int)}
+    for owner in (model, getattr(model, "head", None)):
+        pool = getattr(owner, "global_pool", None)
+        kind = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
+        if isinstance(kind, str):
+            return shown | {"global_pool": kind}
+    return shown
 
 
 def rebuild(network: object, calls: object, *, subject: str) -> nn.Module:
@@ -88,27 +109,36 @@ def rebuild(network: object, calls: object, *, subject: str) -> nn.Module:
     Raises:
         ValueError: A field is unknown, missing or of another type, or names something unknown.
     """
+    kind, given = checked(network, subject=subject)
+    if kind == "spem.resnet":
+        model: nn.Module = resnet(
+            given["depth"], given["classes"], attention=given["attention"], block=given["block"]
+        ).eval()
+    else:
+        model = build(f"{kind}:{given['arch']}", given["options"], asker=subject)
+    if not isinstance(calls, list):
+        raise ValueError(f"{subject}: attach must be a list, found {type(calls).__name__}.")
+    for call in cast("list[object]", calls):
+        _attach(model, f"{subject}: attach", call)
+    return model
+
+
+def checked(network: object, *, subject: str) -> tuple[str, dict[str, Any]]:
+    """The kind of a described network and its fields, each of its type.
+
+    Raises:
+        ValueError: The kind is unknown, or a field is unknown, missing or of another type.
+    """
     kind = cast("dict[str, Any]", network).get("kind") if isinstance(network, dict) else None
     subject_here = f"{subject}: network"
-    try:
-        if kind == "spem.resnet":
-            given = fields(subject_here, network, _OURS)
-            model: nn.Module = resnet(
-                given["depth"], given["classes"], attention=given["attention"], block=given["block"]
-            ).eval()
-        elif kind in OPTIONS:
-            given = fields(subject_here, network, _THEIRS)
-            model = build(f"{kind}:{given['arch']}", given["options"], asker=subject)
-        else:
-            known = ", ".join(["spem.resnet", *OPTIONS])
-            raise ValueError(f"{subject_here} is of an unknown kind {kind!r}. Known: {known}.")
-        if not isinstance(calls, list):
-            raise ValueError(f"{subject}: attach must be a list, found {type(calls).__name__}.")
-        for call in cast("list[object]", calls):
-            _attach(model, f"{subject}: attach", call)
-    except AttributeError as error:
-        raise ValueError(f"{subject}: the network has no part of that name ({error}).") from error
-    return model
+    if kind == "spem.resnet":
+        return kind, fields(subject_here, network, _OURS)
+    if isinstance(kind, str) and kind in OPTIONS:
+        given = fields(subject_here, network, _THEIRS)
+        check_options(kind, given["options"], subject)
+        return kind, given
+    known = ", ".join(["spem.resnet", *OPTIONS])
+    raise ValueError(f"{subject_here} is of an unknown kind {kind!r}. Known: {known}.")
 
 
 def _attach(model: nn.Module, subject: str, values: object) -> None:
@@ -125,11 +155,18 @@ def _attach(model: nn.Module, subject: str, values: object) -> None:
         where=False,
         **lists,
     )
+    shape = call.input_shape
+    if shape is not None and (min(shape, default=0) < 1 or math.prod(shape) > _LARGEST_INPUT):
+        raise ValueError(f"{subject}: input_shape={list(shape)} is no shape of an input.")
+    try:
+        part = model.get_submodule(given["part"])
+    except AttributeError as error:
+        raise ValueError(f"{subject}: the network has no part of that name ({error}).") from error
     arguments = {k: v for k, v in dataclasses.asdict(call).items() if k != "where"}
     with warnings.catch_warnings():
         # Weights that do not go over into attention come from the file.
         warnings.filterwarnings("ignore", message="attach: the weights of")
-        attach(model.get_submodule(given["part"]), **arguments)
+        attach(part, **arguments)
 
 
 def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:

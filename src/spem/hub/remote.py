@@ -101,6 +101,8 @@ def push_folder(
             f"push_to_hub: cannot write to {repo_id}: {_first_line(error)} "
             f"Log in with `hf auth login`, with a token that may write there."
         ) from error
+    except Exception as error:  # a transport has its own exception types
+        raise OSError(f"push_to_hub: {repo_id} cannot be reached: {_first_line(error)}") from error
     return str(commit.commit_url)
 
 
@@ -140,6 +142,11 @@ def fetch(
         raise OSError(
             f"from_pretrained: there is no folder {repo_id}, and the repository of this name "
             f"cannot be fetched: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # a transport has its own exception types
+        raise OSError(
+            f"from_pretrained: there is no folder {repo_id}, and the repository of this name "
+            f"cannot be reached: {_first_line(error)}"
         ) from error
     return Path(folder)
 

@@ -29,7 +29,7 @@ def share_run(
             run than the weights.
     """
     from spem.data import NORMALISATION
-    from spem.data.names import class_names
+    from spem.data.names import class_names, native_size
     from spem.training import load_weights, read_result
 
     run = Path(run)
@@ -38,6 +38,7 @@ def share_run(
         raise FileNotFoundError(f"share: there are no weights {weights}. Name a finished run.")
     model, config = load_weights(weights)
     results: list[Measured] = []
+    name = config.data.name
     if run.is_dir():
         results = [of_run(run)]
         result = read_result(run)
@@ -47,9 +48,9 @@ def share_run(
                 f"share: {run} holds the weights of run {config.id}, seed {config.seed}, and the "
                 f"result of run {result.id}, seed {result.seed}. Name a folder of one run."
             )
+        name = result.dataset  # weights keep the last part of a path alone
     mean, std = NORMALISATION[config.data.normalisation]
-    name = Path(config.data.name).name
-    size = config.data.size or {"cifar10": 32, "cifar100": 32, "digits": 16}.get(name)
+    size = config.data.size or native_size(name)
     return save_pretrained(
         model,
         folder,

@@ -77,13 +77,14 @@ def build(
                 timm = require("timm", extra="timm", purpose=asker)
                 return timm.create_model(name, pretrained=False, **given).eval()
             models = require("torchvision.models", extra="timm", purpose=asker)
-            if any(part in name for part in _COMPOSED):
-                given["weights_backbone"] = None
-            return models.get_model(name, weights=None, **given).eval()
-        except TypeError as error:
-            if not options:
-                raise
-            raise ValueError(f"{asker}: {arch} does not take {sorted(options)}: {error}") from error
+            backbone = {"weights_backbone": None} if any(p in name for p in _COMPOSED) else {}
+            return models.get_model(name, weights=None, **backbone, **given).eval()
+        except ImportError:
+            raise
+        except Exception as error:  # these packages assert, look up and raise what they will
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            how = f"with {given}" if given else "at all"
+            raise ValueError(f"{asker}: {arch} cannot be built {how}: {said}") from error
 
 
 def check_options(library: str, options: Mapping[str, object], asker: str) -> None:

@@ -1,0 +1,192 @@
+"""from_pretrained on folders of strangers: one sentence, nothing executed, no memory taken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import spem
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = spem.resnet(11, attention="bam")  # which leaves the blocks' tails free
+    spem.attach(model, "eca", stages=1)
+    return spem.save_pretrained(model, tmp_path_factory.mktemp("written"))
+
+
+def put(folder: Path, *, to: Path, weights: bytes | None = None, **fields: Any) -> Path:
+    """A copy of a folder with another config; a new file of weights gets its right checksum."""
+    config = json.loads((folder / "config.json").read_text())
+    content = (folder / "model.safetensors").read_bytes() if weights is None else weights
+    config["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    for key, value in fields.items():
+        *path, last = key.split("__")
+        table = config
+        for part in path:
+            table = table[int(part) if part.isdecimal() else part]
+        table.pop(last) if value is ... else table.__setitem__(last, value)
+    (to / "config.json").write_text(json.dumps(config))
+    (to / "model.safetensors").write_bytes(content)
+    return to
+
+
+def test_the_copy_itself_is_read(written: Path, tmp_path: Path):
+    one = spem.from_pretrained(written).state_dict()
+    two = spem.from_pretrained(put(written, to=tmp_path)).state_dict()
+    assert list(one) == list(two)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema": 2}, "is of layout 2, this version of spem reads 1"),
+        ({"schema": ...}, "is of layout None"),
+        ({"auto_map": {"AutoModel": "code.py"}}, "has no field 'auto_map'"),
+        ({"dtype": ...}, "lacks the field 'dtype'"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown"),
+        ({"attach": {}}, "attach={} must be of type list"),
+        ({"network": []}, r"network=\[\] must be of type dict"),
+        ({"network__kind": "pickle"}, "unknown kind 'pickle'. Known: spem.resnet, timm"),
+        ({"network__depth": "11"}, "depth='11' must be of type int"),
+        ({"network__depth": True}, "depth=True must be of type int"),
+        ({"network__depth": 12}, "depth=12 is not 9n"),
+        ({"network__block": "wide"}, "block='wide' is unknown"),
+        ({"network__attention": "spme"}, "unknown attention 'spme'"),
+        ({"network__attention": "__import__('os').abort()"}, "cannot read attention"),
+        ({"network__weights": "x.pth"}, "has no field 'weights'"),
+        (
+            {"network__attention": "se"},
+            "the weights lack 'layer1.0.attention.attention.alpha' and 13",
+        ),
+        ({"attach": []}, "hold beside those of the network"),
+        ({"network__classes": 4}, r"'fc.weight' has the shape \[10, 256\], the network's is"),
+        ({"attach__0__part": "layer9"}, "no part of that name"),
+        ({"attach__0__stages": ["1"]}, r"stages=\['1'\] must be a list of int"),
+        ({"attach__0__where": "lambda m: m"}, "has no field 'where'"),
+        ({"attach__0__start": "half"}, "start='half' is unknown"),
+        ({"classes": ["a"]}, "1 names of classes for 10 outputs"),
+        ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is no size with means"),
+        (
+            {"network": {"kind": "timm", "arch": "resnet18", "options": {"pretrained": True}}},
+            "take no option 'pretrained' here",
+        ),
+        ({"network__kind": []}, r"unknown kind \[\]"),
+        ({"network__depth": 9_000_002}, "depth=9000002 is too large for 1"),
+        ({"network__classes": 10**30}, "classes=10{30} is too large"),
+        (
+            {"network": {"kind": "timm", "arch": "resnet18", "options": {"num_classes": 10**9}}},
+            "num_classes=1000000000 is too large",
+        ),
+        (
+            {
+                "network": {"kind": "timm", "arch": "vit_giant_patch14_224", "options": {}},
+                "attach": [],
+            },
+            "the weights lack 'blocks.0.attn.proj.bias'",
+        ),
+        (
+            {"network": {"kind": "timm", "arch": "vit_giant_patch14_224", "options": {}}},
+            r"the network without attention has 1,0\d\d,\d\d\d,\d\d\d numbers, the weights have 1",
+        ),
+        (
+            {"network": {"kind": "timm", "arch": "resnet18", "options": {"global_pool": "bogus"}}},
+            "timm:resnet18 cannot be built with {'global_pool': 'bogus'}: ",
+        ),
+        (
+            {"network": {"kind": "timm", "arch": "resnet18", "options": {"output_stride": 3}}},
+            "timm:resnet18 cannot be built with {'output_stride': 3}: ",
+        ),
+        (
+            {"network": {"kind": "timm", "arch": "resnet10t.nosuch", "options": {}}},
+            "timm:resnet10t.nosuch cannot be built at all: ",
+        ),
+        (
+            {"network": {"kind": "timm", "arch": "vgg11", "options": {"output_stride": 3}}},
+            "timm:vgg11 cannot be built with",
+        ),
+        ({"attach__0__input_shape": [1, 3, 10**6, 10**6]}, "is no shape of an input"),
+        ({"attach__0__input_shape": []}, "is no shape of an input"),
+        ({"attach__0__input_shape": [1, 4, 8, 8]}, "does not run on an input of"),
+        ({"images": {"size": 8, "mean": [0], "std": [float("nan")]}}, "is no size with means"),
+        ({"images": {"size": 8, "mean": [float("inf")], "std": [1]}}, "is no size with means"),
+        (
+            {
+                "network": {"kind": "timm", "arch": "resnet18", "options": {"num_classes": 3}},
+                "classes": ["a"],
+            },
+            "1 names of classes for 3 outputs",
+        ),
+        (
+            {"network": {"kind": "timm", "arch": "hf-hub:me/net", "options": {}}},
+            "unknown architecture 'timm:hf-hub:me/net'",
+        ),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused(
+    written: Path, fields: dict[str, Any], message: str, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=message):
+        spem.from_pretrained(put(written, to=tmp_path, **fields))
+
+
+def test_weights_of_other_names_shapes_and_dtypes_are_refused(written: Path, tmp_path: Path):
+    tensors = load_file(written / "model.safetensors")
+    cases = {
+        "lack 'fc.bias'": {k: v for k, v in tensors.items() if k != "fc.bias"},
+        "network 'fc.extra'": {**tensors, "fc.extra": torch.zeros(1)},
+        r"'fc.bias' has the shape \[3\]": {**tensors, "fc.bias": torch.zeros(3)},
+        "'fc.bias' is of torch.float64": {**tensors, "fc.bias": tensors["fc.bias"].double()},
+    }
+    for message, content in cases.items():
+        file = tmp_path / "new.safetensors"
+        save_file(content, file)
+        with pytest.raises(ValueError, match=message):
+            spem.from_pretrained(put(written, to=tmp_path, weights=file.read_bytes()))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("exploded"),)
+
+
+def test_nothing_but_safetensors_is_read(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    bomb = pickle.dumps(Bomb())
+    folder = put(written, to=tmp_path, weights=bomb)
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        spem.from_pretrained(folder)
+    folder = put(written, to=tmp_path)
+    for name in ("pytorch_model.bin", "checkpoint.pt", "modeling.py", "hubconf.py"):
+        (folder / name).write_bytes(bomb)
+    spem.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        spem.from_pretrained(folder)
+    assert not Path("exploded").exists()
+
+
+def test_damaged_files_are_refused(written: Path, tmp_path: Path):
+    folder = put(written, to=tmp_path)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"SHA-256 of model\.safetensors is not the one"):
+        spem.from_pretrained(folder)
+    for text in ("", "{", "[1]", "null", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"is no JSON|is of layout None"):
+            spem.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        spem.from_pretrained(folder)
