@@ -120,7 +120,7 @@ def test_a_wish_that_cannot_be_met_is_refused_at_planning(
 def test_numba_asked_for_where_it_is_missing_is_refused_with_its_extra(
     tmp_path: Path, no_numba: None
 ):
-    with pytest.raises(ValueError, match=r"impl='numba' needs numba, .*pip install 'spem\[cpu\]'"):
+    with pytest.raises(ValueError, match=r"impl='numba' needs numba, .*pip install '\.\[cpu\]'"):
         plan_run(tiny(impl="numba"), tmp_path, print)
 
 

@@ -111,7 +111,8 @@ def obstacle(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) 
         name = "CPU" if home == "cpu" else "CUDA"
         return f"needs a {name} tensor, got device {device!r}"
     if not _INSTALLED[impl]:
-        extra = "install it: in a checkout pip install '.[cpu]'" if impl == "numba" else "it comes with torch"
+        known = {"numba": "install it: in a checkout pip install '.[cpu]'"}
+        extra = known.get(impl, "it comes with torch")
         return f"needs {impl}, which is not installed ({extra})"
     if _TORCH < (2, 11):
         return f"needs torch 2.11 or newer, this is {torch.__version__}"
