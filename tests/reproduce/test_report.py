@@ -72,6 +72,21 @@ def test_means_deviations_and_differences(folder: Path, page: Page) -> None:
         assert found["parameters, paper"] == f"{PAPER[label.lower()][0]:.2f} M"
 
 
+def test_tables_without_plain_and_se_are_compared_with_those_of_table1(
+    folder: Path, page: Page
+) -> None:
+    """By hand: the runs of Table 1 with the same seeds."""
+    first, own = cells(folder, "table1"), cells(folder, "table3")["lambda = 0.3"]
+    found = line(page, "table3-cifar10", "lambda = 0.3")
+    for label in ("plain", "SE"):
+        mean = statistics.mean(own[seed] - first[label][seed] for seed in (0, 1, 2))
+        assert plain(found[f"\N{MINUS SIGN} {label}"]).startswith(f"{mean:+.2f} [")
+    figure = line(page, "figure2-cifar10", "lambda = 0.3")
+    assert "\N{MINUS SIGN} SE" not in figure  # it is the average pooling of this figure
+    assert "\N{MINUS SIGN} plain" in figure
+    assert "\N{MINUS SIGN} SE" not in line(page, "penalty-cifar10", "penalty 0")
+
+
 def test_holm_within_the_table(folder: Path) -> None:
     """By its definition, step by step, over the lines compared with plain."""
     lines = rows(folder, "tables/table1.csv")

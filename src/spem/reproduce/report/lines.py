@@ -171,9 +171,23 @@ def blocks(folder: Folder) -> list[Block]:
     found: dict[tuple[str, str], list[Planned]] = {}
     for plan in folder.plan:
         found.setdefault((plan.experiment, plan.data), []).append(plan)
+    lines = {key: [_line(plan, folder) for plan in plans] for key, plans in found.items()}
     return [
-        _block(name, data, [_line(plan, folder) for plan in plans])
-        for (name, data), plans in found.items()
+        _block(name, data, own, _borrowed(own, lines.get((PAPER[0], data), ())))
+        for (name, data), own in lines.items()
+    ]
+
+
+def _borrowed(own: Sequence[Line], first: Sequence[Line]) -> list[Line]:
+    """Plain and SE of Table 1, for the paper's tables that have no such row themselves."""
+    if not own or own[0].plan.experiment not in PAPER:
+        return []
+    marks = {line.plan.reference for line in own}
+    ids = {line.plan.id for line in own}
+    return [
+        line
+        for line in first
+        if line.plan.reference not in ("", *marks) and line.plan.id not in ids and line.runs
     ]
 
 
@@ -202,17 +216,16 @@ def _line(plan: Planned, folder: Folder) -> Line:
     )
 
 
-def _block(name: str, data: str, lines: Sequence[Line]) -> Block:
-    """Compare the lines with the references among them."""
+def _block(name: str, data: str, lines: Sequence[Line], borrowed: Sequence[Line] = ()) -> Block:
+    """Compare the lines with the references among them, and with those of another table."""
     references: dict[str, list[Line]] = {}
-    for line in lines:
+    for line in (*lines, *borrowed):
         if line.plan.reference:
             references.setdefault(line.plan.reference, []).append(line)
     compared: list[dict[str, Comparison]] = [{} for _ in lines]
     headings: list[str] = []
     for mark, members in references.items():
         for heading, reference_of in _columns(mark, members):
-            headings.append(heading)
             found: dict[int, Comparison] = {}
             for i, line in enumerate(lines):
                 reference = reference_of(line)
@@ -222,6 +235,8 @@ def _block(name: str, data: str, lines: Sequence[Line]) -> Block:
                 if test is not None and test.n and same_recipe(line, reference):
                     runs = _paired_runs(line, reference)
                     found[i] = Comparison(reference.plan.row, test, runs=runs)
+            if members[0] in lines or found:
+                headings.append(heading)
             adjusted = holm([found[i].test.p for i in found])
             family = sum(p is not None for p in adjusted)
             for i, p in zip(found, adjusted, strict=True):
@@ -239,8 +254,9 @@ def _paired_runs(one: Line, other: Line) -> tuple[RunRow, ...]:
 def same_recipe(one: Line, other: Line) -> bool:
     """Whether two lines were trained and tested alike, so that their seeds are pairs."""
     a, b = one.runs[0], other.runs[0]
-    return (a.dataset, a.epochs, a.batch, a.train_images, a.test_sha256) == (
+    return (a.dataset, a.depth, a.epochs, a.batch, a.train_images, a.test_sha256) == (
         b.dataset,
+        b.depth,
         b.epochs,
         b.batch,
         b.train_images,

@@ -240,6 +240,10 @@ def notes(block: Block) -> list[str]:
                 "and neither confirms nor refutes them."
             )
         found.append(f"{start}: {rest}")
+    apart = {line.plan.row for line in block.lines}.isdisjoint
+    elsewhere = [name for name in ("plain", "SE") if name in block.headings and apart([name])]
+    if elsewhere and block.experiment != "table1":
+        found.append(f"{' and '.join(elsewhere)}: the runs of Table 1.")
     excluded = sum(len(line.excluded) for line in block.lines)
     if excluded:
         found.append(
