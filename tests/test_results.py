@@ -10,7 +10,7 @@ import pytest
 
 from spem.data import load_images
 from spem.ops import use_impl
-from spem.reproduce.statistics import paired_difference, summarise
+from spem.reproduce import paired_test, summarise
 from spem.training import evaluate, load_weights
 
 REPOSITORY = Path(__file__).parents[1]
@@ -63,10 +63,10 @@ def test_the_summary_follows_from_the_runs(path: Path):
             mine = accuracy[row["attention"]]
             assert float(row["accuracy_mean"]) == pytest.approx(summarise(list(mine.values())).mean)
             if row["difference_to"]:
-                d = paired_difference(mine, accuracy[row["difference_to"]])
+                d = paired_test(mine, accuracy[row["difference_to"]])
                 assert float(row["difference_mean"]) == pytest.approx(d.mean)
-                assert float(row["difference_low95"]) == pytest.approx(d.low)
-                assert float(row["difference_high95"]) == pytest.approx(d.high)
+                assert float(row["difference_low95"]) == pytest.approx(d.t_low)
+                assert float(row["difference_high95"]) == pytest.approx(d.t_high)
 
 
 def test_the_readme_shows_the_committed_numbers():
