@@ -118,7 +118,7 @@ def check_alone(wheel: Path) -> None:
     require("Traceback" not in said, f"the wheel does not work alone:\n{said}")
     # Only the last step, a command that needs an extra, may fail, and it says how to get it.
     require(
-        done.returncode != 0 and said.endswith('pip install "spem[train]"'),
+        done.returncode != 0 and said.endswith('pip install ".[train]"'),
         f"a command without its extra ended with status {done.returncode} and said:\n{said}",
     )
 
