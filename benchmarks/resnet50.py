@@ -4,8 +4,8 @@
     python benchmarks/resnet50.py --quick    # 64 pixels, batch 2: shows that everything runs
 
 All networks are timm's resnet50 with 1000 classes. `timm` has its attention from timm's own
-attn_layer, which stands in the middle of a block; `attached` is what `spem.attach` puts after the
-last norm of a block, with the identity start, alpha at 0.5; `fused` is the same with `fuse=True`.
+attn_layer, after the last norm of a block; `attached` is what `spem.attach` puts there, with the
+identity start, alpha at 0.5; `fused` is the same with `fuse=True`.
 Both must give the same outputs before they are timed. The networks take turns within every round,
 in an order drawn anew; ratios to the plain network are stated as that of the medians and as the
 median of those within a round. A training step is forward, cross-entropy, backward, SGD with
