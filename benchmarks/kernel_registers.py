@@ -138,7 +138,7 @@ def launches(B: int, C: int, H: int, dtype: torch.dtype, last: bool) -> Iterator
     # The passes take a tensor of any device when they believe in the interpreter.
     with patch.multiple(cuda, _launch=record, INTERPRETED=True):
         cuda.plane_stats(z, True, True)
-        cuda.affine_tail(z, z, mu, s, s)
+        cuda.affine_tail(z, z, mu, s, mu, mu)
         cuda.affine_tail_backward(z, z, z, mu)
         cuda.stats_backward(z, z, mu, s, s, s, i, i, s, s)
     yield from found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -239,3 +241,44 @@ def test_learned_mixes_are_named() -> None:
     assert [name.split(".")[0] for name, _ in mixes] == ["0", "2"]
     assert mixes[0][1] is net[0].pool
     assert mixes[1][1] is net[2].pool
+
+
+@pytest.mark.parametrize("p0", [0.5, -0.3, 0.0, 1e-30, 1e-39, -3e38, float("inf"), float("nan")])
+@pytest.mark.parametrize("p1", [0.5, 0.8, 0.0, -1e-20, 1e-42, 2e38, float("inf")])
+def test_without_a_gradient_lambda_is_the_same_number(p0: float, p1: float) -> None:
+    pool = set_p(mix(), p0, p1)
+    assert pool.constant() is None
+    with torch.no_grad():
+        number = pool.constant()
+        assert number == pytest.approx(pool.lam.item(), rel=3e-7, abs=1e-44, nan_ok=True)
+        stats = spem.ops.plane_stats(torch.randn(2, 4, 3, 3), pool.statistics)
+        without = pool(stats)
+    torch.testing.assert_close(without, pool(stats).detach(), equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and says what it records
+@pytest.mark.parametrize("recorded", ["compile", "trace", "vmap"])
+def test_lambda_does_not_become_a_constant_of_a_recorded_graph(recorded: str) -> None:
+    x = torch.randn(2, 4, 3, 3)
+    module = spem.SPEM(4)
+    torch.nn.init.normal_(module.w_e)
+    run: Any
+    if recorded == "compile":
+        run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    elif recorded == "trace":
+        run = torch.jit.trace(module, x)
+    else:
+
+        def mapped(x: Tensor) -> Tensor:
+            def one(p: Tensor) -> Tensor:
+                return torch.func.functional_call(module, {"pool.p": p}, (x,))
+
+            parameter = module.get_parameter("pool.p")
+            return torch.vmap(one)(parameter[None])[0]
+
+        run = mapped
+
+    for p in ((0.5, 0.5), (0.9, 0.1)):
+        set_p(module.pool, *p)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), module(x))

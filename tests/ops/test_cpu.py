@@ -141,6 +141,25 @@ def test_a_mean_far_from_zero_costs_no_digits(last):
     near(raw.mean, planes(z).mean(2), 1e-7)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("moments", "extrema"), [(1, 1), (1, 0), (0, 1)])
+@pytest.mark.parametrize(("shape", "last"), KINDS)
+def test_statistics_after_a_constant_norm(dtype, shape, last, moments, extrema):
+    z = drawn(shape, dtype, last)
+    a, mu, beta = (drawn(shape[1:2], wide(dtype), seed=seed) for seed in (1, 2, 3))
+    a[::3] = 0.0
+    if shape[1] > 1:
+        z[:, -1].fill_(float("nan"))
+    got = cpu.normal_stats(z, a, mu, beta, bool(moments), bool(extrema))
+    slope, centre, start = (numbers(t)[:, None] for t in (a, mu, beta))
+    x = slope * (planes(z) - centre) + start
+    expected = [x.mean(2), x.var(2), x.max(2), x.min(2)]
+    for t, values, there in zip(got, expected, [moments] * 2 + [extrema] * 2, strict=True):
+        assert t.shape == (shape[:2] if there else (0,))
+        if there:
+            near(t, values, tolerance(dtype))
+
+
 def plane_scalars(shape, dtype, seed):
     return drawn(shape[:2], wide(dtype), seed=seed)
 
@@ -149,10 +168,11 @@ def plane_scalars(shape, dtype, seed):
 @pytest.mark.parametrize(("shape", "last"), KINDS)
 def test_tail_forward_and_backward(dtype, shape, last):
     z, r, g = (drawn(shape, dtype, last, seed) for seed in range(3))
-    mu = drawn(shape[1:2], wide(dtype), seed=3)
-    al, be = (plane_scalars(shape, dtype, seed) for seed in (4, 5))
-    y = cpu.affine_tail(z, r, mu, al, be)
-    a, b, m = numbers(al)[:, :, None], numbers(be)[:, :, None], numbers(mu)[:, None]
+    mu, slope, beta = (drawn(shape[1:2], wide(dtype), seed=seed) for seed in (3, 6, 7))
+    v = plane_scalars(shape, dtype, 4)
+    y = cpu.affine_tail(z, r, mu, v, slope, beta)
+    a, b, m = (numbers(v) * numbers(slope))[:, :, None], None, numbers(mu)[:, None]
+    b = (numbers(v) * numbers(beta))[:, :, None]
     near(y.flatten(2), np.maximum(a * (planes(z) - m) + b + planes(r), 0), tolerance(dtype, True))
 
     d, sums, moments = cpu.affine_tail_backward(g, y, z, mu)
@@ -197,7 +217,7 @@ def test_a_nan_passes_the_tail(dtype, last, size):
     z, r, g = (drawn((2, 5, size, 1), dtype, last, seed) for seed in range(3))
     r[1, 3, size - 1] = float("nan")
     zero, one = torch.zeros(5, dtype=wide(dtype)), torch.ones(2, 5, dtype=wide(dtype))
-    y = cpu.affine_tail(z, r, zero, one, one)
+    y = cpu.affine_tail(z, r, zero, one, one[0], one[0])
     assert torch.equal(y.isnan(), r.isnan())
     d, *_ = cpu.affine_tail_backward(g, y, z, zero)
     assert d[1, 3, size - 1] == g[1, 3, size - 1]
@@ -211,9 +231,14 @@ def test_bfloat16_is_rounded_as_torch_rounds():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     z = bits.view(torch.bfloat16).view(1, 1, 256, 256).contiguous()
     d = cpu.affine_tail(
-        z, torch.zeros_like(z), torch.zeros(1), torch.full((1, 1), 0.7), one := torch.zeros(1, 1)
+        z,
+        torch.zeros_like(z),
+        torch.zeros(1),
+        torch.full((1, 1), 0.7),
+        torch.ones(1),
+        torch.zeros(1),
     )
-    t = torch.tensor(0.7) * z.float() + one[0, 0]
+    t = torch.tensor(0.7) * z.float()
     expected = torch.where(t < 0, 0.0, t).to(torch.bfloat16)
     assert torch.equal(d.isnan(), expected.isnan())
     assert torch.equal(d.nan_to_num(), expected.nan_to_num())
@@ -238,11 +263,12 @@ def test_every_output_is_written(dtype, last):
         raw = cpu.plane_stats(z, True, True)
         normal = cpu.normalised(raw, c, c, c)
         into = Incoming(p, p, p, p)
-        y = cpu.affine_tail(z, z, c, *cpu.gated_affine(p, c, c))
+        y = cpu.affine_tail(z, z, c, p, c, c)
         d, sums, moments = cpu.affine_tail_backward(z, y, z, c)
         found = cpu.coefficients(p, into, raw.mean, c, c, 35, (c, c))
         dz = cpu.stats_backward(d, z, c, *found[:3], normal.i, normal.j, *found[3:])
         outputs = [*raw, *normal, y, d, sums, moments, *found, dz]
+        outputs += cpu.normal_stats(z, c, c, c, True, True)
         outputs += cpu.channel_moments(raw.mean, raw.var)
         outputs += cpu.channel_sums(p, sums, moments, into, raw, normal, c, c)
         outputs.append(cpu.gate_gradient(sums, moments, c, c))
@@ -295,11 +321,8 @@ class TestScalarStages:
         assert got.i.dtype == got.j.dtype == torch.int32
 
     def test_gate(self, dtype, batch, channels):
-        v, total, moment = (drawn((batch, channels), dtype, seed=seed) for seed in range(3))
+        total, moment = (drawn((batch, channels), dtype, seed=seed) for seed in range(2))
         a, beta = (drawn((channels,), dtype, seed=seed) for seed in (3, 4))
-        al, be = cpu.gated_affine(v, a, beta)
-        assert torch.equal(al, v * a)
-        assert torch.equal(be, v * beta)
         expected = numbers(a) * numbers(moment) + numbers(beta) * numbers(total)
         near(cpu.gate_gradient(total, moment, a, beta), expected, tolerance(dtype))
 
@@ -344,12 +367,12 @@ def test_refusals():
     with pytest.raises(ValueError, match="contiguous or channels_last"):
         cpu.plane_stats(z.transpose(2, 3), True, True)
     with pytest.raises(ValueError, match="maps must agree"):
-        cpu.affine_tail(z, z[:1], mu, p, p)
+        cpu.affine_tail(z, z[:1], mu, p, mu, mu)
     with pytest.raises(ValueError, match="maps must agree"):
-        cpu.affine_tail(z, z.contiguous(memory_format=torch.channels_last), mu, p, p)
+        cpu.affine_tail(z, z.contiguous(memory_format=torch.channels_last), mu, p, mu, mu)
     with pytest.raises(ValueError, match="maps must agree"):
         cpu.affine_tail_backward(z, z, z.double(), mu)
     with pytest.raises(ValueError, match=r"\[3\] expected, not \[2\]"):
-        cpu.affine_tail(z, z, mu[:2], p, p)
+        cpu.affine_tail(z, z, mu[:2], p, mu, mu)
     with pytest.raises(ValueError, match="no empty axis"):
         cpu.plane_stats(z[:0], True, True)

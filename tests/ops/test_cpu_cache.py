@@ -20,7 +20,8 @@ assert "numba" not in sys.modules
 import torch
 from spem.ops import cpu
 for _ in range(2):
-    y = cpu.affine_tail(*[torch.ones(2, 3, 4, 4)] * 2, *[torch.ones(3)] + [torch.ones(2, 3)] * 2)
+    z, v, c = torch.ones(2, 3, 4, 4), torch.ones(2, 3), torch.ones(3)
+    y = cpu.affine_tail(z, z, c, v, c, c)
 assert (y == 2).all()
 """
 

@@ -182,12 +182,13 @@ def test_variance_survives_a_large_mean(last: bool) -> None:
 def test_affine_tail(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
     B, C = shape[:2]
     z, r = (drawn(shape, dtype, last, seed) for seed in (1, 2))
-    mu, al, be = scalars(C), scalars(B, C, seed=1), scalars(B, C, seed=2)
-    y = kernels.affine_tail(z, r, mu, al, be)
+    mu, v, a, beta = scalars(C), scalars(B, C, seed=1), scalars(C, seed=2), scalars(C, seed=3)
+    y = kernels.affine_tail(z, r, mu, v, a, beta)
+    al, be = exact(v) * exact(a), exact(v) * exact(beta)
     assert (y.dtype, y.stride()) == (dtype, z.stride())
-    terms = exact(al)[..., None] * (exact(z) - mu.cpu().double().numpy()[:, None])
-    t = terms + exact(be)[..., None] + exact(r)
-    size = np.abs(terms) + np.abs(exact(be)[..., None]) + np.abs(exact(r))
+    terms = al[..., None] * (exact(z) - mu.cpu().double().numpy()[:, None])
+    t = terms + be[..., None] + exact(r)
+    size = np.abs(terms) + np.abs(be[..., None]) + np.abs(exact(r))
     expected = np.where(t < 0, 0, t)
     assert_near(y, expected, size, dtype)
     assert_rounded_once(y, expected, size)
@@ -251,7 +252,7 @@ def test_nan_passes_the_rectifier_both_ways(last: bool) -> None:
     nan = float("nan")
     z = laid_out(torch.tensor([nan, 1.0, -1.0, -2.0]).view(1, 1, 2, 2).repeat(1, 2, 1, 1), last)
     one, zero = torch.ones(1, 2, device=DEVICE), torch.zeros(1, 2, device=DEVICE)
-    y = kernels.affine_tail(z, torch.zeros_like(z), zero[0], one, zero)
+    y = kernels.affine_tail(z, torch.zeros_like(z), zero[0], one, one[0], zero[0])
     assert exact(y)[0, 0, 1:].tolist() == [1, 0, 0]
     assert y[0, :, 0, 0].isnan().all()
     g = laid_out(torch.tensor([5.0, nan, nan, 3.0]).view(1, 1, 2, 2).repeat(1, 2, 1, 1), last)
@@ -282,7 +283,7 @@ def test_offsets_and_parts_change_nothing(
     def passes() -> list[torch.Tensor]:
         s, mu = scalars(*shape[:2]), scalars(shape[1])
         stats = kernels.plane_stats(z, True, True)
-        y = kernels.affine_tail(z, z, mu, s, s)
+        y = kernels.affine_tail(z, z, mu, s, mu, mu)
         d, *sums = kernels.affine_tail_backward(z, y, z, mu)
         return [*stats, y, *sums, kernels.stats_backward(d, z, mu, s, s, s, *stats[5:], s, s)]
 
@@ -302,7 +303,7 @@ def test_offsets_and_parts_change_nothing(
 def test_an_empty_batch() -> None:
     z, s, mu = (torch.zeros(shape, device=DEVICE) for shape in ((0, 3, 4, 4), (0, 3), (3,)))
     assert {tuple(x.shape) for x in kernels.plane_stats(z, True, True)} == {(0, 3)}
-    assert kernels.affine_tail(z, z, mu, s, s).shape == z.shape
+    assert kernels.affine_tail(z, z, mu, s, mu, mu).shape == z.shape
     d, total, moment = kernels.affine_tail_backward(z, z, z, mu)
     assert d.shape == z.shape
     assert total.shape == moment.shape == (0, 3)
@@ -347,11 +348,11 @@ def test_maps_that_no_kernel_takes(z: torch.Tensor, message: str) -> None:
 def test_maps_that_differ(r: torch.Tensor) -> None:
     z, s = (torch.zeros(shape, device=DEVICE) for shape in ((1, 2, 3, 3), (1, 2)))
     with pytest.raises(ValueError, match="affine_tail: the maps differ"):
-        kernels.affine_tail(z, r.to(DEVICE), s[0], s, s)
+        kernels.affine_tail(z, r.to(DEVICE), s[0], s, s[0], s[0])
 
 
 def test_one_channel_counts_as_contiguous_whatever_its_strides() -> None:
     z = drawn((2, 1, 4, 4), torch.float32, last=True)
     s = scalars(2, 1)
-    y = kernels.affine_tail(z, z.contiguous(), s[0], s, s)
-    torch.testing.assert_close(y, kernels.affine_tail(z, z, s[0], s, s))
+    y = kernels.affine_tail(z, z.contiguous(), s[0], s, s[0], s[0])
+    torch.testing.assert_close(y, kernels.affine_tail(z, z, s[0], s, s[0], s[0]))

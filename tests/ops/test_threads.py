@@ -143,7 +143,7 @@ z, r = torch.randn(16, 32, 24, 24), torch.randn(16, 32, 24, 24)
 c, p = torch.randn(32), torch.randn(16, 32)
 def passes():
     raw = cpu.plane_stats(z, True, True)
-    y = cpu.affine_tail(z, r, c, p, p)
+    y = cpu.affine_tail(z, r, c, p, c, c)
     d, a, b = cpu.affine_tail_backward(r, y, z, c)
     dz = cpu.stats_backward(d, z, c, p, a, b, raw.at_high, raw.at_low, p, p)
     return *raw, *cpu.channel_moments(raw.mean, raw.var), y, d, a, b, dz
@@ -251,7 +251,7 @@ for got in loader:
     @needs_fork
     def test_fork_while_a_kernel_is_compiled(self, pool, tmp_path):
         script = """
-w = [t[:2].double() if t.dim() > 1 else t.double() for t in (z, r, c, p, p)]
+w = [t[:2].double() if t.dim() > 1 else t.double() for t in (z, r, c, p)] + [c.double()] * 2
 caller = threading.Thread(target=lambda: cpu.affine_tail(*w))
 caller.start()
 assert in_child(lambda: cpu.affine_tail(*w).shape == w[0].shape) == 0

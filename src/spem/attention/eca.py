@@ -4,11 +4,17 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import conv
+from spem.attention.precision import cast, conv
 from spem.ops import PlaneStats
+from spem.ops.library import is_exporting
+from spem.ops.tail import has_hooks
+
+_FEW = 1 << 12
+"""Values of a descriptor below which a call counts more than what it does."""
 
 
 @register_attention(
@@ -67,7 +73,30 @@ class ECA(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
-        return torch.sigmoid(conv(self.conv, z[:, None, :])[:, 0, :])
+        return torch.sigmoid(_along_channels(self.conv, z))
+
+
+def _along_channels(layer: nn.Conv1d, z: Tensor) -> Tensor:
+    """The filter along the channels, [N, C] -> [N, C], as a convolution or as k products.
+
+    PyTorch's convolution of one channel is slow on a CPU, backward above all: 2.3 ms for [128, 256]
+    and 5 taps, where shifted products take 0.5. Compiled, they fuse with the rest of the gate.
+    """
+    if not _by_products(layer, z):
+        return conv(layer, z[:, None, :])[:, 0, :]
+    weight = cast(layer.weight, z).flatten()
+    taps, channels = weight.shape[0], z.shape[1]
+    padded = F.pad(z, (taps // 2, taps // 2))
+    out = padded[:, :channels] * weight[0]
+    for tap in range(1, taps):
+        out = torch.addcmul(out, padded[:, tap : tap + channels], weight[tap])
+    return out
+
+
+def _by_products(layer: nn.Conv1d, z: Tensor) -> bool:
+    if is_exporting() or has_hooks(layer):
+        return False
+    return torch.compiler.is_compiling() or (z.device.type == "cpu" and z.numel() >= _FEW)
 
 
 def _adaptive_kernel(channels: int, gamma: float, b: float) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spem.attention.descriptor import Pool
 from spem.attention.srp import SRP, RegionPool
 from spem.ops import PlaneStats
+from spem.ops.library import runs_eagerly
 from spem.ops.stats import compute_dtype
 
 Parametrization = Literal["squares", "anchored", "sigmoid"]
@@ -115,9 +116,16 @@ class MixPool(Pool):
         """The weight of the maximum, a 0-dim tensor in at least float32."""
         raise NotImplementedError
 
+    def constant(self) -> float | None:
+        """lambda as a number where it is at hand as one: less work than with a tensor."""
+        return None
+
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mixed descriptor, [N, C]."""
         highest, lowest = _extrema(stats)
+        constant = self.constant()
+        if constant is not None:
+            return torch.add(lowest * (1.0 - constant), highest, alpha=constant)
         lam = self.lam.to(highest.dtype)
         return lam * highest + (1.0 - lam) * lowest
 
@@ -144,10 +152,9 @@ class FixedMix(MixPool):
         """The constant, on the CPU (a 0-dim tensor mixes with any device)."""
         return torch.tensor(self.value, dtype=torch.float64)
 
-    def forward(self, stats: PlaneStats) -> Tensor:
-        """The mixed descriptor, [N, C]."""
-        highest, lowest = _extrema(stats)
-        return self.value * highest + (1.0 - self.value) * lowest
+    def constant(self) -> float:
+        """The constant."""
+        return self.value
 
     def extra_repr(self) -> str:
         """The constant."""
@@ -201,6 +208,17 @@ class SquaresMix(LearnedMix):
         q = (p / torch.where(vanished, 1.0, scale)).square()
         total = torch.where(vanished, 1.0, q[0] + q[1])
         return torch.where(vanished, 0.5, q[0] / total)
+
+    def constant(self) -> float | None:
+        """`lam` without its dozen operations on two numbers: on a CPU, without a gradient."""
+        if torch.is_grad_enabled() or not runs_eagerly(self.p) or self.p.device.type != "cpu":
+            return None
+        p = self.p.tolist()
+        scale = max(map(abs, p))
+        if scale < torch.finfo(torch.float32).tiny:
+            return 0.5
+        q = [(x / scale) ** 2 for x in p]
+        return q[0] / (q[0] + q[1])
 
     @property
     def magnitude(self) -> Tensor:

@@ -125,19 +125,23 @@ class SPEM(ChannelAttention):
         u = self.pool(stats)
         w_e, b_e = cast(self.w_e, u), cast(self.b_e, u)
         if self.reweight == "none":
-            return torch.sigmoid(w_e * u + b_e)
+            return torch.sigmoid(torch.addcmul(b_e, w_e, u))
         assert stats.max is not None
         assert stats.min is not None
         w_r, b_r = cast(self.w_r, u), cast(self.b_r, u)
-        unshared = self.reweight == "unshared_sum"
-        w_m, b_m = (cast(self.w_r2, u), cast(self.b_r2, u)) if unshared else (w_r, b_r)
-        factor = _combine(self.reweight, w_r * stats.max + b_r, w_m * stats.min + b_m)
+        if self.reweight == "shared_sum":  # of one affine map, so one of the sum
+            factor = torch.sigmoid(torch.addcmul(b_r + b_r, w_r, stats.max + stats.min))
+        else:
+            unshared = self.reweight == "unshared_sum"
+            w_m, b_m = (cast(self.w_r2, u), cast(self.b_r2, u)) if unshared else (w_r, b_r)
+            a, b = torch.addcmul(b_r, w_r, stats.max), torch.addcmul(b_m, w_m, stats.min)
+            factor = _combine(self.reweight, a, b)
         if self.form == "figure":
-            return torch.sigmoid((w_e * u + b_e) * factor)
+            return torch.sigmoid(torch.addcmul(b_e, w_e, u) * factor)
         # The official program maps both pools before mixing them; the weights sum to 1, so it may
         # be done after.
-        embedded = w_r * u + b_r if self.form == "code" else u
-        return torch.sigmoid(w_e * embedded + b_e) * factor
+        embedded = torch.addcmul(b_r, w_r, u) if self.form == "code" else u
+        return torch.sigmoid(torch.addcmul(b_e, w_e, embedded)) * factor
 
     def extra_repr(self) -> str:
         """Form and reweight variant."""

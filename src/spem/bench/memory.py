@@ -5,6 +5,9 @@ are loaded), and then two on the whole batch; what counts is by how much the pea
 was held before those two. On a CPU that is resident memory as the system counts it, on a GPU what
 torch allocated. The other number is the whole process's peak of resident memory.
 
+glibc is told to map every larger tensor by itself. By default it fills holes of its heap, and what
+that adds (200 to 280 MiB beside 630 at depth 29) differs by a tenth from process to process.
+
     python -m spem.bench.memory '{"attention": "spem", ...}'     # one process; prints two numbers
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -127,7 +131,8 @@ def _ask(
         "work": {k: v for k, v in asdict(work).items() if k != "attentions"},
     }
     command = [sys.executable, "-m", "spem.bench.memory", json.dumps(question)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise BenchError(f"bench: the process that measures {subject} failed: {reason}")

@@ -145,7 +145,7 @@ class NetProvider:
         self._work: Callable[[], object] = self._step if training else self._infer
         target = self._loss if training else model
         self._target: Callable[..., Tensor] = target
-        if subject.way in (COMPILED, FORMULA):
+        if subject.way.removesuffix(GRAPH) in (COMPILED, FORMULA):
             self._target = compiled(target)
         self.first_call_s = float("nan")
         self.last: Tensor | None = None

@@ -105,15 +105,19 @@ def impl_of(way: str, fused: str | None) -> str:
     if way.startswith(FUSED):
         assert fused is not None
         return fused
-    return "formula" if way == FORMULA else "reference"
+    return "formula" if way.startswith(FORMULA) else "reference"
 
 
-def with_graphs(subjects: Sequence[Subject], attentions: Sequence[str]) -> list[Subject]:
-    """The subjects, followed by the composed and the fused ones of some attentions as graphs."""
+def with_graphs(
+    subjects: Sequence[Subject],
+    attentions: Sequence[str],
+    ways: Sequence[str] = (COMPOSED, FUSED),
+) -> list[Subject]:
+    """The subjects, followed by those of some attentions and ways as graphs."""
     replayed = [
         Subject(s.attention, s.way + GRAPH)
         for s in subjects
-        if s.attention in attentions and s.way in (COMPOSED, FUSED)
+        if s.attention in attentions and s.way in ways
     ]
     return [*subjects, *replayed]
 

@@ -117,7 +117,9 @@ def run_step(settings: Settings, work: Workload, *, quiet: bool = False) -> list
     with full_precision(settings.threads):
         chosen = subjects(settings, work, compiled=settings.compiled)
         if device.type == "cuda":
-            chosen = with_graphs(chosen, ("none", "se", "eca", "spem"))
+            # The last of these is what `train` captures.
+            ways = (COMPOSED, FUSED, FORMULA)
+            chosen = with_graphs(chosen, ("none", "se", "eca", "spem"), ways)
         ready, failed, countdown = providers(settings, work, chosen, training=True, quiet=quiet)
         run_facts = {"rounds": str(settings.rounds), **facts(device)}
         return measured(settings, work, ready, failed, countdown, run_facts, RATIOS)

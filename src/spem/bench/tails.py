@@ -65,6 +65,9 @@ class Inputs:
     residual: Tensor
     gradient: Tensor
     training: bool
+    input: Tensor
+    """What the tails are given: z itself, or in inference on a CPU, where a tail writes its result
+    into its input, a copy that is made anew before each call."""
 
 
 class Tail(nn.Module):
@@ -97,7 +100,9 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
     training = case.op == "bn_train"
     z, residual, gradient = place(z), place(residual), place(gradient)
-    return Inputs(z.requires_grad_(training), residual.requires_grad_(training), gradient, training)
+    z.requires_grad_(training)
+    given = z.clone() if device.type == "cpu" and not training else z
+    return Inputs(z, residual.requires_grad_(training), gradient, training, given)
 
 
 def make_tail(case: Case, attention: str, device: torch.device) -> Tail:
@@ -197,6 +202,7 @@ class TailProvider:
 
     def call(self) -> None:
         """Forward, and backward in training."""
+        self._renew()
         with use_impl(self.impl):
             self._forward()
             if self.inputs.training:
@@ -207,6 +213,7 @@ class TailProvider:
         if self._replay is not None:
             (both,) = timed(self._device, self._replay)
             return {"both" if self.inputs.training else "forward": both}
+        self._renew()
         with use_impl(self.impl):
             if self.inputs.training:
                 forward, backward = timed(self._device, self._forward, self._backward)
@@ -219,7 +226,11 @@ class TailProvider:
 
     def _forward(self) -> None:
         with torch.set_grad_enabled(self.inputs.training):
-            self._y = self._run(self.inputs.z, self.inputs.residual)
+            self._y = self._run(self.inputs.input, self.inputs.residual)
+
+    def _renew(self) -> None:
+        if self.inputs.input is not self.inputs.z:
+            self.inputs.input.copy_(self.inputs.z)
 
     def _backward(self) -> None:
         assert self._y is not None

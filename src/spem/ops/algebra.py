@@ -100,11 +100,6 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
     return NormalStats(mean, var, high, low, z_i, z_j, i, j)
 
 
-def gated_affine(v: Tensor, a: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """al = v a and be = v beta, [B, C] each, so that v x = al (z - mu) + be."""
-    return v * a, v * beta
-
-
 def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Tensor:
     """dv = sum_k d x = a Bc + beta A, with A = ``total`` = sum_k d, Bc = ``moment``; [B, C]."""
     return a * moment + beta * total

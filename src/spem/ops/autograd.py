@@ -22,6 +22,7 @@ from spem.ops import synchronised
 from spem.ops.algebra import Incoming, NormalStats, RawStats
 from spem.ops.layout import laid_out_as
 from spem.ops.library import kernels_of, passes
+from spem.ops.stats import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,11 +84,7 @@ class _Measured(NamedTuple):
 def gather(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> Gathered:
     """Plane statistics of x = norm(z), with gradients; ``norm`` None leaves z as it is."""
     if not torch.is_grad_enabled():
-        m = _measure(z, norm, moments, extrema, impl)
-        none = m.values  # no tokens without a gradient
-        return Gathered(
-            z, none, none, none, *m.normal[:4], m.mu, m.a, m.beta, m.channel_var, m.values
-        )
+        return _gather_values(z, norm, moments, extrema, impl)
     given = norm is not None
     weight, bias, mean, var, eps, group = norm or Norm(None, None, None, None, 0.0)
     out = _Stats.apply(z, weight, bias, mean, var, eps, group, given, moments, extrema, impl)
@@ -109,11 +106,54 @@ def close(
     )
 
 
+def _gather_values(
+    z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str
+) -> Gathered:
+    """`gather` where no gradient is recorded: no tokens, and no positions where none are needed."""
+    constant = norm is None or norm.mean is not None
+    if constant and _direct(impl):
+        mu, a, beta, _ = _constants(norm, z)
+        none = mu.new_empty(0)
+        mean = var = high = low = none
+        if moments or extrema:
+            kernels = kernels_of(impl)
+            mean, var, high, low = kernels.normal_stats(z, a, mu, beta, moments, extrema)
+        return Gathered(z, none, none, none, mean, var, high, low, mu, a, beta, none, none)
+    m = _measure(z, norm, moments, extrema, impl)
+    none = m.values
+    return Gathered(z, none, none, none, *m.normal[:4], m.mu, m.a, m.beta, m.channel_var, none)
+
+
+def _direct(impl: str) -> bool:
+    """Whether kernels may be called as they are: nobody traces, and they are plain functions."""
+    return impl == "numba" and not torch.compiler.is_compiling()
+
+
+def _constants(norm: Norm | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mu, a, beta and rstd [C] of a norm with constant statistics, in tensors of their own."""
+    wide = compute_dtype(z.dtype)
+    if norm is None:
+        mu, rstd = z.new_zeros(z.shape[1], dtype=wide), z.new_ones(z.shape[1], dtype=wide)
+        return mu, rstd, torch.zeros_like(mu), rstd
+    assert norm.mean is not None
+    assert norm.var is not None
+    rstd = torch.rsqrt(norm.var.to(wide) + norm.eps)
+    return norm.mean.to(wide, copy=True), *_affine(norm, rstd), rstd
+
+
+def _affine(norm: Norm, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """a = gamma rstd and beta, [C]."""
+    weight, bias = norm.weight, norm.bias
+    a = rstd if weight is None else weight.detach().to(rstd.dtype) * rstd
+    beta = torch.zeros_like(rstd) if bias is None else bias.detach().to(rstd.dtype, copy=True)
+    return a, beta
+
+
 def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> _Measured:
     """Pass F1, the channel's moments and the statistics of x."""
     work = passes(impl)
     stages = work.stages
-    wide = torch.promote_types(z.dtype, torch.float32)
+    wide = compute_dtype(z.dtype)
     channels = z.shape[1]
     batch_moments = norm is not None and norm.mean is None
     # An output of an autograd function must not come twice: hence so many new tensors.
@@ -124,12 +164,11 @@ def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: s
         raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
     channel_var, values = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
     if norm is None:
-        mu, rstd = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
+        mu, a, beta, rstd = _constants(None, z)
         normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
-        return _Measured(raw, normal, mu, rstd, torch.zeros_like(mu), rstd, channel_var, values)
-    if norm.mean is not None and norm.var is not None:
-        mu = norm.mean.to(wide, copy=True)
-        rstd = torch.rsqrt(norm.var.to(wide) + norm.eps)
+        return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
+    if norm.mean is not None:
+        mu, a, beta, rstd = _constants(norm, z)
     else:
         if z.shape[0] == 0 and norm.group is None:
             mu, channel_var = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
@@ -140,9 +179,7 @@ def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: s
                 mu, channel_var, z.numel() // channels, norm.group
             )
         rstd = torch.rsqrt(channel_var + norm.eps)
-    weight, bias = norm.weight, norm.bias
-    a = rstd if weight is None else weight.detach().to(wide) * rstd
-    beta = mu.new_zeros(channels) if bias is None else bias.detach().to(wide, copy=True)
+        a, beta = _affine(norm, rstd)
     normal = stages.normalised(raw, a, mu, beta)
     return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
 
@@ -161,11 +198,10 @@ def _gated(
     """Pass F2: the tail's output, and the gate as a dense tensor."""
     work = passes(impl)
     v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
-    al, be = work.stages.gated_affine(v, a, beta)
-    if inplace and impl == "numba" and not torch.compiler.is_compiling():
+    if inplace and _direct(impl):
         # Not through the operator, which is functional.
-        return kernels_of(impl).affine_tail(z, residual, mu, al, be, inplace=True), v
-    return work.affine_tail(z, residual, mu, al, be), v
+        return kernels_of(impl).affine_tail(z, residual, mu, v, a, beta, inplace=True), v
+    return work.affine_tail(z, residual, mu, v, a, beta), v
 
 
 class _Refused(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from spem.ops.library import kernels_of
+from spem.ops.library import is_exporting, kernels_of
 
 Impl = Literal["reference", "formula", "numba", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
@@ -161,7 +161,7 @@ def choose(
         return Choice(wanted, "asked for")
     if composed is not None:
         return Choice("reference", composed)
-    if _exporting():
+    if is_exporting():
         return Choice("reference", "exported")
     if device == "cpu":
         if values is not None and values < SMALL:
@@ -205,11 +205,3 @@ def _load_error() -> str:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _exporting() -> bool:
-    exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
-    if exporting is not None and exporting():
-        return True
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return tracing or torch.onnx.is_in_onnx_export()

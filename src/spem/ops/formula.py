@@ -42,13 +42,13 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     return RawStats(mean, var, high, low, first, at_high, at_low)
 
 
-def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
-    """Pass F2: y = relu(al (z - mu) + be + r); a NaN stays a NaN.
+def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:
+    """Pass F2: y = relu(al (z - mu) + be + r), al = v a, be = v beta; a NaN stays a NaN.
 
     Shape:
-        z, r, y: [B, C, ...]; mu: [C]; al, be: [B, C].
+        z, r, y: [B, C, ...]; v: [B, C]; mu, a, beta: [C].
     """
-    wide = al.dtype
+    wide, al, be = v.dtype, v * a, v * beta
     t = _plane(al, z) * (z.to(wide) - _channel(mu, z)) + _plane(be, z) + r.to(wide)
     return torch.where(t < 0, 0.0, t).to(z.dtype)
 

@@ -21,7 +21,7 @@ from spem.ops.stats import compute_dtype
 _SCHEMAS = {
     "plane_stats": "(Tensor z, bool moments, bool extrema) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "affine_tail": "(Tensor z, Tensor r, Tensor mu, Tensor al, Tensor be) -> Tensor",
+    "affine_tail": "(Tensor z, Tensor r, Tensor mu, Tensor v, Tensor a, Tensor beta) -> Tensor",
     "affine_tail_backward": "(Tensor g, Tensor y, Tensor z, Tensor mu) -> (Tensor, Tensor, Tensor)",
     "stats_backward": "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
     "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
@@ -75,6 +75,20 @@ def is_plain(z: Tensor) -> bool:
     return getattr(forward_ad, "_current_level", -1) < 0
 
 
+def is_exporting() -> bool:
+    """Whether the calls are recorded for a graph that leaves PyTorch or this process."""
+    exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+    if exporting is not None and exporting():
+        return True
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return tracing or torch.onnx.is_in_onnx_export()
+
+
+def runs_eagerly(t: Tensor) -> bool:
+    """Whether what is done with a tensor happens now, and is neither compiled nor recorded."""
+    return not torch.compiler.is_compiling() and is_plain(t) and not is_exporting()
+
+
 def any_global_hook() -> bool:
     """Whether hooks are registered for all modules of the process."""
     return bool(getattr(nn.modules.module, "_has_any_global_hook", bool)())
@@ -91,7 +105,7 @@ def _fake_plane_stats(z: Tensor, moments: bool, extrema: bool) -> tuple[Tensor, 
     return (*floats, scalar(extrema, torch.int32), scalar(extrema, torch.int32))
 
 
-def _fake_affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
+def _fake_affine_tail(z: Tensor, *_rest: Tensor) -> Tensor:
     return torch.empty_like(z)
 
 

@@ -6,36 +6,24 @@ and sizes into a table and has the kernel run on it. A kernel is compiled when f
 dtype, and kept on disk where numba finds a place to write.
 """
 
-import array
-import functools
-import hashlib
-import logging
-import os
-import threading
-import time
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from numba import types
-from numba.core.caching import FunctionCache
-from numba.core.ccallback import CFunc
 from torch import Tensor
 
-from spem.ops import threads
 from spem.ops.algebra import Coefficients, Incoming, NormalStats, RawStats
 from spem.ops.cpu import channels as by_channel
 from spem.ops.cpu import planes as by_plane
 from spem.ops.cpu import scalars
+from spem.ops.cpu.launch import SUPPORTED, run
 from spem.ops.cpu.table import (
-    CHUNKS,
-    COUNTERS,
     EXTREMA,
     HIGH,
-    LINE,
     LOW,
     MEAN,
     MOMENTS,
+    NORMALISED,
+    POSITIONS,
     SHARED,
     VAR,
     WITH_SPIKES,
@@ -45,96 +33,10 @@ from spem.ops.cpu.vectors import BYTES
 from spem.ops.layout import agree
 from spem.ops.stats import compute_dtype
 
-# The dtypes of maps, and what their elements are to a kernel.
-_ELEMENTS: dict[torch.dtype, Any] = {
-    torch.float32: types.float32,
-    torch.float64: types.float64,
-    torch.bfloat16: types.uint16,
-}
-SUPPORTED = frozenset(_ELEMENTS)
-
 _CHUNK = 128 << 10  # bytes of one map that a thread takes at a time
 _ALONE = 64 << 10  # scalars up to which one thread is faster than several
 _LANES = 16  # channels a chunk are a multiple of this
 _ROWS = 8  # images a chunk of a scalar stage
-
-_log = logging.getLogger("spem.ops")
-_compiling = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    # A fork waits until a kernel is compiled: its copy of numba would stay locked for ever.
-    os.register_at_fork(
-        before=_compiling.acquire,
-        after_in_parent=_compiling.release,
-        after_in_child=_compiling.release,
-    )
-
-
-@functools.cache
-def _sources() -> str:
-    """A digest of all that the kernels are made of."""
-    names = ("channels", "memory", "planes", "scalars", "table", "vectors")
-    texts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
-    return hashlib.sha256(b"".join(texts)).hexdigest()
-
-
-class _Cache(FunctionCache):
-    """Kernels on disk; numba alone would look at a kernel's own file only for changes."""
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), _sources())
-
-
-_addresses: dict[tuple[Any, torch.dtype], int] = {}
-
-
-def _compiled(kernel: Any, dtype: torch.dtype) -> int:
-    """The address of a kernel for maps of this dtype."""
-    address = _addresses.get((kernel, dtype))
-    if address is not None:
-        return address
-    with _compiling:
-        key = (kernel, dtype)
-        if key not in _addresses:
-            _addresses[key] = _compile(kernel, dtype)
-        return _addresses[key]
-
-
-def _compile(kernel: Any, dtype: torch.dtype) -> int:
-    start = time.perf_counter()
-    block = types.CPointer(_ELEMENTS[dtype])
-
-    def build(cached: bool) -> Any:
-        callback = cast("Any", CFunc)(kernel, ((block,), types.void), {}, {"error_model": "numpy"})
-        if cached:
-            callback._cache = _Cache(kernel)
-        callback.compile()
-        return callback
-
-    try:
-        callback = build(cached=True)
-    except (OSError, RuntimeError) as reason:
-        # No place to write to: numba finds none (RuntimeError), or it is full or gone (OSError).
-        _log.debug("kernels are not kept on disk: %s", reason)
-        callback = build(cached=False)
-    if not callback.cache_hits:
-        seconds = time.perf_counter() - start
-        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-        _log.info("%s for %s compiled in %.1f s", name, dtype, seconds)
-    _kept.append(callback)
-    return callback.address
-
-
-_kept: list[Any] = []  # what the addresses belong to
-
-
-def _run(kernel: Any, dtype: torch.dtype, head: tuple[int, ...], pieces: int, *args: Any) -> None:
-    """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments."""
-    regions = max(1, min(torch.get_num_threads(), pieces))
-    table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
-    start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
-    values = [*head, regions, *(0 if t is None or not t.numel() else t.data_ptr() for t in args)]
-    table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
-    threads.launch(_compiled(kernel, dtype), table.buffer_info()[0] + 8 * start, regions)
 
 
 def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
@@ -158,7 +60,7 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
         raise ValueError(
             f"a map must be contiguous or channels_last, not have strides {z.stride()}"
         )
-    _run(kernel, z.dtype, (chunks, step, batch, channels, size, flags), chunks, *args)
+    run(kernel, z.dtype, (chunks, step, batch, channels, size, flags), chunks, *args)
 
 
 def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
@@ -179,7 +81,7 @@ def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
 
 def _on_cpu(t: Tensor) -> None:
     """Refuses what has no address here: kernels take addresses as they are."""
-    if t.device.type != "cpu":
+    if not t.is_cpu:
         raise ValueError(f"impl='numba' needs CPU tensors, got one on {t.device}")
 
 
@@ -206,23 +108,51 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     some = shape if extrema else (0,)
     high, low, first = (z.new_empty(some, dtype=wide) for _ in range(3))
     at_high, at_low = (z.new_empty(some, dtype=torch.int32) for _ in range(2))
-    flags = MOMENTS * moments | EXTREMA * extrema
+    flags = MOMENTS * moments | (EXTREMA | POSITIONS) * extrema
     _pass("plane_stats", z, flags, z, mean, var, high, low, first, at_high, at_low)
     if not moments:
         mean, var = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
     return RawStats(mean, var, high, low, first, at_high, at_low)
 
 
+def normal_stats(
+    z: Tensor, a: Tensor, mu: Tensor, beta: Tensor, moments: bool, extrema: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pass F1 where no gradient is recorded: mean, var, max and min of x = a (z - mu) + beta.
+
+    As ``plane_stats`` and ``algebra.normalised`` in one pass, for constant mu and a, [C].
+    """
+    wide = _maps(z)
+    shape = tuple(z.shape[:2])
+    a, mu, beta = (_scalars(shape[1:], wide, t) for t in (a, mu, beta))
+    mean, var = z.new_empty(shape, dtype=wide), z.new_empty(shape, dtype=wide)
+    some = shape if extrema else (0,)
+    high, low = (z.new_empty(some, dtype=wide) for _ in range(2))
+    flags = MOMENTS * moments | EXTREMA * extrema | NORMALISED
+    absent = (None,) * 3
+    _pass("plane_stats", z, flags, z, mean, var, high, low, *absent, a, mu, beta)
+    if not moments:
+        mean, var = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
+    return mean, var, high, low
+
+
 def affine_tail(
-    z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor, *, inplace: bool = False
+    z: Tensor,
+    r: Tensor,
+    mu: Tensor,
+    v: Tensor,
+    a: Tensor,
+    beta: Tensor,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
-    """Pass F2: y = relu(al (z - mu) + be + r), into z itself if asked; ``formula.affine_tail``."""
+    """Pass F2: y = relu(v (a (z - mu) + beta) + r), into z if asked; ``formula.affine_tail``."""
     wide = _maps(z, r)
     shape = tuple(z.shape[:2])
-    mu = _scalars(shape[1:], wide, mu)
-    al, be = _scalars(shape, wide, al), _scalars(shape, wide, be)
+    v = _scalars(shape, wide, v)
+    mu, a, beta = (_scalars(shape[1:], wide, t) for t in (mu, a, beta))
     y = z if inplace else torch.empty_like(z)
-    _pass("affine_tail", z, 0, z, r, mu, al, be, y)
+    _pass("affine_tail", z, 0, z, r, mu, v, a, beta, y)
     return y
 
 
@@ -273,7 +203,7 @@ def _stage(kernel: Any, like: Tensor, flags: int, size: int, *args: Tensor | Non
     batch, channels = like.shape
     chunks = -(-batch // _ROWS)
     pieces = chunks if like.numel() > _ALONE else 1
-    _run(kernel, like.dtype, (chunks, _ROWS, batch, channels, size, flags), pieces, *args)
+    run(kernel, like.dtype, (chunks, _ROWS, batch, channels, size, flags), pieces, *args)
 
 
 def _channel_stage(kernel: Any, like: Tensor, flags: int, *args: Tensor | None) -> None:
@@ -281,7 +211,7 @@ def _channel_stage(kernel: Any, like: Tensor, flags: int, *args: Tensor | None) 
     batch, channels = like.shape
     chunks = -(-channels // (BYTES // like.element_size()))
     pieces = chunks if like.numel() > _ALONE else 1
-    _run(kernel, like.dtype, (chunks, 0, batch, channels, 0, flags), pieces, *args)
+    run(kernel, like.dtype, (chunks, 0, batch, channels, 0, flags), pieces, *args)
 
 
 def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,16 +241,6 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
     like = ins[0] if flags & MOMENTS else ins[2]
     _stage(scalars.normalised, like, flags, 0, a, mu, beta, *ins, *outs)
     return NormalStats(*outs)
-
-
-def gated_affine(v: Tensor, a: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """al = v a and be = v beta; see ``algebra.gated_affine``."""
-    shape, wide = tuple(v.shape), a.dtype
-    v = _scalars(shape, wide, v)
-    a, beta = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, beta)
-    al, be = torch.empty_like(v), torch.empty_like(v)
-    _stage(scalars.gated_affine, v, 0, 0, v, a, beta, al, be)
-    return al, be
 
 
 def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ from spem.ops.cpu.table import (
     CHANNELS,
     EXTREMA,
     FLAGS,
+    MOMENTS,
+    NORMALISED,
+    POSITIONS,
     SIZE,
     STEP,
     WITH_SPIKES,
@@ -76,6 +79,10 @@ def plane_stats(block: Any) -> None:
     first = numbers_at(block, table[ARGS + 5])
     at_high = positions_at(table[ARGS + 6])
     at_low = positions_at(table[ARGS + 7])
+    slopes = numbers_at(block, table[ARGS + 8])
+    centres = numbers_at(block, table[ARGS + 9])
+    starts = numbers_at(block, table[ARGS + 10])
+    flags = table[FLAGS]
     lanes = lanes_of(block)
     zero = number(block, 0)
     zeros = every(block, zero)
@@ -96,10 +103,11 @@ def plane_stats(block: Any) -> None:
             row = read(x, c, n, zero)
             write(mean, base + c, n, zeros)
             write(var, base + c, n, zeros)
-            if table[FLAGS] & EXTREMA:
-                write(first, base + c, n, row)
+            if flags & EXTREMA:
                 write(high, base + c, n, row)
                 write(low, base + c, n, row)
+            if flags & POSITIONS:
+                write(first, base + c, n, row)
                 store_part(at_high, base + c, n, every_position(block, 0))
                 store_part(at_low, base + c, n, every_position(block, 0))
         for k in range(0, size, GROUP):
@@ -110,7 +118,7 @@ def plane_stats(block: Any) -> None:
                 shift = _shift(read(x, c, n, zero), zeros)
                 s = read(mean, p, n, zero)
                 q = read(var, p, n, zero)
-                if table[FLAGS] & EXTREMA:
+                if flags & POSITIONS:
                     h = read(high, p, n, zero)
                     w = read(low, p, n, zero)
                     i = load_positions(block, at_high, p, n)
@@ -129,6 +137,18 @@ def plane_stats(block: Any) -> None:
                     write(low, p, n, w)
                     store_part(at_high, p, n, i)
                     store_part(at_low, p, n, j)
+                elif flags & EXTREMA:
+                    h = read(high, p, n, zero)
+                    w = read(low, p, n, zero)
+                    for u in range(rows):
+                        value = read(x, (k + u) * channels + c, n, zero)
+                        h = larger(value, h)
+                        w = smaller(value, w)
+                        value = value - shift
+                        s = s + value
+                        q = q + value * value
+                    write(high, p, n, h)
+                    write(low, p, n, w)
                 else:
                     for u in range(rows):
                         value = read(x, (k + u) * channels + c, n, zero) - shift
@@ -144,14 +164,30 @@ def plane_stats(block: Any) -> None:
             v = (read(var, p, n, zero) - s * m) * share
             write(mean, p, n, _shift(read(x, c, n, zero), zeros) + m)
             write(var, p, n, where_above(zeros, v, zeros, v))
-            if table[FLAGS] & EXTREMA and where_equal_bits(s - s, zeros) != full:
+            if flags & EXTREMA and where_equal_bits(s - s, zeros) != full:
                 for u in range(n):
                     if _has_nan(offset(x, c + u), size, channels):
                         nan = mean[p + u] - mean[p + u]
                         high[p + u] = nan
                         low[p + u] = nan
-                        at_high[p + u] = 0
-                        at_low[p + u] = 0
+                        if flags & POSITIONS:
+                            at_high[p + u] = 0
+                            at_low[p + u] = 0
+            if flags & NORMALISED:
+                slope = read(slopes, c, n, zero)
+                centre = read(centres, c, n, zero)
+                start = read(starts, c, n, zero)
+                if flags & MOMENTS:
+                    write(mean, p, n, slope * (read(mean, p, n, zero) - centre) + start)
+                    write(var, p, n, slope * slope * read(var, p, n, zero))
+                if flags & EXTREMA:
+                    h = read(high, p, n, zero)
+                    w = read(low, p, n, zero)
+                    row = read(x, c, n, zero)
+                    top = where_equal(slope, zeros, row, where_above(zeros, slope, w, h))
+                    bottom = where_equal(slope, zeros, row, where_above(zeros, slope, h, w))
+                    write(high, p, n, slope * (top - centre) + start)
+                    write(low, p, n, slope * (bottom - centre) + start)
 
 
 def affine_tail(block: Any) -> None:
@@ -162,9 +198,10 @@ def affine_tail(block: Any) -> None:
     z = map_at(block, table[ARGS])
     r = map_at(block, table[ARGS + 1])
     mu = numbers_at(block, table[ARGS + 2])
-    al = numbers_at(block, table[ARGS + 3])
-    be = numbers_at(block, table[ARGS + 4])
-    y = map_at(block, table[ARGS + 5])
+    v = numbers_at(block, table[ARGS + 3])
+    a = numbers_at(block, table[ARGS + 4])
+    beta = numbers_at(block, table[ARGS + 5])
+    y = map_at(block, table[ARGS + 6])
     lanes = lanes_of(block)
     zero = number(block, 0)
     zeros = every(block, zero)
@@ -183,8 +220,9 @@ def affine_tail(block: Any) -> None:
             for c in range(begin, end, lanes):
                 n = min(lanes, end - c)
                 centre = read(mu, c, n, zero)
-                slope = read(al, base + c, n, zero)
-                start = read(be, base + c, n, zero)
+                gate = read(v, base + c, n, zero)
+                slope = gate * read(a, c, n, zero)
+                start = gate * read(beta, c, n, zero)
                 for u in range(rows):
                     o = at + u * channels + c
                     t = slope * (read(z, o, n, zero) - centre) + start + read(r, o, n, zero)

@@ -32,6 +32,8 @@ from spem.ops.cpu.table import (
     EXTREMA,
     FLAGS,
     MOMENTS,
+    NORMALISED,
+    POSITIONS,
     SIZE,
     STEP,
     WITH_SPIKES,
@@ -39,6 +41,7 @@ from spem.ops.cpu.table import (
 )
 from spem.ops.cpu.vectors import (
     every,
+    fused,
     helper,
     highest,
     larger,
@@ -54,20 +57,26 @@ from spem.ops.cpu.vectors import (
 
 @helper
 def _first_equal(x: Any, size: int, value: Any) -> int:
-    """The first position of the value in a plane that has it."""
+    """The first position of the value in a plane that has it.
+
+    Four vectors at a time: a branch for each would be foretold wrongly for most small planes.
+    """
     lanes = lanes_of(x)
     wanted = every(x, value)
     k = 0
-    while k + lanes <= size:
+    while k + 4 * lanes <= size:
         bits = where_equal_bits(load(x, k), wanted)
+        for u in range(1, 4):
+            bits |= where_equal_bits(load(x, k + u * lanes), wanted) << u * lanes
         if bits != 0:
             return k + lowest_bit(bits)
-        k += lanes
-    if k < size:
-        # What is behind the end counts as equal, hence is never the first.
-        bits = where_equal_bits(load_part(x, k, size - k, value), wanted)
-        return min(k + lowest_bit(bits), size - 1)
-    return 0
+        k += 4 * lanes
+    # What is behind the end counts as equal, hence is never the first.
+    bits = 0
+    for u in range(4):
+        n = min(max(size - k - u * lanes, 0), lanes)
+        bits |= where_equal_bits(load_part(x, k + u * lanes, n, value), wanted) << u * lanes
+    return min(k + lowest_bit(bits), size - 1)
 
 
 @helper
@@ -83,7 +92,7 @@ def plane_stats(block: Any) -> None:
     """F1. The sums say for free whether a plane may hold a NaN, which no maximum would show."""
     table = table_of(block)
     planes, size, step = table[BATCH] * table[CHANNELS], table[SIZE], table[STEP]
-    flags = table[FLAGS]
+    channels, flags = table[CHANNELS], table[FLAGS]
     z = map_at(block, table[ARGS])
     mean = numbers_at(block, table[ARGS + 1])
     var = numbers_at(block, table[ARGS + 2])
@@ -92,6 +101,9 @@ def plane_stats(block: Any) -> None:
     first = numbers_at(block, table[ARGS + 5])
     at_high = positions_at(table[ARGS + 6])
     at_low = positions_at(table[ARGS + 7])
+    slopes = numbers_at(block, table[ARGS + 8])
+    centres = numbers_at(block, table[ARGS + 9])
+    starts = numbers_at(block, table[ARGS + 10])
     lanes = lanes_of(block)
     zero = number(block, 0)
     share = number(block, 1) / number(block, size)
@@ -100,6 +112,7 @@ def plane_stats(block: Any) -> None:
         chunk = next_chunk(table, region)
         if chunk < 0:
             return
+        c = chunk * step % channels
         for p in range(chunk * step, min(planes, (chunk + 1) * step)):
             x = offset(z, p * size)
             z0 = element(x, 0)
@@ -132,23 +145,38 @@ def plane_stats(block: Any) -> None:
                 q0 = q0 + a * a
                 k += lanes
             s = total(s0 + s1)
+            slope = centre = start = zero
+            if flags & NORMALISED:
+                slope, centre, start = slopes[c], centres[c], starts[c]
             if flags & MOMENTS:
                 m = s * share
                 v = (total(q0 + q1) - s * m) * share
-                mean[p] = shift + m
-                var[p] = zero if v < zero else v
+                v = zero if v < zero else v
+                m = shift + m
+                if flags & NORMALISED:
+                    m, v = fused(slope, m - centre, start), slope * slope * v
+                mean[p] = m
+                var[p] = v
             if flags & EXTREMA:
-                first[p] = z0
-                if s - s != zero and _has_nan(x, size):
-                    high[p] = low[p] = s - s
-                    at_high[p] = at_low[p] = 0
-                else:
-                    top = highest(larger(h0, h1))
-                    bottom = lowest(smaller(l0, l1))
-                    high[p] = top
-                    low[p] = bottom
-                    at_high[p] = _first_equal(x, size, top)
-                    at_low[p] = _first_equal(x, size, bottom)
+                top = highest(larger(h0, h1))
+                bottom = lowest(smaller(l0, l1))
+                nan = s - s != zero and _has_nan(x, size)
+                if nan:
+                    top = bottom = s - s
+                if flags & POSITIONS:
+                    first[p] = z0
+                    at_high[p] = 0 if nan else _first_equal(x, size, top)
+                    at_low[p] = 0 if nan else _first_equal(x, size, bottom)
+                if flags & NORMALISED:
+                    if slope == zero:
+                        top = bottom = z0
+                    elif slope < zero:
+                        top, bottom = bottom, top
+                    top = fused(slope, top - centre, start)
+                    bottom = fused(slope, bottom - centre, start)
+                high[p] = top
+                low[p] = bottom
+            c = c + 1 if c + 1 < channels else 0
 
 
 def affine_tail(block: Any) -> None:
@@ -159,9 +187,10 @@ def affine_tail(block: Any) -> None:
     z = map_at(block, table[ARGS])
     r = map_at(block, table[ARGS + 1])
     mu = numbers_at(block, table[ARGS + 2])
-    al = numbers_at(block, table[ARGS + 3])
-    be = numbers_at(block, table[ARGS + 4])
-    y = map_at(block, table[ARGS + 5])
+    v = numbers_at(block, table[ARGS + 3])
+    a = numbers_at(block, table[ARGS + 4])
+    beta = numbers_at(block, table[ARGS + 5])
+    y = map_at(block, table[ARGS + 6])
     lanes = lanes_of(block)
     zero = number(block, 0)
     zeros = every(block, zero)
@@ -176,8 +205,8 @@ def affine_tail(block: Any) -> None:
             rp = offset(r, p * size)
             yp = offset(y, p * size)
             centre = every(block, mu[c])
-            slope = every(block, al[p])
-            start = every(block, be[p])
+            slope = every(block, v[p] * a[c])
+            start = every(block, v[p] * beta[c])
             k = 0
             while k + lanes <= size:
                 t = slope * (load(zp, k) - centre) + start + load(rp, k)

@@ -131,31 +131,6 @@ def normalised(block: Any) -> None:
                     store_part(j_out, p, n, j)
 
 
-def gated_affine(block: Any) -> None:
-    """al = v a, be = v beta."""
-    table = table_of(block)
-    batch, channels, step = table[BATCH], table[CHANNELS], table[STEP]
-    v_at = numbers_at(block, table[ARGS])
-    a_at = numbers_at(block, table[ARGS + 1])
-    beta_at = numbers_at(block, table[ARGS + 2])
-    al = numbers_at(block, table[ARGS + 3])
-    be = numbers_at(block, table[ARGS + 4])
-    lanes = lanes_of(block)
-    zero = number(block, 0)
-    region = region_of(table)
-    while True:
-        chunk = next_chunk(table, region)
-        if chunk < 0:
-            return
-        for b in range(chunk * step, min(batch, (chunk + 1) * step)):
-            for c in range(0, channels, lanes):
-                n = min(lanes, channels - c)
-                p = b * channels + c
-                v = read(v_at, p, n, zero)
-                write(al, p, n, v * read(a_at, c, n, zero))
-                write(be, p, n, v * read(beta_at, c, n, zero))
-
-
 def gate_gradient(block: Any) -> None:
     """dv = a moment + beta total."""
     table = table_of(block)

@@ -190,6 +190,17 @@ _minus = compiled_inline(_pairwise(lambda builder, a, b: builder.fsub(a, b, flag
 _times = compiled_inline(_pairwise(lambda builder, a, b: builder.fmul(a, b, flags=("contract",))))
 
 
+@compiled_inline
+def fused(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c of numbers, rounded as that of vectors is."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        product = builder.fmul(args[0], args[1], flags=("contract",))
+        return builder.fadd(product, args[2], flags=("contract",))
+
+    return a(a, b, c), emit
+
+
 def _overload(symbol: Any, implementation: Callable[[Any, Any], Any]) -> None:
     """Gives two vectors an operator."""
 

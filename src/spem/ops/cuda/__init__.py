@@ -86,16 +86,16 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     return out
 
 
-def affine_tail(z: Tensor, r: Tensor, mu: Tensor, al: Tensor, be: Tensor) -> Tensor:
-    """Pass F2: y = relu(al (z - mu) + be + r); a NaN stays a NaN. Reads 2N bytes, writes N.
+def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:
+    """Pass F2: y = relu(v (a (z - mu) + beta) + r); a NaN stays a NaN. Reads 2N bytes, writes N.
 
     Shape:
-        z, r, y: [B, C, ...]; mu: [C]; al, be: [B, C].
+        z, r, y: [B, C, ...]; v: [B, C]; mu, a, beta: [C].
     """
     plan = _plan("affine_tail", z, r)
     y = torch.empty_like(z)
     if plan.groups:
-        scalars = (mu.contiguous(), al.contiguous(), be.contiguous())
+        scalars = (mu.contiguous(), v.contiguous(), a.contiguous(), beta.contiguous())
         _launch(
             kernels.affine_tail_kernel,
             plan.groups * plan.blocks,

@@ -249,8 +249,9 @@ def affine_tail_kernel(
     z,
     r,
     mu,
-    al,
-    be,
+    v,
+    a,
+    beta,
     y,
     planes,
     k_units,
@@ -263,7 +264,7 @@ def affine_tail_kernel(
     P: tl.constexpr,
     KB: tl.constexpr,
 ):
-    """F2 for one tile: y = relu(al (z - mu) + be + r); a NaN passes the ReLU.
+    """F2 for one tile: y = relu(v (a (z - mu) + beta) + r); a NaN passes the ReLU.
 
     Bytes: reads 2N (z, r), writes N (y).
     """
@@ -274,8 +275,9 @@ def affine_tail_kernel(
     x = tl.load(z + offsets, mask=mask, other=0.0).to(tl.float32)
     shortcut = tl.load(r + offsets, mask=mask, other=0.0).to(tl.float32)
     centre = tl.load(mu + channel, mask=inside, other=0.0)
-    slope = tl.load(al + index, mask=inside, other=0.0)
-    shift = tl.load(be + index, mask=inside, other=0.0)
+    gate = tl.load(v + index, mask=inside, other=0.0)
+    slope = gate * tl.load(a + channel, mask=inside, other=0.0)
+    shift = gate * tl.load(beta + channel, mask=inside, other=0.0)
     t = slope[:, None] * (x - centre[:, None]) + shift[:, None] + shortcut
     t = tl.where(t < 0, 0.0, t)
     tl.store(y + offsets, t.to(y.dtype.element_ty), mask=mask)

@@ -1,0 +1,106 @@
+"""Kernels as machine code: compiled for one dtype when first used, kept on disk, run on threads."""
+
+import array
+import functools
+import hashlib
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from numba import types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+
+from spem.ops import threads
+from spem.ops.cpu.table import CHUNKS, COUNTERS, LINE
+from spem.ops.cpu.vectors import BYTES
+
+# The dtypes of maps, and what their elements are to a kernel.
+_ELEMENTS: dict[torch.dtype, Any] = {
+    torch.float32: types.float32,
+    torch.float64: types.float64,
+    torch.bfloat16: types.uint16,
+}
+SUPPORTED = frozenset(_ELEMENTS)
+
+_log = logging.getLogger("spem.ops")
+_compiling = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A fork waits until a kernel is compiled: its copy of numba would stay locked for ever.
+    os.register_at_fork(
+        before=_compiling.acquire,
+        after_in_parent=_compiling.release,
+        after_in_child=_compiling.release,
+    )
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of all that the kernels are made of."""
+    names = ("channels", "memory", "planes", "scalars", "table", "vectors")
+    texts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+class _Cache(FunctionCache):
+    """Kernels on disk; numba alone would look at a kernel's own file only for changes."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), _sources())
+
+
+_addresses: dict[tuple[Any, torch.dtype], int] = {}
+
+
+def _address_of(kernel: Any, dtype: torch.dtype) -> int:
+    """The address of a kernel for maps of this dtype."""
+    address = _addresses.get((kernel, dtype))
+    if address is not None:
+        return address
+    with _compiling:
+        key = (kernel, dtype)
+        if key not in _addresses:
+            _addresses[key] = _compile(kernel, dtype)
+        return _addresses[key]
+
+
+def _compile(kernel: Any, dtype: torch.dtype) -> int:
+    start = time.perf_counter()
+    block = types.CPointer(_ELEMENTS[dtype])
+
+    def build(cached: bool) -> Any:
+        callback = cast("Any", CFunc)(kernel, ((block,), types.void), {}, {"error_model": "numpy"})
+        if cached:
+            callback._cache = _Cache(kernel)
+        callback.compile()
+        return callback
+
+    try:
+        callback = build(cached=True)
+    except (OSError, RuntimeError) as reason:
+        # No place to write to: numba finds none (RuntimeError), or it is full or gone (OSError).
+        _log.debug("kernels are not kept on disk: %s", reason)
+        callback = build(cached=False)
+    if not callback.cache_hits:
+        seconds = time.perf_counter() - start
+        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        _log.info("%s for %s compiled in %.1f s", name, dtype, seconds)
+    _kept.append(callback)
+    return callback.address
+
+
+_kept: list[Any] = []  # what the addresses belong to
+
+
+def run(kernel: Any, dtype: torch.dtype, head: tuple[int, ...], pieces: int, *args: Any) -> None:
+    """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments."""
+    regions = max(1, min(torch.get_num_threads(), pieces))
+    table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
+    start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
+    values = [*head, regions, *(0 if t is None or not t.numel() else t.data_ptr() for t in args)]
+    table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
+    threads.launch(_address_of(kernel, dtype), table.buffer_info()[0] + 8 * start, regions)
