@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
 
 from spem.cli.output import print_table
 
@@ -37,172 +41,160 @@ def run(args: list[str]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """Options of every measurement."""
+
+    device: Device = "auto"
+    """Where; auto takes CUDA where there is any."""
+    threads: int = 0
+    """CPU threads; 0 is torch's choice."""
+    impl: str | None = None
+    """What counts as fused, instead of this machine's kernels."""
+    out: Path | None = None
+    """Folder for table and picture; without it they are only shown."""
+    quick: bool = False
+    """Tiny sizes, to see that it runs; writes nothing."""
+
+    def settings(self, rounds: Rounds | None = None, *, compiled: bool = False) -> Settings:
+        """What the measurement is told."""
+        from spem.bench.settings import Settings
+
+        rounds = rounds or Rounds(2, 0)
+        if self.quick:
+            rounds, compiled = Rounds(3, 1), False
+        return Settings(
+            self.device,
+            rounds.rounds,
+            rounds.warm_up,
+            self.threads,
+            self.impl,
+            compiled,
+            self.quick,
+        )
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Options of every measurement of time."""
+
+    rounds: int = 15
+    """Timed calls of each provider."""
+    warm_up: int = 2
+    """Calls of each before those."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Options of every measurement of CIFAR ResNets."""
+
+    depth: int = 29
+    """Layers, 9n + 2."""
+    dtype: Dtype = "float32"
+    """bfloat16 is autocast."""
+    layout: Layout = "contiguous"
+    """Memory layout of images and weights."""
+    attention: tuple[str, ...] = ()
+    """Who takes part; all modules of the measurement without this option."""
+
+    def workload(self, batch: int, default: Sequence[str] = ()) -> Workload:
+        """The network and batch; ``default`` takes part where nobody was named."""
+        from spem.bench.step import ATTENTIONS, Workload
+
+        attention = self.attention or tuple(default) or ATTENTIONS
+        return Workload(self.depth, batch, self.dtype, self.layout, attention)
+
+
 def ops(
     *,
-    device: Device = "auto",
-    rounds: int = 15,
-    warm_up: int = 2,
-    threads: int = 0,
-    impl: str | None = None,
+    how: Annotated[Measuring, arg(name="")] = Measuring(),  # frozen, as all here
+    times: Annotated[Rounds, arg(name="")] = Rounds(),
     compile: bool = True,
-    out: Path | None = None,
     resume: bool = False,
-    quick: bool = False,
 ) -> None:
     """Time the tail alone: norm, attention, addition and ReLU of a block.
 
     Args:
-        device: Where; auto takes CUDA where there is any.
-        rounds: Timed calls of each provider.
-        warm_up: Calls of each before those.
-        threads: CPU threads; 0 is torch's choice.
-        impl: What counts as fused, instead of this machine's kernels.
+        how: Of every measurement.
+        times: Of every measurement of time.
         compile: Whether compiled tails take part (most of the waiting).
-        out: Folder for table and picture; without it they are only shown.
         resume: Keep the maps that the table in --out has, if commit and machine are the same.
-        quick: Tiny maps, to see that it runs; writes nothing.
     """
-    settings = _settings(device, rounds, warm_up, threads, impl, compiled=compile, quick=quick)
-    _run("ops", settings, None, out, resume=resume)
+    _run("ops", how.settings(times, compiled=compile), None, how.out, resume=resume)
 
 
 def step(
     *,
-    depth: int = 29,
+    net: Annotated[Networks, arg(name="")] = Networks(),
+    how: Annotated[Measuring, arg(name="")] = Measuring(),
+    times: Annotated[Rounds, arg(name="")] = Rounds(),
     batch: int = 128,
-    dtype: Dtype = "float32",
-    layout: Layout = "contiguous",
-    attention: tuple[str, ...] = (),
-    device: Device = "auto",
-    rounds: int = 15,
-    warm_up: int = 2,
-    threads: int = 0,
-    impl: str | None = None,
     compile: bool = False,
-    out: Path | None = None,
-    quick: bool = False,
 ) -> None:
     """Time the training step of a CIFAR ResNet: forward, loss, backward, SGD.
 
     Args:
-        depth: Layers, 9n + 2.
+        net: Of the networks.
+        how: Of every measurement.
+        times: Of every measurement of time.
         batch: Images a step.
-        dtype: bfloat16 is autocast.
-        layout: Memory layout of images and weights.
-        attention: Who takes part; all modules without this option.
-        device: Where; auto takes CUDA where there is any.
-        rounds: Timed steps of each network.
-        warm_up: Steps of each before those.
-        threads: CPU threads; 0 is torch's choice.
-        impl: What counts as fused, instead of this machine's kernels.
         compile: Whether compiled networks take part (minutes each).
-        out: Folder for table and picture; without it they are only shown.
-        quick: Depth 11, batch 4, to see that it runs; writes nothing.
     """
-    settings = _settings(device, rounds, warm_up, threads, impl, compiled=compile, quick=quick)
-    _run("step", settings, _workload(depth, batch, dtype, layout, attention), out)
+    _run("step", how.settings(times, compiled=compile), net.workload(batch), how.out)
 
 
 def family(
     *,
-    depth: int = 29,
+    net: Annotated[Networks, arg(name="")] = Networks(),
+    how: Annotated[Measuring, arg(name="")] = Measuring(),
+    times: Annotated[Rounds, arg(name="")] = Rounds(),
     batch: int = 128,
-    layout: Layout = "contiguous",
-    attention: tuple[str, ...] = (),
-    device: Device = "auto",
-    rounds: int = 15,
-    warm_up: int = 2,
-    threads: int = 0,
-    impl: str | None = None,
-    out: Path | None = None,
-    quick: bool = False,
 ) -> None:
     """Time the training step with every registered module, beside parameters and FLOPs.
 
     Args:
-        depth: Layers, 9n + 2.
+        net: Of the networks.
+        how: Of every measurement.
+        times: Of every measurement of time.
         batch: Images a step.
-        layout: Memory layout of images and weights.
-        attention: Who takes part; every module, and forms of some, without this option.
-        device: Where; auto takes CUDA where there is any.
-        rounds: Timed steps of each network.
-        warm_up: Steps of each before those.
-        threads: CPU threads; 0 is torch's choice.
-        impl: What counts as fused, instead of this machine's kernels.
-        out: Folder for table and picture; without it they are only shown.
-        quick: Depth 11, batch 4, to see that it runs; writes nothing.
     """
     from spem.bench.family import family as members
 
-    settings = _settings(device, rounds, warm_up, threads, impl, compiled=False, quick=quick)
-    work = _workload(depth, batch, "float32", layout, attention or members())
-    _run("family", settings, work, out)
+    _run("family", how.settings(times), net.workload(batch, members()), how.out)
 
 
 def network(
     *,
-    depth: int = 29,
-    dtype: Dtype = "float32",
-    layout: Layout = "contiguous",
-    attention: tuple[str, ...] = (),
-    device: Device = "auto",
-    rounds: int = 15,
-    warm_up: int = 2,
-    threads: int = 0,
-    impl: str | None = None,
+    net: Annotated[Networks, arg(name="")] = Networks(),
+    how: Annotated[Measuring, arg(name="")] = Measuring(),
+    times: Annotated[Rounds, arg(name="")] = Rounds(),
     compile: bool = False,
-    out: Path | None = None,
-    quick: bool = False,
 ) -> None:
     """Time inference at batch 128 and 1, also against the plain network with folded norms.
 
     Args:
-        depth: Layers, 9n + 2.
-        dtype: bfloat16 is autocast.
-        layout: Memory layout of images and weights.
-        attention: Who takes part; all modules without this option.
-        device: Where; auto takes CUDA where there is any.
-        rounds: Timed passes of each network.
-        warm_up: Passes of each before those.
-        threads: CPU threads; 0 is torch's choice.
-        impl: What counts as fused, instead of this machine's kernels.
+        net: Of the networks.
+        how: Of every measurement.
+        times: Of every measurement of time.
         compile: Whether compiled networks take part (minutes each).
-        out: Folder for table and picture; without it they are only shown.
-        quick: Depth 11, batch 2 and 1, to see that it runs; writes nothing.
     """
-    settings = _settings(device, rounds, warm_up, threads, impl, compiled=compile, quick=quick)
-    _run("network", settings, _workload(depth, 128, dtype, layout, attention), out)
+    _run("network", how.settings(times, compiled=compile), net.workload(128), how.out)
 
 
 def memory(
     *,
-    depth: int = 29,
+    net: Annotated[Networks, arg(name="")] = Networks(),
+    how: Annotated[Measuring, arg(name="")] = Measuring(),
     batch: int = 128,
-    dtype: Dtype = "float32",
-    layout: Layout = "contiguous",
-    attention: tuple[str, ...] = (),
-    device: Device = "auto",
-    threads: int = 0,
-    impl: str | None = None,
-    out: Path | None = None,
-    quick: bool = False,
 ) -> None:
     """Peak memory of a training step and of inference, every network in its own process.
 
     Args:
-        depth: Layers, 9n + 2.
+        net: Of the networks.
+        how: Of every measurement.
         batch: Images a step.
-        dtype: bfloat16 is autocast.
-        layout: Memory layout of images and weights.
-        attention: Who takes part; all modules without this option.
-        device: Where; auto takes CUDA where there is any.
-        threads: CPU threads; 0 is torch's choice.
-        impl: What counts as fused, instead of this machine's kernels.
-        out: Folder for table and picture; without it they are only shown.
-        quick: Depth 11, batch 4, to see that it runs; writes nothing.
     """
-    settings = _settings(device, 2, 0, threads, impl, compiled=False, quick=quick)
-    _run("memory", settings, _workload(depth, batch, dtype, layout, attention), out)
+    _run("memory", how.settings(), net.workload(batch), how.out)
 
 
 def plot(folder: Path, /) -> None:
@@ -220,31 +212,6 @@ def plot(folder: Path, /) -> None:
         kind = path.stem.partition("_")[0]
         _show(kind, table.read(path))
         print(f"drawn: {plots.draw(kind, path)}\n")
-
-
-def _settings(
-    device: Device,
-    rounds: int,
-    warm_up: int,
-    threads: int,
-    impl: str | None,
-    *,
-    compiled: bool,
-    quick: bool,
-) -> Settings:
-    from spem.bench.settings import Settings
-
-    if quick:
-        rounds, warm_up, compiled = 3, 1, False
-    return Settings(device, rounds, warm_up, threads, impl, compiled, quick)
-
-
-def _workload(
-    depth: int, batch: int, dtype: Dtype, layout: Layout, attention: tuple[str, ...]
-) -> Workload:
-    from spem.bench.step import ATTENTIONS, Workload
-
-    return Workload(depth, batch, dtype, layout, attention or ATTENTIONS)
 
 
 def _run(
