@@ -1,13 +1,12 @@
 """`spem compare`: several attentions with the same seeds, as table, CSV and picture."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from spem.cli.output import print_json, print_table
+from spem.cli.output import decimals_for, p_text, print_json, print_table
 from spem.cli.recipe import in_full, recipe_config
 from spem.cli.user_module import register_from_file
 from spem.extras import require
@@ -239,11 +238,9 @@ def _reading(lines: Sequence["Line"], reference: str) -> list[str]:
 
 
 def _decimals(lines: Sequence["Line"]) -> int:
-    """As many as show two digits of the smallest deviation, and two at least."""
     spreads = [line.last.sd for line in lines]
     spreads += [line.difference.sd for line in lines if line.difference is not None]
-    smallest = min((sd for sd in spreads if sd), default=1.0)
-    return min(10, max(2, 1 - math.floor(math.log10(smallest))))
+    return decimals_for(spreads)
 
 
 def _accuracy_cells(line: "Line", decimals: int) -> list[str]:
@@ -257,15 +254,9 @@ def _accuracy_cells(line: "Line", decimals: int) -> list[str]:
         "-" if d is None or d.mean is None else f"{d.mean:+.{decimals}f}",
         "-" if d is None else d.interval_in(decimals),
         (d and d.interval) or "-",
-        _p(d and d.p),
-        _p(line.adjusted_p),
+        p_text(d and d.p),
+        p_text(line.adjusted_p),
     ]
-
-
-def _p(p: float | None) -> str:
-    if p is None:
-        return "-"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _cost_cells(line: "Line") -> list[str]:

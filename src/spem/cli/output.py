@@ -1,6 +1,7 @@
 """What the commands share in speaking: tables, JSON, the nearest match of a misspelt name."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -19,6 +20,19 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
+
+
+def p_text(p: float | None) -> str:
+    """A p value as tables show it."""
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def decimals_for(spreads: Iterable[float | None]) -> int:
+    """As many as show two digits of the smallest deviation that is not 0, and two at least."""
+    smallest = min((spread for spread in spreads if spread), default=1.0)
+    return min(10, max(2, 1 - math.floor(math.log10(smallest))))
 
 
 def print_json(document: Any) -> None:

@@ -1,12 +1,11 @@
 """`spem stats`: paired statistics of anybody's results, from any tidy CSV."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spem.cli.output import print_json, print_table
+from spem.cli.output import decimals_for, p_text, print_json, print_table
 
 if TYPE_CHECKING:
     from spem.reproduce.inference import Compared, PairedTest
@@ -103,8 +102,8 @@ def _cells(line: "Compared", decimals: int) -> list[str]:
         "-" if test.mean is None else f"{test.mean:+.{decimals}f}",
         test.interval_in(decimals),
         test.interval or "-",
-        _p(test.p),
-        _p(line.adjusted_p),
+        p_text(test.p),
+        p_text(line.adjusted_p),
         _correlation(test),
     ]
 
@@ -120,18 +119,10 @@ def _correlation(test: "PairedTest") -> str:
     )
 
 
-def _p(p: float | None) -> str:
-    if p is None:
-        return "-"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def _decimals(answer: "Answer") -> int:
-    """As many as show two digits of the smallest deviation, and two at least."""
     spreads = [line.summary.sd for line in answer.lines]
     spreads += [line.test.sd for line in answer.lines if line.test is not None]
-    smallest = min((sd for sd in spreads if sd), default=1.0)
-    return min(10, max(2, 1 - math.floor(math.log10(smallest))))
+    return decimals_for(spreads)
 
 
 def _unit(question: "Question", answer: "Answer") -> str:
