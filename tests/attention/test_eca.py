@@ -58,6 +58,51 @@ def test_large_maps_compile_and_export() -> None:
     torch.testing.assert_close(
         torch.compile(module, fullgraph=True, backend="aot_eager")(x), expected
     )
-    program = torch.export.export(module, (x,))
+    program = torch.export.export(module, (x,), strict=False)
     torch.testing.assert_close(program.module()(x), expected)
     assert "conv1d" in str(program.graph)
+
+
+class _Doubled(nn.Conv1d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        _Doubled(1, 1, 3, padding=1, bias=False),
+        nn.Conv1d(1, 1, 3, padding=1, bias=True),
+        nn.Conv1d(1, 1, 3, padding=2, dilation=2, bias=False),
+        nn.Conv1d(1, 1, 3, padding=1, bias=False, padding_mode="circular"),
+        nn.Conv1d(1, 1, 13, padding=6, bias=False),
+    ],
+    ids=["own forward", "bias", "dilation", "padding mode", "many taps"],
+)
+def test_another_layer_in_its_place_is_called(layer: nn.Conv1d) -> None:
+    """So that the result does not depend on the size of the batch."""
+    module = spem.ECA(64)
+    module.conv = layer
+    x = torch.randn(80, 64, 2, 2)
+    torch.testing.assert_close(module(x), torch.cat([module(one[None]) for one in x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_wide_in_batches_of_all_sizes(dtype: torch.dtype) -> None:
+    module = spem.ECA(64).to(dtype)
+    x = torch.randn(80, 64, 2, 2).to(dtype)
+    alone = torch.cat([module(one[None]) for one in x])
+    torch.testing.assert_close(module(x), alone)
+    wide = spem.ECA(64)
+    wide.load_state_dict(module.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = wide(x)
+    assert again.dtype == dtype
+    torch.testing.assert_close(again, alone)
+
+
+def test_products_under_vmap() -> None:
+    module = spem.ECA(64)
+    x = torch.randn(3, 80, 64, 2, 2)
+    found = torch.vmap(module)(x)
+    torch.testing.assert_close(found, torch.stack([module(one) for one in x]))

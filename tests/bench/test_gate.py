@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import spem
-from spem.bench import checks, nets, official, tails
+from spem.bench import checks, nets, official, settings, tails
 from spem.bench.settings import CODE, Subject
 
 CPU = torch.device("cpu")
@@ -139,3 +139,27 @@ def test_errors():
     assert checks.error_of(torch.ones(2), ones) == float("inf")
     with pytest.raises(checks.BenchError, match="do not both have b"):
         checks.require_close("x", {"a": ones}, {"a": ones, "b": ones}, {"a": 1, "b": 1})
+
+
+def test_in_inference_everybody_is_given_the_same_map():
+    """Though a tail may write its result into what it is given."""
+    case = tails.Case("bn_eval", 4, 16, 8, 8)
+    inputs = tails.make_inputs(case, CPU)
+    before = inputs.z.clone()
+    for way, impl in (("fused", "formula"), ("composed", "reference")):
+        provider = tails.TailProvider(case, Subject("none", way), impl, inputs)
+        provider.prepare()
+        inputs.input.zero_()
+        for _ in range(2):
+            inputs.input.mul_(2)  # what a tail in place leaves
+            provider.sample()
+            torch.testing.assert_close(inputs.input, before)
+    assert torch.equal(inputs.z, before)
+
+
+def test_a_compiled_step_is_captured_as_a_graph():
+    ways = (settings.COMPOSED, settings.FORMULA)
+    every = [Subject("se", way) for way in ("composed", "compiled", "formula compiled")]
+    found = settings.with_graphs(every, ("se",), ways)[len(every) :]
+    assert [s.way for s in found] == ["composed graph", "formula compiled graph"]
+    assert [settings.impl_of(s.way, None) for s in found] == ["reference", "formula"]

@@ -18,6 +18,9 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 import attach_table
 import export_table
+from export.graphs import Network
+
+import spem
 
 TINY = ("timm:resnet10t", "timm:mobilenetv3_small_050")
 
@@ -108,8 +111,18 @@ def test_an_architecture_that_is_not_there_is_a_row(tmp_path: Path) -> None:
     assert one["note"] == "failed"
 
 
+def one_block(spec: str) -> torch.nn.Module:
+    """In place of a row's network: one convolution and the attention, exported much sooner."""
+    attention = torch.nn.Identity()
+    if spec != "none":
+        attention = spem.create_attention(spec, 16, size=export_table.IMAGE)
+    return attach_table.scattered(Network(attention), 0).eval()
+
+
 def test_export_goes_on_and_repeats_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole networks, the script's own, are in test_a_row_with_an_error_is_not_timed."""
     monkeypatch.setattr(export_table, "specs", lambda: ["none", "eca", "fca"])
+    monkeypatch.setattr(export_table, "host", one_block)
     args = ["--out", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:
         counted(export_table, patch, stop=1)
@@ -164,5 +177,15 @@ def test_a_row_with_an_error_is_not_timed(tmp_path: Path, monkeypatch: pytest.Mo
     args = ["--out", str(tmp_path), "--latency", "--rounds", "2"]
     assert export_table.main(args) == 0
     none, eca = rows(tmp_path, "export.csv")
+    assert none["note"] == ""
+    assert float(none["int8"]) < 0.2
     assert (eca["fp32"], eca["note"]) == ("AssertionError: no network", "failed")
     assert (eca["latency_over_plain"], none["latency_rounds"]) == ("", "2")
+
+
+def test_the_network_of_a_row_is_the_same_every_time() -> None:
+    one, other = (export_table.host("eca") for _ in range(2))
+    assert len([part for part in one.modules() if isinstance(part, spem.ECA)]) == 3
+    state = other.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
+    assert not one.training

@@ -63,9 +63,23 @@ def test_refused(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_the_float32_file_is_not_written_over(tmp_path: Path) -> None:
-    source = tmp_path / "in.onnx"
-    to_onnx(network(module("se", 16)), source, (1, 3, 8, 8))
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A graph of float32, as a file holds it; exporting one takes a second."""
+    path = tmp_path_factory.mktemp("exported") / "in.onnx"
+    to_onnx(network(module("se", 16)), path, (1, 3, 8, 8))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def source(exported: bytes, tmp_path: Path) -> Path:
+    """That graph in a file of the test's own."""
+    path = tmp_path / "in.onnx"
+    path.write_bytes(exported)
+    return path
+
+
+def test_the_float32_file_is_not_written_over(source: Path, tmp_path: Path) -> None:
     content = source.read_bytes()
     for same in (source, tmp_path / "." / "in.onnx", tmp_path / ".." / tmp_path.name / "in.onnx"):
         with pytest.raises(ValueError, match="is the float32 file itself"):
@@ -75,10 +89,11 @@ def test_the_float32_file_is_not_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_outputs_that_are_no_numbers(position: int, value: float, tmp_path: Path) -> None:
+def test_outputs_that_are_no_numbers(
+    position: int, value: float, source: Path, tmp_path: Path
+) -> None:
     """On any of the inputs: a NaN is larger than nothing, and would not be the maximum."""
-    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    to_onnx(network(module("se", 16)), source, (1, 3, 8, 8))
+    target = tmp_path / "out.onnx"
     inputs = [maps(1, 3, 8, 8, key=key) for key in range(2)]
     inputs[position][0, 0, 0, 0] = value
     with pytest.raises(ValueError, match=r"is not finite\. Give inputs"):
@@ -87,11 +102,10 @@ def test_outputs_that_are_no_numbers(position: int, value: float, tmp_path: Path
 
 
 def test_an_int8_graph_that_gives_no_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its outputs are looked at too, on every input."""
-    source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    to_onnx(network(module("se", 16)), source, (1, 3, 8, 8))
+    target = tmp_path / "out.onnx"
 
     class Broken(int8.Session):
         def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:

@@ -138,16 +138,28 @@ def test_an_empty_batch(impl: str, training: bool, gate: str) -> None:
 @pytest.mark.parametrize("norm", ["train", "eval", "none"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("position", [0, 7])
+@pytest.mark.parametrize("recorded", [True, False], ids=["grad", "no grad"])
 def test_nan_and_infinity(
-    impl: str, dtype: torch.dtype, gate: str, norm: str, value: float, position: int
+    impl: str,
+    dtype: torch.dtype,
+    gate: str,
+    norm: str,
+    value: float,
+    position: int,
+    recorded: bool,
 ) -> None:
     """The output is NaN and infinite exactly where composed modules make it so."""
     needs(impl, dtype, home(impl))
-    t = tail(gate, (3, 5, 4, 5), norm, dtype=dtype, device=home(impl))
+    layout = torch.channels_last if position else torch.contiguous_format
+    t = tail(gate, (3, 5, 4, 5), norm, dtype=dtype, memory_format=layout, device=home(impl))
     with torch.no_grad():
-        t.z[1, 3].view(-1)[position] = value
-    found = copy.deepcopy(t).forward(impl).detach()
-    expected = t.forward("reference").detach()
+        t.z[1, 3, position // 5, position % 5] = value
+        t.z[2, 4, position // 5, position % 5] = value
+        if t.norm is not None:
+            t.norm.weight[4] = 0.0  # 0 times what is not finite is NaN
+    with torch.set_grad_enabled(recorded):
+        found = copy.deepcopy(t).forward(impl).detach()
+        expected = t.forward("reference").detach()
     torch.testing.assert_close(found.isnan(), expected.isnan())
     torch.testing.assert_close(found.isinf(), expected.isinf())
     clean = expected.isfinite()

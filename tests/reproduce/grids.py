@@ -23,6 +23,7 @@ from training.tiny import differences, outcome, tiny
 
 from spem.reproduce.board import Board
 from spem.reproduce.grid import run_grid
+from spem.reproduce.scales import SCALES
 from spem.training import RunConfig, Silent, train
 from spem.training.checkpoint import load_checkpoint
 from spem.training.claim import process_start
@@ -43,6 +44,20 @@ def plan(count: int, epochs: int = 4) -> list[RunConfig]:
     ]
     few = [replace(c, data=replace(c.data, test_limit=50)) for c in configs]
     return few[:count]
+
+
+def fewer_images() -> None:
+    """Let a third of the images do for the scale `smoke`: how long it trains is not the point.
+
+    A run still has four epochs of a moment each, so that it can be killed between any two.
+    """
+    smoke = SCALES["smoke"]
+
+    def base(dataset: str) -> RunConfig:
+        config = smoke.base(dataset)
+        return replace(config, data=replace(config.data, limit=480))
+
+    SCALES["smoke"] = replace(smoke, base=base)
 
 
 class Recorder:

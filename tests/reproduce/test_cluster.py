@@ -29,7 +29,13 @@ from spem.reproduce import cluster
 HERE = Path(__file__).resolve()
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 EPOCHS = 6
-PROGRAM = "import sys; from spem.cli import main; sys.exit(main())"
+PROGRAM = """
+import sys
+from reproduce.grids import fewer_images
+from spem.cli import main
+fewer_images()
+sys.exit(main())
+"""
 MINUTES = 420.0
 """Seconds after which a grid counts as stuck."""
 SEEDS = os.environ.get("SPEM_TEST_SEEDS", "1")

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from reproduce.grids import PATIENCE, wait_until
+from reproduce.grids import PATIENCE, fewer_images, wait_until
 from training.processes import fork, say, wait
 
 HERE = Path(__file__).resolve()
@@ -121,6 +121,7 @@ def main(folder: Path) -> None:
     """Run once undisturbed, then be killed in every phase, then go on to the end."""
     for name in ("cli.reproduce", "reproduce.gather", "reproduce.grid", "reproduce.report"):
         import_module(f"spem.{name}")
+    fewer_images()
     expected, out = folder / "undisturbed", folder / "killed"
     began = time.time()
     assert wait(start(expected, workers=RUNS)) == 0

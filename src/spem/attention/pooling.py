@@ -7,6 +7,7 @@ A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,7 +126,7 @@ class MixPool(Pool):
         highest, lowest = _extrema(stats)
         constant = self.constant()
         if constant is not None:
-            return torch.add(lowest * (1.0 - constant), highest, alpha=constant)
+            return constant * highest + (1.0 - constant) * lowest
         lam = self.lam.to(highest.dtype)
         return lam * highest + (1.0 - lam) * lowest
 
@@ -210,15 +211,16 @@ class SquaresMix(LearnedMix):
         return torch.where(vanished, 0.5, q[0] / total)
 
     def constant(self) -> float | None:
-        """`lam` without its dozen operations on two numbers: on a CPU, without a gradient."""
-        if torch.is_grad_enabled() or not runs_eagerly(self.p) or self.p.device.type != "cpu":
+        """`lam` to the bit, without a dozen operators for two numbers: on a CPU, no gradient."""
+        if torch.is_grad_enabled() or self.p.device.type != "cpu" or not runs_eagerly(self.p):
             return None
-        p = self.p.tolist()
-        scale = max(map(abs, p))
-        if scale < torch.finfo(torch.float32).tiny:
-            return 0.5
-        q = [(x / scale) ** 2 for x in p]
-        return q[0] / (q[0] + q[1])
+        p = self.p.to(compute_dtype(self.p.dtype)).numpy()
+        with np.errstate(all="ignore"):
+            scale = np.abs(p).max()
+            if scale < np.finfo(np.float32).tiny:
+                return 0.5
+            q = np.square(p / scale)
+            return float(q[0] / (q[0] + q[1]))
 
     @property
     def magnitude(self) -> Tensor:

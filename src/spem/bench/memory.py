@@ -5,8 +5,8 @@ are loaded), and then two on the whole batch; what counts is by how much the pea
 was held before those two. On a CPU that is resident memory as the system counts it, on a GPU what
 torch allocated. The other number is the whole process's peak of resident memory.
 
-glibc is told to map every larger tensor by itself. By default it fills holes of its heap, and what
-that adds (200 to 280 MiB beside 630 at depth 29) differs by a tenth from process to process.
+glibc is told to map every larger tensor by itself: the holes that freed tensors leave in its heap
+belong to nobody, and differ from process to process.
 
     python -m spem.bench.memory '{"attention": "spem", ...}'     # one process; prints two numbers
 """

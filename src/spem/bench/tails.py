@@ -161,7 +161,7 @@ class TailProvider:
         self._names = [name for name, _ in self.module.named_parameters()]
         self._leaves = [inputs.z, inputs.residual, *self.module.parameters()]
         self._run: Callable[..., Any] = self.module
-        if subject.way in (COMPILED, FORMULA):
+        if subject.way.removesuffix(GRAPH) in (COMPILED, FORMULA):
             self._run = compiled(self.module)
         self._y: Tensor | None = None
         self._grads: Sequence[Tensor] = ()

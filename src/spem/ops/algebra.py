@@ -78,7 +78,8 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
     Formula:
         mean = a (mean_z - mu) + beta,  var = a^2 var_z,  high = a (z_i - mu) + beta,
         low = a (z_j - mu) + beta; i the maximum's position for a > 0, the minimum's for a < 0, and
-        0 for a = 0, where every position ties; j the other way round.
+        0 for a = 0, where every position ties (but 0 times what is not finite is NaN); j the other
+        way round.
 
     Shape:
         a, mu, beta: [C].
@@ -91,8 +92,9 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
         mean, var = a * (raw.mean - mu) + beta, a.square() * raw.var
     if raw.high.dim() == 2:
         falling, flat = a < 0, a == 0
-        z_i = torch.where(flat, raw.first, torch.where(falling, raw.low, raw.high))
-        z_j = torch.where(flat, raw.first, torch.where(falling, raw.high, raw.low))
+        first = raw.first + (0.0 * raw.high + 0.0 * raw.low)  # NaN if any value is not finite
+        z_i = torch.where(flat, first, torch.where(falling, raw.low, raw.high))
+        z_j = torch.where(flat, first, torch.where(falling, raw.high, raw.low))
         zero = torch.zeros_like(raw.at_high)
         i = torch.where(flat, zero, torch.where(falling, raw.at_low, raw.at_high))
         j = torch.where(flat, zero, torch.where(falling, raw.at_high, raw.at_low))

@@ -120,8 +120,9 @@ def _gather_values(
             mean, var, high, low = kernels.normal_stats(z, a, mu, beta, moments, extrema)
         return Gathered(z, none, none, none, mean, var, high, low, mu, a, beta, none, none)
     m = _measure(z, norm, moments, extrema, impl)
-    none = m.values
-    return Gathered(z, none, none, none, *m.normal[:4], m.mu, m.a, m.beta, m.channel_var, none)
+    none = m.mu.new_empty(0)
+    of_x, of_channels = m.normal[:4], (m.mu, m.a, m.beta, m.channel_var, m.values)
+    return Gathered(z, none, none, none, *of_x, *of_channels)
 
 
 def _direct(impl: str) -> bool:

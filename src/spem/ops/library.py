@@ -26,7 +26,8 @@ _SCHEMAS = {
     "stats_backward": "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
     "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
 }
-_FUNCTORCH = getattr(getattr(torch, "_C", None), "_functorch", None)  # may change or go
+_TORCH_C = getattr(torch, "_C", None)  # what is behind it may change or go
+_FUNCTORCH = getattr(_TORCH_C, "_functorch", None)
 _MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
 
 
@@ -77,16 +78,21 @@ def is_plain(z: Tensor) -> bool:
 
 def is_exporting() -> bool:
     """Whether the calls are recorded for a graph that leaves PyTorch or this process."""
-    exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
-    if exporting is not None and exporting():
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    if exporting is None:  # before torch 2.7, where only an export that is not strict can be told
+        compiler = torch.compiler
+        exporting = lambda: compiler.is_compiling() and not compiler.is_dynamo_compiling()  # noqa: E731
+    if exporting():
         return True
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return tracing or torch.onnx.is_in_onnx_export()
 
 
 def runs_eagerly(t: Tensor) -> bool:
-    """Whether what is done with a tensor happens now, and is neither compiled nor recorded."""
-    return not torch.compiler.is_compiling() and is_plain(t) and not is_exporting()
+    """Whether what is done with a tensor happens now, and nobody compiles or records it."""
+    if torch.compiler.is_compiling() or not is_plain(t) or is_exporting():
+        return False
+    return not getattr(_TORCH_C, "_len_torch_dispatch_stack", int)()  # the modes in force
 
 
 def any_global_hook() -> bool:

@@ -131,7 +131,7 @@ def why_composed(norm: nn.Module | None) -> str | None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs more than its class's forward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+    own = "forward" in module.__dict__ or any(getattr(module, kind) for kind in kinds)
     return own or any_global_hook()
 
 

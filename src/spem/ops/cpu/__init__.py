@@ -1,9 +1,9 @@
 """The passes and the scalar stages on a CPU, compiled by numba; the package's only way to numba.
 
-Every function here does what the one of the same name does in ``spem.ops.formula`` (the passes) or
-``spem.ops.algebra`` (the scalar stages). It checks shapes, allocates the outputs, writes addresses
-and sizes into a table and has the kernel run on it. A kernel is compiled when first used, for one
-dtype, and kept on disk where numba finds a place to write.
+Every function here but `normal_stats`, two of them in one, does what the one of the same name does
+in ``spem.ops.formula`` (the passes) or ``spem.ops.algebra`` (the scalar stages). It checks shapes,
+allocates the outputs, writes addresses and sizes into a table and has the kernel run on it. A
+kernel is compiled when first used, for one dtype, and kept on disk where numba can write.
 """
 
 from typing import Any

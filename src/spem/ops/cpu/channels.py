@@ -183,7 +183,8 @@ def plane_stats(block: Any) -> None:
                 if flags & EXTREMA:
                     h = read(high, p, n, zero)
                     w = read(low, p, n, zero)
-                    row = read(x, c, n, zero)
+                    # A NaN if anything in the plane is not finite, also where the slope is 0.
+                    row = read(x, c, n, zero) + (zeros * h + zeros * w)
                     top = where_equal(slope, zeros, row, where_above(zeros, slope, w, h))
                     bottom = where_equal(slope, zeros, row, where_above(zeros, slope, h, w))
                     write(high, p, n, slope * (top - centre) + start)

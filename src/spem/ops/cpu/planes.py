@@ -168,8 +168,8 @@ def plane_stats(block: Any) -> None:
                     at_high[p] = 0 if nan else _first_equal(x, size, top)
                     at_low[p] = 0 if nan else _first_equal(x, size, bottom)
                 if flags & NORMALISED:
-                    if slope == zero:
-                        top = bottom = z0
+                    if slope == zero:  # and a NaN if anything in the plane is not finite
+                        top = bottom = z0 + (zero * top + zero * bottom)
                     elif slope < zero:
                         top, bottom = bottom, top
                     top = fused(slope, top - centre, start)

@@ -116,7 +116,8 @@ def normalised(block: Any) -> None:
                 if flags & EXTREMA:
                     top = read(high, p, n, zero)
                     bottom = read(low, p, n, zero)
-                    origin = read(first, p, n, zero)
+                    # A NaN if anything in the plane is not finite, also where a is 0.
+                    origin = read(first, p, n, zero) + (zeros * top + zeros * bottom)
                     at_top = load_positions(block, at_high, p, n)
                     at_bottom = load_positions(block, at_low, p, n)
                     z_i = where_equal(a, zeros, origin, where_above(zeros, a, bottom, top))

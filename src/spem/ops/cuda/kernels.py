@@ -264,10 +264,7 @@ def affine_tail_kernel(
     P: tl.constexpr,
     KB: tl.constexpr,
 ):
-    """F2 for one tile: y = relu(v (a (z - mu) + beta) + r); a NaN passes the ReLU.
-
-    Bytes: reads 2N (z, r), writes N (y).
-    """
+    """F2 for one tile: y = relu(v (a (z - mu) + beta) + r), NaN kept. Reads 2N bytes, writes N."""
     K, C = k_units * K_UNIT, c_units * C_UNIT
     index, channel, start, inside, block = _place(blocks, planes, K, C, LAST, WIDE, P)
     k = (block * KB).to(tl.int32) + tl.arange(0, KB)
