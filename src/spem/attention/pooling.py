@@ -128,7 +128,7 @@ class MixPool(Pool):
         if constant is not None:
             return constant * highest + (1.0 - constant) * lowest
         lam = self.lam.to(highest.dtype)
-        return lam * highest + (1.0 - lam) * lowest
+        return lam * highest + (1.0 - lam) * lowest  # lerp gives another result for infinities
 
 
 def _extrema(stats: PlaneStats) -> tuple[Tensor, Tensor]:

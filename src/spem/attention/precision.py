@@ -47,7 +47,7 @@ def _device_type(value: object) -> str | None:
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
     """A parameter in the dtype of the statistics it meets."""
-    return parameter.to(like.dtype)
+    return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
 
 
 def _bias(layer: nn.Module, z: Tensor) -> Tensor | None:

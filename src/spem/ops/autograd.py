@@ -112,7 +112,7 @@ def _gather_values(
     """`gather` where no gradient is recorded: no tokens, and no positions where none are needed."""
     constant = norm is None or norm.mean is not None
     if constant and _direct(impl):
-        mu, a, beta, _ = _constants(norm, z)
+        mu, a, beta, _ = _constants(norm, z, copy=False)
         none = mu.new_empty(0)
         mean = var = high = low = none
         if moments or extrema:
@@ -130,8 +130,10 @@ def _direct(impl: str) -> bool:
     return impl == "numba" and not torch.compiler.is_compiling()
 
 
-def _constants(norm: Norm | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mu, a, beta and rstd [C] of a norm with constant statistics, in tensors of their own."""
+def _constants(
+    norm: Norm | None, z: Tensor, *, copy: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mu, a, beta and rstd [C] of a norm with constant statistics; copies if they are kept."""
     wide = compute_dtype(z.dtype)
     if norm is None:
         mu, rstd = z.new_zeros(z.shape[1], dtype=wide), z.new_ones(z.shape[1], dtype=wide)
@@ -139,14 +141,14 @@ def _constants(norm: Norm | None, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     assert norm.mean is not None
     assert norm.var is not None
     rstd = torch.rsqrt(norm.var.to(wide) + norm.eps)
-    return norm.mean.to(wide, copy=True), *_affine(norm, rstd), rstd
+    return norm.mean.to(wide, copy=copy), *_affine(norm, rstd, copy=copy), rstd
 
 
-def _affine(norm: Norm, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(norm: Norm, rstd: Tensor, *, copy: bool = True) -> tuple[Tensor, Tensor]:
     """a = gamma rstd and beta, [C]."""
     weight, bias = norm.weight, norm.bias
     a = rstd if weight is None else weight.detach().to(rstd.dtype) * rstd
-    beta = torch.zeros_like(rstd) if bias is None else bias.detach().to(rstd.dtype, copy=True)
+    beta = torch.zeros_like(rstd) if bias is None else bias.detach().to(rstd.dtype, copy=copy)
     return a, beta
 
 
@@ -197,12 +199,11 @@ def _gated(
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pass F2: the tail's output, and the gate as a dense tensor."""
-    work = passes(impl)
     v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
     if inplace and _direct(impl):
         # Not through the operator, which is functional.
         return kernels_of(impl).affine_tail(z, residual, mu, v, a, beta, inplace=True), v
-    return work.affine_tail(z, residual, mu, v, a, beta), v
+    return passes(impl).affine_tail(z, residual, mu, v, a, beta), v
 
 
 class _Refused(torch.autograd.Function):

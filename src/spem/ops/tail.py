@@ -205,7 +205,9 @@ def _fused(
         v = gate(PlaneStats(mean, var, high, low, size, z.shape[0]))
         if v.device != z.device:
             raise ValueError(f"tail: the map is on {z.device}, the gate's value on {v.device}.")
-        v = v.to(compute_dtype(z.dtype)).expand(z.shape[:2])
+        v = v.to(compute_dtype(z.dtype))
+        if v.shape != z.shape[:2]:
+            v = v.expand(z.shape[:2])
     return close(gathered, v, residual, impl, inplace=inplace), gathered
 
 

@@ -125,15 +125,16 @@ def normal_stats(
     wide = _maps(z)
     shape = tuple(z.shape[:2])
     a, mu, beta = (_scalars(shape[1:], wide, t) for t in (a, mu, beta))
-    mean, var = z.new_empty(shape, dtype=wide), z.new_empty(shape, dtype=wide)
-    some = shape if extrema else (0,)
-    high, low = (z.new_empty(some, dtype=wide) for _ in range(2))
+    none = mu.new_empty(0)
+    mean = var = high = low = none
+    if moments or not z.is_contiguous():  # channels_last gathers the sums in them
+        mean, var = mu.new_empty(shape), mu.new_empty(shape)
+    if extrema:
+        high, low = mu.new_empty(shape), mu.new_empty(shape)
     flags = MOMENTS * moments | EXTREMA * extrema | NORMALISED
     absent = (None,) * 3
     _pass("plane_stats", z, flags, z, mean, var, high, low, *absent, a, mu, beta)
-    if not moments:
-        mean, var = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
-    return mean, var, high, low
+    return (mean, var, high, low) if moments else (none, none, high, low)
 
 
 def affine_tail(

@@ -121,6 +121,18 @@ def plane_stats(block: Any) -> None:
             h0 = h1 = l0 = l1 = every(block, z0)
             s0 = s1 = q0 = q1 = every(block, zero)
             k = 0
+            if not flags & MOMENTS:
+                # The sum of the values tells as well whether one of them is not finite.
+                while k + 2 * lanes <= size:
+                    a = load(x, k)
+                    b = load(x, k + lanes)
+                    h0 = larger(a, h0)
+                    h1 = larger(b, h1)
+                    l0 = smaller(a, l0)
+                    l1 = smaller(b, l1)
+                    s0 = s0 + a
+                    s1 = s1 + b
+                    k += 2 * lanes
             while k + 2 * lanes <= size:
                 a = load(x, k)
                 b = load(x, k + lanes)
