@@ -7,7 +7,6 @@ A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -214,6 +213,8 @@ class SquaresMix(LearnedMix):
         """`lam` to the bit, without a dozen operators for two numbers: on a CPU, no gradient."""
         if torch.is_grad_enabled() or self.p.device.type != "cpu" or not runs_eagerly(self.p):
             return None
+        import numpy as np
+
         p = self.p.to(compute_dtype(self.p.dtype)).numpy()
         with np.errstate(all="ignore"):
             scale = np.abs(p).max()
