@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import cast, conv
+from spem.attention.precision import at_hand, cast, conv
 from spem.ops import PlaneStats
 from spem.ops.library import is_exporting
 from spem.ops.tail import has_hooks
@@ -75,7 +75,7 @@ class ECA(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
-        return torch.sigmoid(_along_channels(self.conv, z))
+        return _along_channels(self.conv, z).sigmoid_()
 
 
 def _along_channels(layer: nn.Conv1d, z: Tensor) -> Tensor:
@@ -86,9 +86,16 @@ def _along_channels(layer: nn.Conv1d, z: Tensor) -> Tensor:
     """
     if not _by_products(layer, z):
         return conv(layer, z[:, None, :])[:, 0, :]
-    weight = cast(layer.weight, z).flatten()
-    taps, channels = weight.shape[0], z.shape[1]
+    taps, channels = layer.weight.shape[2], z.shape[1]
     padded = F.pad(z, (taps // 2, taps // 2))
+    values = at_hand(layer.weight)
+    if values is not None:
+        numbers = values.flatten().tolist()
+        out = padded[:, :channels] * numbers[0]
+        for tap in range(1, taps):
+            out.add_(padded[:, tap : tap + channels], alpha=numbers[tap])
+        return out
+    weight = cast(layer.weight, z).flatten()
     out = padded[:, :channels] * weight[0]
     for tap in range(1, taps):
         out = torch.addcmul(out, padded[:, tap : tap + channels], weight[tap])

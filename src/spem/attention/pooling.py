@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.descriptor import Pool
+from spem.attention.precision import at_hand
 from spem.attention.srp import SRP, RegionPool
 from spem.ops import PlaneStats
-from spem.ops.library import runs_eagerly
 from spem.ops.stats import compute_dtype
 
 Parametrization = Literal["squares", "anchored", "sigmoid"]
@@ -125,9 +125,10 @@ class MixPool(Pool):
         highest, lowest = _extrema(stats)
         constant = self.constant()
         if constant is not None:
-            return constant * highest + (1.0 - constant) * lowest
+            return (constant * highest).add_(lowest, alpha=1.0 - constant)
         lam = self.lam.to(highest.dtype)
-        return lam * highest + (1.0 - lam) * lowest  # lerp gives another result for infinities
+        # Not lerp, which gives another result for infinities.
+        return torch.addcmul(lam * highest, 1.0 - lam, lowest)
 
 
 def _extrema(stats: PlaneStats) -> tuple[Tensor, Tensor]:
@@ -211,11 +212,12 @@ class SquaresMix(LearnedMix):
 
     def constant(self) -> float | None:
         """`lam` to the bit, without a dozen operators for two numbers: on a CPU, no gradient."""
-        if torch.is_grad_enabled() or self.p.device.type != "cpu" or not runs_eagerly(self.p):
+        values = at_hand(self.p)
+        if values is None:
             return None
         import numpy as np
 
-        p = self.p.to(compute_dtype(self.p.dtype)).numpy()
+        p = values.numpy()
         with np.errstate(all="ignore"):
             scale = np.abs(p).max()
             if scale < np.finfo(np.float32).tiny:

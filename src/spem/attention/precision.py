@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spem.ops.library import runs_eagerly
+from spem.ops.stats import compute_dtype
+
 _P = ParamSpec("_P")
 _M = TypeVar("_M", bound=nn.Module)
 _X = TypeVar("_X")
@@ -48,6 +51,18 @@ def _device_type(value: object) -> str | None:
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
     """A parameter in the dtype of the statistics it meets."""
     return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
+
+
+def at_hand(parameter: Tensor) -> Tensor | None:
+    """The few values of a parameter as a tensor to read numbers from: on a CPU, no gradient.
+
+    Operators with numbers are less work than those with tensors of one value, and give the same
+    bits. None where a gradient is recorded, where values come late (CUDA), or where somebody traces
+    and would take them for constants.
+    """
+    if torch.is_grad_enabled() or parameter.device.type != "cpu" or not runs_eagerly(parameter):
+        return None
+    return parameter.to(compute_dtype(parameter.dtype))
 
 
 def _bias(layer: nn.Module, z: Tensor) -> Tensor | None:
