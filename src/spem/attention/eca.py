@@ -10,6 +10,7 @@ from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import at_hand, cast, conv
 from spem.ops import PlaneStats
+from spem.ops.program import recordable
 from spem.ops.library import is_exporting
 from spem.ops.tail import has_hooks
 
@@ -72,6 +73,7 @@ class ECA(ChannelAttention):
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
         self._draw_start()
 
+    @recordable
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)

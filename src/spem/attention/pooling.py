@@ -98,7 +98,7 @@ class Single(Pool):
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mean, maximum or minimum, [N, C]."""
         value = getattr(stats, self.statistics[0])
-        assert isinstance(value, Tensor)
+        assert value is not None
         return value
 
     def extra_repr(self) -> str:

@@ -21,11 +21,15 @@ from torch import Tensor
 from spem.ops import synchronised
 from spem.ops.algebra import Incoming, NormalStats, RawStats
 from spem.ops.layout import laid_out_as
-from spem.ops.library import kernels_of, passes
-from spem.ops.stats import compute_dtype
+from spem.ops.library import kernels_of, passes, runs_eagerly
+from spem.ops.program import record
+from spem.ops.stats import PlaneStats, compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_CACHED = 1 << 20  # bytes of an image that is still in the second cache when it is read again
 
 
 class Norm(NamedTuple):
@@ -123,6 +127,36 @@ def _gather_values(
     none = m.mu.new_empty(0)
     of_x, of_channels = m.normal[:4], (m.mu, m.a, m.beta, m.channel_var, m.values)
     return Gathered(z, none, none, none, *of_x, *of_channels)
+
+
+def in_one_pass(
+    z: Tensor,
+    residual: Tensor,
+    norm: Norm | None,
+    gate: Callable[[PlaneStats], Tensor],
+    moments: bool,
+    extrema: bool,
+    impl: str,
+    *,
+    inplace: bool,
+) -> Tensor | None:
+    """The tail image by image, gate and all, where no gradient is recorded; None if it cannot."""
+    if torch.is_grad_enabled() or not getattr(gate, "recordable", False) or not _direct(impl):
+        return None
+    constant = norm is None or norm.mean is not None
+    small = z[0].numel() * z.element_size() <= _CACHED if z.shape[0] else False
+    if not constant or not small or z.shape[0] < 4 * torch.get_num_threads():
+        return None
+    if not (moments or extrema) or not runs_eagerly(z):
+        return None
+    program = record(gate, moments, extrema, z, compute_dtype(z.dtype))
+    if program is None:
+        return None
+    mu, a, beta, _ = _constants(norm, z, copy=False)
+    kernels = kernels_of(impl)
+    return kernels.image_tail(
+        z, residual, mu, a, beta, program, moments, extrema, inplace=inplace
+    )
 
 
 def _direct(impl: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.ops import reference
-from spem.ops.autograd import Gathered, Norm, close, gather
+from spem.ops.autograd import Gathered, Norm, close, gather, in_one_pass
 from spem.ops.choice import Choice, choose, tell
 from spem.ops.layout import is_dense, laid_out_as
 from spem.ops.library import any_global_hook, is_plain
@@ -109,7 +109,7 @@ def bn_gate_tail(
         return reference.tail(z, residual, norm, gate, statistics)
     view = _batch_norm(norm, z)
     y, gathered = _fused(z, residual, view, gate, statistics, choice.impl, inplace=inplace)
-    if view.mean is None:
+    if view.mean is None and gathered is not None:
         _update_running(norm, gathered, z)
     return y
 
@@ -188,12 +188,16 @@ def _fused(
     impl: str,
     *,
     inplace: bool,
-) -> tuple[Tensor, Gathered]:
+) -> tuple[Tensor, Gathered | None]:
     if z.numel() == 0:
         impl = "formula"  # there is nothing for a kernel to do
     residual = laid_out_as(residual, z)
     read = () if gate is None else statistics
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
+    if gate is not None:
+        y = in_one_pass(z, residual, norm, gate, moments, extrema, impl, inplace=inplace)
+        if y is not None:
+            return y, None
     gathered = gather(z, norm, moments, extrema, impl)
     v = None
     if gate is not None:

@@ -6,6 +6,7 @@ allocates the outputs, writes addresses and sizes into a table and has the kerne
 kernel is compiled when first used, for one dtype, and kept on disk where numba can write.
 """
 
+import array
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from spem.ops.algebra import Coefficients, Incoming, NormalStats, RawStats
 from spem.ops.cpu import channels as by_channel
+from spem.ops.cpu import images as by_image
 from spem.ops.cpu import planes as by_plane
 from spem.ops.cpu import scalars
 from spem.ops.cpu.launch import SUPPORTED, run
@@ -31,6 +33,7 @@ from spem.ops.cpu.table import (
 )
 from spem.ops.cpu.vectors import BYTES
 from spem.ops.layout import agree
+from spem.ops.program import FIELDS, Program
 from spem.ops.stats import compute_dtype
 
 _CHUNK = 128 << 10  # bytes of one map that a thread takes at a time
@@ -154,6 +157,46 @@ def affine_tail(
     mu, a, beta = (_scalars(shape[1:], wide, t) for t in (mu, a, beta))
     y = z if inplace else torch.empty_like(z)
     _pass("affine_tail", z, 0, z, r, mu, v, a, beta, y)
+    return y
+
+
+def image_tail(
+    z: Tensor,
+    r: Tensor,
+    mu: Tensor,
+    a: Tensor,
+    beta: Tensor,
+    program: Program,
+    moments: bool,
+    extrema: bool,
+    *,
+    inplace: bool = False,
+) -> Tensor:
+    """``normal_stats``, the gate and ``affine_tail``, image by image; into z if asked."""
+    wide = _maps(z, r)
+    batch, channels = z.shape[:2]
+    mu, a, beta = (_scalars((channels,), wide, t) for t in (mu, a, beta))
+    tensors = [_scalars((channels,), wide, t) for t in program.tensors]
+    y = z if inplace else torch.empty_like(z)
+    threads = min(torch.get_num_threads(), batch)
+    part = 2 * by_image.TABLE * 8 + program.rows * program.stride * wide.itemsize
+    part = -(-part // BYTES) * BYTES
+    work = torch.zeros(threads * part, dtype=torch.uint8)  # zeros: the margins of the rows
+    code = array.array("q", program.code)
+    numbers = array.array("d" if wide == torch.float64 else "f", program.numbers)
+    places = array.array("q", [t.data_ptr() for t in tensors])
+    sizes = z.stride(0) * z.element_size(), wide.itemsize, program.stride
+    flags = MOMENTS * moments | EXTREMA * extrema | NORMALISED
+    kernel = by_image.tail_of_planes if z.is_contiguous() else by_image.tail_of_channels
+    run(
+        kernel,
+        z.dtype,
+        (batch, 1, batch, channels, z.numel() // (batch * channels), flags),
+        threads,
+        *(z, r, y, mu, a, beta, work, part, *sizes),
+        *(code.buffer_info()[0], len(code) // FIELDS),
+        *(numbers.buffer_info()[0], places.buffer_info()[0], program.result),
+    )
     return y
 
 

@@ -14,6 +14,7 @@ import torch
 from numba import types
 from numba.core.caching import FunctionCache
 from numba.core.ccallback import CFunc
+from torch import Tensor
 
 from spem.ops import threads
 from spem.ops.cpu.table import CHUNKS, COUNTERS, LINE
@@ -41,8 +42,8 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _sources() -> str:
     """A digest of all that the kernels are made of."""
-    names = ("channels", "memory", "planes", "scalars", "table", "vectors")
-    texts = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
+    here = Path(__file__).parent
+    texts = [f.read_bytes() for f in (*sorted(here.glob("*.py")), here.parent / "program.py")]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
@@ -97,10 +98,21 @@ _kept: list[Any] = []  # what the addresses belong to
 
 
 def run(kernel: Any, dtype: torch.dtype, head: tuple[int, ...], pieces: int, *args: Any) -> None:
-    """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments."""
+    """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments.
+
+    Tensors stand in the table with their addresses, integers as they are.
+    """
     regions = max(1, min(torch.get_num_threads(), pieces))
     table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
     start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
-    values = [*head, regions, *(0 if t is None or not t.numel() else t.data_ptr() for t in args)]
+    values = [*head, regions, *map(_entry, args)]
     table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
     threads.launch(_address_of(kernel, dtype), table.buffer_info()[0] + 8 * start, regions)
+
+
+def _entry(argument: Tensor | int | None) -> int:
+    if argument is None:
+        return 0
+    if isinstance(argument, int):
+        return argument
+    return argument.data_ptr() if argument.numel() else 0
