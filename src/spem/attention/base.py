@@ -14,8 +14,8 @@ from spem.attention.pooling import LearnedMix, PoolSpec, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.choice import tell
+from spem.ops.library import has_hooks
 from spem.ops.stats import STATISTICS
-from spem.ops.tail import has_hooks
 from spem.seeding import Initialiser
 
 

@@ -8,7 +8,7 @@ from spem.attention.base import ChannelAttention, Ending
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail
 from spem.ops.choice import tell
-from spem.ops.tail import has_hooks
+from spem.ops.library import has_hooks
 
 State = tuple[Tensor, ...]
 """What a block hands to the next one; () before the first block of a stage."""

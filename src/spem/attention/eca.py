@@ -10,9 +10,8 @@ from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import at_hand, cast, conv
 from spem.ops import PlaneStats
+from spem.ops.library import has_hooks, is_exporting
 from spem.ops.program import recordable
-from spem.ops.library import is_exporting
-from spem.ops.tail import has_hooks
 
 _FEW = 1 << 12
 """Values of a descriptor below which a call counts more than what it does."""

@@ -260,6 +260,11 @@ class SigmoidMix(LearnedMix):
         """sigmoid(logit)."""
         return torch.sigmoid(self._wide())
 
+    def constant(self) -> float | None:
+        """`lam` without a gradient."""
+        values = at_hand(self.logit)
+        return None if values is None else float(torch.sigmoid(values))
+
     @property
     def magnitude(self) -> Tensor:
         """|logit|."""

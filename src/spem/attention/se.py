@@ -7,6 +7,7 @@ from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import linear
 from spem.ops import PlaneStats
+from spem.ops.program import recordable
 
 
 @register_attention(
@@ -57,10 +58,11 @@ class SE(ChannelAttention):
         self.fc2 = nn.Linear(hidden, channels, bias=bias, device=device, dtype=dtype)
         self._draw_start()
 
+    @recordable
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(W2 relu(W1 z + b1) + b2), [N, C]."""
         z = self.pool(stats)
-        return torch.sigmoid(linear(self.fc2, torch.relu(linear(self.fc1, z))))
+        return linear(self.fc2, linear(self.fc1, z).relu_()).sigmoid_()
 
 
 def hidden_units(label: str, channels: int, reduction: int) -> int:

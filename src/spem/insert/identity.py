@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
 from spem.ops import PlaneStats
-from spem.ops.tail import has_hooks
+from spem.ops.library import has_hooks
 
 
 class IdentityStart(ChannelAttention):

@@ -21,35 +21,12 @@ from torch import Tensor
 from spem.ops import synchronised
 from spem.ops.algebra import Incoming, NormalStats, RawStats
 from spem.ops.layout import laid_out_as
-from spem.ops.library import kernels_of, passes, runs_eagerly
-from spem.ops.program import record
-from spem.ops.stats import PlaneStats, compute_dtype
+from spem.ops.library import is_direct, kernels_of, passes
+from spem.ops.norm import Norm, affine, constants
+from spem.ops.stats import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-_CACHED = 1 << 20  # bytes of an image that is still in the second cache when it is read again
-
-
-class Norm(NamedTuple):
-    """A batch norm as tensors.
-
-    Attributes:
-        weight: gamma [C], or None for ones.
-        bias: beta [C], or None for zeros.
-        mean: Constant mean [C], or None to take the batch's.
-        var: Constant variance [C], or None to take the batch's.
-        eps: Added to the variance.
-        group: Processes that share the batch's statistics, or None.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    mean: Tensor | None
-    var: Tensor | None
-    eps: float
-    group: ProcessGroup | None = None
 
 
 class Gathered(NamedTuple):
@@ -115,8 +92,8 @@ def _gather_values(
 ) -> Gathered:
     """`gather` where no gradient is recorded: no tokens, and no positions where none are needed."""
     constant = norm is None or norm.mean is not None
-    if constant and _direct(impl):
-        mu, a, beta, _ = _constants(norm, z, copy=False)
+    if constant and is_direct(impl):
+        mu, a, beta, _ = constants(norm, z, copy=False)
         none = mu.new_empty(0)
         mean = var = high = low = none
         if moments or extrema:
@@ -127,63 +104,6 @@ def _gather_values(
     none = m.mu.new_empty(0)
     of_x, of_channels = m.normal[:4], (m.mu, m.a, m.beta, m.channel_var, m.values)
     return Gathered(z, none, none, none, *of_x, *of_channels)
-
-
-def in_one_pass(
-    z: Tensor,
-    residual: Tensor,
-    norm: Norm | None,
-    gate: Callable[[PlaneStats], Tensor],
-    moments: bool,
-    extrema: bool,
-    impl: str,
-    *,
-    inplace: bool,
-) -> Tensor | None:
-    """The tail image by image, gate and all, where no gradient is recorded; None if it cannot."""
-    if torch.is_grad_enabled() or not getattr(gate, "recordable", False) or not _direct(impl):
-        return None
-    constant = norm is None or norm.mean is not None
-    small = z[0].numel() * z.element_size() <= _CACHED if z.shape[0] else False
-    if not constant or not small or z.shape[0] < 4 * torch.get_num_threads():
-        return None
-    if not (moments or extrema) or not runs_eagerly(z):
-        return None
-    program = record(gate, moments, extrema, z, compute_dtype(z.dtype))
-    if program is None:
-        return None
-    mu, a, beta, _ = _constants(norm, z, copy=False)
-    kernels = kernels_of(impl)
-    return kernels.image_tail(
-        z, residual, mu, a, beta, program, moments, extrema, inplace=inplace
-    )
-
-
-def _direct(impl: str) -> bool:
-    """Whether kernels may be called as they are: nobody traces, and they are plain functions."""
-    return impl == "numba" and not torch.compiler.is_compiling()
-
-
-def _constants(
-    norm: Norm | None, z: Tensor, *, copy: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mu, a, beta and rstd [C] of a norm with constant statistics; copies if they are kept."""
-    wide = compute_dtype(z.dtype)
-    if norm is None:
-        mu, rstd = z.new_zeros(z.shape[1], dtype=wide), z.new_ones(z.shape[1], dtype=wide)
-        return mu, rstd, torch.zeros_like(mu), rstd
-    assert norm.mean is not None
-    assert norm.var is not None
-    rstd = torch.rsqrt(norm.var.to(wide) + norm.eps)
-    return norm.mean.to(wide, copy=copy), *_affine(norm, rstd, copy=copy), rstd
-
-
-def _affine(norm: Norm, rstd: Tensor, *, copy: bool = True) -> tuple[Tensor, Tensor]:
-    """a = gamma rstd and beta, [C]."""
-    weight, bias = norm.weight, norm.bias
-    a = rstd if weight is None else weight.detach().to(rstd.dtype) * rstd
-    beta = torch.zeros_like(rstd) if bias is None else bias.detach().to(rstd.dtype, copy=copy)
-    return a, beta
 
 
 def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> _Measured:
@@ -201,11 +121,11 @@ def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: s
         raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
     channel_var, values = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
     if norm is None:
-        mu, a, beta, rstd = _constants(None, z)
+        mu, a, beta, rstd = constants(None, z)
         normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
         return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
     if norm.mean is not None:
-        mu, a, beta, rstd = _constants(norm, z)
+        mu, a, beta, rstd = constants(norm, z)
     else:
         if z.shape[0] == 0 and norm.group is None:
             mu, channel_var = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
@@ -216,7 +136,7 @@ def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: s
                 mu, channel_var, z.numel() // channels, norm.group
             )
         rstd = torch.rsqrt(channel_var + norm.eps)
-        a, beta = _affine(norm, rstd)
+        a, beta = affine(norm, rstd)
     normal = stages.normalised(raw, a, mu, beta)
     return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
 
@@ -234,7 +154,7 @@ def _gated(
 ) -> tuple[Tensor, Tensor]:
     """Pass F2: the tail's output, and the gate as a dense tensor."""
     v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
-    if inplace and _direct(impl):
+    if inplace and is_direct(impl):
         # Not through the operator, which is functional.
         return kernels_of(impl).affine_tail(z, residual, mu, v, a, beta, inplace=True), v
     return passes(impl).affine_tail(z, residual, mu, v, a, beta), v

@@ -92,7 +92,21 @@ def runs_eagerly(t: Tensor) -> bool:
     """Whether what is done with a tensor happens now, and nobody compiles or records it."""
     if torch.compiler.is_compiling() or not is_plain(t) or is_exporting():
         return False
-    return not getattr(_TORCH_C, "_len_torch_dispatch_stack", int)()  # the modes in force
+    # The modes in force.
+    modes = getattr(_TORCH_C, "_len_torch_dispatch_stack", int)()
+    return not (modes or getattr(_TORCH_C, "_len_torch_function_stack", int)())
+
+
+def is_direct(impl: str) -> bool:
+    """Whether kernels may be called as they are: nobody traces, and they are plain functions."""
+    return impl == "numba" and not torch.compiler.is_compiling()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its class's forward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    own = "forward" in module.__dict__ or any(getattr(module, kind) for kind in kinds)
+    return own or any_global_hook()
 
 
 def any_global_hook() -> bool:

@@ -1,4 +1,4 @@
-"""A gate as a program over the channels of one image, for a kernel that runs it between two passes.
+"""A gate as a program over the channels of one image, run by a kernel between two passes.
 
 A map in inference is read twice, for its statistics and for the result. Where a kernel can compute
 the gate of an image itself, the second reading finds the image in the cache, and a dozen operators
@@ -21,10 +21,11 @@ from spem.ops.stats import PlaneStats
 _G = TypeVar("_G", bound=Callable[..., Any])
 
 MARGIN = 16  # numbers before and behind a row, always zero
-FIELDS = 6  # int64 of an instruction: operation, out, a, b, c, k
-# What out becomes; a, b and c are rows or tensors [C], k is a number.
-ADD, MULTIPLY, FUSE, SCALE, SIGMOID, RELU = range(6)
-"""a + k b, a b, a + b c, k a, 1 / (1 + exp(-a)), max(a, 0)."""
+FIELDS = 8  # int64 of an instruction: operation, out, a, b, c, k, widths of out and of a
+# What out becomes; a, b and c are rows or tensors, k is a number.
+ADD, MULTIPLY, FUSE, SCALE, SIGMOID, RELU, LINEAR = range(7)
+"""a + k b, a b, a + b c, k a, 1 / (1 + exp(-a)), max(a, 0), b a + k c with a matrix b."""
+LARGEST = 1 << 14  # values of a matrix; torch's product for all images is faster above
 SLOTS = 4  # rows of the statistics, in their order; what is computed follows
 
 
@@ -34,12 +35,12 @@ def recordable(gate: _G) -> _G:
     return gate
 
 
-class CannotRecord(Exception):
+class UnrecordableError(Exception):
     """A gate does what no program has an instruction for."""
 
 
 class Program:
-    """Instructions and what they read; an operand is a place among the rows, or -1 - a tensor's number."""
+    """Instructions and what they read: a place among the rows, or -1 - k for the tensor k."""
 
     def __init__(self, batch: int, channels: int, dtype: torch.dtype) -> None:
         self.batch, self.channels, self.dtype = batch, channels, dtype
@@ -54,56 +55,72 @@ class Program:
         """Where a row begins, in numbers."""
         return row * self.stride + MARGIN
 
-    def emit(self, op: int, *operands: object, k: float = 1.0, out: int | None = None) -> Row:
-        """Writes an instruction; its result is a new row if it has no place."""
+    def emit(
+        self, op: int, *operands: object, width: int, k: float = 1.0, out: int | None = None
+    ) -> Row:
+        """Writes an instruction on rows and tensors [width]; its result is a new row by default."""
+        places = [self._operand(x, (width,)) for x in operands]
+        return self._write(op, places, (width, width), k, out)
+
+    def emit_linear(self, x: Row, weight: Tensor, bias: Tensor | None) -> Row:
+        """Writes the product with a matrix [out, in], and the addition of a bias."""
+        inputs, width = x.shape[1], weight.shape[0]
+        if weight.numel() > LARGEST or width > self.channels:
+            raise UnrecordableError
+        places = [x.at, self._operand(weight, (width, inputs))]
+        if bias is not None:
+            places.append(self._operand(bias, (width,)))
+        return self._write(LINEAR, places, (width, inputs), float(bias is not None), None)
+
+    def _write(
+        self, op: int, places: list[int], widths: tuple[int, int], k: float, out: int | None
+    ) -> Row:
         if out is None:
             out = self.place(self.rows)
             self.rows += 1
-        places = [self._operand(x) for x in operands]
-        self.code += (op, out, *places, *[0] * (3 - len(places)), len(self.numbers))
+        self.code += (op, out, *places, *[0] * (3 - len(places)), len(self.numbers), *widths)
         self.numbers.append(k)
-        return Row(self, out, own=True)
+        return Row(self, out, widths[0], own=True)
 
-    def _operand(self, x: object) -> int:
-        if type(x) is Row and x.program is self:
+    def _operand(self, x: object, shape: tuple[int, ...]) -> int:
+        if isinstance(x, Row) and x.shape[1:] == shape:
             return x.at
-        known = isinstance(x, Tensor) and x.shape == (self.channels,) and x.dtype == self.dtype
-        if not known or not x.is_cpu:
-            raise CannotRecord
+        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
+            raise UnrecordableError
         self.tensors.append(x)
         return -len(self.tensors)
 
 
 class Row:
-    """The scalars of one image, [N, C] to the gate that handles them."""
+    """The scalars of one image, [N, width] to the gate that handles them."""
 
-    def __init__(self, program: Program, at: int, *, own: bool = False) -> None:
+    def __init__(self, program: Program, at: int, width: int, *, own: bool = False) -> None:
         self.program, self.at, self.own = program, at, own
         self.dtype = program.dtype
-        self.shape = torch.Size((program.batch, program.channels))
+        self.shape = torch.Size((program.batch, width))
         self.device = torch.device("cpu")
 
     def numel(self) -> int:
-        """N C."""
+        """N width."""
         return self.shape.numel()
 
     def add(self, other: object, *, alpha: float = 1.0, out: int | None = None) -> Row:
         """self + alpha other."""
-        return self.program.emit(ADD, self, other, k=_number(alpha), out=out)
+        return self._emit(ADD, self, other, k=_number(alpha), out=out)
 
     def mul(self, other: object) -> Row:
         """self other, for a row, a tensor [C] or a number."""
         if isinstance(other, (int, float)):
-            return self.program.emit(SCALE, self, k=other)
-        return self.program.emit(MULTIPLY, self, other)
+            return self._emit(SCALE, self, k=other)
+        return self._emit(MULTIPLY, self, other)
 
     def sigmoid(self) -> Row:
         """The logistic sigmoid."""
-        return self.program.emit(SIGMOID, self)
+        return self._emit(SIGMOID, self)
 
     def relu(self) -> Row:
         """max(self, 0)."""
-        return self.program.emit(RELU, self)
+        return self._emit(RELU, self)
 
     def add_(self, other: object, *, alpha: float = 1.0) -> Row:
         """As `add`, in place."""
@@ -111,17 +128,28 @@ class Row:
 
     def sigmoid_(self) -> Row:
         """As `sigmoid`, in place."""
-        return self.program.emit(SIGMOID, self, out=self._own())
+        return self._emit(SIGMOID, self, out=self._own())
+
+    def relu_(self) -> Row:
+        """As `relu`, in place."""
+        return self._emit(RELU, self, out=self._own())
 
     __add__ = __radd__ = add
     __mul__ = __rmul__ = mul
 
-    def __getitem__(self, key: object) -> Row:
-        raise CannotRecord
+    def _refused(self, *_: object) -> Any:
+        raise UnrecordableError
+
+    __getattr__ = __getitem__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refused
+    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __neg__ = __abs__ = __iter__ = _refused
+    __lt__ = __le__ = __gt__ = __ge__ = _refused
+
+    def _emit(self, op: int, *operands: object, k: float = 1.0, out: int | None = None) -> Row:
+        return self.program.emit(op, *operands, width=self.shape[1], k=k, out=out)
 
     def _own(self) -> int:
         if not self.own:
-            raise CannotRecord  # somebody else's row
+            raise UnrecordableError  # somebody else's row
         return self.at
 
     @classmethod
@@ -131,7 +159,7 @@ class Row:
         """What torch's own functions call when they are given a row."""
         record = _RECORDED.get(function)
         if record is None:
-            raise CannotRecord
+            raise UnrecordableError
         return record(*args, **(kwargs or {}))
 
 
@@ -142,31 +170,38 @@ class _Padded:
         self.row, self.width = row, width
 
     def __getitem__(self, key: object) -> Row:
-        match key:
-            case (slice(start=None, stop=None, step=None), slice(start=a, stop=b, step=None)):
-                start = a or 0
-                if 0 <= start <= 2 * self.width and b == start + self.row.shape[1]:
-                    return Row(self.row.program, self.row.at + start - self.width)
-        raise CannotRecord
+        rows, columns = key if isinstance(key, tuple) and len(key) == 2 else (None, None)
+        if rows != slice(None) or not isinstance(columns, slice) or columns.step is not None:
+            raise UnrecordableError
+        start = columns.start or 0
+        if not 0 <= start <= 2 * self.width or columns.stop != start + self.row.shape[1]:
+            raise UnrecordableError
+        return Row(self.row.program, self.row.at + start - self.width, self.row.shape[1])
 
 
 def _number(x: object) -> float:
     if not isinstance(x, (int, float)):
-        raise CannotRecord
+        raise UnrecordableError
     return float(x)
 
 
 def _addcmul(a: object, b: object, c: object) -> Row:
-    program = next(x.program for x in (a, b, c) if isinstance(x, Row))
-    return program.emit(FUSE, a, b, c)
+    row = next(x for x in (a, b, c) if isinstance(x, Row))
+    return row.program.emit(FUSE, a, b, c, width=row.shape[1])
+
+
+def _linear(x: object, weight: Tensor, bias: Tensor | None = None) -> Row:
+    if not isinstance(x, Row):
+        raise UnrecordableError
+    return x.program.emit_linear(x, weight, bias)
 
 
 def _pad(x: Row, pad: Any, mode: str = "constant", value: float | None = None) -> _Padded:
     ends = tuple(pad)
     if mode != "constant" or value or len(ends) != 2 or ends[0] != ends[1]:
-        raise CannotRecord
+        raise UnrecordableError
     if not 0 <= ends[0] <= MARGIN:
-        raise CannotRecord
+        raise UnrecordableError
     return _Padded(x, ends[0])
 
 
@@ -174,8 +209,9 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
     torch.addcmul: _addcmul,
     torch.sigmoid: Row.sigmoid,
     torch.relu: Row.relu,
+    F.linear: _linear,
     F.pad: _pad,
-    torch._C._nn.pad: _pad,
+    getattr(getattr(torch, "_C"), "_nn").pad: _pad,  # noqa: B009  # what F.pad is in C++
 }
 
 
@@ -184,15 +220,15 @@ def record(
 ) -> Program | None:
     """The program of a gate for maps like this one; None if it has none."""
     program = Program(like.shape[0], like.shape[1], wide)
-    rows = [Row(program, program.place(k)) for k in range(SLOTS)]
+    rows = [Row(program, program.place(k), program.channels) for k in range(SLOTS)]
     mean, var = rows[:2] if moments else (None, None)
     high, low = rows[2:] if extrema else (None, None)
     size = like.shape[2:].numel()
     try:
-        result = gate(PlaneStats(*cast("Any", (mean, var, high, low)), size, like.shape[0]))
-    except CannotRecord:
+        result: Any = gate(cast("Any", PlaneStats)(mean, var, high, low, size, like.shape[0]))
+    except UnrecordableError:
         return None
-    if not isinstance(result, Row) or result.program is not program:
+    if not isinstance(result, Row) or result.shape[1] != program.channels:
         return None
     program.result = result.at
     return program

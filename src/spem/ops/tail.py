@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from spem.ops import reference
-from spem.ops.autograd import Gathered, Norm, close, gather, in_one_pass
+from spem.ops.autograd import Gathered, close, gather
 from spem.ops.choice import Choice, choose, tell
+from spem.ops.images import in_one_pass
 from spem.ops.layout import is_dense, laid_out_as
-from spem.ops.library import any_global_hook, is_plain
+from spem.ops.library import has_hooks, is_plain
+from spem.ops.norm import Norm
 from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
@@ -126,13 +128,6 @@ def why_composed(norm: nn.Module | None) -> str | None:
     if has_hooks(norm):
         return f"cannot call the hooks of {type(norm).__name__}"
     return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its class's forward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = "forward" in module.__dict__ or any(getattr(module, kind) for kind in kinds)
-    return own or any_global_hook()
 
 
 def _check(op: str, z: Tensor, residual: Tensor, statistics: Collection[str]) -> None:

@@ -176,7 +176,7 @@ def image_tail(
     wide = _maps(z, r)
     batch, channels = z.shape[:2]
     mu, a, beta = (_scalars((channels,), wide, t) for t in (mu, a, beta))
-    tensors = [_scalars((channels,), wide, t) for t in program.tensors]
+    tensors = [_scalars(tuple(t.shape), wide, t) for t in program.tensors]
     y = z if inplace else torch.empty_like(z)
     threads = min(torch.get_num_threads(), batch)
     part = 2 * by_image.TABLE * 8 + program.rows * program.stride * wide.itemsize

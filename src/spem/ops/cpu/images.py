@@ -33,8 +33,8 @@ from spem.ops.cpu.table import (
     SIZE,
     STEP,
 )
-from spem.ops.cpu.vectors import every, helper, where_above
-from spem.ops.program import ADD, FIELDS, FUSE, MARGIN, MULTIPLY, SCALE, SIGMOID, SLOTS
+from spem.ops.cpu.vectors import every, helper, total, where_above
+from spem.ops.program import ADD, FIELDS, FUSE, LINEAR, MARGIN, MULTIPLY, SCALE, SIGMOID, SLOTS
 
 TABLE = 64  # int64 of one of a thread's tables
 # Places behind ARGS: addresses of z, r, y, mu, a, beta; the workspace and bytes of a thread's part;
@@ -94,13 +94,28 @@ def _operand(rows: Any, block: Any, tensors: Any, which: int) -> Any:
 
 
 @helper
+def _multiply(
+    block: Any, out: Any, x: Any, matrix: Any, bias: Any, biased: bool, rows: int, columns: int
+) -> None:
+    lanes = lanes_of(block)
+    zero = number(block, 0)
+    for j in range(rows):
+        row = offset(matrix, j * columns)
+        s = every(block, zero)
+        for p in range(0, columns, lanes):
+            n = min(lanes, columns - p)
+            s = s + read(row, p, n, zero) * read(x, p, n, zero)
+        product = total(s)
+        out[j] = product + bias[j] if biased else product
+
+
+@helper
 def _compute_gate(block: Any, base: int) -> None:
     table = table_of(block)
     rows = numbers_at(block, base + 2 * TABLE * 8)
     code = table_of(map_at(block, table[CODE]))
     tensors = table_of(map_at(block, table[TENSORS]))
     ks = numbers_at(block, table[KS])
-    count = table[CHANNELS]
     lanes = lanes_of(block)
     zero = number(block, 0)
     zeros = every(block, zero)
@@ -110,7 +125,12 @@ def _compute_gate(block: Any, base: int) -> None:
         a = _operand(rows, block, tensors, code[FIELDS * i + 2])
         b = _operand(rows, block, tensors, code[FIELDS * i + 3])
         c = _operand(rows, block, tensors, code[FIELDS * i + 4])
-        k = every(block, ks[code[FIELDS * i + 5]])
+        factor = ks[code[FIELDS * i + 5]]
+        count = code[FIELDS * i + 6]
+        if op == LINEAR:
+            _multiply(block, out, a, b, c, factor != zero, count, code[FIELDS * i + 7])
+            continue
+        k = every(block, factor)
         for p in range(0, count, lanes):
             n = min(lanes, count - p)
             x = read(a, p, n, zero)

@@ -45,9 +45,7 @@ def logistic(context: Any, vector: Any) -> Any:
         t = builder.fneg(args[0])
         least, most = (k * float(_LN2) for k in (0.5 - lowest, highest + 0.5))
         inside = builder.select(builder.fcmp_ordered("<", t, every(least)), every(least), t)
-        inside = builder.select(
-            builder.fcmp_ordered(">", inside, every(most)), every(most), inside
-        )
+        inside = builder.select(builder.fcmp_ordered(">", inside, every(most)), every(most), inside)
         name = f"llvm.rint.v{vector.lanes}f{vector.element.bitwidth}"
         nearest = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(kind, [kind]), name
