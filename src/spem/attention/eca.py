@@ -76,7 +76,7 @@ class ECA(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
-        return _along_channels(self.conv, z).sigmoid_()
+        return torch.sigmoid(_along_channels(self.conv, z))
 
 
 def _along_channels(layer: nn.Conv1d, z: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def _along_channels(layer: nn.Conv1d, z: Tensor) -> Tensor:
         numbers = values.flatten().tolist()
         out = padded[:, :channels] * numbers[0]
         for tap in range(1, taps):
-            out.add_(padded[:, tap : tap + channels], alpha=numbers[tap])
+            out = torch.add(out, padded[:, tap : tap + channels], alpha=numbers[tap])
         return out
     weight = cast(layer.weight, z).flatten()
     out = padded[:, :channels] * weight[0]

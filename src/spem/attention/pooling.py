@@ -4,6 +4,8 @@ A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an
 `make_pool` into a module that takes `PlaneStats` to a descriptor [N, C] in at least float32.
 """
 
+import ctypes
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -125,7 +127,7 @@ class MixPool(Pool):
         highest, lowest = _extrema(stats)
         constant = self.constant()
         if constant is not None:
-            return (constant * highest).add_(lowest, alpha=1.0 - constant)
+            return torch.add(constant * highest, lowest, alpha=1.0 - constant)
         lam = self.lam.to(highest.dtype)
         # Not lerp, which gives another result for infinities.
         return torch.addcmul(lam * highest, 1.0 - lam, lowest)
@@ -215,15 +217,19 @@ class SquaresMix(LearnedMix):
         values = at_hand(self.p)
         if values is None:
             return None
-        import numpy as np
+        narrow = values.dtype == torch.float32
+        a, b = values.tolist()
+        if math.isnan(a) or math.isnan(b):
+            return math.nan
+        scale = max(abs(a), abs(b))
+        if scale < torch.finfo(torch.float32).tiny:
+            return 0.5
 
-        p = values.numpy()
-        with np.errstate(all="ignore"):
-            scale = np.abs(p).max()
-            if scale < np.finfo(np.float32).tiny:
-                return 0.5
-            q = np.square(p / scale)
-            return float(q[0] / (q[0] + q[1]))
+        def rounded(x: float) -> float:  # of one operation in double, as float32 has it
+            return ctypes.c_float(x).value if narrow else x
+
+        a, b = (rounded(rounded(x / scale) ** 2) for x in (a, b))
+        return rounded(a / rounded(a + b))
 
     @property
     def magnitude(self) -> Tensor:

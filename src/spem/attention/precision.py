@@ -56,9 +56,9 @@ def cast(parameter: Tensor, like: Tensor) -> Tensor:
 def at_hand(parameter: Tensor) -> Tensor | None:
     """The few values of a parameter as a tensor to read numbers from: on a CPU, no gradient.
 
-    Operators with numbers are less work than those with tensors of one value, and give the same
-    bits. None where a gradient is recorded, where values come late (CUDA), or where somebody traces
-    and would take them for constants.
+    Operators with numbers are less work than those with tensors of one value. None where a gradient
+    is recorded, where values come late (CUDA), or where somebody traces and would take them for
+    constants.
     """
     if torch.is_grad_enabled() or parameter.device.type != "cpu" or not runs_eagerly(parameter):
         return None

@@ -62,7 +62,7 @@ class SE(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(W2 relu(W1 z + b1) + b2), [N, C]."""
         z = self.pool(stats)
-        return linear(self.fc2, linear(self.fc1, z).relu_()).sigmoid_()
+        return torch.sigmoid(linear(self.fc2, torch.relu(linear(self.fc1, z))))
 
 
 def hidden_units(label: str, channels: int, reduction: int) -> int:

@@ -127,12 +127,12 @@ class SPEM(ChannelAttention):
         u = self.pool(stats)
         w_e, b_e = cast(self.w_e, u), cast(self.b_e, u)
         if self.reweight == "none":
-            return torch.addcmul(b_e, w_e, u).sigmoid_()
+            return torch.sigmoid(torch.addcmul(b_e, w_e, u))
         assert stats.max is not None
         assert stats.min is not None
         w_r, b_r = cast(self.w_r, u), cast(self.b_r, u)
         if self.reweight == "shared_sum":  # of one affine map, so one of the sum
-            factor = torch.addcmul(b_r + b_r, w_r, stats.max + stats.min).sigmoid_()
+            factor = torch.sigmoid(torch.addcmul(b_r + b_r, w_r, stats.max + stats.min))
         else:
             unshared = self.reweight == "unshared_sum"
             w_m, b_m = (cast(self.w_r2, u), cast(self.b_r2, u)) if unshared else (w_r, b_r)
@@ -143,7 +143,7 @@ class SPEM(ChannelAttention):
         # The official program maps both pools before mixing them; the weights sum to 1, so it may
         # be done after.
         embedded = torch.addcmul(b_r, w_r, u) if self.form == "code" else u
-        return torch.addcmul(b_e, w_e, embedded).sigmoid_() * factor
+        return torch.sigmoid(torch.addcmul(b_e, w_e, embedded)) * factor
 
     def extra_repr(self) -> str:
         """Form and reweight variant."""

@@ -225,7 +225,8 @@ def bytes_model(case: Case, mode: str, *, reads_statistics: bool) -> int:
     """What the four passes move, whoever computes the tail: so that shares can be compared.
 
     Forward z twice, residual and output (4N); backward 7N; in inference a gate without plane
-    statistics needs z only once (3N).
+    statistics needs z only once (3N). A tail that finds its images in the cache when it reads them
+    again moves less than this says.
     """
     size = torch.tensor([], dtype=getattr(torch, case.dtype)).element_size()
     for extent in case.shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ def in_one_pass(
     residual: Tensor,
     norm: Norm | None,
     gate: Callable[[PlaneStats], Tensor],
-    moments: bool,
-    extrema: bool,
+    read: Collection[str],
     impl: str,
     *,
     inplace: bool,
@@ -40,17 +39,22 @@ def in_one_pass(
         return None
     if z.numel() // batch * z.element_size() > _CACHED:
         return None
-    if not (moments or extrema) or not runs_eagerly(z) or _is_watched(gate):
+    if not read or not runs_eagerly(z) or torch.is_autocast_enabled("cpu") or _is_watched(gate):
         return None
-    program = record(gate, moments, extrema, z, compute_dtype(z.dtype))
+    program = record(gate, read, z, compute_dtype(z.dtype))
     if program is None:
         return None
     mu, a, beta, _ = constants(norm, z, copy=False)
-    kernels = kernels_of(impl)
-    return kernels.image_tail(z, residual, mu, a, beta, program, moments, extrema, inplace=inplace)
+    moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
+    run = kernels_of(impl).image_tail
+    return run(z, residual, mu, a, beta, program, moments, extrema, inplace=inplace)
 
 
 def _is_watched(gate: Callable[..., Any]) -> bool:
-    """Whether hooks on the parts of a gate's module would be given rows."""
+    """Whether hooks or compiled code of the parts of a gate's module would be given rows."""
     owner = getattr(gate, "__self__", None)
-    return isinstance(owner, nn.Module) and any(has_hooks(part) for part in owner.children())
+    parts = owner.modules() if isinstance(owner, nn.Module) else ()
+    return any(
+        part is not owner and (has_hooks(part) or getattr(part, "_compiled_call_impl", None))
+        for part in parts
+    )

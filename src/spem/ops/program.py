@@ -9,14 +9,15 @@ is seen. A gate that does what no `Row` can is run by torch, between two passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spem.ops.stats import PlaneStats
+from spem.ops.library import is_plain
+from spem.ops.stats import STATISTICS, PlaneStats
 
 _G = TypeVar("_G", bound=Callable[..., Any])
 
@@ -55,12 +56,10 @@ class Program:
         """Where a row begins, in numbers."""
         return row * self.stride + MARGIN
 
-    def emit(
-        self, op: int, *operands: object, width: int, k: float = 1.0, out: int | None = None
-    ) -> Row:
-        """Writes an instruction on rows and tensors [width]; its result is a new row by default."""
+    def emit(self, op: int, *operands: object, width: int, k: float = 1.0) -> Row:
+        """Writes an instruction on rows and tensors [width]; its result is a new row."""
         places = [self._operand(x, (width,)) for x in operands]
-        return self._write(op, places, (width, width), k, out)
+        return self._write(op, places, (width, width), k)
 
     def emit_linear(self, x: Row, weight: Tensor, bias: Tensor | None) -> Row:
         """Writes the product with a matrix [out, in], and the addition of a bias."""
@@ -70,22 +69,21 @@ class Program:
         places = [x.at, self._operand(weight, (width, inputs))]
         if bias is not None:
             places.append(self._operand(bias, (width,)))
-        return self._write(LINEAR, places, (width, inputs), float(bias is not None), None)
+        return self._write(LINEAR, places, (width, inputs), float(bias is not None))
 
-    def _write(
-        self, op: int, places: list[int], widths: tuple[int, int], k: float, out: int | None
-    ) -> Row:
-        if out is None:
-            out = self.place(self.rows)
-            self.rows += 1
+    def _write(self, op: int, places: list[int], widths: tuple[int, int], k: float) -> Row:
+        out = self.place(self.rows)
+        self.rows += 1
         self.code += (op, out, *places, *[0] * (3 - len(places)), len(self.numbers), *widths)
         self.numbers.append(k)
-        return Row(self, out, widths[0], own=True)
+        return Row(self, out, widths[0])
 
     def _operand(self, x: object, shape: tuple[int, ...]) -> int:
         if isinstance(x, Row) and x.shape[1:] == shape:
             return x.at
-        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
+        if not isinstance(x, Tensor) or not is_plain(x) or x.layout != torch.strided:
+            raise UnrecordableError
+        if x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
             raise UnrecordableError
         self.tensors.append(x)
         return -len(self.tensors)
@@ -94,8 +92,8 @@ class Program:
 class Row:
     """The scalars of one image, [N, width] to the gate that handles them."""
 
-    def __init__(self, program: Program, at: int, width: int, *, own: bool = False) -> None:
-        self.program, self.at, self.own = program, at, own
+    def __init__(self, program: Program, at: int, width: int) -> None:
+        self.program, self.at = program, at
         self.dtype = program.dtype
         self.shape = torch.Size((program.batch, width))
         self.device = torch.device("cpu")
@@ -104,9 +102,9 @@ class Row:
         """N width."""
         return self.shape.numel()
 
-    def add(self, other: object, *, alpha: float = 1.0, out: int | None = None) -> Row:
+    def add(self, other: object, *, alpha: float = 1.0) -> Row:
         """self + alpha other."""
-        return self._emit(ADD, self, other, k=_number(alpha), out=out)
+        return self._emit(ADD, self, other, k=_number(alpha))
 
     def mul(self, other: object) -> Row:
         """self other, for a row, a tensor [C] or a number."""
@@ -122,35 +120,18 @@ class Row:
         """max(self, 0)."""
         return self._emit(RELU, self)
 
-    def add_(self, other: object, *, alpha: float = 1.0) -> Row:
-        """As `add`, in place."""
-        return self.add(other, alpha=alpha, out=self._own())
-
-    def sigmoid_(self) -> Row:
-        """As `sigmoid`, in place."""
-        return self._emit(SIGMOID, self, out=self._own())
-
-    def relu_(self) -> Row:
-        """As `relu`, in place."""
-        return self._emit(RELU, self, out=self._own())
-
     __add__ = __radd__ = add
     __mul__ = __rmul__ = mul
 
     def _refused(self, *_: object) -> Any:
         raise UnrecordableError
 
-    __getattr__ = __getitem__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refused
-    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __neg__ = __abs__ = __iter__ = _refused
-    __lt__ = __le__ = __gt__ = __ge__ = _refused
+    # What Python would do by itself, but differently. Rows are never changed.
+    __iadd__ = __imul__ = __eq__ = __ne__ = _refused  # pyright: ignore[reportAssignmentType]
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
-    def _emit(self, op: int, *operands: object, k: float = 1.0, out: int | None = None) -> Row:
-        return self.program.emit(op, *operands, width=self.shape[1], k=k, out=out)
-
-    def _own(self) -> int:
-        if not self.own:
-            raise UnrecordableError  # somebody else's row
-        return self.at
+    def _emit(self, op: int, *operands: object, k: float = 1.0) -> Row:
+        return self.program.emit(op, *operands, width=self.shape[1], k=k)
 
     @classmethod
     def __torch_function__(
@@ -198,6 +179,8 @@ def _linear(x: object, weight: Tensor, bias: Tensor | None = None) -> Row:
 
 def _pad(x: Row, pad: Any, mode: str = "constant", value: float | None = None) -> _Padded:
     ends = tuple(pad)
+    if (x.at - MARGIN) % x.program.stride:
+        raise UnrecordableError  # a row that is cut from a padded one has no zeros at its ends
     if mode != "constant" or value or len(ends) != 2 or ends[0] != ends[1]:
         raise UnrecordableError
     if not 0 <= ends[0] <= MARGIN:
@@ -206,6 +189,8 @@ def _pad(x: Row, pad: Any, mode: str = "constant", value: float | None = None) -
 
 
 _RECORDED: dict[Any, Callable[..., Any]] = {
+    torch.add: Row.add,
+    torch.mul: Row.mul,
     torch.addcmul: _addcmul,
     torch.sigmoid: Row.sigmoid,
     torch.relu: Row.relu,
@@ -216,17 +201,18 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
 
 
 def record(
-    gate: Callable[[PlaneStats], Any], moments: bool, extrema: bool, like: Tensor, wide: torch.dtype
+    gate: Callable[[PlaneStats], Any], read: Collection[str], like: Tensor, wide: torch.dtype
 ) -> Program | None:
-    """The program of a gate for maps like this one; None if it has none."""
+    """The program of a gate that reads these statistics of a map; None if it has none."""
     program = Program(like.shape[0], like.shape[1], wide)
-    rows = [Row(program, program.place(k), program.channels) for k in range(SLOTS)]
-    mean, var = rows[:2] if moments else (None, None)
-    high, low = rows[2:] if extrema else (None, None)
+    rows = [
+        Row(program, program.place(k), program.channels) if name in read else None
+        for k, name in enumerate(STATISTICS)
+    ]
     size = like.shape[2:].numel()
     try:
-        result: Any = gate(cast("Any", PlaneStats)(mean, var, high, low, size, like.shape[0]))
-    except UnrecordableError:
+        result: Any = gate(cast("Any", PlaneStats)(*rows, size, like.shape[0]))
+    except Exception:  # noqa: BLE001  # if it is a fault of the gate, torch will meet it too
         return None
     if not isinstance(result, Row) or result.shape[1] != program.channels:
         return None

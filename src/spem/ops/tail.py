@@ -190,7 +190,7 @@ def _fused(
     read = () if gate is None else statistics
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
     if gate is not None:
-        y = in_one_pass(z, residual, norm, gate, moments, extrema, impl, inplace=inplace)
+        y = in_one_pass(z, residual, norm, gate, read, impl, inplace=inplace)
         if y is not None:
             return y, None
     gathered = gather(z, norm, moments, extrema, impl)

@@ -181,7 +181,7 @@ def image_tail(
     threads = min(torch.get_num_threads(), batch)
     part = 2 * by_image.TABLE * 8 + program.rows * program.stride * wide.itemsize
     part = -(-part // BYTES) * BYTES
-    work = torch.zeros(threads * part, dtype=torch.uint8)  # zeros: the margins of the rows
+    work = z.new_zeros(threads * part, dtype=torch.uint8)  # zeros: the margins of the rows
     code = array.array("q", program.code)
     numbers = array.array("d" if wide == torch.float64 else "f", program.numbers)
     places = array.array("q", [t.data_ptr() for t in tensors])

@@ -1,4 +1,4 @@
-"""The logistic sigmoid of a vector, to a few units in the last place."""
+"""The logistic sigmoid of a vector, to a few units in the last place of normal numbers."""
 
 import math
 from decimal import Decimal
@@ -21,7 +21,8 @@ _DOUBLE = (32, 13, 1022, 1023, 52, 709.78271289338397)
 def logistic(context: Any, vector: Any) -> Any:
     """1 / (1 + e^t) with t = -x: e^t = 2^q e^s, q = round(t / ln 2), e^s by its series.
 
-    A NaN stays one; where e^t overflows the result is 0.
+    A NaN stays one; where e^t overflows the result is 0, and a little before that, where the result
+    is no normal number, it is 0 or one of the last that are.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
