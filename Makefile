@@ -17,15 +17,20 @@ CHECKED := src tests benchmarks examples
 SITE = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && $(BIN)/python .ci/docs_offline.py site
 
 # One thread for each of the two test processes: more would only get in each other's way.
-test test-oldest: export OMP_NUM_THREADS := 1
+test test-slow test-oldest: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint check docs bench test-oldest clean
+.PHONY: demo test test-slow test-all lint check docs bench test-oldest clean
 
 demo: $(READY)
 	$(BIN)/spem demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+test-all: test test-slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -41,7 +46,7 @@ docs: $(READY)
 	$(BIN)/python .ci/docs_tables.py
 	$(SITE)
 
-check: test lint
+check: test-all lint
 
 bench: $(READY)
 	$(BIN)/spem bench ops --out benchmarks/results
