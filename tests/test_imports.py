@@ -109,64 +109,30 @@ CONFINED = {
 KERNELS = ("ops/cpu/", "ops/cuda/")
 
 
-# prints the processor time that `import spem` takes, then the names of the modules it loads, then
-# those that using its parts loads
+# prints what `import spem` loads beside the standard library, then what all its names load
 PROGRAM = """
-import sys, time
-import numpy, torch
-known = set(sys.modules)
-start = time.process_time()
+import sys
 import spem
-print(time.process_time() - start)
-print(*sorted(set(sys.modules) - known))
-known = set(sys.modules)
+loaded = lambda: print(*{name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names)
+loaded()
+for name in spem.__all__:
+    getattr(spem, name)
 spem.ops.plane_stats, spem.cost.count, spem.training.train
-print(*sorted(set(sys.modules) - known))
+loaded()
 """
 
 
-def fresh_import() -> tuple[float, set[str], set[str]]:
-    """Seconds of `import spem`, what it loads, and what its parts load, in a new interpreter."""
-    lines = subprocess.run(
-        [sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    return float(lines[0]), set(lines[1].split()), set(lines[2].split())
-
-
-@pytest.fixture(scope="module")
-def imported() -> tuple[float, set[str], set[str]]:
-    return fresh_import()
-
-
-def roots(modules: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in modules}
-
-
-def test_import_is_light(imported: tuple[float, set[str], set[str]]) -> None:
-    _, loaded, _ = imported
-    assert "spem" in loaded
-    assert not roots(loaded) & set(HEAVY)
-    outside = roots(loaded) - sys.stdlib_module_names
-    assert outside <= {"spem", "torch", "numpy"}
-
-
-def test_the_parts_are_reachable_and_still_light(
-    imported: tuple[float, set[str], set[str]],
-) -> None:
-    _, _, loaded = imported
-    assert {"spem.cost", "spem.training"} <= loaded
-    assert not roots(loaded) & set(HEAVY)
-
-
-def test_import_adds_less_than_a_tenth_of_a_second(
-    imported: tuple[float, set[str], set[str]],
-) -> None:
-    """Processor time, and the best of a few: a busy machine can only make it slower."""
-    seconds, _, _ = imported
-    for _ in range(3):
-        if seconds >= 0.1:
-            seconds = min(seconds, fresh_import()[0])
-    assert seconds < 0.1
+def test_import_is_light() -> None:
+    """`import spem` loads no torch, and its names none of the heavy packages."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    at_first, later = (set(line.split()) for line in done.stdout.splitlines())
+    assert "spem" in at_first
+    assert not at_first & {"torch", "numpy", *HEAVY}
+    assert "torch" in later
+    assert not later & set(HEAVY)
 
 
 def files() -> list[Path]:
@@ -234,15 +200,9 @@ def test_arrows(path: Path) -> None:
                 )
 
 
-def test_nothing_but_torch_at_the_top_of_the_package() -> None:
+def test_nothing_at_the_top_of_the_package() -> None:
     for name, at_import in imports(SOURCE / "__init__.py"):
-        top, *rest = name.split(".")
-        if at_import and top == "spem":
-            assert rest[0] in ("attention", "models", "seeding", "ops", "insert", "gates"), (
-                f"{name} is loaded by import spem"
-            )
-        elif at_import:
-            assert top in sys.stdlib_module_names, name
+        assert not at_import or name.partition(".")[0] in sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from tolerance import PRINTED
 from torch import nn
 
 import spem
+from spem.attention.base import attention_class
 
 NAMES = {
-    "SPEM",
-    "SE",
+    # every registered class
+    "BAM",
     "CBAM",
-    "ECA",
-    "SRM",
-    "SGE",
-    "Scale",
     "CoordAtt",
+    "DIA",
+    "EAN",
+    "ECA",
     "ELA",
     "ESE",
     "FCA",
@@ -26,30 +29,44 @@ NAMES = {
     "GCT",
     "GE",
     "GSoP",
+    "IEBN",
     "NAM",
-    "SimAM",
+    "SE",
+    "SGE",
+    "SK",
     "SPA",
+    "SPEM",
+    "SRM",
+    "Scale",
+    "SimAM",
     "Triplet",
-    "Mix",
-    "ChannelAttention",
-    "Needs",
+    # their pools, registry and specs
     "AttentionSpec",
+    "ChannelAttention",
+    "Mix",
+    "Needs",
+    "SRP",
     "create_attention",
-    "list_attention",
-    "register_attention",
-    "penalty",
-    "param_groups",
     "learned_mixes",
-    "attn_layer",
+    "list_attention",
+    "param_groups",
+    "penalty",
+    "register_attention",
+    # networks
+    "ResNet",
     "attach",
+    "attn_layer",
     "detach",
-    "resnet",
-    "load_official",
-    "initialise",
+    "find_sites",
     "inspect",
-    "save_pretrained",
+    "load_official",
+    "resnet",
+    "initialise",
+    "keyed_generator",
+    # files
     "from_pretrained",
     "push_to_hub",
+    "save_pretrained",
     "to_onnx",
 }
 PARTS = {
@@ -111,11 +128,40 @@ SIGNATURES: dict[str, tuple[list[str], dict[str, object]]] = {
 }
 
 
-def test_all_holds_the_public_names() -> None:
-    assert set(spem.__all__) >= NAMES
-    for name in spem.__all__:
+def test_these_are_the_public_names() -> None:
+    assert set(spem.__all__) == NAMES
+    assert set(dir(spem)) >= NAMES | {*PARTS, "explain", "data", "insert"}
+    for name in (*NAMES, *PARTS):
         assert hasattr(spem, name), name
-        assert name == "__version__" or not name.startswith("_")
+
+
+def test_every_registered_class_is_one_of_them() -> None:
+    classes = {attention_class(name) for name in spem.list_attention()}
+    ours = {cls for cls in classes if cls.__module__.startswith("spem.attention.")}
+    assert {getattr(spem, cls.__name__) for cls in ours} == ours
+    assert {cls.__name__ for cls in ours} <= NAMES
+
+
+def test_what_type_checkers_are_told_is_what_there_is() -> None:
+    """The names of the block under TYPE_CHECKING, against where `__getattr__` looks."""
+    source = Path(spem.__file__).read_text(encoding="utf-8")
+    told: dict[str, str] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spem"):
+            told |= {alias.name: node.module or "" for alias in node.names}
+    assert told.pop("*") == "spem.attention"
+    names = {name: home for name, home in told.items() if home != "spem"}
+    assert set(names) | set(spem.attention.__all__) == NAMES
+    for name, home in names.items():
+        assert getattr(spem, name) is getattr(import_module(home), name)
+    for name in told.keys() - names.keys():
+        assert getattr(spem, name) is import_module(f"spem.{name}")
+
+
+def test_star_import() -> None:
+    found: dict[str, object] = {}
+    exec("from spem import *", found)
+    assert found.keys() >= NAMES
 
 
 def test_version() -> None:

@@ -1,111 +1,86 @@
-"""Channel attention for convolutional networks: SPEM, its competitors, their comparison."""
+"""Channel attention for convolutional networks: SPEM, its competitors, their comparison.
+
+Names load what they need when they are first used (PEP 562), so that ``import spem`` is immediate
+and loads no torch. A new attention module becomes a name here by its line in `spem.attention`.
+"""
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from spem import attention, ops
-from spem.attention import (
-    CBAM,
-    ECA,
-    ELA,
-    ESE,
-    FCA,
-    GC,
-    GCT,
-    GE,
-    NAM,
-    SE,
-    SGE,
-    SPA,
-    SPEM,
-    SRM,
-    AttentionSpec,
-    ChannelAttention,
-    CoordAtt,
-    GSoP,
-    Mix,
-    Needs,
-    Scale,
-    SimAM,
-    Triplet,
-    create_attention,
-    learned_mixes,
-    list_attention,
-    param_groups,
-    penalty,
-    register_attention,
-)
-from spem.gates import inspect
-from spem.insert import attach, attn_layer, detach
-from spem.models import ResNet, load_official, resnet
-from spem.seeding import initialise, keyed_generator
-
 if TYPE_CHECKING:
-    from spem.export import to_onnx
-    from spem.hub import from_pretrained, push_to_hub, save_pretrained
+    from spem import attention as attention
+    from spem import cost as cost
+    from spem import data as data
+    from spem import explain as explain
+    from spem import export as export
+    from spem import ops as ops
+    from spem import training as training
+    from spem.attention import *  # noqa: F403
+    from spem.export import to_onnx as to_onnx
+    from spem.gates import inspect as inspect
+    from spem.hub import from_pretrained as from_pretrained
+    from spem.hub import push_to_hub as push_to_hub
+    from spem.hub import save_pretrained as save_pretrained
+    from spem.insert import attach as attach
+    from spem.insert import attn_layer as attn_layer
+    from spem.insert import detach as detach
+    from spem.insert import find_sites as find_sites
+    from spem.models import ResNet as ResNet
+    from spem.models import load_official as load_official
+    from spem.models import resnet as resnet
+    from spem.seeding import initialise as initialise
+    from spem.seeding import keyed_generator as keyed_generator
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CBAM",
-    "ECA",
-    "ELA",
-    "ESE",
-    "FCA",
-    "GC",
-    "GCT",
-    "GE",
-    "NAM",
-    "SE",
-    "SGE",
-    "SPA",
-    "SPEM",
-    "SRM",
-    "AttentionSpec",
-    "ChannelAttention",
-    "CoordAtt",
-    "GSoP",
-    "Mix",
-    "Needs",
-    "ResNet",
-    "Scale",
-    "SimAM",
-    "Triplet",
-    "attach",
-    "attention",
-    "attn_layer",
-    "create_attention",
-    "detach",
-    "from_pretrained",
-    "initialise",
-    "inspect",
-    "keyed_generator",
-    "learned_mixes",
-    "list_attention",
-    "load_official",
-    "ops",
-    "param_groups",
-    "penalty",
-    "push_to_hub",
-    "register_attention",
-    "resnet",
-    "save_pretrained",
-    "to_onnx",
-]
-
-# Reachable after a bare `import spem`, but loaded only when they are used.
-_LAZY = frozenset({"cost", "data", "explain", "export", "hub", "training"})
-_LAZY_NAMES = {
+# Where the public names live that are not those of `spem.attention`.
+_HOME = {
+    "ResNet": "models",
+    "attach": "insert",
+    "attn_layer": "insert",
+    "detach": "insert",
+    "find_sites": "insert",
     "from_pretrained": "hub",
+    "initialise": "seeding",
+    "inspect": "gates",
+    "keyed_generator": "seeding",
+    "load_official": "models",
     "push_to_hub": "hub",
+    "resnet": "models",
     "save_pretrained": "hub",
     "to_onnx": "export",
 }
 
 
+def _attention() -> dict[str, Any]:
+    """What `spem.attention` offers, and every module class that it imports."""
+    package = import_module("spem.attention")
+    base: type = package.ChannelAttention
+    classes = {n for n, v in vars(package).items() if isinstance(v, type) and issubclass(v, base)}
+    return {name: getattr(package, name) for name in {*package.__all__, *classes}}
+
+
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
+    if name == "__all__":
+        return sorted({*_HOME, *_attention()})
+    if name.startswith("_"):
+        raise AttributeError(f"module 'spem' has no attribute {name!r}")
+    if name in _HOME:
+        value = getattr(import_module(f"spem.{_HOME[name]}"), name)
+    elif find_spec(f"spem.{name}") is not None:
         return import_module(f"spem.{name}")
-    if name in _LAZY_NAMES:
-        return getattr(import_module(f"spem.{_LAZY_NAMES[name]}"), name)
-    raise AttributeError(f"module 'spem' has no attribute {name!r}")
+    elif name in (found := _attention()):
+        value = found[name]
+    else:
+        raise AttributeError(f"module 'spem' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    parts = {part.name for part in iter_modules([str(Path(__file__).parent)])} - {"__main__"}
+    own = {name for name in globals() if name.startswith("__")}
+    return sorted({*own, *parts, *__getattr__("__all__")})
