@@ -12,7 +12,7 @@ import spem
 from spem.cli import main
 from spem.cli.cost import run
 from spem.cost import block_tails, count, tails_text
-from spem.ops import choice, use_impl
+from spem.ops import dispatch, use_impl
 
 
 def conv_flops(inputs: int, outputs: int, kernel: int, side: int) -> int:
@@ -158,8 +158,8 @@ def test_a_shape_that_is_none(shape: tuple[int, ...]) -> None:
 
 @pytest.fixture
 def numba_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(choice._INSTALLED, "numba", True)
-    monkeypatch.setattr(choice, "_TORCH", (2, 11))
+    monkeypatch.setitem(dispatch._INSTALLED, "numba", True)
+    monkeypatch.setattr(dispatch, "_TORCH", (2, 11))
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.float64, 8)])
@@ -197,9 +197,9 @@ def test_a_composed_tail_says_why_and_is_not_modelled() -> None:
 
 
 def test_a_composed_plain_tail_is_modelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "TRITON_PROVEN", False)
-    monkeypatch.setattr(choice, "_TORCH", (2, 11))
-    monkeypatch.setitem(choice._INSTALLED, "triton", True)
+    monkeypatch.setattr(dispatch, "TRITON_PROVEN", False)
+    monkeypatch.setattr(dispatch, "_TORCH", (2, 11))
+    monkeypatch.setitem(dispatch._INSTALLED, "triton", True)
     cost = count(spem.resnet(11), (1, 3, 32, 32), device="cuda", dtype=torch.bfloat16)
     assert {tail.reason for tail in cost.tails} == {"Triton kernels not yet run on a GPU"}
     size = 2 * 64 * 32 * 32
@@ -219,9 +219,9 @@ def test_tails_follow_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_hooked_norm_composes_its_tail_and_others_are_told_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(choice, "TRITON_PROVEN", False)
-    monkeypatch.setattr(choice, "_TORCH", (2, 11))
-    monkeypatch.setitem(choice._INSTALLED, "triton", True)
+    monkeypatch.setattr(dispatch, "TRITON_PROVEN", False)
+    monkeypatch.setattr(dispatch, "_TORCH", (2, 11))
+    monkeypatch.setitem(dispatch._INSTALLED, "triton", True)
     network = spem.resnet(11, attention="se")
     network.layer2[0].bn3.register_forward_hook(lambda *_: None)
     tails = block_tails(network, device="cuda", dtype=torch.float16)

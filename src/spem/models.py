@@ -18,9 +18,8 @@ BlockName = Literal["bottleneck", "basic"]
 def residual_tail(z: Tensor, residual: Tensor, norm: nn.Module, attention: Ending | None) -> Tensor:
     """The end of a residual branch: relu(attention(norm(z)) + residual); None leaves the map.
 
-    One operation where the gate is a function of plane statistics, or absent (`spem.ops`). Where no
-    gradient is recorded the result may take the memory of z, which is nobody else's in a network.
-    An attention in place of the norm ends the branch itself.
+    One operation where the gate is a function of plane statistics, or absent (`spem.ops`). An
+    attention in place of the norm ends the branch itself.
 
     Shape:
         z, residual, output: [N, C, H, W].
@@ -28,12 +27,10 @@ def residual_tail(z: Tensor, residual: Tensor, norm: nn.Module, attention: Endin
     if attention is None and isinstance(norm, ChannelAttention):
         return norm.tail(z, residual)
     if attention is None:
-        return bn_gate_tail(z, residual, norm, inplace=True)
+        return bn_gate_tail(z, residual, norm)
     if isinstance(attention, nn.Module) and not hasattr(type(attention), "tail"):
         return torch.relu(attention(norm(z)) + residual)  # two in a row: `spem.attach` added one
-    if type(attention).tail is not ChannelAttention.tail:
-        return attention.tail(z, residual, norm)  # one of its own need not know the option
-    return attention.tail(z, residual, norm, inplace=True)
+    return attention.tail(z, residual, norm)
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

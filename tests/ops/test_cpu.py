@@ -10,7 +10,7 @@ from tolerance import TOLERANCE
 pytest.importorskip("numba")
 
 from spem.ops import cpu
-from spem.ops.algebra import Incoming, NormalStats, RawStats
+from spem.ops.formula import Incoming, NormalStats, RawStats
 
 SHAPES = [
     (1, 1, 1, 1),

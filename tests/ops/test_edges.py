@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 
 import spem
 from spem.ops import PlaneStats, bn_gate_tail, gate_tail
-from spem.ops.stats import STATISTICS
 
 SHAPE = (4, 5, 3, 6)
 IMPLS = pytest.mark.parametrize(
@@ -313,28 +314,57 @@ def test_exports_get_the_reference() -> None:
     assert not any("spem" in str(node.target) for node in graph.nodes)
 
 
-@IMPLS
-@SOME_GATES
+def keeping(
+    gate: Callable[[PlaneStats], Tensor], kept: dict[str, tuple[Tensor, Tensor, int]]
+) -> Callable[[PlaneStats], Tensor]:
+    """The gate, whose value is written down."""
+
+    def wrapped(stats: PlaneStats) -> Tensor:
+        v = gate(stats)
+        kept["v"] = (v, v.detach().clone(), v._version)
+        return v
+
+    return wrapped
+
+
+@pytest.mark.parametrize("impl", ["reference", "formula", "numba", "triton"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("norm", ["eval", "train", "none"])
-def test_in_place_only_where_no_gradient_is_recorded(
-    impl: str, dtype: torch.dtype, gate: str, norm: str
+def test_nothing_that_was_given_is_written(
+    impl: str, layout: torch.memory_format, norm: str
 ) -> None:
-    needs(impl, dtype, home(impl))
-    t = tail(gate, SHAPE, norm, dtype=dtype, device=home(impl))
-    expected = copy.deepcopy(t).forward(impl).detach()
-    read = STATISTICS if t.gate is None else t.gate.statistics
-    function = None if t.gate is None else t.gate.gate_from
+    """z, the residual and the gate keep values and versions, with gradients and without."""
+    needs(impl, torch.float32, home(impl))
+    for gate, grad in itertools.product(("none", "spem", "se(reduction=1)"), (False, True)):
+        t = tail(gate, SHAPE, norm, dtype=torch.float32, memory_format=layout, device=home(impl))
+        kept = {name: (x, x.detach().clone(), x._version) for name, x in t.parameters().items()}
+        if t.gate is not None:
+            t.gate.gate_from = keeping(t.gate.gate_from, kept)
+        with torch.set_grad_enabled(grad):
+            y = t.forward(impl)
+        for name, (now, then, version) in kept.items():
+            assert torch.equal(now, then), name
+            assert now._version == version, name
+            assert y.data_ptr() != now.data_ptr(), name
 
-    def forward(z: Tensor) -> Tensor:
-        options = {"statistics": read, "impl": impl, "inplace": True}
-        if t.norm is None:
-            return gate_tail(z, t.residual, function, **options)
-        return bn_gate_tail(z, t.residual, copy.deepcopy(t.norm), function, **options)
 
-    kept = t.z.detach().clone()
-    assert forward(t.z).data_ptr() != t.z.data_ptr()
-    assert torch.equal(t.z, kept)
-    with torch.no_grad():
-        y = forward(kept)
-    torch.testing.assert_close(y, expected, rtol=0, atol=0)
-    assert (y.data_ptr() == kept.data_ptr()) == (impl == "numba")
+@pytest.mark.parametrize("impl", ["reference", "formula", None])
+@pytest.mark.parametrize("attention", [None, "spem", "eca"])
+@pytest.mark.parametrize("watched", ["conv", "conv bn3"])
+def test_what_hooks_hold_keeps_its_values(
+    impl: str | None, attention: str | None, watched: str
+) -> None:
+    """Outputs of every convolution and last norm, as a feature extractor keeps them."""
+    if impl == "formula" and "bn3" in watched:
+        impl = "reference"  # the formula refuses norms with hooks
+    model = spem.resnet(11, attention=attention).eval()
+    held: list[tuple[str, Tensor, Tensor]] = []
+    for name, module in model.named_modules():
+        if any(kind in name.rpartition(".")[2] for kind in watched.split()):
+            module.register_forward_hook(
+                lambda _m, _i, y, name=name: held.append((name, y, y.clone()))
+            )
+    with torch.no_grad(), spem.ops.use_impl(impl):
+        model(torch.randn(16, 3, 32, 32))
+    assert len({name for name, *_ in held}) > 8
+    assert [name for name, now, then in held if not torch.equal(now, then)] == []

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", minversion="3.6", reason="no triton of 3.6 or later")
 
 from spem.ops import cuda as kernels
-from spem.ops.algebra import RawStats
 from spem.ops.cuda import tiles
+from spem.ops.formula import RawStats
 
 if not (kernels.INTERPRETED or torch.cuda.is_available()):
     pytest.skip("no GPU, and Triton came without TRITON_INTERPRET=1", allow_module_level=True)

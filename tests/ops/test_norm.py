@@ -92,20 +92,20 @@ def test_global_hooks_are_called() -> None:
 
 
 def test_a_numba_that_cannot_be_loaded_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spem.ops import choice
+    from spem.ops import dispatch
 
     def broken(_: str) -> None:
         raise ImportError("Numba needs NumPy 2.3 or less")
 
-    choice._load_error.cache_clear()
-    monkeypatch.setattr(choice, "kernels_of", broken)
+    dispatch._load_error.cache_clear()
+    monkeypatch.setattr(dispatch, "kernels_of", broken)
     try:
-        if choice._INSTALLED["numba"]:
+        if dispatch._INSTALLED["numba"]:
             found = choose("t", "cpu", torch.float32)
             assert found.impl == "reference"
             assert "cannot load numba: Numba needs NumPy" in found.reason
     finally:
-        choice._load_error.cache_clear()
+        dispatch._load_error.cache_clear()
 
 
 @IMPLS
@@ -231,9 +231,9 @@ def test_shapes_are_checked() -> None:
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    from spem.ops import choice
+    from spem.ops import dispatch
 
-    choice._told.clear()
+    dispatch._logged.clear()
     z = torch.randn(2, 3, 4, 4)
     with caplog.at_level(logging.INFO, logger="spem.ops"):
         for _ in range(3):

@@ -10,7 +10,7 @@ from ops.tails import DATA, GATES, NORMS, SHAPES, Tail, error, home, possible, t
 from tolerance import TAIL
 from torch import Tensor
 
-from spem.ops.choice import obstacle
+from spem.ops.dispatch import unsupported
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 KINDS = [
@@ -24,7 +24,7 @@ GATE = pytest.mark.parametrize("gate", GATES)
 
 
 def needs(impl: str, dtype: torch.dtype, device: str = "cpu") -> None:
-    reason = obstacle(impl, device, dtype)
+    reason = unsupported(impl, device, dtype)
     if reason is not None:
         pytest.skip(f"{impl} {reason}")
 

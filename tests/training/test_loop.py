@@ -14,7 +14,7 @@ from training.tiny import tiny, validated
 
 from spem import initialise
 from spem.data import load_images
-from spem.ops.choice import IMPLEMENTATIONS
+from spem.ops.dispatch import IMPLEMENTATIONS
 from spem.training import (
     RunConfig,
     RuntimeConfig,

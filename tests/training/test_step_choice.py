@@ -16,8 +16,8 @@ from training.tiny import differences, outcome, shortened, tiny
 
 from spem import initialise
 from spem.models import ResNet
-from spem.ops import choice, use_impl
-from spem.ops.choice import Choice
+from spem.ops import dispatch, use_impl
+from spem.ops.dispatch import Choice
 from spem.training import (
     Interrupted,
     Result,
@@ -34,20 +34,20 @@ from spem.training.loop import train
 from spem.training.runs import plan_run, save_config
 from spem.training.step import execution, lambdas, make_optimizer, make_step
 
-NUMBA = choice.obstacle("numba", "cpu", torch.float32)
+NUMBA = dispatch.unsupported("numba", "cpu", torch.float32)
 needs_numba = pytest.mark.skipif(NUMBA is not None, reason=f"numba {NUMBA}")
 
 
 @pytest.fixture
 def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(choice._INSTALLED, "numba", False)
+    monkeypatch.setitem(dispatch._INSTALLED, "numba", False)
 
 
 @pytest.fixture
 def proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "TRITON_PROVEN", True)
-    monkeypatch.setattr(choice, "_TORCH", (2, 11))
-    monkeypatch.setitem(choice._INSTALLED, "triton", True)
+    monkeypatch.setattr(dispatch, "TRITON_PROVEN", True)
+    monkeypatch.setattr(dispatch, "_TORCH", (2, 11))
+    monkeypatch.setitem(dispatch._INSTALLED, "triton", True)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_choice_has_to_serve_training_and_evaluation(monkeypatch: pytest.Monke
 def test_on_cuda_what_is_compiled_gets_the_formula_until_triton_is_proven(
     step: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(choice, "TRITON_PROVEN", False)
+    monkeypatch.setattr(dispatch, "TRITON_PROVEN", False)
     assert choose_impl(RuntimeConfig(step=step), "cuda").impl == impl
     assert choose_impl(RuntimeConfig(step=step, impl="reference"), "cuda").impl == "reference"
 
@@ -110,8 +110,8 @@ def test_a_wish_that_cannot_be_met_is_refused_at_planning(
     runtime: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setitem(choice._INSTALLED, "numba", True)
-    monkeypatch.setattr(choice, "_TORCH", (2, 11))
+    monkeypatch.setitem(dispatch._INSTALLED, "numba", True)
+    monkeypatch.setattr(dispatch, "_TORCH", (2, 11))
     with pytest.raises(ValueError, match=message):
         train(tiny(**runtime), tmp_path, progress=Silent())
     assert not (tmp_path / "config.json").exists()
@@ -131,7 +131,7 @@ def test_training_and_evaluation_run_under_the_planned_implementation(
     used: list[str | None] = []
 
     def forward(model: ResNet, x: Tensor) -> Tensor:
-        used.append(choice.wish(None, "test"))
+        used.append(dispatch.requested(None, "test"))
         return original(model, x)
 
     original = ResNet.forward
@@ -143,7 +143,7 @@ def test_training_and_evaluation_run_under_the_planned_implementation(
     # The formula is for compiled steps; evaluation is never compiled.
     assert set(trained) == {impl, "reference" if impl == "formula" else impl}
     assert counted == "reference"
-    assert choice.wish(None, "test") is None
+    assert dispatch.requested(None, "test") is None
 
 
 def stopped(config: RunConfig, folder: Path, after: int = 3) -> list[str]:
@@ -160,7 +160,7 @@ def test_a_run_begun_without_numba_goes_on_without_it(
 ):
     config = replace(tiny(), optim=replace(tiny().optim, epochs=2, milestones=(1,)))
     with monkeypatch.context() as patch:
-        patch.setitem(choice._INSTALLED, "numba", False)
+        patch.setitem(dispatch._INSTALLED, "numba", False)
         train(config, tmp_path / "whole", progress=Silent())
         stopped(config, tmp_path / "stopped")
     assert train(config, tmp_path / "stopped", progress=Silent()).impl == "reference"
@@ -173,7 +173,7 @@ def test_a_run_begun_with_numba_needs_it_and_says_so(
 ):
     config = tiny(epochs=1)
     stopped(config, tmp_path)
-    monkeypatch.setitem(choice._INSTALLED, "numba", False)
+    monkeypatch.setitem(dispatch._INSTALLED, "numba", False)
     with pytest.raises(ValueError, match=r"impl='numba' needs numba.* was begun this way"):
         train(config, tmp_path, progress=Silent())
 
@@ -209,24 +209,24 @@ def test_stored_weights_are_evaluated_as_they_were_trained_where_that_can_be(
     told: list[str] = []
     for stored, expected in (("reference", "reference"), ("numba", "numba"), (None, None)):
         with stored_impl(RuntimeConfig(impl=stored), "cpu", told.append):
-            assert choice.wish(None, "test") == expected
+            assert dispatch.requested(None, "test") == expected
     assert told == []
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with stored_impl(RuntimeConfig(impl="triton"), "cpu", told.append):
-        assert choice.wish(None, "test") is None
+        assert dispatch.requested(None, "test") is None
     assert told == [
         "the run was trained with impl='triton', which needs a CUDA tensor, got device 'cpu'; "
         "evaluating with numba"
     ]
     with use_impl("formula"), stored_impl(RuntimeConfig(impl="numba"), "cpu", told.append):
-        assert choice.wish(None, "test") == "formula"
+        assert dispatch.requested(None, "test") == "formula"
     assert len(told) == 1
 
 
 def test_an_open_implementation_leaves_the_environment_its_say(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SPEM_IMPL", "formula")
     with execution(RuntimeConfig(threads=1, device="cpu")):
-        assert choice.wish(None, "test") == "formula"
+        assert dispatch.requested(None, "test") == "formula"
     assert choose_impl(RuntimeConfig(), "cpu").impl == "formula"
 
 

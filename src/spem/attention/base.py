@@ -13,7 +13,7 @@ from spem.attention.needs import Needs
 from spem.attention.pooling import LearnedMix, PoolSpec, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
-from spem.ops.choice import tell
+from spem.ops.dispatch import log_choice
 from spem.ops.library import has_hooks
 from spem.ops.stats import STATISTICS
 from spem.seeding import Initialiser
@@ -22,9 +22,7 @@ from spem.seeding import Initialiser
 class Ending(Protocol):
     """What ends a residual branch: a module, or what `ChannelAttention.begin` gave for a stage."""
 
-    def tail(
-        self, z: Tensor, residual: Tensor, norm: nn.Module | None = None, *, inplace: bool = False
-    ) -> Tensor:
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
         """relu(attention(norm(z)) + residual)."""
         ...
 
@@ -123,32 +121,25 @@ class ChannelAttention(nn.Module):
         self._check(x)
         return x * self.gate(x).to(x.dtype)
 
-    def tail(
-        self,
-        z: Tensor,
-        residual: Tensor,
-        norm: nn.Module | None = None,
-        *,
-        inplace: bool = False,
-    ) -> Tensor:
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
         """The end of a residual branch: relu(self(norm(z)) + residual).
 
         A module whose gate is a function of plane statistics runs it in one operation with the
         norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks.
-        ``inplace`` lets the result take z's memory where no gradient is recorded.
+        z and residual keep their values.
 
         Shape:
             z, residual, output: [N, C, ...].
         """
         composed = self.why_composed()
         if composed is not None:
-            tell("tail", z, Choice("reference", composed))
+            log_choice("tail", z, Choice("reference", composed))
             return (self(z if norm is None else norm(z)) + residual).relu_()
         self._check(z)
         read = self.statistics
         if norm is None:
-            return gate_tail(z, residual, self.gate_from, statistics=read, inplace=inplace)
-        return bn_gate_tail(z, residual, norm, self.gate_from, statistics=read, inplace=inplace)
+            return gate_tail(z, residual, self.gate_from, statistics=read)
+        return bn_gate_tail(z, residual, norm, self.gate_from, statistics=read)
 
     def begin(self) -> Ending:
         """What the blocks of a stage that share this module get, anew in each forward pass."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from spem.attention.base import ChannelAttention, Ending
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail
-from spem.ops.choice import tell
+from spem.ops.dispatch import log_choice
 from spem.ops.library import has_hooks
 
 State = tuple[Tensor, ...]
@@ -62,13 +62,11 @@ class Carrying(ChannelAttention):
         residual: Tensor,
         norm: nn.Module | None,
         state: State,
-        *,
-        inplace: bool = False,
     ) -> tuple[Tensor, State]:
         """`tail` of a block, with the state before it and after it."""
         composed = self.why_composed()
         if composed is not None:
-            tell("tail", z, Choice("reference", composed))
+            log_choice("tail", z, Choice("reference", composed))
             y, state = self(z if norm is None else norm(z), state)
             return (y + residual).relu_(), state
         self._check(z)
@@ -81,9 +79,9 @@ class Carrying(ChannelAttention):
 
         read = self.statistics
         if norm is None:
-            y = gate_tail(z, residual, gate, statistics=read, inplace=inplace)
+            y = gate_tail(z, residual, gate, statistics=read)
         else:
-            y = bn_gate_tail(z, residual, norm, gate, statistics=read, inplace=inplace)
+            y = bn_gate_tail(z, residual, norm, gate, statistics=read)
         return y, after
 
     def why_composed(self) -> str | None:
@@ -106,9 +104,7 @@ class Walk:
         self._attention = attention
         self._state: State = ()
 
-    def tail(
-        self, z: Tensor, residual: Tensor, norm: nn.Module | None = None, *, inplace: bool = False
-    ) -> Tensor:
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
         """relu(attention(norm(z)) + residual) of the next block."""
-        y, self._state = self._attention.walk(z, residual, norm, self._state, inplace=inplace)
+        y, self._state = self._attention.walk(z, residual, norm, self._state)
         return y

@@ -11,7 +11,6 @@ from spem.attention.pooling import PoolSpec
 from spem.attention.precision import at_hand, cast, conv
 from spem.ops import PlaneStats
 from spem.ops.library import has_hooks, is_exporting
-from spem.ops.program import recordable
 
 _FEW = 1 << 12
 """Values of a descriptor below which a call counts more than what it does."""
@@ -72,7 +71,6 @@ class ECA(ChannelAttention):
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
         self._draw_start()
 
-    @recordable
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)

@@ -7,7 +7,6 @@ from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import linear
 from spem.ops import PlaneStats
-from spem.ops.program import recordable
 
 
 @register_attention(
@@ -58,7 +57,6 @@ class SE(ChannelAttention):
         self.fc2 = nn.Linear(hidden, channels, bias=bias, device=device, dtype=dtype)
         self._draw_start()
 
-    @recordable
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(W2 relu(W1 z + b1) + b2), [N, C]."""
         z = self.pool(stats)

@@ -10,7 +10,6 @@ from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.pooling import Mix, PoolSpec
 from spem.attention.precision import cast
 from spem.ops import PlaneStats
-from spem.ops.program import recordable
 
 Form = Literal["text", "figure", "code"]
 Reweight = Literal[
@@ -121,7 +120,6 @@ class SPEM(ChannelAttention):
             return _sigmoid(-1.0 if factor is None else -float(factor))
         return _sigmoid(-1.0) * (1.0 if factor is None else float(factor))
 
-    @recordable
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
         u = self.pool(stats)

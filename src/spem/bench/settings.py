@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spem.ops.choice import IMPLEMENTATIONS, obstacle
+from spem.ops.dispatch import IMPLEMENTATIONS, unsupported
 
 COMPOSED, OFFICIAL, FUSED = "composed", "official", "fused"
 COMPILED, FORMULA = "compiled", "formula compiled"
@@ -96,7 +96,7 @@ def fused_impl(settings: Settings, dtype: torch.dtype) -> tuple[str | None, str]
     impl = settings.impl or ("triton" if device == "cuda" else "numba")
     if impl == "triton" and device == "cpu":
         return None, "triton's interpreter is not timed"
-    reason = obstacle(impl, device, dtype)
+    reason = unsupported(impl, device, dtype)
     return (impl, "") if reason is None else (None, f"{impl} {reason}")
 
 

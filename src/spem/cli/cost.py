@@ -159,7 +159,7 @@ def _print(title: str, cost: "Cost", place: str, *, json: bool) -> None:
 def _tails(tails: "Sequence[TailCost]", place: str) -> str:
     """What runs the tails, and the whole maps they move where that is known of all."""
     from spem.cost import tails_text
-    from spem.ops.choice import SMALL
+    from spem.ops.dispatch import SMALL
 
     lines = [f"On {place}: {tails_text(tails)}."]
     if any(tail.impl == "numba" for tail in tails):

@@ -92,8 +92,4 @@ class FusedBlock(Around):
             z = getattr(self.block, name)(z)
         downsample = getattr(self.block, "downsample", None)
         residual = x if downsample is None else downsample(x)
-        attention, norm = self.attention, getattr(self, self._parts.norm)
-        if type(attention).tail is not ChannelAttention.tail:
-            return attention.tail(z, residual, norm)  # one of its own need not know the option
-        # The branch's last convolution has made z, which nobody else holds.
-        return attention.tail(z, residual, norm, inplace=True)
+        return self.attention.tail(z, residual, getattr(self, self._parts.norm))

@@ -2,7 +2,7 @@
 
 # Loaded here since it must find torch's threads before anybody forks.
 from spem.ops import threads as _threads  # noqa: F401  # pyright: ignore[reportUnusedImport]
-from spem.ops.choice import Choice, choose, use_impl
+from spem.ops.dispatch import Choice, choose, use_impl
 from spem.ops.stats import PlaneStats, plane_stats
 from spem.ops.tail import bn_gate_tail, gate_tail, why_composed
 

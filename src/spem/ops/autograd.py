@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from spem.ops import synchronised
-from spem.ops.algebra import Incoming, NormalStats, RawStats
-from spem.ops.layout import laid_out_as
-from spem.ops.library import is_direct, kernels_of, passes
-from spem.ops.norm import Norm, affine, constants
+from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, affine, constants
+from spem.ops.library import is_direct, kernels_of, laid_out_as, passes
 from spem.ops.stats import compute_dtype
 
 if TYPE_CHECKING:
@@ -72,16 +70,11 @@ def gather(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str
     return Gathered(*out)
 
 
-def close(
-    gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str, *, inplace: bool = False
-) -> Tensor:
-    """y = relu(v x + residual) with x = a (z - mu) + beta; v None is 1.
-
-    ``inplace`` permits y to take z's memory where no gradient is recorded.
-    """
+def close(gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str) -> Tensor:
+    """y = relu(v x + residual) with x = a (z - mu) + beta; v None is 1."""
     g = gathered
     if not torch.is_grad_enabled():
-        return _gated(g.z, v, residual, g.mu, g.a, g.beta, impl, inplace=inplace)[0]
+        return _gated(g.z, v, residual, g.mu, g.a, g.beta, impl)[0]
     return _Tail.apply(
         g.z, g.token_v, g.token_total, g.token_moment, v, residual, g.mu, g.a, g.beta, impl
     )
@@ -149,14 +142,9 @@ def _gated(
     a: Tensor,
     beta: Tensor,
     impl: str,
-    *,
-    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pass F2: the tail's output, and the gate as a dense tensor."""
     v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
-    if inplace and is_direct(impl):
-        # Not through the operator, which is functional.
-        return kernels_of(impl).affine_tail(z, residual, mu, v, a, beta, inplace=True), v
     return passes(impl).affine_tail(z, residual, mu, v, a, beta), v
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from spem.ops import algebra, formula
+from spem.ops import formula
 from spem.ops.stats import compute_dtype
 
 _SCHEMAS = {
@@ -39,7 +39,7 @@ class Passes(NamedTuple):
     affine_tail_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     stats_backward: Callable[..., Tensor]
     stages: Any
-    """`spem.ops.algebra`, or a module of the same functions."""
+    """`spem.ops.formula`, or a module of the same functions."""
 
 
 def passes(impl: str) -> Passes:
@@ -74,6 +74,29 @@ def is_plain(z: Tensor) -> bool:
     if type(z) not in (Tensor, nn.Parameter) or (wrapped is not None and wrapped(z)):
         return False
     return getattr(forward_ad, "_current_level", -1) < 0
+
+
+def is_dense(z: Tensor) -> bool:
+    """Whether the map is contiguous or channels_last."""
+    if z.is_contiguous():
+        return True
+    if z.dim() == 4:
+        return z.is_contiguous(memory_format=torch.channels_last)
+    return z.dim() == 5 and z.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two maps of one shape lie in memory in the same order.
+
+    The stride of an axis of length 1 means nothing, and torch sets it in several ways.
+    """
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or mine == other for size, mine, other in pairs)
+
+
+def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
+    """x in the layout of a dense map of its shape; a copy if it has another one."""
+    return x if agree(x, like) else torch.empty_like(like).copy_(x)
 
 
 def is_exporting() -> bool:
@@ -168,7 +191,7 @@ def _define(impl: str) -> Passes:
         _LIBRARY.impl(full, kernel(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"spem::{full}", _FAKES[name], lib=_LIBRARY)
         overloads[name] = getattr(torch.ops.spem, full).default
-    return Passes(**overloads, stages=algebra)
+    return Passes(**overloads, stages=formula)
 
 
 _FORMULA = Passes(
@@ -176,6 +199,6 @@ _FORMULA = Passes(
     formula.affine_tail,
     formula.affine_tail_backward,
     formula.stats_backward,
-    algebra,
+    formula,
 )
 _KERNELS = {impl: _define(impl) for impl in _MODULES}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from spem.ops.library import has_hooks
 from spem.ops.stats import PlaneStats, plane_stats
 
 Gate = Callable[[PlaneStats], Tensor]
@@ -22,7 +23,9 @@ def tail(
     if gate is not None:
         v = gate(plane_stats(x, statistics))
         x = x * v.reshape(*v.shape, *[1] * (x.dim() - 2)).to(x.dtype)
-    return add_relu(x, residual, fresh=gate is not None or isinstance(norm, nn.BatchNorm2d))
+    # What the gate scaled is a new map; what a norm returned may be held by its hooks.
+    plain = type(norm) in (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d) and not has_hooks(norm)
+    return add_relu(x, residual, fresh=gate is not None or plain)
 
 
 def add_relu(x: Tensor, residual: Tensor, *, fresh: bool) -> Tensor:

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from spem.ops import reference
 from spem.ops.autograd import Gathered, close, gather
-from spem.ops.choice import Choice, choose, tell
-from spem.ops.images import in_one_pass
-from spem.ops.layout import is_dense, laid_out_as
-from spem.ops.library import has_hooks, is_plain
-from spem.ops.norm import Norm
+from spem.ops.dispatch import Choice, choose, log_choice
+from spem.ops.formula import Norm
+from spem.ops.library import has_hooks, is_dense, is_plain, laid_out_as
 from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
@@ -30,7 +28,6 @@ def gate_tail(
     *,
     statistics: Collection[str] = STATISTICS,
     impl: str | None = None,
-    inplace: bool = False,
 ) -> Tensor:
     """relu(v x + residual) with the gate v = gate(stats(x)); None is v = 1.
 
@@ -49,8 +46,6 @@ def gate_tail(
         statistics: Those that the gate reads; others are None in what it is given.
         impl: ``"reference"``, ``"formula"``, ``"numba"``, ``"triton"``, or None for the automatic
             choice (see `spem.ops.use_impl`).
-        inplace: Lets the result take the memory of x where no gradient is recorded and the
-            implementation can; x means nothing afterwards then.
 
     Raises:
         ValueError: Shapes or devices differ, or an implementation that was asked for cannot run
@@ -62,7 +57,7 @@ def gate_tail(
     choice = _choose("gate_tail", x, residual, None, gate, impl)
     if choice.impl == "reference":
         return reference.tail(x, residual, None, gate, statistics)
-    return _fused(x, residual, None, gate, statistics, choice.impl, inplace=inplace)[0]
+    return _fused(x, residual, None, gate, statistics, choice.impl)[0]
 
 
 def bn_gate_tail(
@@ -73,7 +68,6 @@ def bn_gate_tail(
     *,
     statistics: Collection[str] = STATISTICS,
     impl: str | None = None,
-    inplace: bool = False,
 ) -> Tensor:
     """relu(v x + residual) with x = norm(z) and the gate v = gate(stats(x)); None is v = 1.
 
@@ -97,7 +91,6 @@ def bn_gate_tail(
         gate: As for `gate_tail`.
         statistics: As for `gate_tail`.
         impl: As for `gate_tail`.
-        inplace: As for `gate_tail`.
 
     Raises:
         ValueError: Shapes or devices differ, an implementation that was asked for cannot run here,
@@ -110,8 +103,8 @@ def bn_gate_tail(
     if choice.impl == "reference":
         return reference.tail(z, residual, norm, gate, statistics)
     view = _batch_norm(norm, z)
-    y, gathered = _fused(z, residual, view, gate, statistics, choice.impl, inplace=inplace)
-    if view.mean is None and gathered is not None:
+    y, gathered = _fused(z, residual, view, gate, statistics, choice.impl)
+    if view.mean is None:
         _update_running(norm, gathered, z)
     return y
 
@@ -170,7 +163,7 @@ def _choose(
         composed=composed,
         impl=impl,
     )
-    tell(op, z, choice)
+    log_choice(op, z, choice)
     return choice
 
 
@@ -181,18 +174,12 @@ def _fused(
     gate: Gate | None,
     statistics: Collection[str],
     impl: str,
-    *,
-    inplace: bool,
-) -> tuple[Tensor, Gathered | None]:
+) -> tuple[Tensor, Gathered]:
     if z.numel() == 0:
         impl = "formula"  # there is nothing for a kernel to do
     residual = laid_out_as(residual, z)
     read = () if gate is None else statistics
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
-    if gate is not None:
-        y = in_one_pass(z, residual, norm, gate, read, impl, inplace=inplace)
-        if y is not None:
-            return y, None
     gathered = gather(z, norm, moments, extrema, impl)
     v = None
     if gate is not None:
@@ -207,7 +194,7 @@ def _fused(
         v = v.to(compute_dtype(z.dtype))
         if v.shape != z.shape[:2]:
             v = v.expand(z.shape[:2])
-    return close(gathered, v, residual, impl, inplace=inplace), gathered
+    return close(gathered, v, residual, impl), gathered
 
 
 def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:

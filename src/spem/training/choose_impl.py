@@ -10,7 +10,7 @@ from torch import nn
 
 from spem.cost import block_tails, tails_text
 from spem.ops import Choice, choose, use_impl
-from spem.ops.choice import obstacle, wish
+from spem.ops.dispatch import requested, unsupported
 from spem.training.config import RuntimeConfig
 
 
@@ -32,7 +32,7 @@ def choose_impl(runtime: RuntimeConfig, device: str) -> Choice:
         ValueError: a wish that cannot be met for every dtype that will occur.
     """
     choices = [choose("train", device, d, impl=runtime.impl) for d in map_dtypes(runtime)]
-    if wish(runtime.impl, "train") is not None:
+    if requested(runtime.impl, "train") is not None:
         return choices[0]
     # One that takes training's maps but not evaluation's, or the reverse, cannot serve the run.
     differing = [choice for choice in choices if choice.impl == "reference"]
@@ -69,10 +69,10 @@ def stored_impl(
     `spem.ops.use_impl` or the environment goes before both.
     """
     stored = evaluation_impl(runtime.impl)
-    if stored is None or wish(None, "eval") is not None:
+    if stored is None or requested(None, "eval") is not None:
         yield
         return
-    reason = obstacle(stored, device, torch.float32)
+    reason = unsupported(stored, device, torch.float32)
     if reason is None:
         with use_impl(stored):
             yield

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from spem.attention import AttentionSpec, spec_text
 from spem.data import HUB_IDS, NORMALISATION
 from spem.models import blocks_per_stage
-from spem.ops.choice import IMPLEMENTATIONS, Impl
+from spem.ops.dispatch import IMPLEMENTATIONS, Impl
 
 _NOT_IN_ID = ("root", "sha256", "test_sha256")
 """Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""

@@ -1,20 +1,17 @@
 """The passes and the scalar stages on a CPU, compiled by numba; the package's only way to numba.
 
 Every function here but `normal_stats`, two of them in one, does what the one of the same name does
-in ``spem.ops.formula`` (the passes) or ``spem.ops.algebra`` (the scalar stages). It checks shapes,
-allocates the outputs, writes addresses and sizes into a table and has the kernel run on it. A
-kernel is compiled when first used, for one dtype, and kept on disk where numba can write.
+in ``spem.ops.formula``. It checks shapes, allocates the outputs, writes addresses and sizes into a
+table and has the kernel run on it. A kernel is compiled when first used, for one dtype, and kept on
+disk where numba can write.
 """
 
-import array
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spem.ops.algebra import Coefficients, Incoming, NormalStats, RawStats
 from spem.ops.cpu import channels as by_channel
-from spem.ops.cpu import images as by_image
 from spem.ops.cpu import planes as by_plane
 from spem.ops.cpu import scalars
 from spem.ops.cpu.launch import SUPPORTED, run
@@ -32,8 +29,8 @@ from spem.ops.cpu.table import (
     WITH_Z,
 )
 from spem.ops.cpu.vectors import BYTES
-from spem.ops.layout import agree
-from spem.ops.program import FIELDS, Program
+from spem.ops.formula import Coefficients, Incoming, NormalStats, RawStats
+from spem.ops.library import agree
 from spem.ops.stats import compute_dtype
 
 _CHUNK = 128 << 10  # bytes of one map that a thread takes at a time
@@ -123,7 +120,7 @@ def normal_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pass F1 where no gradient is recorded: mean, var, max and min of x = a (z - mu) + beta.
 
-    As ``plane_stats`` and ``algebra.normalised`` in one pass, for constant mu and a, [C].
+    As ``plane_stats`` and ``formula.normalised`` in one pass, for constant mu and a, [C].
     """
     wide = _maps(z)
     shape = tuple(z.shape[:2])
@@ -140,63 +137,14 @@ def normal_stats(
     return (mean, var, high, low) if moments else (none, none, high, low)
 
 
-def affine_tail(
-    z: Tensor,
-    r: Tensor,
-    mu: Tensor,
-    v: Tensor,
-    a: Tensor,
-    beta: Tensor,
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """Pass F2: y = relu(v (a (z - mu) + beta) + r), into z if asked; ``formula.affine_tail``."""
+def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:
+    """Pass F2: y = relu(v (a (z - mu) + beta) + r); see ``formula.affine_tail``."""
     wide = _maps(z, r)
     shape = tuple(z.shape[:2])
     v = _scalars(shape, wide, v)
     mu, a, beta = (_scalars(shape[1:], wide, t) for t in (mu, a, beta))
-    y = z if inplace else torch.empty_like(z)
+    y = torch.empty_like(z)
     _pass("affine_tail", z, 0, z, r, mu, v, a, beta, y)
-    return y
-
-
-def image_tail(
-    z: Tensor,
-    r: Tensor,
-    mu: Tensor,
-    a: Tensor,
-    beta: Tensor,
-    program: Program,
-    moments: bool,
-    extrema: bool,
-    *,
-    inplace: bool = False,
-) -> Tensor:
-    """``normal_stats``, the gate and ``affine_tail``, image by image; into z if asked."""
-    wide = _maps(z, r)
-    batch, channels = z.shape[:2]
-    mu, a, beta = (_scalars((channels,), wide, t) for t in (mu, a, beta))
-    tensors = [_scalars(tuple(t.shape), wide, t) for t in program.tensors]
-    y = z if inplace else torch.empty_like(z)
-    threads = min(torch.get_num_threads(), batch)
-    part = 2 * by_image.TABLE * 8 + program.rows * program.stride * wide.itemsize
-    part = -(-part // BYTES) * BYTES
-    work = z.new_zeros(threads * part, dtype=torch.uint8)  # zeros: the margins of the rows
-    code = array.array("q", program.code)
-    numbers = array.array("d" if wide == torch.float64 else "f", program.numbers)
-    places = array.array("q", [t.data_ptr() for t in tensors])
-    sizes = z.stride(0) * z.element_size(), wide.itemsize, program.stride
-    flags = MOMENTS * moments | EXTREMA * extrema | NORMALISED
-    kernel = by_image.tail_of_planes if z.is_contiguous() else by_image.tail_of_channels
-    run(
-        kernel,
-        z.dtype,
-        (batch, 1, batch, channels, z.numel() // (batch * channels), flags),
-        threads,
-        *(z, r, y, mu, a, beta, work, part, *sizes),
-        *(code.buffer_info()[0], len(code) // FIELDS),
-        *(numbers.buffer_info()[0], places.buffer_info()[0], program.result),
-    )
     return y
 
 
@@ -259,7 +207,7 @@ def _channel_stage(kernel: Any, like: Tensor, flags: int, *args: Tensor | None) 
 
 
 def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel; see ``algebra.channel_moments``."""
+    """Mean and biased variance of every channel; see ``formula.channel_moments``."""
     shape, wide = tuple(mean.shape), mean.dtype
     mean, var = _scalars(shape, wide, mean), _scalars(shape, wide, var)
     mu, out = mean.new_empty(shape[1]), mean.new_empty(shape[1])
@@ -268,7 +216,7 @@ def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStats:
-    """Statistics of x = a (z - mu) + beta; see ``algebra.normalised``."""
+    """Statistics of x = a (z - mu) + beta; see ``formula.normalised``."""
     wide = mu.dtype
     flags = MOMENTS * (raw.mean.dim() == 2) | EXTREMA * (raw.high.dim() == 2)
     if not flags:
@@ -288,7 +236,7 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
 
 
 def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Tensor:
-    """dv = a moment + beta total; see ``algebra.gate_gradient``."""
+    """dv = a moment + beta total; see ``formula.gate_gradient``."""
     shape, wide = tuple(total.shape), total.dtype
     total, moment = _scalars(shape, wide, total), _scalars(shape, wide, moment)
     a, beta = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, beta)
@@ -315,7 +263,7 @@ def channel_sums(
     a: Tensor,
     mu: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of dx and of dx (z - mu) over a channel; see ``algebra.channel_sums``."""
+    """Sums of dx and of dx (z - mu) over a channel; see ``formula.channel_sums``."""
     shape, wide = tuple(total.shape), total.dtype
     v, total, moment = (_scalars(shape, wide, t) for t in (v, total, moment))
     a, mu = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, mu)
@@ -341,7 +289,7 @@ def coefficients(
     size: int,
     shared: tuple[Tensor, Tensor] | None,
 ) -> Coefficients:
-    """The per-plane coefficients of dz; see ``algebra.coefficients``."""
+    """The per-plane coefficients of dz; see ``formula.coefficients``."""
     shape, wide = tuple(v.shape), mu.dtype
     v = _scalars(shape, wide, v)
     a, mu = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, mu)

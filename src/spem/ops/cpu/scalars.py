@@ -1,6 +1,6 @@
 """The scalar stages between the passes, over [B, C] and [C]; what numba compiles.
 
-``spem.ops.algebra`` says in torch operations what they compute, and with which names. Here the
+``spem.ops.formula`` says in torch operations what they compute, and with which names. Here the
 maps' type is the compute dtype itself. Stages that sum over the images take one vector of channels
 as a chunk, the others a few images.
 """

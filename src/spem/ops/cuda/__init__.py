@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spem.ops.algebra import RawStats
 from spem.ops.cuda import kernels
 from spem.ops.cuda.kernels import INTERPRETED
 from spem.ops.cuda.tiles import Plan, plan_for
+from spem.ops.formula import RawStats
 
 __all__ = [
     "INTERPRETED",

@@ -1,14 +1,15 @@
 """Which implementation runs a tail: the only place where this is decided.
 
 ``"reference"`` is composed torch modules, ``"formula"`` the four passes in torch operations,
-``"numba"`` the passes compiled for the CPU, ``"triton"`` those for CUDA. Without a wish the fastest
-one that is known to be right here is taken; a wish that cannot be met raises.
+``"numba"`` the passes compiled for the CPU, ``"triton"`` those for CUDA. Unless one is asked for,
+the fastest that is known to be right here is taken; a request that cannot be met raises.
 """
 
 import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
@@ -27,7 +28,7 @@ CUDA is served by torch's own operations unless Triton is asked for."""
 
 SMALL = 1 << 18
 """Values of a map below which composed modules are faster on a CPU: a call of the fused tail costs
-some 0.1 ms, whatever the size. A wish for an implementation holds for maps of all sizes."""
+some 0.1 ms, whatever the size. An implementation that is asked for takes maps of all sizes."""
 
 _NUMBA_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,13 +55,15 @@ class Choice(NamedTuple):
     reason: str
 
 
-_default: list[str | None] = [None]
-_told: set[tuple[str, str, torch.dtype, str]] = set()
+_default: ContextVar[str | None] = ContextVar("spem.ops.impl", default=None)
+_logged: set[tuple[str, str, torch.dtype, str]] = set()
 
 
 @contextmanager
 def use_impl(impl: str | None) -> Generator[None]:
-    """Sets the implementation for all tails in a ``with`` block, for the whole process.
+    """Sets the implementation for all tails in a ``with`` block.
+
+    Other threads and asyncio tasks keep theirs (a new thread starts without one).
 
     Args:
         impl: ``"reference"``, ``"formula"``, ``"numba"`` or ``"triton"``; None is the automatic
@@ -70,18 +73,17 @@ def use_impl(impl: str | None) -> Generator[None]:
         ValueError: No such implementation.
     """
     _check_name(impl, "use_impl")
-    before = _default[0]
-    _default[0] = impl or "auto"
+    token = _default.set(impl or "auto")
     try:
         yield
     finally:
-        _default[0] = before
+        _default.reset(token)
 
 
-def wish(impl: str | None, op: str) -> str | None:
+def requested(impl: str | None, op: str) -> str | None:
     """What was asked for: the argument, else the block, else the environment; None is automatic."""
     if impl is None:
-        impl = _default[0] or os.environ.get("SPEM_IMPL") or None
+        impl = _default.get() or os.environ.get("SPEM_IMPL") or None
     if impl == "auto":
         return None
     _check_name(impl, op)
@@ -95,7 +97,7 @@ def _check_name(impl: str | None, op: str) -> None:
         )
 
 
-def obstacle(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) -> str | None:
+def unsupported(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) -> str | None:
     """Why an implementation cannot take maps of this kind; None if it can.
 
     Args:
@@ -147,15 +149,15 @@ def choose(
         dense: Whether the map is contiguous or channels_last.
         values: Number of values of the map, or None for one that is large enough.
         composed: A reason that leaves composed modules as the only way, or None.
-        impl: An explicit wish of the call.
+        impl: What the call asks for.
 
     Raises:
-        ValueError: The wish cannot be met, or is unknown.
+        ValueError: What was asked for cannot run here, or is unknown.
     """
-    wanted = wish(impl, op)
+    wanted = requested(impl, op)
     if wanted is not None:
         reason = composed if wanted != "reference" else None
-        reason = reason or obstacle(wanted, device, dtype, dense=dense)
+        reason = reason or unsupported(wanted, device, dtype, dense=dense)
         if reason is not None:
             raise ValueError(f"{op}: impl={wanted!r} {reason}. Use impl=None or 'reference'.")
         return Choice(wanted, "asked for")
@@ -166,28 +168,28 @@ def choose(
     if device == "cpu":
         if values is not None and values < SMALL:
             return Choice("reference", f"a map of fewer than {SMALL:,} values")
-        reason = obstacle("numba", device, dtype, dense=dense)
+        reason = unsupported("numba", device, dtype, dense=dense)
         return Choice("numba", "") if reason is None else Choice("reference", f"numba {reason}")
     if device == "cuda":
         unproven = "Triton kernels not yet run on a GPU"
         if torch.compiler.is_compiling():
             return Choice("formula", "compiled")
-        reason = obstacle("triton", device, dtype, dense=dense)
+        reason = unsupported("triton", device, dtype, dense=dense)
         if TRITON_PROVEN and reason is None:
             return Choice("triton", "")
         return Choice("reference", unproven if reason is None else f"triton {reason}")
     return Choice("reference", f"no kernels for {device}")
 
 
-def tell(op: str, z: Tensor, choice: Choice) -> None:
+def log_choice(op: str, z: Tensor, choice: Choice) -> None:
     """Logs a choice once per operation, device, dtype and layout."""
     if torch.compiler.is_compiling() or not isinstance(z, Tensor):
         return
     layout = "contiguous" if z.is_contiguous() else "channels_last"
     key = (op, z.device.type, z.dtype, f"{layout} {choice.impl} {choice.reason}")
-    if key in _told:
+    if key in _logged:
         return
-    _told.add(key)
+    _logged.add(key)
     reason = f" ({choice.reason})" if choice.reason else ""
     dtype = str(z.dtype).removeprefix("torch.")
     _LOG.info("%s on %s, %s, %s: %s%s", op, z.device.type, dtype, layout, choice.impl, reason)
