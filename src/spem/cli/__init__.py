@@ -1,26 +1,23 @@
-"""The command `spem`: runs a subcommand and turns errors into one line and an exit code.
+"""The command `spem`: finds the subcommand, and turns errors into sentences and an exit code.
 
 Exit codes: 0 done; 1 a training that diverged, or a fault inside (run again with --debug); 2 a
 mistake in the call or its files; 130 and 143 stopped by Ctrl-C or SIGTERM, after writing what is
 needed to go on.
 """
 
-import contextlib
-import logging
 import os
 import sys
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
-from spem.cli.output import unknown
-from spem.extras import require
+from spem.cli.options import Options, UsageError, unknown
 
 COMMANDS = {
     "demo": ("spem.cli.demo", "compare none, se and spem on a small data set, in about a minute"),
     "list": ("spem.cli.listing", "the attention modules: parameters, gate at start, needs, paper"),
-    "cost": ("spem.cli.cost", "parameters and FLOPs of a network, layer by layer"),
-    "attach": ("spem.cli.attach", "where attention goes in a timm or torchvision network"),
+    "cost": ("spem.cli.cost", "parameters and FLOPs of a network, stage by stage"),
+    "attach": ("spem.cli.attach", "where attention goes in a network, and what it costs there"),
     "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
     "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
     "export": ("spem.cli.export", "a network as an ONNX file that was run beside it"),
@@ -46,100 +43,77 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if args[:1] == ["help"]:
+        args = [*args[1:], "--help"]
+    name, options = "", None
     try:
-        _dispatch(args)
+        if not args or args[0] in ("-h", "--help", "--help-all"):
+            print(usage())
+        elif args[0] == "--version":
+            from spem import __version__
+
+            print(f"spem {__version__}")
+        elif args[0] not in COMMANDS:
+            raise UsageError(f"{unknown('command', args[0], list(COMMANDS))} Run `spem --help`.")
+        else:
+            name = args[0]
+            module = import_module(COMMANDS[name][0])
+            if not hasattr(module, "options"):  # not yet written this way
+                module.run(args[1:])
+                return 0
+            options = module.options()
+            values = options.read(args[1:])
+            if values is not None:
+                module.run(**values)
         sys.stdout.flush()  # here, where a closed pipe can still be answered
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: all are told
         if debug:
             traceback.print_exc()
-        return _answer(error, debug=debug)
+        return _answer(error, name, options, debug=debug)
     return 0
-
-
-def _dispatch(args: list[str]) -> None:
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(usage())
-        return
-    if args[0] == "--version":
-        from spem import __version__
-
-        print(f"spem {__version__}")
-        return
-    name, rest = args[0], args[1:]
-    if name not in COMMANDS:
-        raise ValueError(f"{unknown('command', name, COMMANDS)} Run `spem --help`.")
-    require("tyro", extra="train", purpose=f"spem {name}")
-    with _compilations_told():
-        import_module(COMMANDS[name][0]).run(rest)
-
-
-@contextlib.contextmanager
-def _compilations_told() -> Generator[None]:
-    """Says on stderr how long kernels took to compile: a first command waits for it."""
-    seconds: list[float] = []
-
-    class Teller(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if " compiled in " in str(record.msg) and isinstance(record.args, tuple):
-                seconds.append(float(str(record.args[-1])))
-                if len(seconds) == 1:
-                    print("compiling kernels (once, they are kept on disk) ...", file=sys.stderr)
-
-    log, teller = logging.getLogger("spem.ops"), Teller(logging.INFO)
-    level = log.level
-    log.addHandler(teller)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(teller)
-        log.setLevel(level)
-        if seconds:
-            print(f"compiled {len(seconds)} kernels in {sum(seconds):.1f} s", file=sys.stderr)
 
 
 def usage() -> str:
     """The text of `spem --help`: one line per command."""
     lines = ["usage: spem COMMAND [OPTIONS]", "", "commands:"]
     lines += [f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items()]
-    lines += ["", "options:"]
-    lines += ["  --debug    show the whole traceback of an error (any place in the line)"]
     lines += [
-        "  --version  print the version",
         "",
-        "`spem COMMAND --help` shows a command's options.",
+        "`spem COMMAND --help` shows a command's options, `spem --version` the version.",
+        "--debug, at any place in the line, shows the whole traceback of an error.",
     ]
     return "\n".join(lines)
 
 
-def _answer(error: BaseException, *, debug: bool) -> int:
-    """Say what went wrong in one line and return the exit code for it."""
-    if isinstance(error, KeyboardInterrupt):  # a training says itself where it stopped, and by what
-        print(f"spem: {str(error) or 'stopped.'}", file=sys.stderr)
-        return getattr(error, "code", 130)
+def _answer(error: BaseException, name: str, options: Options | None, *, debug: bool) -> int:
+    """Say what went wrong, and return the exit code for it."""
+    subject = f"spem {name}".rstrip()
     if isinstance(error, BrokenPipeError):  # `spem list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    if isinstance(
-        error, FloatingPointError
-    ):  # a training diverged: neither a wrong call nor a fault
-        print(f"spem: {error}", file=sys.stderr)
-        return 1
-    if _spoken(error):
-        text = str(error)
+    if isinstance(error, KeyboardInterrupt):  # a training says itself where it stopped, and by what
+        code, text = getattr(error, "code", 130), str(error) or "stopped."
+    elif isinstance(error, FloatingPointError):  # diverged: neither a wrong call nor a fault
+        code, text = 1, str(error)
+    elif _spoken(error):
+        code, text = 2, str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            text = f"{error.filename}: {error.strerror}"  # without the number of the error
-        print(f"spem: {text}", file=sys.stderr)
-        return 2
-    print(f"spem: internal error: {type(error).__name__}: {error}", file=sys.stderr)
-    if not debug:
-        print("run again with --debug", file=sys.stderr)
-    return 1
+            text = f"{error.filename}: {error.strerror}."  # without the number of the error
+        if options is not None:
+            text = options.in_flags(text)
+    else:
+        code, text = 1, f"internal error: {type(error).__name__}: {error}"
+        text += "" if debug else "\nrun again with --debug"
+    text = text.removeprefix(f"{name}: ")
+    encoding = sys.stderr.encoding or "utf-8"
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    print(f"{subject}: {text}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
+    return code
 
 
 def _spoken(error: BaseException) -> bool:
     """Whether the message was written for the caller: about values, files, or by this package."""
-    if isinstance(error, (ValueError, OSError, ImportError)):
+    if isinstance(error, (ValueError, OSError, ImportError, MemoryError)):
         return True
     if type(error).__module__.startswith("spem."):
         return True

@@ -1,8 +1,13 @@
 """`spem attach`: where attention goes in a timm or torchvision network, and what it costs there."""
 
+from __future__ import annotations
+
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from spem.cli.network import NETWORK_HELP, load_network
+from spem.cli.options import Options, integer, one_of
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -11,94 +16,84 @@ if TYPE_CHECKING:
     from spem.insert import Site
 
 
-def run(args: list[str]) -> None:
-    """Run `spem attach` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
-
-    def attach(
-        arch: Positional[str],
-        attention: Positional[str] = "spem",
-        /,
-        *,
-        include: str | None = None,
-        stages: tuple[int, ...] = (),
-        replace: bool = False,
-        start: Literal["identity", "module"] = "identity",
-        fuse: bool = False,
-        size: int | None = None,
-        dry_run: bool = False,
-        json: bool = False,
-    ) -> None:
-        """List the sites of a network: names for spem.attach, maps, parameters and FLOPs.
-
-        Without --dry-run attention is put in too, into random weights, and the outputs before and
-        after are compared. Needs no data and loads no weights.
-
-        Args:
-            arch: Architecture of timm or torchvision, such as resnet50; torchvision:resnet50 names
-                one of torchvision that timm has too.
-            attention: Attention, such as spem or "se(reduction=8)".
-            include: Wildcard pattern of site names.
-            stages: Stages, from 1.
-            replace: Put it in the place of the attention layers that the network has.
-            start: How gates start, at one or as the module itself does.
-            fuse: Run norm, attention, addition and ReLU as one operation.
-            size: Side of the input in pixels; without it, what the architecture is made for.
-            dry_run: Only list.
-            json: Print JSON.
-        """
-        from spem import insert
-
-        network = build(arch)
-        plain = sum(p.numel() for p in network.parameters())
-        options: dict[str, Any] = {
-            "include": include,
-            "stages": stages or None,
-            "replace": replace,
-            "input_shape": None if size is None else (1, 3, size, size),
-        }
-        sites = insert.find_sites(network, attention, **options)
-        options |= {"start": start, "fuse": fuse}
-        # What attach refuses is told in a dry run too.
-        insert.attach(network, attention, **options, dry_run=True)
-        change = None if dry_run else _change(network, attention, options)
-        tails = _tails(attention, sites[0]) if fuse else "not fused"
-        if json:
-            rows = [dataclasses.asdict(site) for site in sites]
-            print_json(
-                {
-                    "model": arch,
-                    "attention": attention,
-                    "plain_parameters": plain,
-                    "tails": tails,
-                    "change": change,
-                    "sites": rows,
-                }
-            )
-            return
-        _print(f"{arch}, attention {attention}", sites, plain)
-        if start == "identity":
-            print("The identity start adds one number a site, alpha.")
-        print(f"Tails: {tails}.")
-        if change is not None:
-            print(f"Outputs before and after, random weights: largest difference {change:.3g}.")
-
-    tyro.cli(attach, prog="spem attach", args=args)
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "attach",
+        "Where attention goes in a network: names for spem.attach, maps, parameters, FLOPs. "
+        "Without --dry-run it is put in, too, and the outputs before and after are compared.",
+    )
+    o.add("network", "NETWORK", NETWORK_HELP)
+    o.add("attention", "ATTENTION", 'such as "se(reduction=8)"', default="spem", count="?")
+    o.add("--include", "PATTERN", "only sites of such names; * stands for any characters")
+    o.add("--stages", "N", "only these stages, from 1", kind=integer(1), default=(), count="+")
+    o.flag("--replace", "put it in the place of attention that the network has")
+    kind = one_of("identity", "module")
+    o.add(
+        "--start",
+        "identity|module",
+        "how gates start, at one or as the module does",
+        kind=kind,
+        default="identity",
+    )
+    o.flag("--fuse", "run norm, attention, addition and ReLU as one operation")
+    o.add("--size", "PIXELS", "side of its images; else what it is made for", kind=integer(1))
+    o.flag("--dry-run", "only list the sites")
+    return o.json()
 
 
-def build(arch: str) -> "nn.Module":
-    """An architecture of timm or torchvision with random weights, in evaluation mode.
+def run(
+    *,
+    network: str,
+    attention: str,
+    include: str | None,
+    stages: list[int],
+    replace: bool,
+    start: Literal["identity", "module"],
+    fuse: bool,
+    size: int | None,
+    dry_run: bool,
+    json: bool,
+) -> None:
+    """List the sites, put attention in, and say what that changed."""
+    from spem import insert
 
-    Raises:
-        ValueError: Neither knows the name; the message lists the nearest.
-    """
-    from spem.insert.architectures import build
+    found = load_network(network, size=size)
+    model = found.model
+    plain = sum(p.numel() for p in model.parameters())
+    options: dict[str, Any] = {
+        "include": include,
+        "stages": tuple(stages) or None,
+        "replace": replace,
+        "input_shape": found.shape(),
+    }
+    sites = insert.find_sites(model, attention, **options)
+    options |= {"start": start, "fuse": fuse}
+    # What attach refuses is told in a dry run too.
+    insert.attach(model, attention, **options, dry_run=True)
+    change = None if dry_run else _change(model, attention, options)
+    tails = _tails(attention, sites[0]) if fuse else "not fused"
+    if json:
+        print_json(
+            {
+                "model": network,
+                "attention": attention,
+                "plain_parameters": plain,
+                "tails": tails,
+                "change": change,
+                "sites": [dataclasses.asdict(site) for site in sites],
+            }
+        )
+        return
+    _print(f"{network}, attention {attention}", sites, plain)
+    if start == "identity":
+        print("The identity start adds one number a site, alpha.")
+    print(f"Tails: {tails}.")
+    if change is not None:
+        print(f"Outputs before and after: largest difference {change:.3g}.")
 
-    return build(arch, asker="attach")
 
-
-def _tails(attention: str, site: "Site") -> str:
+def _tails(attention: str, site: Site) -> str:
     """Whether the tails of fused blocks run as one operation, and why not."""
     from spem.attention import create_attention
 
@@ -108,34 +103,28 @@ def _tails(attention: str, site: "Site") -> str:
     return "fused" if why is None else f"composed ({why})"
 
 
-def _change(network: "nn.Module", attention: str, options: dict[str, Any]) -> float:
+def _change(network: nn.Module, attention: str, options: dict[str, Any]) -> float:
     """The largest difference of the outputs that attention makes, on one random input."""
     import torch
 
     from spem import insert
-    from spem.insert.sites import default_input
+    from spem.export import difference, tensors
 
-    shape = options["input_shape"] or default_input(network)
+    shape = options["input_shape"]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        before = _tensors(network(x))
+        before = tensors(network(x))
         insert.attach(network, attention, **options)
-        after = _tensors(network(x))
-    pairs = zip(before, after, strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs if a.numel() and a.shape == b.shape)
+        found = difference(shape, before, tensors(network(x)))
+    if not math.isfinite(found.largest):
+        raise ValueError(
+            "the outputs with attention are not finite numbers, or of another shape than before. "
+            "Look at the weights, or at a smaller part with --include."
+        )
+    return found.largest
 
 
-def _tensors(output: Any) -> list[Any]:
-    """The tensors of an output, however it holds them."""
-    from torch import Tensor
-
-    if isinstance(output, Tensor):
-        return [output.float()]
-    values = output.values() if isinstance(output, dict) else output
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
-def _print(title: str, sites: "list[Site]", plain: int) -> None:
+def _print(title: str, sites: list[Site], plain: int) -> None:
     rows = [
         [
             site.name,

@@ -1,175 +1,126 @@
-"""`spem cost`: parameters, FLOPs and block tails of a network, ours or of timm or torchvision."""
+"""`spem cost`: parameters, FLOPs and block tails of a network, stage by stage or in full."""
+
+from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from spem.cli.network import add_network, load_network
+from spem.cli.options import Options, integer, one_of
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from spem.cost import Cost, TailCost
-    from spem.models import ResNet
+    from spem.cost import Cost, LayerCost, TailCost
 
 
-def run(args: list[str]) -> None:
-    """Run `spem cost` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
-
-    def cost(
-        model: Positional[str],
-        /,
-        *,
-        attention: str | None = None,
-        fuse: bool = False,
-        classes: int | None = None,
-        size: int | None = None,
-        batch: int = 1,
-        device: Literal["cpu", "cuda"] = "cpu",
-        precision: Literal["fp32", "bf16"] = "fp32",
-        json: bool = False,
-    ) -> None:
-        """Count parameters and FLOPs of a network, layer by layer, and name what runs its tails.
-
-        Needs no data.
-
-        Args:
-            model: resnet164 (bottleneck blocks, depth 9n+2), resnet-basic56 (basic blocks, depth
-                6n+2), a .safetensors file of weights, or an architecture of another package, with
-                its name: timm:resnet50, torchvision:resnet50.
-            attention: Attention of a named network, such as spem or "se(reduction=8)"; none
-                without this option. `spem.attach` puts it into those of other packages.
-            fuse: Give timm's and torchvision's ResNets with attention the fused tail.
-            classes: Outputs of a named network; without this option 10, or what the package has.
-            size: Side of the square input in pixels; without this option 32, or what the
-                architecture is made for.
-            batch: Images in the batch.
-            device: Device for which the implementation of the block tails is named; it need not be
-                there.
-            precision: Of the maps in these tails; a bf16 training has bfloat16 maps.
-            json: Print JSON.
-        """
-        import torch
-
-        from spem.cost import count
-
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        if ":" in model:
-            network, shape = _other(model, attention, classes, size, fuse=fuse)
-            title = f"{model}, attention {attention or 'none'}"
-        elif fuse:
-            raise ValueError(f"cost: {model} is fused without --fuse. Leave it out.")
-        else:
-            network, side = build(model, attention, classes), 32 if size is None else size
-            shape = (3, side, side)
-            title = _title(network)
-        result = count(network, (batch, *shape), device=device, dtype=dtype)
-        _print(title, result, f"{device}, {precision}", json=json)
-
-    tyro.cli(cost, prog="spem cost", args=args)
+def options() -> Options:
+    """What the command takes."""
+    o = Options("cost", "Count parameters and FLOPs of a network. Needs no data.")
+    add_network(o, weights=False)
+    o.flag("--layers", "a row for every layer, not for every stage")
+    o.flag("--fuse", "give attention in networks of timm and torchvision the fused tail")
+    o.add("--batch", "N", "images in the batch", kind=integer(1), default=1)
+    device, precision = one_of("cpu", "cuda"), one_of("fp32", "bf16")
+    o.add("--device", "cpu|cuda", "name what runs the tails there", kind=device, default="cpu")
+    o.add("--precision", "fp32|bf16", "of their maps", kind=precision, default="fp32")
+    return o.json()
 
 
-def build(model: str, attention: str | None, classes: int | None) -> "ResNet":
-    """The network that MODEL names.
+def run(
+    *,
+    network: str,
+    attention: str | None,
+    classes: int | None,
+    size: int | None,
+    layers: bool,
+    fuse: bool,
+    batch: int,
+    device: str,
+    precision: str,
+    json: bool,
+) -> None:
+    """Count, and print the table."""
+    import torch
 
-    Args:
-        model: `resnet<depth>`, `resnet-basic<depth>` or the path of a .safetensors file.
-        attention: Text of the attention; None for the plain network. Not for a file.
-        classes: Number of outputs, None for 10. Not for a file.
+    from spem.cost import count
 
-    Raises:
-        ValueError: The name is none of these, or an option contradicts the file.
-    """
-    from spem.attention import AttentionSpec
-    from spem.models import resnet
-
-    if model.endswith(".safetensors"):
-        from spem.training.checkpoint import load_weights
-
-        if attention is not None or classes is not None:
-            raise ValueError(
-                f"cost: {model} says itself which attention and how many classes it has. "
-                "Leave --attention and --classes out."
-            )
-        return load_weights(Path(model))[0]
-    match = re.fullmatch(r"resnet(-basic)?(\d+)", model)
-    if match is None:
+    found = load_network(network, attention=attention, classes=classes, size=size, fuse=fuse)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        cost = count(found.model, found.shape(batch=batch), device=device, dtype=dtype)
+    except (RuntimeError, TypeError) as error:  # a network that does not take such an input
+        said = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"cost: unknown model {model!r}. Use resnet<depth> (bottleneck, such as resnet164), "
-            "resnet-basic<depth> (such as resnet-basic56), a .safetensors file, or timm:NAME or "
-            "torchvision:NAME."
-        )
-    spec = AttentionSpec.parse(attention or "none")
-    block = "basic" if match[1] else "bottleneck"
-    return resnet(int(match[2]), classes or 10, attention=spec, block=block)
-
-
-def _other(
-    model: str, attention: str | None, classes: int | None, size: int | None, *, fuse: bool
-) -> tuple["nn.Module", tuple[int, ...]]:
-    """An architecture of another package with attention, and the shape of its images."""
-    from spem.insert import architectures, attach
-    from spem.insert.sites import default_input
-
-    options = {} if classes is None else {"num_classes": classes}
-    network = architectures.build(model, options, asker="cost")
-    shape = default_input(network)[1:] if size is None else (3, size, size)
-    if attention not in (None, "none"):
-        attach(network, attention, fuse=fuse, input_shape=(1, *shape))
-    elif fuse:
-        raise ValueError("cost: --fuse is for attention that --attention names.")
-    return network, shape
-
-
-def _title(network: "ResNet") -> str:
-    from spem.attention import spec_text
-
-    attention = spec_text(network.spec)
-    blocks = f"ResNet-{network.depth}, {network.block} blocks"
-    return f"{blocks}, attention {attention}, {network.classes} classes"
-
-
-def _print(title: str, cost: "Cost", place: str, *, json: bool) -> None:
+            f"{network} does not run on an input {list(found.shape(batch=batch))}: {said}. "
+            f"Give --size."
+        ) from error
+    place = f"{device}, {precision}"
     if json:
-        print_json({"model": title, **dataclasses.asdict(cost), "tails_for": place})
+        print_json({"model": found.text, **dataclasses.asdict(cost), "tails_for": place})
         return
-    rows = [
-        [row.name, row.kind, _shape(row.output), f"{row.parameters:,}", f"{row.flops:,}"]
-        for row in cost.layers
-    ]
-    rows.append(["total", "", "", f"{cost.parameters:,}", f"{cost.flops:,}"])
+    rows = _layer_rows(cost) if layers else _stage_rows(cost)
+    rows.append(["total", "", f"{cost.parameters:,}", _flops(cost.flops)])
     if any(row.attention for row in cost.layers):
-        share = f"{cost.attention_parameters:,}", f"{cost.attention_flops:,}"
-        rows.append(["of it attention", "", "", *share])
-    columns = ["layer", "kind", "output", "parameters", "FLOPs"]
-    print_table(columns, rows, align="lllrr", title=f"{title}, input {_shape(cost.input_shape)}")
+        share = f"{cost.attention_parameters:,}", _flops(cost.attention_flops)
+        rows.append(["of it attention", "", *share])
+    columns = ["layer" if layers else "stage", "output", "parameters", "FLOPs"]
+    title = f"{found.text}, input {_shape(cost.input_shape)}"
+    print_table(columns, rows, align="llrr", title=title)
     print()
     if cost.attention_parameters:
         share = 100 * cost.attention_parameters / cost.parameters
         print(f"Attention holds {share:.2f} % of the parameters.")
-    print("FLOPs: 2 per multiply-add, convolutions and matrix products only, one forward pass.")
-    print("They leave out norms, pooling and gates, so they say little about time.")
+    print("FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass.")
+    print("Norms, pooling and gates are not counted (-), so FLOPs say little about time.")
     print(_tails(cost.tails, place))
+    if not layers:
+        print(f"Every layer: spem cost {Path(network)} --layers")
 
 
-def _tails(tails: "Sequence[TailCost]", place: str) -> str:
+def _layer_rows(cost: Cost) -> list[list[str]]:
+    return [
+        [row.name or row.kind, _shape(row.output), f"{row.parameters:,}", _flops(row.flops)]
+        for row in cost.layers
+    ]
+
+
+def _stage_rows(cost: Cost) -> list[list[str]]:
+    """The layers summed by the first part of their names, with the output of the last of them."""
+    stages: dict[str, list[LayerCost]] = {}
+    for row in cost.layers:
+        parts = row.name.split(".")
+        # Containers such as `features` hold the whole network: their children are its stages.
+        long = sum(other.name.split(".")[0] == parts[0] for other in cost.layers)
+        deep = 2 * long > len(cost.layers) and len(parts) > 1
+        stages.setdefault(".".join(parts[: 2 if deep else 1]), []).append(row)
+    return [
+        [
+            name or "(itself)",
+            next((_shape(row.output) for row in reversed(rows) if row.output is not None), "-"),
+            f"{sum(row.parameters for row in rows):,}",
+            _flops(sum(row.flops for row in rows)),
+        ]
+        for name, rows in stages.items()
+    ]
+
+
+def _tails(tails: Sequence[TailCost], place: str) -> str:
     """What runs the tails, and the whole maps they move where that is known of all."""
     from spem.cost import tails_text
-    from spem.ops.dispatch import SMALL
 
     lines = [f"On {place}: {tails_text(tails)}."]
-    if any(tail.impl == "numba" for tail in tails):
-        lines.append(f"Maps of fewer than {SMALL:,} values (small batches) are composed.")
     forward = [tail.forward_bytes for tail in tails if tail.forward_bytes is not None]
     backward = [tail.backward_bytes for tail in tails if tail.backward_bytes is not None]
-    if len(forward) == len(backward) == len(tails):
+    if tails and len(forward) == len(backward) == len(tails):
         megabytes = f"{sum(forward) / 1e6:.1f} MB forward, {sum(backward) / 1e6:.1f} MB backward"
         lines.append(f"Whole maps they read and write, by a model: {megabytes}.")
     return "\n".join(lines)
+
+
+def _flops(flops: int) -> str:
+    return f"{flops:,}" if flops else "-"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -1,4 +1,6 @@
-"""`spem eval`: accuracy of a weights file on the test images of its data set, or of another."""
+"""`spem eval`: accuracy of a network on the test images of its data set, or of another."""
+
+from __future__ import annotations
 
 import csv
 import io
@@ -6,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spem.cli.network import add_network, add_start, load_network
+from spem.cli.options import Options, one_of
 from spem.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -13,58 +17,55 @@ if TYPE_CHECKING:
     from spem.models import ResNet
 
 
-def run(args: list[str]) -> None:
-    """Run `spem eval` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
-
-    def evaluate(
-        weights: Positional[Path],
-        /,
-        *,
-        data: str | None = None,
-        root: Path | None = None,
-        predictions: Path | None = None,
-        sha256: str | None = None,
-        json: bool = False,
-    ) -> None:
-        """Evaluate trained weights on the test images, in float32, normalised as in training.
-
-        Args:
-            weights: A .safetensors file that a training wrote.
-            data: Name or path of the images; without it those the weights were trained on.
-            root: Folder that holds the named data sets.
-            predictions: Write index, label and prediction of every image into this CSV file.
-            sha256: Expected SHA-256 of the test split's files, one after the other as sorted.
-            json: Print JSON.
-        """
-        _evaluate(weights, data, root, predictions, sha256, json=json)
-
-    tyro.cli(evaluate, prog="spem eval", args=args)
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "eval", "Accuracy of a network on test images, in float32, normalised as in training."
+    )
+    add_network(o)
+    add_start(o)
+    o.add("--data", "SET", "images; without it those the weights were trained on")
+    o.add("--root", "DIR", "folder that holds the named data sets", kind=Path)
+    o.add("--device", "auto|cpu|cuda", "where", kind=one_of("auto", "cpu", "cuda"), default="auto")
+    o.add("--predictions", "CSV", "write label and prediction of every image here", kind=Path)
+    o.add("--sha256", "SUM", "expected SHA-256 of the test split's files", rare=True)
+    return o.json()
 
 
-def _evaluate(
-    weights: Path,
+def run(
+    *,
+    network: str,
+    attention: str | None,
+    start: str | None,
+    weights: Path | None,
+    classes: int | None,
+    size: int | None,
     data: str | None,
     root: Path | None,
+    device: str,
     predictions: Path | None,
     sha256: str | None,
-    *,
     json: bool,
 ) -> None:
+    """Evaluate, and print the accuracy."""
     from spem.data import load_images
-    from spem.training import evaluate, load_weights
+    from spem.training import evaluate
     from spem.training.choose_impl import stored_impl
 
-    model, config = load_weights(weights)
-    own = data is None or data == config.data.name
-    name = config.data.name if data is None else data
+    found = load_network(
+        network, attention=attention, start=start, classes=classes, weights=weights, size=size
+    )
+    config, model = found.config, found.model
+    own = config is not None and (data is None or data == config.data.name)
+    name = config.data.name if data is None and config is not None else data
+    if name is None:
+        raise ValueError(f"{network} does not say which images it was trained on. Give --data.")
     images = load_images(
         name, "test", root=root, size=config.data.size if own else None, sha256=sha256
     )
     if len(images.classes) != model.classes:
         raise ValueError(
-            f"eval: {weights} tells {model.classes} classes apart, {name} has "
+            f"{network} tells {model.classes} classes apart, {name} has "
             f"{len(images.classes)}. Use the data set it was trained on."
         )
     normalisation = config.data.normalisation
@@ -75,7 +76,7 @@ def _evaluate(
     if json:
         print_json(
             {
-                "weights": str(weights),
+                "weights": network,
                 "attention": config.model.attention,
                 "depth": config.model.depth,
                 "seed": config.seed,
@@ -89,16 +90,15 @@ def _evaluate(
             }
         )
         return
-    network = f"ResNet-{config.model.depth}, attention {config.model.attention}"
     share = f"{accuracy.correct}/{accuracy.count}, loss {accuracy.loss:.4f}"
-    print(f"{weights}: {network}, seed {config.seed}")
+    print(f"{network}: {found.text}, seed {config.seed}")
     print(f"{accuracy.top1:.2f} % of {name}'s test images ({share})")
     print(f"SHA-256 of the decoded images: {images.sha256}")
     if predictions is not None:
         print(f"predictions: {predictions}")
 
 
-def _write_predictions(path: Path, model: "ResNet", images: "ImageSet", normalisation: str) -> None:
+def _write_predictions(path: Path, model: ResNet, images: ImageSet, normalisation: str) -> None:
     """One row per image, in the order of the set; predicted as `spem.training.evaluate` does."""
     import torch
 

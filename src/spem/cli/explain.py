@@ -1,10 +1,13 @@
 """`spem explain`: what the attention of trained weights keeps of an image, told and drawn."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from __future__ import annotations
 
-from spem.cli.output import print_json, print_table, unknown
-from spem.cli.subject import Subject, read_subject
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spem.cli.network import NETWORK_HELP, Network, add_start, load_network
+from spem.cli.options import Options, integer, unknown
+from spem.cli.output import print_json, print_table
 from spem.extras import require
 
 if TYPE_CHECKING:
@@ -13,72 +16,90 @@ if TYPE_CHECKING:
     from spem.explain import BlockView, Explanation
 
 
-def run(args: list[str]) -> None:
-    """Run `spem explain` with these arguments."""
-    import tyro
-    from tyro.conf import Positional, arg
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "explain",
+        "Show an image to a network: gates block by block, channels most and least kept, answer.",
+    )
+    o.add("network", "NETWORK", NETWORK_HELP)
+    o.add(
+        "image",
+        "IMAGE",
+        "an image file, scaled to what the network takes; or test:N, "
+        "number N, from 0, of the test images",
+    )
+    o.add("--out", "PICTURE", "a .png, .svg or .pdf", kind=Path, default=Path("explain.png"))
+    o.add("--class", "CLASS", "tell the probability of this one, too, by name or number")
+    o.add("--attention", "ATTENTION", "put into a named network, such as spem")
+    o.add("--weights", "FILE", "a .safetensors file of weights for a named network", kind=Path)
+    add_start(o)
+    o.add("--classes", "N", "outputs of a named network", kind=integer(1), rare=True)
+    o.add("--size", "PIXELS", "side of its images; else what it is made for", kind=integer(1))
+    o.add("--root", "DIR", "folder that holds the named data sets, for test:N", kind=Path)
+    o.add("--blocks", "N", "rows of the picture", kind=integer(1), default=6)
+    o.add("--top", "N", "channels shown of those most, and least, kept", kind=integer(1), default=4)
+    return o.json()
 
-    def explain(
-        checkpoint: Positional[Path],
-        image: Positional[str],
-        /,
-        *,
-        out: Path = Path("explain.png"),
-        label: Annotated[str | None, arg(name="class")] = None,
-        root: Path | None = None,
-        blocks: int = 6,
-        top: int = 4,
-        json: bool = False,
-    ) -> None:
-        """Show an image to a network: gates block by block, channels most and least kept, answer.
 
-        Args:
-            checkpoint: A .safetensors file that a training wrote, the folder of a run, or a folder
-                that spem share wrote.
-            image: An image file (PNG, JPEG, WebP), whose middle square is scaled to the size of the
-                training images; or test:N, number N, from 0, of the test images.
-            out: The picture; the suffix gives the format (.png, .svg, .pdf).
-            label: A class, by name or number, whose probability is told too.
-            root: Folder that holds the named data sets, for test:N.
-            blocks: Rows of the picture; of more blocks, as many are taken evenly.
-            top: Channels shown of those most kept, and of those least kept.
-            json: Print JSON.
-        """
-        from spem import explain as looking
-        from spem.data import normalise
+def run(
+    *,
+    network: str,
+    image: str,
+    out: Path,
+    attention: str | None,
+    weights: Path | None,
+    start: str | None,
+    classes: int | None,
+    size: int | None,
+    root: Path | None,
+    blocks: int,
+    top: int,
+    json: bool,
+    **rest: str | None,
+) -> None:
+    """Show the image, draw the picture, print the table."""
+    from spem import explain as looking
+    from spem.data import normalise
 
-        subject = read_subject(checkpoint, "explain")
-        shown, said = pixels(image, subject, root)
-        seen = looking.explain(subject.model, normalise(shown[None], subject.mean, subject.std))
-        count = 0 if seen.probabilities is None else len(seen.probabilities)
-        classes = subject.classes or tuple(str(number) for number in range(count))
-        marked = None if label is None else _class_number(label, classes)
-        title = f"{checkpoint.name}: {subject.text}, {said}"
-        looking.draw(
-            seen, shown, out, title=title, classes=classes, marked=marked, blocks=blocks, top=top
+    label = rest["class"]
+    found = load_network(
+        network,
+        attention=attention,
+        start=start or "module",
+        classes=classes,
+        weights=weights,
+        size=size,
+    )
+    shown, said = pixels(image, found, root)
+    seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))
+    count = 0 if seen.probabilities is None else len(seen.probabilities)
+    names = found.classes or tuple(str(number) for number in range(count))
+    marked = None if label is None else _class_number(label, names)
+    title = f"{Path(network).name}: {found.text}{', random weights' * found.random}, {said}"
+    looking.draw(
+        seen, shown, out, title=title, classes=names, marked=marked, blocks=blocks, top=top
+    )
+    answers = _answers(seen, names, marked)
+    if json:
+        print_json(
+            {
+                "network": network,
+                "image": image,
+                "picture": str(out),
+                "answers": answers,
+                "blocks": [_plain(block, top) for block in seen.blocks],
+            }
         )
-        answers = _answers(seen, classes, marked)
-        if json:
-            print_json(
-                {
-                    "checkpoint": str(checkpoint),
-                    "image": image,
-                    "picture": str(out),
-                    "answers": answers,
-                    "blocks": [_plain(block, top) for block in seen.blocks],
-                }
-            )
-            return
-        print(title)
-        if answers:
-            print("answer: " + ", ".join(f"{a['class']} {a['probability']:.3f}" for a in answers))
-        _print(seen.blocks, top)
-        print(f"picture: {out}")
-
-    tyro.cli(explain, prog="spem explain", args=args)
+        return
+    print(title)
+    if answers:
+        print("answer: " + ", ".join(f"{a['class']} {a['probability']:.3f}" for a in answers))
+    _print(seen.blocks, top)
+    print(f"picture: {out}")
 
 
-def pixels(image: str, subject: Subject, root: Path | None) -> "tuple[Tensor, str]":
+def pixels(image: str, subject: Network, root: Path | None) -> tuple[Tensor, str]:
     """The image as the network is shown it, uint8 [3, H, W], and what it is in words.
 
     Raises:
@@ -89,13 +110,13 @@ def pixels(image: str, subject: Subject, root: Path | None) -> "tuple[Tensor, st
         return _of_file(Path(image), subject.size)
     from spem.data import load_images
 
-    if subject.data is None:
+    if subject.config is None:
         raise ValueError(f"explain: {image}: these weights name no data set. Give an image file.")
-    images = load_images(subject.data, "test", root=root, size=subject.size)
+    images = load_images(subject.config.data.name, "test", root=root, size=subject.size)
     number = image.removeprefix("test:")
     if not number.isdecimal() or int(number) >= len(images):
         raise ValueError(
-            f"explain: {image}: the test images of {subject.data} have the numbers "
+            f"explain: {image}: the test images of {subject.config.data.name} have the numbers "
             f"0 to {len(images) - 1}."
         )
     index = int(number)
@@ -103,7 +124,7 @@ def pixels(image: str, subject: Subject, root: Path | None) -> "tuple[Tensor, st
     return images.images[index], f"test image {index} ({truth})"
 
 
-def _of_file(path: Path, size: int | None) -> "tuple[Tensor, str]":
+def _of_file(path: Path, size: int | None) -> tuple[Tensor, str]:
     """The middle square of an image file, scaled; a network of no known size gets all of it."""
     import numpy as np
     import torch
@@ -132,7 +153,7 @@ def _class_number(label: str, classes: tuple[str, ...]) -> int:
 
 
 def _answers(
-    seen: "Explanation", classes: tuple[str, ...], marked: int | None
+    seen: Explanation, classes: tuple[str, ...], marked: int | None
 ) -> list[dict[str, Any]]:
     """The three most probable classes, and the one asked for."""
     if seen.probabilities is None:
@@ -146,7 +167,7 @@ def _answers(
     ]
 
 
-def _plain(block: "BlockView", top: int) -> dict[str, Any]:
+def _plain(block: BlockView, top: int) -> dict[str, Any]:
     """A block as JSON has it."""
     return {
         "name": block.name,
@@ -162,10 +183,10 @@ def _plain(block: "BlockView", top: int) -> dict[str, Any]:
     }
 
 
-def _print(blocks: "list[BlockView]", top: int) -> None:
+def _print(blocks: list[BlockView], top: int) -> None:
     from spem.explain.picture import number
 
-    def channels(block: "BlockView", order: list[int]) -> str:
+    def channels(block: BlockView, order: list[int]) -> str:
         return " ".join(f"{c}:{number(float(block.kept[c]))}" for c in order[:top])
 
     columns = ["block", "attention", "C", "mean gate", "< 0.1", "most kept", "least kept"]

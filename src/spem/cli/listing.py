@@ -3,7 +3,8 @@
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from spem.cli.output import print_json, print_table, unknown
+from spem.cli.options import Options, unknown
+from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from spem.attention import Needs
@@ -21,37 +22,25 @@ SIZES = {64: 32, 128: 16, 256: 8}
 """Side of the maps of so many channels in a CIFAR ResNet, for modules built for a size."""
 
 
-def run(args: list[str]) -> None:
-    """Run `spem list` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
+def options() -> Options:
+    """What the command takes."""
+    o = Options("list", "The attention modules: parameters, gate at start, statistics, paper.")
+    o.add("pattern", "PATTERN", "names; * stands for any characters", default="*", count="?")
+    o.flag("--markdown", "print the table of the README")
+    o.flag("--bibtex", "print how to cite them")
+    return o.json()
 
-    def list_modules(
-        pattern: Positional[str] = "*",
-        /,
-        *,
-        json: bool = False,
-        markdown: bool = False,
-        bibtex: bool = False,
-    ) -> None:
-        """List the attention modules: parameters, gate at start, statistics, needs, paper.
 
-        Args:
-            pattern: Names to show; * and ? stand for any characters.
-            json: Print JSON.
-            markdown: Print the table of the README.
-            bibtex: Print how to cite them.
-        """
-        if bibtex:
-            from spem.attention.citing import bibtex as cite
+def run(*, pattern: str, markdown: bool, bibtex: bool, json: bool) -> None:
+    """Print what is registered."""
+    if bibtex:
+        from spem.attention.citing import bibtex as cite
 
-            print("\n\n".join(cite(name) for name in _names(pattern)))
-        elif markdown:
-            print(markdown_table(pattern))
-        else:
-            _list(pattern, json)
-
-    tyro.cli(list_modules, prog="spem list", args=args)
+        print("\n\n".join(cite(name) for name in _names(pattern)))
+    elif markdown:
+        print(markdown_table(pattern))
+    else:
+        _list(pattern, json)
 
 
 def markdown_table(pattern: str = "*") -> str:

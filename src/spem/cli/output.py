@@ -1,25 +1,12 @@
-"""What the commands share in speaking: tables, JSON, the nearest match of a misspelt name."""
+"""What the commands share in speaking: tables and JSON."""
 
 import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from spem.extras import require
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One sentence for a name that does not exist, with the nearest ones that do.
-
-    >>> unknown("command", "trian", ["train", "list"])
-    "unknown command 'trian'. Nearest: train. Known: train, list."
-    """
-    names = list(known)
-    nearest = get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-    hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
-    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}."
 
 
 def p_text(p: float | None) -> str:

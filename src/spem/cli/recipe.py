@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from spem.cli.output import unknown
+from spem.cli.options import unknown
 
 if TYPE_CHECKING:
     from spem.training.config import DataConfig, RunConfig

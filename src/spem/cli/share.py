@@ -1,51 +1,55 @@
 """`spem share`: a finished run as a folder that others load, and on request on the hub."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from spem.cli.options import Options, UsageError
+from spem.cli.output import print_json
 
-def run(args: list[str]) -> None:
-    """Run `spem share` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
 
-    def share(
-        weights: Positional[Path],
-        /,
-        *,
-        folder: Path | None = None,
-        to: str | None = None,
-        license: str | None = None,
-        private: bool = False,
-    ) -> None:
-        """Write weights, config and a model card with the measured result of a run.
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "share",
+        "Write weights, config and a model card with the measured result of a run. Nothing leaves "
+        "this machine without --to, which needs a login of yours (hf auth login).",
+    )
+    o.add("run", "RUN", "folder of a finished run, or its weights alone, which bring no results")
+    o.add("--folder", "DIR", "write here", kind=Path)
+    o.add("--to", "OWNER/NAME", "send it to this repository of the Hugging Face hub")
+    o.add("--license", "ID", "of the weights, as the hub spells it, such as apache-2.0")
+    o.flag("--private", "make a new repository private")
+    return o.json()
 
-        Nothing leaves this machine without --to. That needs a login of yours (hf auth login).
 
-        Args:
-            weights: The folder of a finished run, or a .safetensors file that a training wrote,
-                which brings no results.
-            folder: Write here.
-            to: Send it to this repository of the Hugging Face hub, owner/name.
-            license: Of the weights, as the hub spells it, such as apache-2.0.
-            private: Make a new repository private.
-        """
-        from spem.hub import share_run
-        from spem.hub.folder import FILES
-        from spem.hub.remote import check_id, push_folder
+def run(
+    *,
+    run: str,
+    folder: Path | None,
+    to: str | None,
+    license: str | None,
+    private: bool,
+    json: bool,
+) -> None:
+    """Write the folder, and send it where that is asked for."""
+    if folder is None and to is None:
+        raise UsageError("nowhere to write. Give --folder DIR, or --to OWNER/NAME to send it.")
+    from spem.hub import share_run
+    from spem.hub.folder import FILES
+    from spem.hub.remote import check_id, push_folder
 
-        if folder is None and to is None:
-            raise ValueError(
-                "share: nowhere to write. Give --folder DIR, or --to OWNER/NAME to send it."
-            )
-        if to is not None:
-            check_id(to, "share")
-        with TemporaryDirectory() as temporary:
-            written = share_run(weights, folder or temporary, license=license, repo_id=to)
-            if folder is not None:
-                print(f"{folder}: {', '.join(sorted(FILES))}")
-                print(f'load it: spem.from_pretrained("{to or folder}")')
-            if to is not None:
-                print(f"sent: {push_folder(written, to, private=private or None)}")
-
-    tyro.cli(share, prog="spem share", args=args)
+    if to is not None:
+        check_id(to, "share")
+    with TemporaryDirectory() as temporary:
+        written = share_run(Path(run), folder or temporary, license=license, repo_id=to)
+        sent = None if to is None else push_folder(written, to, private=private or None)
+    if json:
+        print_json({"folder": None if folder is None else str(folder), "sent": sent})
+        return
+    if folder is not None:
+        print(f"{folder}: {', '.join(sorted(FILES))}")
+        print(f'load it: spem.from_pretrained("{to or folder}")')
+    if sent is not None:
+        print(f"sent: {sent}")

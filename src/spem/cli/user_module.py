@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from spem.cli.output import unknown
+from spem.cli.options import unknown
 
 if TYPE_CHECKING:
     from torch import nn

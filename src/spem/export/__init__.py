@@ -1,6 +1,6 @@
 """Networks for other runtimes: ONNX files that were run beside the network they came from."""
 
-from spem.export.checking import Difference
+from spem.export.checking import Difference, difference, tensors
 from spem.export.folding import FoldedStart, folded
 from spem.export.int8 import Quantized, quantize_onnx
 from spem.export.network import Exported, to_onnx
@@ -10,7 +10,9 @@ __all__ = [
     "Exported",
     "FoldedStart",
     "Quantized",
+    "difference",
     "folded",
     "quantize_onnx",
+    "tensors",
     "to_onnx",
 ]

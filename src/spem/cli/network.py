@@ -1,0 +1,324 @@
+"""A network by one text, in all commands: a name, a function of one's own, or trained weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spem.cli.options import Options, UsageError, integer, one_of, unknown
+from spem.extras import require
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spem.training import RunConfig
+
+NETWORK_HELP = (
+    "a name of timm or torchvision (resnet50), cifar:29 for ours, file.py:function for your own, "
+    "or a run's folder or weights"
+)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and deviation of images where nothing else is known."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and what is known of the images that it takes.
+
+    Attributes:
+        model: In evaluation mode, on the CPU.
+        text: What it is, in words.
+        channels: Of the images.
+        size: Height and width of the images, or None.
+        mean: Of the normalisation.
+        std: Of the normalisation.
+        classes: Names of the classes, or None.
+        random: Whether its weights are random.
+        lacking: Names of attention's weights that a file of weights did not hold.
+        config: Of the run that trained it, or None.
+        folder: Of that run, or None.
+    """
+
+    model: nn.Module
+    text: str
+    channels: int = 3
+    size: int | None = None
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    classes: tuple[str, ...] | None = None
+    random: bool = True
+    lacking: tuple[str, ...] = ()
+    config: RunConfig | None = None
+    folder: Path | None = None
+
+    def shape(self, size: int | None = None, batch: int = 1) -> tuple[int, int, int, int]:
+        """Of its input, at another size if one is given; 224 pixels where nothing is known."""
+        side = size or self.size or 224
+        return (batch, self.channels, side, side)
+
+    def starts_as_identity(self) -> bool:
+        """Whether every attention put into it computes y = x until it is trained."""
+        from spem.insert import IdentityStart
+
+        starts = [m for m in self.model.modules() if isinstance(m, IdentityStart)]
+        return bool(starts) and all(float(start.alpha) == 0.0 for start in starts)
+
+
+def add_network(options: Options, *, attention: bool = True, weights: bool = True) -> None:
+    """Adds the argument NETWORK and what `load_network` takes beside it."""
+    options.add("network", "NETWORK", NETWORK_HELP)
+    if attention:
+        options.add("--attention", "ATTENTION", 'put into it, such as spem or "se(reduction=8)"')
+    if weights:
+        options.add(
+            "--weights", "FILE", "a .safetensors file of weights for a named network", kind=Path
+        )
+    options.add("--classes", "N", "outputs of a named network", kind=integer(1))
+    options.add("--size", "PIXELS", "side of its images; else what it is made for", kind=integer(1))
+
+
+def add_start(options: Options) -> None:
+    """Adds the option for how attention starts."""
+    options.add(
+        "--start",
+        "identity|module",
+        "how attention without weights starts: as if it were not there, or as the module does",
+        kind=one_of("identity", "module"),
+        rare=True,
+    )
+
+
+def load_network(
+    text: str,
+    *,
+    attention: str | None = None,
+    start: str | None = None,
+    fuse: bool = False,
+    classes: int | None = None,
+    weights: Path | None = None,
+    size: int | None = None,
+) -> Network:
+    """The network that a text names.
+
+    Args:
+        text: ``resnet50`` (timm's, else torchvision's; ``torchvision:resnet50`` says which),
+            ``cifar:29`` or ``29`` (ours; ``cifar:basic-56`` has basic blocks),
+            ``path/to/file.py:function`` (called without arguments, returns the module), the folder
+            of a run or of `save_pretrained`, or weights that a training wrote.
+        attention: Attention to put into a named network.
+        start: ``"identity"`` or ``"module"``; None is what the weights were trained with, without
+            weights the identity.
+        fuse: Give blocks of timm and torchvision the fused tail.
+        classes: Number of outputs of a named network.
+        weights: Weights of a named network; those of its attention may be missing.
+        size: Height and width of the images.
+
+    Raises:
+        FileNotFoundError: There is no such file, or no weights in the folder.
+        ValueError: The text names nothing, what it names cannot be built, or an option
+            contradicts it.
+    """
+    path = Path(text)
+    if path.is_dir() or text.endswith(".safetensors"):
+        named = {"--attention": attention, "--start": start, "--weights": weights}
+        for flag, value in {**named, "--classes": classes}.items():
+            if value is not None:
+                raise UsageError(f"{flag} is for a named network; trained weights bring their own.")
+        if fuse:
+            raise UsageError("--fuse is for a network of timm or torchvision.")
+        found = _trained(path)
+        return found if size is None else replace(found, size=size)
+    state = None if weights is None else _read(weights)
+    if state is not None and start is None:
+        start = "identity" if any(key.endswith(".alpha") for key in state) else "module"
+    match = re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
+    if match is not None:
+        if fuse:
+            raise UsageError(f"{text} is fused without --fuse. Leave it out.")
+        found = _cifar(int(match[2]), bool(match[1]), attention, classes)
+        plain = set(found.model.state_dict())
+    else:
+        found = _own(text) if re.search(r"\.py(:|$)", text) else _architecture(text, classes)
+        if classes is not None and re.search(r"\.py(:|$)", text):
+            raise UsageError("--classes is for a network of a package; yours says it itself.")
+        plain = set(found.model.state_dict())
+        if attention not in (None, "none"):
+            from spem.insert import attach
+
+            shape = found.shape(size)
+            options: Any = {"start": start or "identity", "fuse": fuse, "input_shape": shape}
+            attach(found.model, attention, **options)
+        elif fuse:
+            raise UsageError("--fuse is for attention that --attention names.")
+    if attention not in (None, "none"):
+        found = replace(found, text=f"{found.text}, attention {attention}")
+    if state is not None:
+        lacking = _load(found.model, state, weights, plain)
+        found = replace(found, random=False, lacking=tuple(sorted(lacking)))
+    return found if size is None else replace(found, size=size)
+
+
+def _cifar(depth: int, basic: bool, attention: str | None, classes: int | None) -> Network:
+    from spem.models import resnet
+
+    block = "basic" if basic else "bottleneck"
+    model = resnet(depth, classes or 10, attention=attention or "none", block=block).eval()
+    return Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
+
+
+def _architecture(text: str, classes: int | None) -> Network:
+    from spem.insert.architectures import build
+    from spem.insert.sites import default_input
+
+    options = {} if classes is None else {"num_classes": classes}
+    try:
+        model = build(text, options, asker="network")
+    except ValueError as error:
+        said = str(error).removeprefix("network: ")
+        ours = re.fullmatch(r"resnet(?:-basic)?(\d+)", text)
+        if ours is not None and "unknown" in said:
+            said = f"no package has a network {text}. Ours of CIFAR are written cifar:{ours[1]}."
+        elif "unknown" in said and not re.fullmatch(r"[\w.:-]+", text):
+            said = f"{text!r} is no file, folder or name. NETWORK is {NETWORK_HELP}."
+        raise ValueError(said) from error
+    said = getattr(model, "pretrained_cfg", None)
+    known = said if isinstance(said, dict) else {}
+    channels, side = default_input(model)[1], default_input(model)[-1]
+    mean, std = tuple(known.get("mean", IMAGENET[0])), tuple(known.get("std", IMAGENET[1]))
+    return Network(model, text, channels, side, mean, std)
+
+
+def _own(text: str) -> Network:
+    """The network that a function of the user's returns."""
+    from torch import nn
+
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"{text!r} does not name the function: write file.py:function.")
+    made = getattr(import_file(Path(file)), name, None)
+    if made is None:
+        module = import_file(Path(file))
+        names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        raise ValueError(f"{file}: {unknown('function', name, names)}")
+    try:
+        model = made() if callable(made) else made
+    except Exception as error:
+        raise ValueError(f"{text}: {name}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{text}: {name}() returns {type(model).__name__}, not a torch.nn.Module.")
+    return Network(model.eval(), text)
+
+
+def import_file(path: Path) -> Any:
+    """A Python file of the user's as a module.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be imported.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"spem_user_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _trained(path: Path) -> Network:
+    """From a run's folder, a shared folder, or weights of a training."""
+    from spem.data import NORMALISATION
+    from spem.data.names import class_names, native_size
+    from spem.training import load_weights, read_config
+
+    if path.is_dir() and is_shared(path):
+        return _shared(path)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{path} holds no {weights.name}: name the folder of a finished run, or one that spem "
+            f"share wrote."
+            if path.is_dir()
+            else f"there is no file {path}."
+        )
+    model, config = load_weights(weights)
+    # Weights keep the last part of a path alone; the run knows which set it was trained on.
+    planned = read_config(path) if path.is_dir() else None
+    data = config.data if planned is None else planned.data
+    mean, std = NORMALISATION[config.data.normalisation]
+    return Network(
+        model,
+        f"ResNet-{config.model.depth}, attention {config.model.attention}",
+        size=config.data.size or native_size(data.name),
+        mean=mean,
+        std=std,
+        classes=class_names(data.name, model.classes),
+        random=False,
+        config=replace(config, data=data),
+        folder=path if path.is_dir() else None,
+    )
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether `spem share` wrote it: a run has a config.json too, of other fields."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("library_name") == "spem"
+
+
+def _shared(folder: Path) -> Network:
+    from spem.hub import read_shared
+
+    shared = read_shared(folder)
+    found = Network(shared.model, type(shared.model).__name__, classes=shared.classes, random=False)
+    if shared.images is None:
+        return found
+    images = shared.images
+    return replace(found, size=images.size, mean=images.mean, std=images.std)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    safetensors = require("safetensors.torch", extra="hub", purpose="--weights")
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights: there is no file {path}.")
+    try:
+        return safetensors.load(path.read_bytes())
+    except Exception as error:
+        # safetensors has its own exception types for broken files.
+        raise ValueError(f"--weights {path} is damaged or no safetensors file.") from error
+
+
+_REMEDY = "Name the network, --attention, --start and --classes that it was trained with."
+
+
+def _load(model: nn.Module, state: dict[str, Any], path: Path | None, plain: set[str]) -> set[str]:
+    """Loads weights; all keys of the plain network must be there, those of attention may.
+
+    Returns:
+        The keys of attention that are not there: all of them or none.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"--weights {path} do not fit: {reason}. {_REMEDY}") from error
+    lacking = sorted(plain.intersection(missing))
+    added = set(model.state_dict()) - plain
+    if lacking or unexpected:
+        what = f"lack {lacking[0]}" if lacking else f"hold {unexpected[0]} too"
+        raise ValueError(f"--weights {path} {what}: they are another network's. {_REMEDY}")
+    if missing and set(missing) != added:
+        raise ValueError(
+            f"--weights {path} hold a part of the attention and lack {min(missing)}. {_REMEDY}"
+        )
+    return set(missing)
