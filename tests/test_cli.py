@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,11 @@ import pytest
 import torch
 from reproduce import runs
 
-import spem
 from spem import cli
 from spem.reproduce import Run
-from spem.training import load_weights, save_weights, smoke
 
 # digits at their own size, few of them: a run takes about a second
 TINY = ["--data", "digits", "--data.size", "8", "--data.pad", "1", "--limit", "96"]
-TINY_RUN = ["smoke", "--attention", "spem", *TINY[2:]]
 
 
 def call(args: Sequence[str]) -> int:
@@ -40,217 +36,6 @@ def answer(capsys: pytest.CaptureFixture[str], args: Sequence[str]) -> Any:
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-# ---- help, version, errors
-
-
-def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call([]) == 0
-    alone = capsys.readouterr().out
-    assert call(["--help"]) == 0
-    assert capsys.readouterr().out == alone
-    for name, (_, line) in cli.COMMANDS.items():
-        assert any(text.split()[:1] == [name] and line in text for text in alone.splitlines())
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["--version"]) == 0
-    assert capsys.readouterr().out == f"spem {spem.__version__}\n"
-
-
-@pytest.mark.parametrize("name", list(cli.COMMANDS))
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call([name, "--help"]) == 0
-    assert f"usage: spem {name}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["list", "zpem"], "unknown attention module 'zpem'. Nearest: spem"),
-        (["cost", "vgg16"], "unknown model 'vgg16'. Use resnet<depth>"),
-        (["cost", "resnet12"], "Nearest: 11 or 20"),
-        (
-            ["cost", "resnet11", "--attention", "spme"],
-            "unknown attention 'spme'. Did you mean spem",
-        ),
-        (["cost", "resnet11", "--attention", "se(reductoin=8)"], "no option 'reductoin'"),
-        (["cost", "resnet11", "--size", "0"], "input_shape"),
-        (["cost", "gone.safetensors"], "spem: gone.safetensors: No such file"),
-        (["train"], "no recipe given. Use one of paper, fast, short, smoke"),
-        (["train", "shrot"], "unknown recipe 'shrot'. Nearest: short"),
-        (["train", "smoke", "--data", "cifar11"], "Did you mean cifar10"),
-        (["train", "smoke", "--model.attention", "spme"], "Did you mean spem"),
-        (["train", "smoke", "--optim.lrr", "1"], "--optim.lr"),
-        (["eval", "gone.safetensors"], "spem: gone.safetensors: No such file"),
-        (["compare"], "no attention given"),
-        (["compare", "none", "--seeds", "few"], "--seeds 'few' is no number of seeds"),
-        (["compare", "none", "--recipe", "shrot"], "unknown recipe 'shrot'. Nearest: short"),
-        (["compare", "none", "--data", "digtis"], "Did you mean digits"),
-    ],
-)
-def test_mistakes(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(args) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert says in " ".join(told.err.replace("│", " ").split())
-    assert "Traceback" not in told.err
-
-
-def test_damaged_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = weights(tmp_path)
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    for command in ("eval", "cost"):
-        assert call([command, str(path)]) == 2
-        assert f"{path} is damaged" in capsys.readouterr().err
-
-
-def test_debug_anywhere_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    for args in (["--debug", "list", "zz"], ["list", "--debug", "zz"], ["list", "zz", "--debug"]):
-        assert call(args) == 2
-        assert "Traceback" in capsys.readouterr().err
-
-
-def test_faults_inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise KeyError("lost")
-
-    monkeypatch.setattr("spem.cli.listing._list", broken)
-    assert call(["list"]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("spem: internal error: KeyError: 'lost'\n")
-    assert told.endswith("run again with --debug\n")
-    assert "Traceback" not in told
-    assert call(["list", "--debug"]) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_a_missing_extra_ends_in_the_line_that_installs_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    assert call(["list"]) == 2
-    assert capsys.readouterr().err.endswith('pip install ".[train]"\n')
-    assert call([]) == 0  # help needs nothing
-
-
-# ---- list, cost
-
-
-def test_list_tells_what_the_registry_knows(capsys: pytest.CaptureFixture[str]) -> None:
-    modules = {m["name"]: m for m in answer(capsys, ["list"])}
-    assert list(modules) == spem.list_attention()
-    assert modules["spem"]["parameters"] == {"64": 258, "128": 514, "256": 1026}
-    assert modules["spem"]["start_gate"] == pytest.approx(0.0320586, abs=1e-7)
-    assert sorted(modules["spem"]["statistics"]) == ["max", "min"]
-    assert modules["se"]["start_gate"] is None
-    assert not modules["cbam"]["fusable"]
-    assert modules["srm"]["no_decay"]
-    assert modules["srm"]["needs"]
-    assert "2208.10322" in modules["spem"]["paper"]
-
-
-def test_list_with_a_pattern(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [m["name"] for m in answer(capsys, ["list", "s?e*"])] == ["sge", "spem"]
-
-
-@pytest.mark.parametrize(
-    ("args", "parameters"),
-    [
-        (["resnet164"], 1_704_154),
-        (["resnet164", "--attention", "spem"], 1_736_518),
-        (["resnet29", "--attention", "spem", "--classes", "100"], 341_638),
-        (["resnet-basic20"], 272_474),
-    ],
-)
-def test_cost(args: list[str], parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
-    cost = answer(capsys, ["cost", *args])
-    assert cost["parameters"] == parameters
-    assert sum(layer["flops"] for layer in cost["layers"]) == cost["flops"]
-
-
-def test_cost_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(["cost", "resnet11", "--attention", "se(reduction=8)", "--batch", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "attention se(reduction=8), 10 classes, input 2 x 3 x 32 x 32" in told
-    assert "convolutions and matrix products only" in told
-    assert told.splitlines()[1].split() == ["layer", "kind", "output", "parameters", "FLOPs"]
-
-
-def test_cost_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = weights(tmp_path)
-    assert answer(capsys, ["cost", str(path)])["attention_parameters"] == 1798
-    assert call(["cost", str(path), "--attention", "se"]) == 2
-    assert "Leave --attention and --classes out" in capsys.readouterr().err
-
-
-# ---- train, eval
-
-
-def weights(folder: Path) -> Path:
-    config = smoke()
-    path = folder / "model.safetensors"
-    save_weights(spem.resnet(11, attention=config.model.attention), config, path)
-    return path
-
-
-def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["train", *TINY_RUN, "--epochs", "2", "--seed", "3"]
-    result = answer(capsys, args)
-    assert (result["attention"], result["seed"], result["epochs"]) == ("spem", 3, 2)
-    folder = Path(result["folder"])
-    assert folder.parts[0] == "runs"
-    assert folder.name == "seed3"
-
-    # a finished run shows its result at once
-    before = (folder / "result.json").stat().st_mtime_ns
-    assert call(args) == 0
-    assert f"{result['accuracy']:.2f} % after the last epoch" in capsys.readouterr().out
-    assert (folder / "result.json").stat().st_mtime_ns == before
-
-    path = folder / "model.safetensors"
-    evaluation = answer(capsys, ["eval", str(path), "--predictions", "told.csv"])
-    assert evaluation["accuracy"] == pytest.approx(result["accuracy"])
-    assert evaluation["loss"] == pytest.approx(result["loss"])
-    assert evaluation["data_sha256"] == result["test_sha256"]
-    with Path("told.csv").open(newline="") as file:
-        told = list(csv.DictReader(file))
-    assert len(told) == evaluation["count"]
-    assert sum(row["label"] == row["prediction"] for row in told) == evaluation["correct"]
-    assert [int(row["index"]) for row in told] == list(range(len(told)))
-
-    assert call(["eval", str(path)]) == 0
-    assert f"({evaluation['correct']}/{evaluation['count']}" in capsys.readouterr().out
-
-
-def test_every_field_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nested names, short forms, the data set's own settings, and milestones that move along."""
-    args = ["train", "short", "--data", "digits", "--data.size", "8", "--val=40", "--limit", "64"]
-    args += ["--depth", "20", "--model.block", "basic", "--model.attention", "se(reduction=4)"]
-    args += ["--epochs", "1", "--runtime.step", "eager", "--precision", "fp32"]
-    args += ["--runtime.threads", "1", "--folder", "here"]
-    result = answer(capsys, args)
-    assert (result["folder"], result["depth"]) == ("here", 20)
-    assert result["attention"] == "se(reduction=4)"
-    assert result["best_selected_on"] == "validation"
-    _, config = load_weights(tmp_path / "here" / "model.safetensors")
-    assert config.model.block == "basic"
-    assert (config.data.name, config.data.val, config.data.limit) == ("digits", 40, 64)
-    assert not config.data.flip
-    assert config.data.normalisation == "digits"
-    assert config.optim.milestones == ()
-
-
-def test_weights_of_other_classes_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "hundred.safetensors"
-    save_weights(spem.resnet(11, 100), smoke(attention="none"), path)
-    assert call(["eval", str(path)]) == 2
-    assert "100 classes apart, digits has 10" in capsys.readouterr().err
 
 
 # ---- compare, demo

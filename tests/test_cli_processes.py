@@ -51,7 +51,7 @@ def test_list_in_a_pipe(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_stops_early(tmp_path: Path) -> None:
-    running = start(["cost", "resnet83"], tmp_path)
+    running = start(["cost", "cifar:83", "--layers"], tmp_path)
     assert running.stdout is not None
     assert running.stderr is not None
     running.stdout.close()

@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 import spem
-
-pytest.importorskip("tyro")
-
-from spem.cli.listing import markdown_table, run
+from spem.cli import main
+from spem.cli.listing import markdown_table
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -38,7 +36,7 @@ def test_every_module_has_a_row_with_its_facts() -> None:
 
 
 def test_which_modules_run_fused(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["--json"])
+    assert main(["list", "--json"]) == 0
     modules = {m["name"]: m for m in json.loads(capsys.readouterr().out)}
     fused = {name for name, facts in modules.items() if facts["fusable"]}
     assert fused == {
@@ -47,7 +45,7 @@ def test_which_modules_run_fused(capsys: pytest.CaptureFixture[str]) -> None:
     }
     for name in fused:
         assert spem.create_attention(name, 64).why_composed() is None
-    run(["[gs]*"])
+    assert main(["list", "[gs]*"]) == 0
     shown = capsys.readouterr().out.splitlines()
     column = shown[0].index("fused")
     cells = {line.split()[0]: line[column:].split()[0] for line in shown[1:8]}
@@ -56,7 +54,7 @@ def test_which_modules_run_fused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_it_says_where_a_module_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["--json"])
+    assert main(["list", "--json"]) == 0
     needs = {m["name"]: "; ".join(m["needs"]) for m in json.loads(capsys.readouterr().out)}
     assert "after every stage but the last" in needs["bam"]
     assert "in place of every norm" in needs["iebn"]
@@ -66,7 +64,7 @@ def test_it_says_where_a_module_stands(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_table_of_some(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["e?a", "--markdown"])
+    assert main(["list", "e?a", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() == markdown_table("e?a")
     assert len(markdown_table("e?a").splitlines()) == 2 + len(spem.list_attention("e?a"))
     with pytest.raises(ValueError, match="zz"):

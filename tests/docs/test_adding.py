@@ -45,7 +45,7 @@ model(torch.randn(2, 3, 32, 32)).sum().backward()
 assert all(p.grad is not None for p in model.parameters())
 groups = spem.param_groups(model, lr=0.1, weight_decay=1e-4)
 assert len(groups[1]["params"]) == 3 and groups[1]["weight_decay"] == 0  # its weights, undecayed
-assert main(["list", "span"]) == 0 and main(["cost", "resnet11", "--attention", "span"]) == 0
+assert main(["list", "span"]) == 0 and main(["cost", "cifar:11", "--attention", "span"]) == 0
 """
 
 

@@ -146,4 +146,4 @@ def _print(title: str, sites: list[Site], plain: int) -> None:
     print(
         f"The plain network has {plain:,} parameters; attention adds {100 * added / plain:.2f} %."
     )
-    print("FLOPs: 2 per multiply-add, convolutions and matrix products only, one forward pass.")
+    print("FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass.")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spem.cli.network import add_network, load_network
 from spem.cli.options import Options, integer, one_of
-from spem.cli.output import print_json, print_table
+from spem.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from spem.cost import Cost, LayerCost, TailCost
@@ -66,17 +65,19 @@ def run(
         share = f"{cost.attention_parameters:,}", _flops(cost.attention_flops)
         rows.append(["of it attention", "", *share])
     columns = ["layer" if layers else "stage", "output", "parameters", "FLOPs"]
-    title = f"{found.text}, input {_shape(cost.input_shape)}"
-    print_table(columns, rows, align="llrr", title=title)
+    say(f"{found.text}, input {_shape(cost.input_shape)}")
+    print_table(columns, rows, align="llrr")
     print()
     if cost.attention_parameters:
         share = 100 * cost.attention_parameters / cost.parameters
-        print(f"Attention holds {share:.2f} % of the parameters.")
-    print("FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass.")
-    print("Norms, pooling and gates are not counted (-), so FLOPs say little about time.")
-    print(_tails(cost.tails, place))
+        say(f"Attention holds {share:.2f} % of the parameters.")
+    say(
+        "FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass. Norms,",
+        "pooling and gates are not counted (-), so FLOPs say little about time.",
+    )
+    say(*_tails(cost.tails, place))
     if not layers:
-        print(f"Every layer: spem cost {Path(network)} --layers")
+        print(f"Every layer: spem cost {network} --layers")
 
 
 def _layer_rows(cost: Cost) -> list[list[str]]:
@@ -106,7 +107,7 @@ def _stage_rows(cost: Cost) -> list[list[str]]:
     ]
 
 
-def _tails(tails: Sequence[TailCost], place: str) -> str:
+def _tails(tails: Sequence[TailCost], place: str) -> list[str]:
     """What runs the tails, and the whole maps they move where that is known of all."""
     from spem.cost import tails_text
 
@@ -116,7 +117,7 @@ def _tails(tails: Sequence[TailCost], place: str) -> str:
     if tails and len(forward) == len(backward) == len(tails):
         megabytes = f"{sum(forward) / 1e6:.1f} MB forward, {sum(backward) / 1e6:.1f} MB backward"
         lines.append(f"Whole maps they read and write, by a model: {megabytes}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _flops(flops: int) -> str:

@@ -51,6 +51,6 @@ Picture: {out / "comparison.png"}   table: {out / "summary.csv"}
 Ten epochs on tiny digits show that everything works, not which module is better on real images.
 What to try next:
   spem list                                        the modules there are
-  spem cost resnet164 --attention spem             what they cost
+  spem cost cifar:164 --attention spem             what they cost
   spem compare none scale se spem --data cifar10   on CIFAR-10 (--root DIR if you have it)
   spem train paper --attention spem                the paper's recipe; bring a GPU"""

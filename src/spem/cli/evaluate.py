@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,6 +72,11 @@ def run(
     normalisation = config.data.normalisation
     with stored_impl(config.runtime, "cpu", lambda text: print(text, file=sys.stderr)):
         accuracy = evaluate(model, images, normalisation=normalisation)
+        if not math.isfinite(accuracy.loss):
+            raise FloatingPointError(
+                f"the outputs of {network} are not finite numbers, so it has no accuracy. "
+                f"Train it again, with a lower rate."
+            )
         if predictions is not None:
             _write_predictions(predictions, model, images, normalisation)
     if json:

@@ -66,7 +66,7 @@ def run(
     found = load_network(
         network,
         attention=attention,
-        start=start or "module",
+        start=start or ("module" if attention and weights is None else None),
         classes=classes,
         weights=weights,
         size=size,

@@ -53,13 +53,15 @@ def run(
         network, attention=attention, start=start, classes=classes, weights=weights, size=size
     )
     if attention not in (None, "none") and (weights is None or found.lacking):
-        what = "without --weights" if weights is None else f"with {weights}, which hold none of it,"
-        if found.starts_as_identity():
+        what = "has no weights" if weights is None else f"has no weights in {weights}"
+        if start != "module":
             raise ValueError(
-                f"--attention {attention} {what} starts as the identity: the file would hold no "
-                f"attention. Give --weights with trained attention, or --start module."
+                f"--attention {attention} {what} and starts as the identity, so the file would "
+                f"hold no attention. Give --weights with trained attention, or --start module for "
+                f"a random one."
             )
-        print(f"note: attention {what} has random weights", file=sys.stderr)
+        if weights is not None:
+            print(f"note: attention {what}, it is random", file=sys.stderr)
     if found.random:
         print(f"note: {network} has random weights", file=sys.stderr)
     about: dict[str, str] = {}

@@ -56,16 +56,19 @@ class Network:
     folder: Path | None = None
 
     def shape(self, size: int | None = None, batch: int = 1) -> tuple[int, int, int, int]:
-        """Of its input, at another size if one is given; 224 pixels where nothing is known."""
-        side = size or self.size or 224
+        """Of its input, at another size if one is given.
+
+        Raises:
+            ValueError: Trained weights do not say how large their images were.
+        """
+        side = size or self.size
+        if side is None and self.config is not None:
+            raise ValueError(
+                f"the weights do not say how large the images of {self.config.data.name} were. "
+                f"Give --size."
+            )
+        side = side or 224
         return (batch, self.channels, side, side)
-
-    def starts_as_identity(self) -> bool:
-        """Whether every attention put into it computes y = x until it is trained."""
-        from spem.insert import IdentityStart
-
-        starts = [m for m in self.model.modules() if isinstance(m, IdentityStart)]
-        return bool(starts) and all(float(start.alpha) == 0.0 for start in starts)
 
 
 def add_network(options: Options, *, attention: bool = True, weights: bool = True) -> None:
@@ -180,7 +183,7 @@ def _architecture(text: str, classes: int | None) -> Network:
     except ValueError as error:
         said = str(error).removeprefix("network: ")
         ours = re.fullmatch(r"resnet(?:-basic)?(\d+)", text)
-        if ours is not None and "unknown" in said:
+        if ours is not None and any(int(ours[1]) % each == 2 for each in (6, 9)):
             said = f"no package has a network {text}. Ours of CIFAR are written cifar:{ours[1]}."
         elif "unknown" in said and not re.fullmatch(r"[\w.:-]+", text):
             said = f"{text!r} is no file, folder or name. NETWORK is {NETWORK_HELP}."

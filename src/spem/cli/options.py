@@ -162,7 +162,7 @@ class Options(argparse.ArgumentParser):
                 continue
             name = name if name in known else name.replace("_", "-")
             if name not in known:
-                near = get_close_matches(name, known, n=2, cutoff=0.6)
+                near = get_close_matches(name, known, n=2, cutoff=0.7)
                 hint = (
                     f"Did you mean {' or '.join(near)}?" if near else f"See {self.prog} --help-all."
                 )
@@ -222,7 +222,7 @@ def _told(kind: Kind) -> Kind:
 
     def make(text: str) -> Any:
         try:
-            return kind(text)
+            return text if text == argparse.SUPPRESS else kind(text)  # a default goes through here
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 

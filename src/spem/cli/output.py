@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,6 +27,12 @@ def decimals_for(spreads: Iterable[float | None]) -> int:
 def print_json(document: Any) -> None:
     """Print one JSON document to stdout; nothing else goes there under --json."""
     print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def say(*sentences: str) -> None:
+    """Print sentences as one paragraph, no wider than the terminal."""
+    width = shutil.get_terminal_size().columns
+    print(textwrap.fill(" ".join(sentences), width, break_on_hyphens=False))
 
 
 def print_table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def options() -> Options:
         "the CPU. If one is lost, the same command goes on, with any number of processes.",
     )
     recipe = one_of(*RECIPES, what="recipe")
-    o.add("recipe", "RECIPE", RECIPE_HELP, kind=recipe, count="?")
+    o.add("recipe", "RECIPE", RECIPE_HELP, kind=recipe, default=SUPPRESS, count="?")
     o.add("--recipe", "RECIPE", "the same, as other commands take it", kind=recipe, rare=True)
     add_config(o)
     o.add("--runs", "DIR", "folder of all runs", kind=Path, default=Path("runs"))

@@ -1,0 +1,181 @@
+"""Calls: help, version, mistakes. One style, at once, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import spem
+from spem import cli
+from spem.cli.options import Options, UsageError, integer, number, one_of
+
+NEW = [
+    name for name, (module, _) in cli.COMMANDS.items() if hasattr(import_module(module), "options")
+]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def options() -> Options:
+    o = Options("try", "Try it.")
+    o.add("first", "FIRST", "what to try", count="?")
+    o.add("--rate", "RATE", "how fast", kind=number(0), default=1.5)
+    o.add("--count", "--try.count", "N", "how often", kind=integer(1))
+    o.add("--shift", "X", "how far", kind=number(), rare=True)
+    o.add("--mode", "a|b", "which", kind=one_of("alpha", "beta"))
+    o.switch("--try.flip", "--try.no-flip", "turn it")
+    return o.json()
+
+
+@pytest.mark.parametrize(
+    ("args", "values"),
+    [
+        ([], {"first": None, "rate": 1.5, "count": None, "json": False}),
+        (["--rate", "2", "x"], {"first": "x", "rate": 2.0}),
+        (["--try.count=3", "--json"], {"count": 3, "json": True}),
+        (["--shift", "-1e-3"], {"shift": -1e-3}),
+        (["--shift", "-2", "x"], {"shift": -2.0, "first": "x"}),
+        (["--try.no-flip"], {"try.flip": False}),
+        (["--try.no_flip"], {"try.flip": False}),
+        (["--", "-x"], {"first": "-x"}),
+    ],
+)
+def test_values(args: list[str], values: dict[str, Any]) -> None:
+    read = options().read(args)
+    assert read is not None
+    names = {"count": "try.count", "shift": "shift"}
+    assert {name: read[names.get(name, name)] for name in values} == values
+    assert ("try.flip" in read) == any("flip" in arg for arg in args)  # else its own default holds
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--rat", "2"], "unknown option --rat. Did you mean --rate?"),
+        (["--zzz"], "unknown option --zzz. See spem try --help-all."),
+        (["--rate", "x"], "--rate: 'x' is no number from 0 on."),
+        (["--rate", "-1"], "--rate: '-1' is no number from 0 on."),
+        (["--rate", "nan"], "--rate: 'nan' is no number from 0 on."),
+        (
+            ["--try.count", "0"],
+            "--try.count: '0' is no whole number from 1 on.",
+        ),
+        (["--count", "1.5"], "--count: '1.5' is no whole number from 1 on."),
+        (["--count", "9" * 5000], "is no whole number from 1 on."),
+        (
+            ["--mode", "alhpa"],
+            "--mode: unknown value 'alhpa'. Did you mean alpha? Known: alpha, beta.",
+        ),
+        (["--rate"], "--rate needs a value, RATE. See spem try --help."),
+        (["--rate", "--json"], "--rate needs a value, RATE. See spem try --help."),
+        (["a", "b"], "'b' is one argument too many: spem try [FIRST]. See spem try --help."),
+        (["--json=1"], "--json: ignored explicit argument '1'. See spem try --help."),
+    ],
+)
+def test_mistakes_name_what_was_typed_and_what_to_do(args: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        options().read(args)
+    assert str(caught.value).endswith(says)
+
+
+def test_an_argument_that_is_missing() -> None:
+    o = Options("try", "Try it.")
+    o.add("first", "FIRST", "what to try")
+    with pytest.raises(UsageError, match=r"FIRST is missing: spem try FIRST"):
+        o.read([])
+
+
+def test_messages_of_the_library_get_the_flags_that_were_typed() -> None:
+    o = options()
+    o.read(["--try.count", "3"])
+    said = "rate=-1 is too small; try.count=3 too. Leave rate= out, and accurate=1 in."
+    want = "--rate -1 is too small; --try.count 3 too. Leave --rate out, and accurate=1 in."
+    assert o.in_flags(said) == want
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_help_fits_a_screen_and_is_complete(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    short = capsys.readouterr().out
+    assert short.startswith(f"usage: spem {name}")
+    assert cli.main(["help", name]) == 0
+    assert capsys.readouterr().out == short
+    assert cli.main([name, "--help-all"]) == 0
+    everything = capsys.readouterr().out
+    for text in (short, everything):
+        assert max(map(len, text.splitlines())) <= 80
+    flags = [line.split()[0] for line in short.splitlines() if line.startswith("  --")]
+    assert len(flags) <= 16
+    for action in import_module(cli.COMMANDS[name][0]).options()._actions:
+        assert all(flag in everything for flag in action.option_strings)
+        assert action.help or action.help == "==SUPPRESS=="
+
+
+def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in ([], ["--help"], ["help"]):
+        assert cli.main(args) == 0
+        told = capsys.readouterr().out
+        for name, (_, line) in cli.COMMANDS.items():
+            assert any(text.split()[:1] == [name] and line in text for text in told.splitlines())
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"spem {spem.__version__}\n"
+
+
+def without_torch(args: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A call in a new process, in which an import of torch or another heavy package is a fault."""
+    heavy = ["torch", "timm", "pandas", "scipy", "matplotlib", "datasets", "rich", "numba"]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({heavy}));"
+        "from spem.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["trian"]], ids=str)
+def test_the_command_itself_needs_no_torch(args: list[str]) -> None:
+    done = without_torch(args)
+    assert done.returncode == (2 if args == ["trian"] else 0), done.stderr
+    assert "Did you mean train?" in done.stderr or done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in NEW if name != "train"])
+def test_help_and_mistakes_need_no_torch(name: str) -> None:
+    done = without_torch([name, "--help"])
+    assert (done.returncode, done.stderr) == (0, "")
+    done = without_torch([name, "--hlep"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"spem {name}: unknown option --hlep. ")
+
+
+def test_debug_anywhere_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["--debug", "list", "zz"], ["list", "--debug", "zz"], ["list", "zz", "--debug"]):
+        assert cli.main(args) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_faults_inside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("spem.cli.listing._list", broken)
+    assert cli.main(["list"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("spem list: internal error: KeyError: 'lost'\n")
+    assert told.endswith("run again with --debug\n")
+    assert "Traceback" not in told
+
+
+def test_messages_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "a\x1b[2Jb"]) == 2
+    assert "\x1b" not in capsys.readouterr().err

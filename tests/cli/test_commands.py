@@ -1,0 +1,240 @@
+"""`spem list`, `cost`, `attach`, `train`, `eval`, called in this process."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import spem
+from spem import cli
+from spem.training import load_weights, save_weights, smoke
+
+# digits at their own size, few of them: a run takes about a second
+TINY_RUN = ["smoke", "--attention", "spem", "--size", "8", "--data.pad", "1", "--limit", "96"]
+
+
+def answer(capsys: pytest.CaptureFixture[str], args: list[str]) -> Any:
+    """The JSON a command prints."""
+    assert cli.main([*args, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path:
+    path = folder / "model.safetensors"
+    save_weights(spem.resnet(11, classes, attention=attention), smoke(attention=attention), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["list", "zpem"], "spem list: unknown attention module 'zpem'. Did you mean spem?"),
+        (["cost", "vgg166"], "spem cost: unknown architecture 'vgg166'. Did you mean vgg16"),
+        (["cost", "resnet164"], "Ours of CIFAR are written cifar:164."),
+        (["cost", "cifar:12"], "Nearest: 11 or 20"),
+        (["cost", "cifar:11", "--attention", "spme"], "attention 'spme'. Did you mean spem"),
+        (["cost", "cifar:11", "--attention", "se(reductoin=8)"], "no option 'reductoin'"),
+        (["cost", "cifar:11", "--size", "0"], "--size: '0' is no whole number from 1 on."),
+        (["cost", "cifar:11", "--classes", "0"], "--classes: '0' is no whole number from 1 on."),
+        (["cost", "cifar:11", "--classes", "-1"], "--classes: '-1' is no whole number from 1 on."),
+        (["cost", "gone.safetensors"], "spem cost: there is no file gone.safetensors."),
+        (["cost", "gone/way"], "'gone/way' is no file, folder or name."),
+        (["train"], "spem train: no recipe given. Use one of paper, fast, short, smoke"),
+        (["train", "shrot"], "spem train: unknown recipe 'shrot'. Did you mean short?"),
+        (["train", "smoke", "--data", "cifar11"], "Did you mean cifar10"),
+        (["train", "smoke", "--attention", "spme"], "Did you mean spem"),
+        (["train", "smoke", "--optim.lrr", "1"], "Did you mean --optim.lr"),
+        (["train", "smoke", "--lr", "-1"], "--lr -1.0 is too small. Use at least 0."),
+        (["train", "smoke", "--optim.lr", "-1"], "--optim.lr -1.0 is too small."),
+        (["eval", "gone.safetensors"], "spem eval: there is no file gone.safetensors."),
+        (["eval", "cifar:11"], "does not say which images it was trained on. Give --data."),
+        (["export", "cifar:11"], "nowhere to write. Give --out FILE"),
+        (["share", "runs"], "nowhere to write. Give --folder DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"spem {args[0]}: ")
+    assert says in told.err
+
+
+def test_damaged_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = weights(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    for command in ("eval", "cost"):
+        assert cli.main([command, str(path)]) == 2
+        assert f"{path} is damaged" in capsys.readouterr().err
+
+
+def test_list_tells_what_the_registry_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    modules = {m["name"]: m for m in answer(capsys, ["list"])}
+    assert list(modules) == spem.list_attention()
+    assert modules["spem"]["parameters"] == {"64": 258, "128": 514, "256": 1026}
+    assert modules["spem"]["start_gate"] == pytest.approx(0.0320586, abs=1e-7)
+    assert sorted(modules["spem"]["statistics"]) == ["max", "min"]
+    assert modules["se"]["start_gate"] is None
+    assert not modules["cbam"]["fusable"]
+    assert modules["srm"]["no_decay"]
+    assert modules["srm"]["needs"]
+    assert "2208.10322" in modules["spem"]["paper"]
+    assert [m["name"] for m in answer(capsys, ["list", "s?e*"])] == ["sge", "spem"]
+
+
+@pytest.mark.parametrize(
+    ("args", "parameters"),
+    [
+        (["cifar:164"], 1_704_154),
+        (["cifar:164", "--attention", "spem"], 1_736_518),
+        (["29", "--attention", "spem", "--classes", "100"], 341_638),
+        (["cifar:basic-20"], 272_474),
+    ],
+)
+def test_cost(args: list[str], parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
+    cost = answer(capsys, ["cost", *args])
+    assert cost["parameters"] == parameters
+    assert sum(layer["flops"] for layer in cost["layers"]) == cost["flops"]
+
+
+def test_cost_by_stage_and_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stages sum the layers; what is not counted is "-"; both end in the same total."""
+    args = ["cost", "cifar:11", "--attention", "se(reduction=8)", "--batch", "2"]
+    cost = answer(capsys, args)
+    tables: list[list[list[str]]] = []
+    for more in ([], ["--layers"]):
+        assert cli.main([*args, *more]) == 0
+        told = capsys.readouterr().out
+        head, _, rest = told.partition("\nlayer" if more else "\nstage")
+        assert " ".join(head.split()) == (
+            "CIFAR ResNet-11, bottleneck blocks, attention se(reduction=8), input 2 x 3 x 32 x 32"
+        )
+        lines = rest.splitlines()
+        assert max(map(len, [*head.splitlines(), *lines])) <= 80
+        tables.append([line.split() for line in lines[1 : lines.index("")]])
+    stages, layers = tables
+    assert [row[0] for row in stages] == [
+        *("conv1", "bn1", "layer1", "layer2", "layer3", "fc"),
+        *("total", "of"),
+    ]
+    assert stages[-2:] == layers[-2:]
+    assert int(stages[-2][-1].replace(",", "")) == cost["flops"]
+    for column in (-1, -2):
+        numbers = [row[column].replace(",", "").replace("-", "0") for row in stages[:-2]]
+        assert sum(map(int, numbers)) == int(stages[-2][column].replace(",", ""))
+    (norm,) = [row for row in stages if row[0] == "bn1"]
+    assert norm[-1] == "-"
+    assert len(layers) == len(cost["layers"]) + 2
+
+
+def test_a_file_says_itself_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(weights(tmp_path))
+    assert answer(capsys, ["cost", path])["attention_parameters"] == 1798
+    assert cli.main(["cost", path, "--attention", "se"]) == 2
+    assert "--attention is for a named network" in capsys.readouterr().err
+
+
+def test_a_difference_that_is_no_number_is_not_hidden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network whose outputs are NaN on a first output, and finite on a second."""
+    Path("own.py").write_text(
+        "import torch, torchvision\n"
+        "class Own(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body = torchvision.models.resnet18()\n"
+        "    def forward(self, x):\n"
+        "        return self.body(x) * float('nan'), self.body(x)\n"
+        "net = Own\n"
+    )
+    args = ["attach", "own.py:net", "--size", "32"]
+    assert cli.main(args) == 2
+    assert "not finite numbers" in capsys.readouterr().err
+
+
+def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", *TINY_RUN, "--epochs", "2", "--seed", "3"]
+    result = answer(capsys, args)
+    assert (result["attention"], result["seed"], result["epochs"]) == ("spem", 3, 2)
+    folder = Path(result["folder"])
+    assert folder.parts[0] == "runs"
+    assert folder.name == "seed3"
+
+    # a finished run shows its result at once
+    before = (folder / "result.json").stat().st_mtime_ns
+    assert cli.main(args) == 0
+    assert f"{result['accuracy']:.2f} % after the last epoch" in capsys.readouterr().out
+    assert (folder / "result.json").stat().st_mtime_ns == before
+
+    for network in (str(folder), str(folder / "model.safetensors")):
+        evaluation = answer(capsys, ["eval", network, "--predictions", "told.csv"])
+        assert evaluation["accuracy"] == pytest.approx(result["accuracy"])
+        assert evaluation["loss"] == pytest.approx(result["loss"])
+        assert evaluation["data_sha256"] == result["test_sha256"]
+        with Path("told.csv").open(newline="") as file:
+            told = list(csv.DictReader(file))
+        assert len(told) == evaluation["count"]
+        assert sum(row["label"] == row["prediction"] for row in told) == evaluation["correct"]
+        assert [int(row["index"]) for row in told] == list(range(len(told)))
+    assert cli.main(["eval", str(folder)]) == 0
+    assert f"({evaluation['correct']}/{evaluation['count']}" in capsys.readouterr().out
+
+
+def test_options_come_before_and_after_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    first, *rest = TINY_RUN
+    one = answer(capsys, ["train", "--epochs", "1", *rest, first])
+    two = answer(capsys, ["train", "--recipe", first, *rest, "--optim.epochs", "1"])
+    assert one == two  # the second found the first one's run
+
+
+def test_every_field_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nested names, short forms, the data set's own settings, and milestones that move along."""
+    args = ["train", "short", "--data", "digits", "--data.size", "8", "--val=40", "--limit", "64"]
+    args += ["--depth", "20", "--model.block", "basic", "--model.attention", "se(reduction=4)"]
+    args += ["--epochs", "1", "--runtime.step", "eager", "--precision", "fp32"]
+    args += ["--runtime.threads", "1", "--folder", "here"]
+    result = answer(capsys, args)
+    assert (result["folder"], result["depth"]) == ("here", 20)
+    assert result["attention"] == "se(reduction=4)"
+    assert result["best_selected_on"] == "validation"
+    _, config = load_weights(tmp_path / "here" / "model.safetensors")
+    assert config.model.block == "basic"
+    assert (config.data.name, config.data.val, config.data.limit) == ("digits", 40, 64)
+    assert not config.data.flip
+    assert config.data.normalisation == "digits"
+    assert config.optim.milestones == ()
+
+
+def test_weights_of_other_classes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = weights(tmp_path, attention="none", classes=100)
+    assert cli.main(["eval", str(path)]) == 2
+    assert "100 classes apart, digits has 10" in capsys.readouterr().err
+
+
+def test_weights_that_are_no_numbers_have_no_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = spem.resnet(11)
+    with torch.no_grad():
+        model.fc.weight.fill_(float("nan"))
+    save_weights(model, smoke(attention="none"), tmp_path / "model.safetensors")
+    assert cli.main(["eval", str(tmp_path / "model.safetensors")]) != 0
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "not finite" in told.err
