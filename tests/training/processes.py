@@ -1,4 +1,4 @@
-"""What the tests let other processes do: hold a claim, race for one, train and be killed.
+"""What the tests let other processes do: hold a folder, race for one, train and be killed.
 
 Run as a program; children are forked from it before torch has computed anything, which is much
 faster than starting an interpreter for each.
@@ -19,11 +19,10 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from training.tiny import differences, outcome, shortened, tiny
+from training.tiny import differences, outcome, shortened, tiny, trained
 
-from spem.training import Interrupted, Silent, train
-from spem.training.checkpoint import build_model
-from spem.training.claim import claimed
+from spem.training import Interrupted
+from spem.training.folder import build_network, held
 from spem.training.step import make_optimizer
 
 HERE = Path(__file__).resolve()
@@ -44,8 +43,8 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def hold(folder: Path) -> None:
-    """Claim a folder, say so, and wait to be told to end (or killed)."""
-    with claimed(folder):
+    """Hold a folder, say so, and wait to be told to end (or killed)."""
+    with held(folder):
         say("held")
         sys.stdin.readline()
 
@@ -63,7 +62,7 @@ def _enter(folder: Path, gate: tuple[int, int]) -> int:
     os.close(gate[1])
     os.read(gate[0], 1)
     try:
-        with claimed(folder):
+        with held(folder):
             time.sleep(1)  # longer than the others need to fail
     except RuntimeError:
         return 1
@@ -105,12 +104,12 @@ def _import_everything() -> None:
     """Load here what a training loads on its way, so that no child spends its time on that."""
     for module in ("safetensors.torch", "sklearn.datasets", "torch.utils.flop_counter"):
         import_module(module)
-    make_optimizer(build_model(KILLED, classes=10), KILLED.optim)
+    make_optimizer(build_network(KILLED, classes=10), KILLED.optim)
 
 
 def _train(where: Path) -> int:
     try:
-        train(KILLED, where, progress=Silent())
+        trained(KILLED, where)
     except Interrupted as stopped:
         return stopped.code
     return 0

@@ -9,13 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training.processes import start
-from training.tiny import Stop, differences, outcome, shortened, tiny, validated
+from training.tiny import Stop, differences, outcome, shortened, tiny, trained, validated
 
-from spem.training import Interrupted, RunConfig, Silent, read_metrics, read_result, train
-from spem.training.checkpoint import load_checkpoint, save_checkpoint
+from spem.training import (
+    DataConfig,
+    Interrupted,
+    RunConfig,
+    Silent,
+    read_metrics,
+    read_result,
+    read_run,
+    train,
+)
+from spem.training.folder import load_checkpoint
 
 
 def train_with_stops(config: RunConfig, folder: Path, stops: list[int]) -> None:
@@ -23,7 +34,7 @@ def train_with_stops(config: RunConfig, folder: Path, stops: list[int]) -> None:
         with pytest.raises(Interrupted):
             train(config, folder, progress=Stop(after))
         assert read_result(folder) is None
-    train(config, folder, progress=Silent())
+    trained(config, folder)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig
         key = repr(config)
         if key not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
-            train(config, folder, progress=Silent())
+            trained(config, folder)
             known[key] = outcome(folder)
         return known[key]
 
@@ -140,22 +151,22 @@ def test_torn_metrics_are_written_anew(
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
     assert len(read_metrics(tmp_path)) == 1
-    train(tiny(), tmp_path, progress=Silent())
+    trained(tiny(), tmp_path)
     assert outcome(tmp_path)["metrics"] == undisturbed(tiny())["metrics"]
 
 
-def test_planned_execution_is_kept_on_resume(tmp_path: Path):
+def test_device_and_threads_are_kept_on_resume(tmp_path: Path):
     with pytest.raises(Interrupted):
         train(tiny(epochs=2, threads=1), tmp_path, progress=Stop(3))
     progress = Stop(-1)
-    train(tiny(epochs=2, threads=2, channels_last=False), tmp_path, progress=progress)
+    train(tiny(epochs=2, threads=2), tmp_path, progress=progress)
     told = [m for m in progress.messages if "as planned" in m]
     assert told == [
-        "resuming as planned, so that the result stays exact: "
-        "threads 1 (asked: 2), channels_last True (asked: False)"
+        "resuming as planned, so that the result stays exact: threads 1 (asked: 2)",
     ]
-    assert "1 thread" in (read_result(tmp_path) or pytest.fail("no result")).hardware
-    assert "as planned" in (tmp_path / "log.txt").read_text()
+    run = read_run(tmp_path)
+    assert run.runtime.threads == 1
+    assert len(run.starts) == 2
 
 
 def test_lost_config_is_taken_from_the_checkpoint(
@@ -164,7 +175,7 @@ def test_lost_config_is_taken_from_the_checkpoint(
     with pytest.raises(Interrupted):
         train(tiny(), tmp_path, progress=Stop(3))
     (tmp_path / "config.json").unlink()
-    train(tiny(), tmp_path, progress=Silent())
+    trained(tiny(), tmp_path)
     assert differences(outcome(tmp_path), undisturbed(tiny())) == []
 
 
@@ -176,9 +187,11 @@ def test_other_config_and_other_seed_are_refused(tmp_path: Path):
     message = rf"belongs to run {config.id}, this config is {other.id} \(optim.lr 0.1 -> 0.05\)"
     with pytest.raises(ValueError, match=message):
         train(other, tmp_path, progress=Silent())
+    whole = (tmp_path / "config.json").read_bytes()
     (tmp_path / "config.json").unlink()  # the checkpoint knows as well
     with pytest.raises(ValueError, match=message):
         train(other, tmp_path, progress=Silent())
+    (tmp_path / "config.json").write_bytes(whole)
     with pytest.raises(ValueError, match="belongs to seed 0, this config has seed 1"):
         train(replace(config, seed=1), tmp_path, progress=Silent())
     train(config, tmp_path, progress=Silent())
@@ -187,14 +200,23 @@ def test_other_config_and_other_seed_are_refused(tmp_path: Path):
 
 
 def test_other_images_are_refused(tmp_path: Path):
+    """Of the same name and number, in the folder where they lay: the checksum tells."""
+    data = tmp_path / "images"
+    for split, classes in (("train", "ab"), ("test", "ab")):
+        for name in classes:
+            (data / split / name).mkdir(parents=True)
+            pixels = np.full((8, 8, 3), ord(name), dtype=np.uint8)
+            for i in range(8):
+                Image.fromarray(pixels + i).save(data / split / name / f"{i}.png")
+    config = replace(
+        tiny(epochs=2), data=DataConfig(name=str(data), pad=1, normalisation="digits")
+    )
+    config = replace(config, optim=replace(config.optim, batch=4))
     with pytest.raises(Interrupted):
-        train(tiny(), tmp_path, progress=Stop(3))
-    path = tmp_path / "checkpoint.pt"
-    content = load_checkpoint(path)
-    content["data_sha256"]["train"] = "0" * 64
-    save_checkpoint(content, path)
-    with pytest.raises(ValueError, match="the images differ"):
-        train(tiny(), tmp_path, progress=Silent())
+        train(config, tmp_path / "run", progress=Stop(2))
+    Image.fromarray(pixels).save(data / "train" / "a" / "3.png")
+    with pytest.raises(ValueError, match=r"the images differ.*Use another folder"):
+        train(config, tmp_path / "run", progress=Silent())
 
 
 def test_threads_are_given_back(tmp_path: Path):
@@ -204,9 +226,11 @@ def test_threads_are_given_back(tmp_path: Path):
     assert torch.get_num_threads() == before
 
 
-def test_finished_run_is_not_trained_again(tmp_path: Path):
-    first = train(tiny(epochs=1, keep_checkpoint=False), tmp_path, progress=Silent())
+def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path):
+    first = train(tiny(epochs=1), tmp_path, progress=Silent())
     assert not (tmp_path / "checkpoint.pt").exists()
     stamps = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert train(tiny(epochs=1, keep_checkpoint=False), tmp_path, progress=Silent()) == first
+    progress = Stop(-1)
+    assert train(tiny(epochs=1), tmp_path, progress=progress) == first
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
+    assert progress.messages == [f"finished on {first.date}, so nothing is trained: {tmp_path}"]

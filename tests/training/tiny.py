@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,21 @@ from typing import Any
 
 import torch
 
-from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig, Silent
-from spem.training.checkpoint import load_checkpoint
-from spem.training.log import Status, read_metrics
+from spem.training import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Progress,
+    Result,
+    RunConfig,
+    RuntimeConfig,
+    Silent,
+    read_metrics,
+    read_run,
+    train,
+)
+from spem.training.folder import CHECKPOINT, load_checkpoint
+from spem.training.progress import Status
 
 CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
 """Numbers of a metrics line that depend on the clock."""
@@ -39,7 +52,7 @@ class Stop(Silent):
 
 def tiny(attention: str = "spem", *, epochs: int = 4, **runtime: Any) -> RunConfig:
     """256 digits of 8x8 pixels in batches of 40, the last one smaller: 7 steps an epoch."""
-    settings: dict[str, Any] = {"threads": 1, "device": "cpu", "keep_checkpoint": True, **runtime}
+    settings: dict[str, Any] = {"threads": 1, "device": "cpu", **runtime}
     return RunConfig(
         model=ModelConfig(depth=11, attention=attention),
         data=DataConfig(
@@ -61,13 +74,40 @@ def shortened(config: RunConfig, images: int) -> RunConfig:
     return replace(config, data=replace(config.data, limit=images))
 
 
+class Keep:
+    """Progress that keeps a copy of the checkpoint of each epoch, the last one before it goes."""
+
+    def __init__(self, folder: Path, inner: Progress | None) -> None:
+        self.folder, self.inner = folder, inner or Silent()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def epoch(self, line: dict[str, Any], epochs: int) -> None:
+        shutil.copy(self.folder / CHECKPOINT, kept_checkpoint(self.folder))
+        self.inner.epoch(line, epochs)
+
+
+def kept_checkpoint(folder: Path) -> Path:
+    """Beside the run's folder, in which nothing else may lie."""
+    return folder.with_name(f"{folder.name}.kept.pt")
+
+
+def trained(config: RunConfig, folder: Path, progress: Progress | None = None) -> Result:
+    """Train, such that `outcome` can look at the momentum afterwards."""
+    return train(config, folder, progress=Keep(folder, progress))  # pyright: ignore[reportArgumentType]
+
+
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run ends in, but for the clock: weights, momentum, metrics."""
-    content = load_checkpoint(folder / "checkpoint.pt")
+    """All that a run ends in, but for the clock: weights, momentum, metrics; as files hold it."""
+    content = load_checkpoint(kept_checkpoint(folder))
     lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(folder)]
     momenta = content["optimizer"]["state"].items()
+    weights = read_run(folder).network().state_dict()
+    for name, tensor in content["model"].items():
+        assert torch.equal(weights[name], tensor), name
     return {
-        "weights": content["model"],
+        "weights": weights,
         "momentum": {i: s["momentum_buffer"] for i, s in momenta},
         "metrics": lines,
     }

@@ -1,7 +1,6 @@
 """A set of images held whole in memory, its checksum, and how validation images are held out."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,8 +11,6 @@ from torch import Tensor
 from spem.seeding import keyed_generator
 
 Split = Literal["train", "test"]
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all) while a set is decoded."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,25 @@
-"""What is known of the sets that go by a name, for weights whose images are not at hand."""
+"""What is known of the sets that go by a name, without reading them; nothing here loads torch."""
 
-from spem.data.digits import DEFAULT_SIZE
-from spem.data.sources import HUB_IDS
+from __future__ import annotations
+
+Triple = tuple[float, float, float]
+
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+"""Short name of a set -> its id on the Hugging Face hub."""
+
+NORMALISATION: dict[str, tuple[Triple, Triple]] = {
+    # The paper's constants, for both CIFARs. Its deviations are the mean of per-image ones, not
+    # those of the pixels.
+    "paper": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    # Mean and deviation over all pixels of the training images.
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "digits": ((0.3054, 0.3054, 0.3054), (0.3753, 0.3753, 0.3753)),
+}
+"""(mean, standard deviation) per channel of pixels scaled to 0 .. 1, by name."""
+
+DIGITS_SIZE = 16
+"""Height and width of the digits where none is asked for."""
 
 _CLASSES = {
     "cifar10": "airplane automobile bird cat deer dog frog horse ship truck",
@@ -28,7 +46,7 @@ def native_size(name: str) -> int | None:
     (32, 16, None)
     """
     short = known_name(name)
-    return None if short is None else DEFAULT_SIZE if short == "digits" else 32
+    return None if short is None else DIGITS_SIZE if short == "digits" else 32
 
 
 def class_names(name: str, count: int) -> tuple[str, ...] | None:

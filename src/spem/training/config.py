@@ -1,29 +1,36 @@
-"""What a run is: frozen dataclasses, their checks, the run's id and its folder."""
+"""What a run is: frozen dataclasses, their checks, the run's id and its folder. Needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from spem.attention import AttentionSpec, spec_text
-from spem.data import HUB_IDS, NORMALISATION
-from spem.models import blocks_per_stage
-from spem.ops.dispatch import IMPLEMENTATIONS, Impl
+from spem.data.names import HUB_IDS, NORMALISATION
 
-_NOT_IN_ID = ("root", "sha256", "test_sha256")
-"""Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
+if TYPE_CHECKING:
+    from spem.attention import AttentionSpec
 
-_LATER = ("branch_start", "test_limit")
-"""Optional fields younger than the first runs: left out of the id while they are not used."""
+Impl = Literal["reference", "formula", "numba", "triton"]
+Step = Literal["auto", "eager", "compile", "graph"]
+
+DEEPEST = 5_000
+"""No network of these blocks was ever deeper than 1,202; a file that asks for more is crafted."""
+LARGEST_IMAGE = 4_096
 
 SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
+
+_NOT_IN_ID = ("root", "sha256", "test_sha256")
+"""Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
+_LATER = ("branch_start", "start", "test", "test_limit", "skip_broken")
+"""Fields younger than the first runs: left out of the id while they are not used."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,16 @@ class ModelConfig:
 
     Args:
         depth: 9n+2 for bottleneck blocks (11, 29, 83, 164 ...), 6n+2 for basic ones (20, 56 ...).
-        attention: text of an attention spec, or "none"; kept in its canonical form.
+        attention: text of an attention spec, or "none"; kept in its canonical form. A bare name is
+            looked up when it is first needed (`RunConfig.id`, `spec`).
         block: kind of residual block.
         init_scope: "backbone" leaves a module its own initialisation, "all" re-initialises the
             convolutions and norms inside modules too, as the official program does.
         branch_start: weight at which the last norm of every residual branch starts, a control for
             modules that start a branch small; None is the norm's own 1.
+        start: "identity" puts the attention into the plain network as `spem.attach` does: its
+            output is unchanged at the start, and a learned alpha from 0 lets the gate in. "module"
+            and None leave the module its own start.
     """
 
     depth: int = 164
@@ -45,14 +56,37 @@ class ModelConfig:
     block: Literal["bottleneck", "basic"] = "bottleneck"
     init_scope: Literal["backbone", "all"] = "backbone"
     branch_start: float | None = None
+    start: Literal["module", "identity"] | None = None
 
     def __post_init__(self) -> None:
-        blocks_per_stage(self.depth, self.block)
+        _one_of("model.block", self.block, ("bottleneck", "basic"))
         _one_of("model.init_scope", self.init_scope, ("backbone", "all"))
-        object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
-        if self.branch_start is not None:
-            _at_least("model.branch_start", self.branch_start, 0)
-            object.__setattr__(self, "branch_start", float(self.branch_start))
+        if self.start is not None:
+            _one_of("model.start", self.start, ("module", "identity"))
+        _whole("model.depth", self.depth, 1, DEEPEST)
+        step = 9 if self.block == "bottleneck" else 6
+        if self.depth < step + 2 or (self.depth - 2) % step:
+            below = max(1, (self.depth - 2) // step)
+            raise ValueError(
+                f"model.depth={self.depth} is not {step}n + 2, which {self.block} blocks need. "
+                f"Nearest: {below * step + 2} or {(below + 1) * step + 2}."
+            )
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.attention):
+            from spem.attention import AttentionSpec, spec_text  # loads torch
+
+            object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
+        _number(self, "model", "branch_start")
+
+    @property
+    def spec(self) -> AttentionSpec | None:
+        """The attention, None for the plain network.
+
+        Raises:
+            ValueError: no module has this name.
+        """
+        from spem.attention import AttentionSpec
+
+        return AttentionSpec.parse(self.attention)
 
 
 @dataclass(frozen=True)
@@ -60,9 +94,13 @@ class DataConfig:
     """The images.
 
     Args:
-        name: "digits", "cifar10", "cifar100", or a path of parquet files or image folders.
+        name: "digits", "cifar10", "cifar100", or a path of parquet files or image folders. The
+            name is a label: what a network was trained on is known by checksum and class names.
         root: folder that holds the CIFAR sets; not part of the run's id.
         val: training images held out for selecting the best epoch; 0 selects on the test set.
+        test: share of each class held out for the test where an image folder has no splits; None
+            is a fifth.
+        skip_broken: leave out image files that cannot be read.
         limit: train on this many images only (a fixed subset, the same for every seed).
         test_limit: test on this many images only (likewise).
         augment: random crop after padding and, with `flip`, horizontal flip.
@@ -70,14 +108,16 @@ class DataConfig:
         pad: zeros added on each side before the crop, in pixels.
         normalisation: a key of `spem.data.NORMALISATION`.
         size: side in pixels to which the images are brought; None keeps theirs.
-        sha256: expected SHA-256 of the raw files of the training split (see
-            `spem.data.load_images`); not part of the run's id.
+        sha256: expected `ImageSet.sha256` of the training split as it is decoded; not part of the
+            run's id.
         test_sha256: the same for the test split.
     """
 
     name: str = "cifar10"
     root: str | None = None
     val: int = 0
+    test: float | None = None
+    skip_broken: bool = False
     limit: int | None = None
     test_limit: int | None = None
     augment: bool = True
@@ -93,13 +133,18 @@ class DataConfig:
         short = {hub_id: name for name, hub_id in HUB_IDS.items()}
         object.__setattr__(self, "name", short.get(self.name, self.name))
         _one_of("data.normalisation", self.normalisation, tuple(NORMALISATION))
-        _at_least("data.val", self.val, 0)
-        _at_least("data.pad", self.pad, 0)
+        _whole("data.val", self.val, 0)
+        _whole("data.pad", self.pad, 0, LARGEST_IMAGE)
         for name in ("limit", "test_limit"):
             if getattr(self, name) is not None:
-                _at_least(f"data.{name}", getattr(self, name), 1)
+                _whole(f"data.{name}", getattr(self, name), 1)
         if self.size is not None:
-            _at_least("data.size", self.size, 1)
+            _whole("data.size", self.size, 1, LARGEST_IMAGE)
+        _number(self, "data", "test")
+        if self.test is not None and not 0 < self.test < 1:
+            raise ValueError(
+                f"data.test={self.test} is no share of the images. Use a number between 0 and 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -132,17 +177,14 @@ class OptimConfig:
     mix_lr: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least("optim.epochs", self.epochs, 1)
-        _at_least("optim.batch", self.batch, 1)
-        for name in ("lr", "momentum", "weight_decay", "factor", "penalty"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
-            # 1 and 1.0 are the same rate and must give the same id.
-            object.__setattr__(self, name, float(getattr(self, name)))
+        _whole("optim.epochs", self.epochs, 1)
+        _whole("optim.batch", self.batch, 1)
+        for name in ("lr", "momentum", "weight_decay", "factor", "penalty", "mix_lr"):
+            _number(self, "optim", name)
         _one_of("optim.rules", self.rules, ("host", "declared"))
-        if (
-            list(self.milestones) != sorted(set(self.milestones))
-            or min(self.milestones, default=1) < 1
-        ):
+        for milestone in self.milestones:
+            _whole("optim.milestones", milestone, 1)
+        if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
                 f"optim.milestones={self.milestones} must be rising epoch numbers from 1 on. "
                 "Sort them and drop repeats."
@@ -156,53 +198,49 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How the run is carried out. Of these only `precision` is part of the run's id.
+    """How the run is carried out.
 
-    `device`, `impl`, `step` and `threads` are resolved when the run is planned, written to
-    `config.json` and kept when it is resumed, because each of them can change the last bits.
+    What chooses another computation is part of the run's id where it is set: precision, memory
+    format, step, implementation, determinism. Device and threads are not: they are resolved when
+    the run is planned, written to `config.json` and kept when it is resumed.
 
     Args:
         device: "auto" (CUDA if there is any, else the CPU) or a torch device.
         precision: "fp32", or "bf16" for autocast with float32 weights, norms, gates and loss.
         channels_last: memory format of maps and weights.
         step: "compile" runs forward and loss of a step through `torch.compile`, "graph" captures
-            the compiled step as a CUDA graph. "auto" is "graph" on CUDA; on a CPU it compiles once
-            and measures whether that is faster than "eager".
+            the step as a CUDA graph. "auto" is "graph" on CUDA, else "eager".
         impl: implementation of the blocks' tails (`spem.ops`), in training and evaluation; None
             takes the library's choice for the device and the dtype of the maps.
         threads: CPU threads; 0 takes torch's number at planning.
         deterministic: ask torch for deterministic algorithms only.
         checkpoint_minutes: time between checkpoints within an epoch (each epoch ends in one).
-        tensorboard: also write the metrics for TensorBoard.
-        keep_checkpoint: keep `checkpoint.pt` after the run has finished.
     """
 
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
-    step: Literal["auto", "eager", "compile", "graph"] = "eager"
+    step: Step = "eager"
     impl: Impl | None = None
     threads: int = 0
     deterministic: bool = False
     checkpoint_minutes: float = 10.0
-    tensorboard: bool = False
-    keep_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         _one_of("runtime.precision", self.precision, ("fp32", "bf16"))
-        _one_of("runtime.step", self.step, ("auto", "eager", "compile", "graph"))
+        _one_of("runtime.step", self.step, get_args(Step))
         if self.impl is not None:
-            _one_of("runtime.impl", self.impl, IMPLEMENTATIONS)
-        _at_least("runtime.threads", self.threads, 0)
-        _at_least("runtime.checkpoint_minutes", self.checkpoint_minutes, 0)
+            _one_of("runtime.impl", self.impl, get_args(Impl))
+        _whole("runtime.threads", self.threads, 0, 4_096)
+        _number(self, "runtime", "checkpoint_minutes")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One training run, completely.
 
-    `id` names what can change the result (model, data, optimiser, precision); seed, device and
-    everything else about the execution are left out, so all seeds of a configuration share it.
+    `id` names what can change the result; the seed is left out, so all seeds of a configuration
+    share it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -213,6 +251,7 @@ class RunConfig:
     experiment: str = "train"
 
     def __post_init__(self) -> None:
+        _whole("seed", self.seed, -(2**63), 2**63 - 1)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.experiment):
             raise ValueError(
                 f"experiment={self.experiment!r} must be a folder name of letters, digits, dots, "
@@ -221,25 +260,36 @@ class RunConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields behind `id`, as nested plain values."""
+        """The fields behind `id`, as nested plain values.
+
+        Raises:
+            ValueError: no attention module has the name that is asked for.
+        """
+        _ = self.model.spec
         full = self.to_dict()
-        for section in (full["model"], full["data"]):
+        for section in ("model", "data"):
             for name in _LATER:
-                if section.get(name, ...) is None:
-                    del section[name]
-        data = {k: v for k, v in full["data"].items() if k not in _NOT_IN_ID}
+                if full[section].get(name) in (None, False):
+                    full[section].pop(name, None)
+        how = self.runtime
+        chosen: dict[str, Any] = {"impl": how.impl} if how.impl is not None else {}
+        chosen |= {"step": how.step} if how.step != "eager" else {}
+        chosen |= {"channels_last": False} if not how.channels_last else {}
+        chosen |= {"deterministic": True} if how.deterministic else {}
         return {
             "schema": SCHEMA,
             "model": full["model"],
-            "data": data,
+            "data": {k: v for k, v in full["data"].items() if k not in _NOT_IN_ID},
             "optim": full["optim"],
-            "precision": self.runtime.precision,
+            "precision": how.precision,
+            **({"runtime": chosen} if chosen else {}),
         }
 
     @property
     def id(self) -> str:
         """First 10 hex digits of the SHA-256 of the canonical JSON of `identity`."""
-        return hashlib.sha256(canonical_json(self.identity)).hexdigest()[:10]
+        text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     @property
     def slug(self) -> str:
@@ -258,24 +308,33 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Build a config from `to_dict`'s values.
+        """Build a config from `to_dict`'s values; fields that are lacking take their defaults.
+
+        What is unknown under "runtime" is passed over: it told another version how to go about it,
+        and does not say what the run is.
 
         Raises:
-            ValueError: a field is unknown, missing or has a value of the wrong type.
+            ValueError: a field is unknown or has a value of the wrong type.
         """
-        parts: dict[str, Any] = {}
-        sections = {
-            "model": ModelConfig,
-            "data": DataConfig,
-            "optim": OptimConfig,
-            "runtime": RuntimeConfig,
-        }
-        _same_keys("config", values, cls)
-        for name, value in values.items():
-            parts[name] = _section(name, value, sections[name]) if name in sections else value
-        _typed("config", "seed", parts["seed"], int)
-        _typed("config", "experiment", parts["experiment"], str)
-        return cls(**parts)
+        import dacite
+
+        def real(value: Any) -> Any:
+            return float(value) if type(value) is int else value
+
+        if isinstance(values.get("runtime"), dict):
+            known = {f.name for f in dataclasses.fields(RuntimeConfig)}
+            runtime = {k: v for k, v in values["runtime"].items() if k in known}
+            values = {**values, "runtime": runtime}
+        try:
+            config = dacite.from_dict(
+                cls, values, dacite.Config(cast=[tuple], type_hooks={float: real}, strict=True)
+            )
+        except (dacite.DaciteError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"config: {error}. The file comes from another version; train into another folder."
+            ) from error
+        _ = config.model.spec
+        return config
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -283,12 +342,6 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> str:
     a, b = _flat(old), _flat(new)
     changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     return ", ".join(f"{k} {a.get(k)} -> {b.get(k)}" for k in changed)
-
-
-def canonical_json(values: object) -> bytes:
-    """JSON with sorted keys and no spaces; equal values give equal bytes."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -301,56 +354,23 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _section(name: str, values: Any, kind: type) -> Any:
-    """Build one of the four parts, checking names and types of its fields."""
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"config: {name} must be a table of fields, found {type(values).__name__}."
-        )
-    fields = cast("dict[str, Any]", values)
-    default = kind()
-    # None stands for "not asked for": files from before such a field existed lack it.
-    fields = {f.name: None for f in dataclasses.fields(kind) if f.default is None} | fields
-    _same_keys(f"config: {name}", fields, kind)
-    built: dict[str, Any] = {}
-    for key, value in fields.items():
-        known = getattr(default, key)
-        if isinstance(known, tuple):
-            _typed(name, key, value, list)
-            built[key] = tuple(cast("list[int]", value))
-        else:
-            # Fields whose default is None are optional texts or numbers; the checks of the
-            # dataclass and of their users cover those.
-            if known is not None:
-                _typed(name, key, value, type(known))
-            built[key] = value
-    return kind(**built)
-
-
-def _same_keys(subject: str, values: dict[str, Any], kind: type) -> None:
-    allowed = {f.name for f in dataclasses.fields(kind)}
-    unknown, missing = sorted(values.keys() - allowed), sorted(allowed - values.keys())
-    if unknown:
-        raise ValueError(
-            f"{subject} has no field {', '.join(unknown)}; it takes {', '.join(sorted(allowed))}. "
-            "The file comes from another version; train into another folder."
-        )
-    if missing:
-        raise ValueError(
-            f"{subject} lacks the field {', '.join(missing)}. "
-            "The file comes from another version; train into another folder."
-        )
-
-
-def _typed(subject: str, name: str, value: object, kind: type) -> None:
-    right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{subject}.{name}={value!r} must be of type {kind.__name__}.")
-
-
-def _at_least(name: str, value: float, lowest: float) -> None:
-    if not value >= lowest:
+def _whole(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a whole number.")
+    if value < lowest:
         raise ValueError(f"{name}={value} is too small. Use at least {lowest}.")
+    if highest is not None and value > highest:
+        raise ValueError(f"{name}={value} is too large. Use at most {highest}.")
+
+
+def _number(section: Any, title: str, name: str) -> None:
+    """Check an optional number from 0 on, and keep it as a float: 1 and 1.0 must give one id."""
+    value = getattr(section, name)
+    if value is None:
+        return
+    if isinstance(value, (bool, str)) or not 0 <= value < math.inf:
+        raise ValueError(f"{title}.{name}={value!r} must be a number from 0 on.")
+    object.__setattr__(section, name, float(value))
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,54 +1,19 @@
-"""What a run runs on: versions, hardware, commit, command."""
+"""What a run runs on: versions, hardware, commit."""
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
-from spem.training.checkpoint import write_atomic
-from spem.training.config import RuntimeConfig
 
-ENVIRONMENT = "environment.json"
-_KERNELS = ("numba", "triton")
-"""Packages that compile kernels, if they are there."""
-
-
-def record_environment(
-    folder: Path, data: dict[str, str], runtime: RuntimeConfig, processes: int = 1
-) -> None:
-    """Append to `environment.json` what the run runs on from here; a resume appends again."""
-    path = folder / ENVIRONMENT
-    try:
-        starts = cast("list[dict[str, Any]]", json.loads(path.read_text())["starts"])
-    except (OSError, ValueError, KeyError, TypeError):
-        starts = []
-    starts.append(
-        {
-            "versions": versions(*_KERNELS),
-            "impl": runtime.impl,
-            "step": runtime.step,
-            "processes": processes,
-            "platform": platform.platform(),
-            "hardware": hardware(torch.device(runtime.device), runtime.threads),
-            "commit": commit(),
-            "command": sys.argv,
-            "data_sha256": data,
-        }
-    )
-    write_atomic(path, json.dumps({"starts": starts}, indent=2).encode() + b"\n")
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Versions of what computes the result, and of further packages."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("spem", "numpy", *more):
+def versions() -> dict[str, str]:
+    """Versions of what computes a result."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("spem", "numpy", "numba", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -89,3 +54,6 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except OSError:
         return None
     return asked.stdout.strip() if asked.returncode == 0 else None
+
+
+ENVIRONMENT = "environment.json"

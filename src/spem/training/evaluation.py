@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spem.data import NORMALISATION, ImageSet, normalise
+from spem.data import NORMALISATION, ImageSet, load_images, normalise
+from spem.data.names import known_name
+from spem.training.config import RunConfig
+from spem.training.folder import DataIdentity
+from spem.training.sets import load_test
 
 
 @dataclass(frozen=True)
@@ -94,3 +99,52 @@ def _answers(
             yield model(images.contiguous(memory_format=torch.channels_last)), labels
     finally:
         model.train(was_training)
+
+
+def load_test_images(
+    config: RunConfig,
+    data: DataIdentity | None,
+    *,
+    name: str | None = None,
+    root: str | Path | None = None,
+) -> ImageSet:
+    """The test images to judge trained weights on: those of their training, or others.
+
+    What a network was trained on is known by the checksum and the names of the classes. A name is
+    not enough: anything may lie in a folder that is called digits.
+
+    Args:
+        config: of `Weights` or `Run`.
+        data: of the same.
+        name: name or path of other images; None takes those of the training.
+        root: folder that holds the named sets; None takes the training's.
+
+    Raises:
+        FileNotFoundError: there are no such images; or the weights were passed on, and where their
+            images lie is not known.
+        ValueError: the images are not those that the network was tested on, though none were named;
+            or their classes have other names than the network's outputs.
+    """
+    own = replace(
+        config.data, root=config.data.root if root is None else str(root), test_sha256=None
+    )
+    if name is None or name == config.data.name:
+        if known_name(own.name) is None and not Path(own.name).is_dir():
+            raise FileNotFoundError(
+                f"the network was trained on a folder named {own.name!r}, which is not here. Name "
+                "the images with --data PATH."
+            )
+        images = load_test(own)
+        if name is None and data is not None and not data.is_test_set(images):
+            raise ValueError(
+                f"the network was trained on images named {data.name!r} that are not those found "
+                f"under this name here (SHA-256 {data.test_sha256[:10]} there, "
+                f"{images.sha256[:10]} here). Name the images with --data PATH."
+            )
+    else:
+        images = load_images(
+            name, "test", root=root, size=own.size, test=own.test, skip_broken=own.skip_broken
+        )
+    if data is not None:
+        data.require_classes(images)
+    return images

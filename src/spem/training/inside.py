@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,9 +53,7 @@ def describe_gates(
         images) and `sd_images` (over images, averaged over channels): a gate whose `sd_images` is 0
         does not look at its input. A module that has no gate (it only adds) is left out.
     """
-    few = ImageSet(
-        data.images[:GATE_IMAGES], data.labels[:GATE_IMAGES], data.classes, data.name, data.sha256
-    )
+    few = replace(data, images=data.images[:GATE_IMAGES], labels=data.labels[:GATE_IMAGES])
     if not any(isinstance(module, ChannelAttention) for module in model.modules()):
         return []  # the plain network
     with inspect(model) as inside:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,42 +15,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention import learned_mixes
+from spem.attention import attention_parameters, learned_mixes
 from spem.data import NORMALISATION, ImageSet, normalise
 from spem.extras import require
 from spem.models import blocks, start_branches
 from spem.ops import use_impl
 from spem.seeding import initialise
 from spem.training.capture import CapturedStep
-from spem.training.checkpoint import (
-    build_model,
-    save_answers,
+from spem.training.config import RunConfig, RuntimeConfig
+from spem.training.distributed import Team, gather_team, shared_step
+from spem.training.environment import commit, hardware, versions
+from spem.training.evaluation import Accuracy, evaluate
+from spem.training.folder import (
+    CHECKPOINT,
+    WEIGHTS,
+    DataIdentity,
+    Plan,
+    Result,
+    append_metrics,
+    build_network,
+    held,
+    now,
+    read_plan,
+    read_result,
+    read_run,
+    require_own,
+    require_same_run,
     save_checkpoint,
-    save_json,
     save_weights,
     unpack_checkpoint,
+    write_error,
+    write_metrics,
+    write_plan,
+    write_result,
 )
-from spem.training.choose_impl import evaluation_impl, tails_of
-from spem.training.choose_step import choose_step
-from spem.training.config import RunConfig
-from spem.training.distributed import Team, gather_team
-from spem.training.diverged import require_finite, write_diverged
-from spem.training.environment import record_environment
-from spem.training.evaluation import Accuracy, evaluate, predict
-from spem.training.inside import describe_gates, gradient_norms
-from spem.training.log import Progress, Status, read_metrics
-from spem.training.opening import Opened, opened
-from spem.training.results import Result, best_line, summarise, write_result
-from spem.training.runs import ANSWERS, CHECKPOINT, GATES, WEIGHTS, require_same_run, settle_step
-from spem.training.sets import epoch_images, load_sets, require_batches
-from spem.training.shared_step import shared_step
+from spem.training.inside import describe_gates, gradient_norms, norm_report
+from spem.training.progress import Progress, Silent, Status, choose_progress
+from spem.training.sets import Sets, epoch_batches, load_sets, require_batches
 from spem.training.signals import Interrupted, StopSignals, stop_signals
-from spem.training.state import DIVIDED, State, zero_sums
-from spem.training.step import execution, lambdas, make_optimizer, make_step, set_rate
+from spem.training.step import (
+    choose_impl,
+    evaluation_impl,
+    execution,
+    lambdas,
+    make_optimizer,
+    make_step,
+    require_cuda,
+    set_rate,
+    tails_of,
+)
+
+DIVIDED = ("loss", "correct")
+"""Sums of which each process that trains a run holds a part; of the others each holds all."""
 
 
-def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) -> Result:
-    """Train in a folder, from the start or from its checkpoint; at once if it is finished.
+def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> Result:
+    """Train in a folder, from the start or from its checkpoint; a finished run is only read.
 
     On the CPU a resumed run ends in the same bits as an undisturbed one. Where torch.distributed
     has a process group of several processes (`spem.training.process_group` joins torchrun's), all
@@ -58,16 +80,18 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) 
     Args:
         config: what to train; what it leaves open (device, threads, implementation, step) is
             resolved and written down.
-        folder: the run folder, made if needed. One run at a time may be trained in it.
+        folder: the run folder, made if needed (`spem.training.folder` says what lies in it). One
+            process at a time may train in it.
         progress: what is told about the run; None shows a live bar or plain lines.
 
     Raises:
-        ValueError: the folder holds another run, or a damaged file, or the config asks for an
+        ValueError: the folder holds another run, a damaged file or files of another origin; the
+            images cannot be read or are not those the run was begun on; or the config asks for an
             implementation or a step that cannot be had.
-        RuntimeError: another process trains in the folder, or one that trained with this one is
-            gone.
-        ImportError: safetensors is not installed.
-        FloatingPointError: the loss became infinite or NaN.
+        HeldError: another process trains in the folder.
+        RuntimeError: a process that trained with this one is gone.
+        ImportError: safetensors or filelock is not installed.
+        FloatingPointError: the loss became infinite or NaN, now or when the run was last trained.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint is written, and the exception carries the
             exit code.
     """
@@ -78,17 +102,164 @@ def train(config: RunConfig, folder: Path, *, progress: Progress | None = None) 
         gather_team() as team,
         stop_signals() as stop,
         team.watched(folder / CHECKPOINT),
-        opened(config, folder, progress, team) as run,
+        ExitStack() as until,
     ):
-        if isinstance(run, Result):
-            return run
-        runtime = run.config.runtime
+        team.require_same("run", [config.id, config.seed])
+        if team.leads:
+            progress = progress or choose_progress()
+            until.callback(progress.close)
+        else:
+            progress = Silent()
+        result = _finished(config, folder, team, progress)
+        if result is not None:
+            return result
+        team.alone(partial(require_own, folder))
+        # Before the folder is made: where the images lack there is nothing to train.
+        sets = load_sets(config.data)
+        team.require_same("images", [sets.train.sha256, sets.test.sha256])
+        team.alone(lambda: until.enter_context(held(folder)))
+        result = _finished(config, folder, team, progress)  # by another process, meanwhile
+        if result is not None:
+            return result
+        plan = Plan.from_dict(team.lead(lambda: _plan(config, folder, sets, progress, team.size)))
         try:
-            with execution(runtime, team.device(runtime.device)) as device:
-                return _Training(run, folder, device, stop, team).run()
+            with execution(plan.runtime, team.device(plan.runtime.device)) as device:
+                return _Training(plan, folder, sets, device, stop, team, progress).run()
         except FloatingPointError as error:
-            write_diverged(run.config, folder, len(read_metrics(folder)), str(error))
+            if team.leads:
+                write_error(config, str(error), folder)
             raise
+
+
+def _finished(config: RunConfig, folder: Path, team: Team, progress: Progress) -> Result | None:
+    """The result of this very run, if the folder holds it.
+
+    Raises:
+        ValueError: the folder holds another run, or a damaged file.
+        FloatingPointError: the run has diverged.
+    """
+
+    def look() -> dict[str, Any] | None:
+        if not (folder / "result.json").exists():
+            return None
+        run = read_run(folder)
+        require_same_run(run.config, config, folder)
+        if run.error is not None:
+            raise FloatingPointError(f"{run.error} (Trained before, in {folder}.)")
+        assert run.result is not None
+        return asdict(run.result)
+
+    found = team.lead(look)
+    if found is None:
+        return None
+    result = Result.from_dict(found)
+    progress.message(f"finished on {result.date}, so nothing is trained: {folder}")
+    return result
+
+
+def _plan(
+    config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int
+) -> dict[str, Any]:
+    """Resolve what a config leaves open, or take over how the folder's run was planned.
+
+    Several processes take their steps eagerly, and each on a device of its own: a run that one
+    process planned otherwise goes on so.
+    """
+    data = DataIdentity.of(config.data.name, sets.train, sets.test)
+    stored = read_plan(folder)
+    begun = (folder / CHECKPOINT).exists()
+    runtime = config.runtime
+    if stored is not None:
+        require_same_run(stored.config, config, folder)
+        if (stored.data.train_sha256, stored.data.test_sha256, stored.data.classes) != (
+            data.train_sha256,
+            data.test_sha256,
+            data.classes,
+        ):
+            raise ValueError(
+                f"train: the images differ from those that the run in {folder} was begun on "
+                f"({stored.data.train_sha256[:10]} -> {data.train_sha256[:10]}, "
+                f"{stored.data.test_sha256[:10]} -> {data.test_sha256[:10]}, or the names of the "
+                "classes). Use another folder."
+            )
+    if stored is not None and begun:
+        # Each of these can change the last bits.
+        runtime = replace(stored.runtime, checkpoint_minutes=runtime.checkpoint_minutes)
+        asked = {"device": config.runtime.device, "threads": config.runtime.threads}
+        kept = ", ".join(
+            f"{name} {getattr(runtime, name)} (asked: {value})"
+            for name, value in asked.items()
+            if value not in ("auto", 0, getattr(runtime, name))
+        )
+        if kept:
+            progress.message(f"resuming as planned, so that the result stays exact: {kept}")
+        if processes > 1 and config.runtime.step in ("auto", "eager"):
+            runtime = replace(runtime, step="eager", device=runtime.device.partition(":")[0])
+    try:
+        runtime = _resolved(runtime, processes)
+    except ValueError as error:
+        if not begun:
+            raise
+        raise ValueError(f"{error} But the run in {folder} was begun this way.") from error
+    machine = hardware(torch.device(runtime.device), runtime.threads)
+    start = {
+        "date": now(),
+        "hardware": machine if processes == 1 else f"{processes} x {machine}",
+        "versions": versions(),
+        "commit": commit(),
+    }
+    earlier = stored.starts if stored is not None and begun else []
+    plan = Plan(config, runtime, data, [*earlier, start])
+    write_plan(plan, folder)
+    return plan.to_dict()
+
+
+def _resolved(runtime: RuntimeConfig, processes: int) -> RuntimeConfig:
+    """Fill in what was left open, and refuse what cannot be had."""
+    device = runtime.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"train: runtime.device={device!r} cannot be used ({reason}). Use 'cpu' or 'auto'."
+        ) from None
+    kind, step = torch.device(device).type, runtime.step
+    if step == "auto":
+        step = "graph" if kind == "cuda" and processes == 1 else "eager"
+    if processes > 1 and step != "eager":
+        raise ValueError(
+            f"train: runtime.step={step!r} is for one process, and {processes} train this run. Use "
+            "'eager' or 'auto'."
+        )
+    if processes > 1 and device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"train: runtime.device={device!r} cannot serve {processes} processes, each of which "
+            "takes a device of its own. Use 'cuda', 'cpu' or 'auto'."
+        )
+    if step == "graph":
+        require_cuda(kind)
+    threads = runtime.threads or torch.get_num_threads()
+    settled = replace(runtime, device=device, threads=threads, step=step)
+    return replace(settled, impl=choose_impl(settled, kind).impl)
+
+
+@dataclass
+class _State:
+    """Where a run stands: everything of a checkpoint but model and optimiser."""
+
+    sums: dict[str, Tensor]
+    """Sums over the steps of the current epoch: loss, penalty, correct, change of each lambda; and,
+    of its last step, the norm of each block's gradient."""
+    epoch: int = 0
+    step: int = 0
+    """Steps done in the current epoch."""
+    seconds: float = 0.0
+    """Time of those steps."""
+    history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """Lines of `metrics.jsonl`."""
 
 
 class _Training:
@@ -96,43 +267,35 @@ class _Training:
 
     def __init__(
         self,
-        run: Opened,
+        plan: Plan,
         folder: Path,
+        sets: Sets,
         device: torch.device,
         stop: StopSignals,
         team: Team,
+        progress: Progress,
     ) -> None:
-        self.config = config = run.config
-        self.log, self.claim = run.log, run.claim
+        self.plan, self.config, self.runtime = plan, plan.config, plan.runtime
+        config, runtime = self.config, self.runtime
         self.folder, self.device, self.stop, self.team = folder, device, stop, team
-        self.sets = load_sets(config.data, device)
-        team.require_same("images", self._checksums())
-        model = build_model(config, classes=len(self.sets.train.classes))
+        self.progress = progress
+        self.sets = sets.to(device)
+        model = build_network(config, classes=len(sets.train.classes))
         initialise(model, config.seed, scope=config.model.init_scope)
         if config.model.branch_start is not None:
             start_branches(model, config.model.branch_start)
-        self.format = (
-            torch.channels_last if config.runtime.channels_last else torch.contiguous_format
-        )
+        self.format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
-        require_batches(self.model, len(self.sets.train), config.optim.batch)
+        require_batches(self.model, len(sets.train), config.optim.batch)
         self.optimizer = make_optimizer(self.model, config.optim)
         if team.size > 1:
-            self.take_step = shared_step(
-                self.model, self.optimizer, config.optim, config.runtime, team
-            )
-        elif config.runtime.step == "auto":
-            batch = self._sample(min(config.optim.batch, len(self.sets.train)))
-            step, self.take_step = choose_step(
-                self.model, self.optimizer, config, *batch, self.log.message
-            )
-            self.config = config = settle_step(config, folder, step)
+            self.take_step = shared_step(self.model, self.optimizer, config.optim, runtime, team)
         else:
-            self.take_step = make_step(self.model, self.optimizer, config.optim, config.runtime)
+            self.take_step = make_step(self.model, self.optimizer, config.optim, runtime)
         self.mixes = learned_mixes(self.model)
         self.blocks = [name for name, _ in blocks(self.model)]
-        self.steps = math.ceil(len(self.sets.train) / config.optim.batch)
-        self.state = State(self._zero_sums())
+        self.steps = math.ceil(len(sets.train) / config.optim.batch)
+        self.state = _State(self._zero_sums())
         self.saved_at = time.monotonic()
 
     def run(self) -> Result:
@@ -140,11 +303,6 @@ class _Training:
         self._resume()
         self._prepare()
         state, optim = self.state, self.config.optim
-        if self.team.leads:
-            runtime = self.config.runtime
-            record_environment(self.folder, self._checksums(), runtime, self.team.size)
-        if self.config.runtime.tensorboard:
-            self.log.open_board(first_epoch=state.epoch)
         while state.epoch < optim.epochs:
             rate = set_rate(self.optimizer, optim, state.epoch)
             self._train_epoch()
@@ -153,13 +311,15 @@ class _Training:
             state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
             state.sums = self._zero_sums()
             self._save()
-            self.log.epoch(line, optim.epochs)
+            if self.team.leads:
+                append_metrics(line, self.folder)
+            self.progress.epoch(line, optim.epochs)
             if self._asked_to_stop() and state.epoch < optim.epochs:
                 raise self.stop.interruption(f"after epoch {state.epoch}", self._go_on())
         result = self.team.lead(lambda: asdict(self._finish()))
         if self._asked_to_stop():
             raise self.stop.interruption("after its last epoch", "The result is written.")
-        return Result(**result)
+        return Result.from_dict(result)
 
     def _asked_to_stop(self) -> bool:
         return self.team.agree(self.stop, False)[0]
@@ -167,15 +327,19 @@ class _Training:
     def _train_epoch(self) -> None:
         """Take the missing steps of the current epoch, without waiting for the device between."""
         config, state = self.config, self.state
-        images, labels = epoch_images(self.sets.train, config.data, config.seed, state.epoch)
         before = lambdas(self.model)
         started, carried, first = time.monotonic(), state.seconds, state.step
-        while state.step < self.steps:
-            here = slice(state.step * config.optim.batch, (state.step + 1) * config.optim.batch)
-            batch = self._normalised(images[here])
-            output = self.take_step(batch, labels[here])
+        for images, labels in epoch_batches(
+            self.sets.train,
+            config.data,
+            config.seed,
+            state.epoch,
+            batch=config.optim.batch,
+            first=first,
+        ):
+            output = self.take_step(self._normalised(images), labels)
 
-            state.sums["loss"] += output.loss * len(batch)
+            state.sums["loss"] += output.loss * len(images)
             state.sums["penalty"] += output.penalty
             state.sums["correct"] += output.correct
             state.sums["change"] += (output.lambdas - before).abs()
@@ -185,15 +349,16 @@ class _Training:
             if state.step == self.steps:
                 state.sums["gradients"].copy_(gradient_norms(self.model))
             state.seconds = carried + time.monotonic() - started
-            due = time.monotonic() - self.saved_at > 60 * config.runtime.checkpoint_minutes
+            due = time.monotonic() - self.saved_at > 60 * self.runtime.checkpoint_minutes
             stop, due = self.team.agree(self.stop, due)
             if stop or due:
                 self._save()
             if stop:
                 raise self._interruption()
-            if self.log.progress.due():
-                self.log.progress.step(self._status(state.step - first, time.monotonic() - started))
-        self._synchronise()
+            if self.progress.due():
+                self.progress.step(self._status(state.step - first, time.monotonic() - started))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         state.seconds = carried + time.monotonic() - started
 
     def _interruption(self) -> Interrupted:
@@ -201,29 +366,23 @@ class _Training:
         return self.stop.interruption(where, self._go_on())
 
     def _normalised(self, images: Tensor) -> Tensor:
-        config = self.config
-        mean, std = NORMALISATION[config.data.normalisation]
-        dtype = torch.bfloat16 if config.runtime.precision == "bf16" else torch.float32
+        mean, std = NORMALISATION[self.config.data.normalisation]
+        dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
         return normalise(images, mean, std, dtype).contiguous(memory_format=self.format)
-
-    def _sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """A batch of the shape and kind that steps take."""
-        train = self.sets.train
-        return self._normalised(train.images[:count]), train.labels[:count]
 
     def _prepare(self) -> None:
         """Say what runs the steps, and capture them, if they are, before the clock starts."""
-        runtime, count = self.config.runtime, len(self.sets.train)
-        self.log.message(f"{tails_of(self.model, runtime)}, step: {runtime.step}")
+        runtime, train = self.runtime, self.sets.train
+        self.progress.message(f"{tails_of(self.model, runtime)}, step: {runtime.step}")
         if isinstance(self.take_step, CapturedStep):
             started = time.monotonic()
-            batch = min(self.config.optim.batch, count)
-            sizes = sorted({batch, count % batch or batch}, reverse=True)
+            batch = min(self.config.optim.batch, len(train))
+            sizes = sorted({batch, len(train) % batch or batch}, reverse=True)
             for size in sizes:
-                self.take_step.prepare(*self._sample(size))
+                self.take_step.prepare(self._normalised(train.images[:size]), train.labels[:size])
             text = " and ".join(str(size) for size in sizes)
             seconds = time.monotonic() - started
-            self.log.message(f"captured the step for {text} images in {seconds:.0f} s")
+            self.progress.message(f"captured the step for {text} images in {seconds:.0f} s")
 
     def _epoch_line(self, rate: float, sums: dict[str, Tensor]) -> dict[str, Any]:
         """Read the epoch's sums (once), evaluate, and put the epoch's line together."""
@@ -269,7 +428,7 @@ class _Training:
         return line
 
     def _evaluate(self, images: ImageSet, between: Callable[[], None]) -> Accuracy:
-        with use_impl(evaluation_impl(self.config.runtime.impl)):
+        with use_impl(evaluation_impl(self.runtime.impl)):
             return evaluate(
                 self.model,
                 images,
@@ -277,31 +436,63 @@ class _Training:
                 between=between,
             )
 
-    def _look_inside(self) -> None:
-        """Write down the answers of the finished network on the test set, and its gates."""
-        test, normalisation = self.sets.test, self.config.data.normalisation
-        with use_impl(evaluation_impl(self.config.runtime.impl)):
-            answers = predict(self.model, test, normalisation=normalisation)
-            gates = describe_gates(self.model, test, normalisation=normalisation)
-        save_answers(answers, self.folder / ANSWERS)
-        save_json({"gates": gates}, self.folder / GATES)
-
     def _go_on(self) -> str:
         return (
             f"The checkpoint lies in {self.folder}; run the same command again to go on from there."
         )
 
     def _finish(self) -> Result:
-        self._check_claim()
-        self._look_inside()
-        save_weights(self.model, self.config, self.folder / WEIGHTS)
-        result = summarise(
-            self.config, self.model, self.sets, self.state.history, self.folder, self.team.size
-        )
-        write_result(result, self.folder)
-        if not self.config.runtime.keep_checkpoint:
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        """Write weights and result, and take the checkpoint away."""
+        impl = self.runtime.impl
+        path = self.folder / WEIGHTS
+        save_weights(self.model, self.config, path, data=self.plan.data, impl=impl)
+        write_result(self._result(), self.folder)
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        result = read_result(self.folder)
+        assert result is not None
         return result
+
+    def _result(self) -> Result:
+        config, sets, history = self.config, self.sets, self.state.history
+        with use_impl(evaluation_impl(self.runtime.impl)):
+            normalisation = config.data.normalisation
+            gates = describe_gates(self.model, sets.test, normalisation=normalisation)
+        last, best = history[-1], best_line(history)
+        train_seconds = sum(line["seconds"] for line in history)
+        assert self.runtime.impl is not None  # resolved when it was planned
+        return Result(
+            id=config.id,
+            seed=config.seed,
+            dataset=config.data.name,
+            depth=config.model.depth,
+            attention=config.model.attention,
+            epochs=config.optim.epochs,
+            accuracy=last["test_accuracy"],
+            loss=last["test_loss"],
+            train_accuracy=last["train_accuracy"],
+            train_loss=last["loss"],
+            validation_accuracy=last.get("validation_accuracy"),
+            best_accuracy=best["test_accuracy"],
+            best_epoch=best["epoch"],
+            best_selected_on="test" if sets.validation is None else "validation",
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            attention_parameters=attention_parameters(self.model),
+            flops=_flops(self.model, tuple(sets.test.images.shape[1:])),
+            steps=self.steps * config.optim.epochs,
+            train_seconds=train_seconds,
+            evaluation_seconds=sum(line["evaluation_seconds"] for line in history),
+            step_seconds=statistics.median(line["seconds"] for line in history) / self.steps,
+            images_per_second=len(sets.train) * len(history) / train_seconds,
+            hardware=self.plan.starts[-1]["hardware"],
+            versions=self.plan.starts[-1]["versions"],
+            train_sha256=sets.train.sha256,
+            test_sha256=sets.test.sha256,
+            commit=self.plan.starts[-1]["commit"],
+            date=now(),
+            impl=self.runtime.impl,
+            step=self.runtime.step,
+            gates=gates,
+        )
 
     def _save(self) -> None:
         """Write the checkpoint. This waits for the device, so it does not happen every step."""
@@ -317,20 +508,14 @@ class _Training:
         self._require_finite("training loss", float(sums["loss"]))
         weights = [parameter.detach() for parameter in self.model.parameters()]
         self._require_finite("norm of the weights", float(nn.utils.get_total_norm(weights)))
-        self._check_claim()
         content = {
-            "config": self.config.to_dict(),
-            "data_sha256": self._checksums(),
+            "plan": self.plan.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             **vars(self.state),
             "sums": sums,
         }
         save_checkpoint(content, self.folder / CHECKPOINT)
-
-    def _check_claim(self) -> None:
-        assert self.claim is not None  # only the first process writes
-        self.claim.check()
 
     def _resume(self) -> None:
         """Go to where the checkpoint stands, if there is one."""
@@ -339,35 +524,37 @@ class _Training:
         stored = self.team.share(lambda: path.read_bytes() if path.exists() else b"")
         if stored:
             content = unpack_checkpoint(stored, path)
-            require_same_run(RunConfig.from_dict(content["config"]), self.config, self.folder)
-            if content["data_sha256"] != self._checksums():
-                raise ValueError(
-                    f"train: the images differ from those {path} was trained on "
-                    f"({content['data_sha256']} -> {self._checksums()}). Use another folder."
-                )
+            require_same_run(Plan.from_dict(content["plan"]).config, self.config, self.folder)
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             names = vars(self.state).keys()
-            self.state = State(**{name: content[name] for name in names})
-            # A checkpoint of an earlier version lacks the sums that are younger.
-            sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
-            self.state.sums = self._zero_sums() | sums
+            self.state = _State(**{name: content[name] for name in names})
+            self.state.sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
             if not self.team.leads:
                 for name in DIVIDED:
                     self.state.sums[name].zero_()
-            self.log.message(
+            self.progress.message(
                 f"resuming in epoch {self.state.epoch + 1} after step {self.state.step}"
             )
-        self.log.restart(self.state.history)
+        if self.team.leads:
+            write_metrics(self.state.history, self.folder)
 
     def _require_finite(self, name: str, value: float) -> None:
-        require_finite(
-            name,
-            value,
-            model=self.model,
-            epoch=self.state.epoch,
-            rate=self.optimizer.param_groups[0]["lr"],
-            checkpoint=self.folder / CHECKPOINT,
+        """Refuse to go on with a number that is infinite or NaN.
+
+        Raises:
+            FloatingPointError: the message says where, what the norm layers look like, and where
+                the last good checkpoint lies.
+        """
+        if math.isfinite(value):
+            return
+        checkpoint, rate = self.folder / CHECKPOINT, self.optimizer.param_groups[0]["lr"]
+        good = "There is no checkpoint yet"
+        if checkpoint.exists():
+            good = f"The last good checkpoint is {checkpoint}"
+        raise FloatingPointError(
+            f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
+            f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
         )
 
     def _status(self, steps_now: int, seconds_now: float) -> Status:
@@ -387,11 +574,24 @@ class _Training:
         )
 
     def _zero_sums(self) -> dict[str, Tensor]:
-        return zero_sums(len(self.mixes), len(self.blocks), self.device)
+        """The sums of an epoch before its first step."""
+        device = self.device
+        real = torch.float32 if device.type == "mps" else torch.float64
+        return {
+            "loss": torch.zeros((), dtype=real, device=device),
+            "penalty": torch.zeros((), dtype=real, device=device),
+            "correct": torch.zeros((), dtype=torch.int64, device=device),
+            "change": torch.zeros(len(self.mixes), dtype=real, device=device),
+            "gradients": torch.zeros(len(self.blocks), dtype=real, device=device),
+        }
 
-    def _checksums(self) -> dict[str, str]:
-        return {"train": self.sets.train.sha256, "test": self.sets.test.sha256}
 
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+def best_line(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first epoch with the best accuracy, on validation images or, without any, on test."""
+    return max(history, key=lambda line: line.get("validation_accuracy", line["test_accuracy"]))
+
+
+def _flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    from spem import cost  # loads torch's counter, which imports much
+
+    return cost.count(model, (1, *input_shape)).flops

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from spem.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
 
@@ -32,8 +29,7 @@ def paper(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -
 def fast(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -> RunConfig:
     """Return `paper` with what leaves the distribution of trained networks unchanged.
 
-    That is channels_last and the fastest step: captured as a graph on CUDA, on a CPU compiled or
-    not, whichever a measurement finds faster. It stays in float32.
+    That is channels_last, and the step captured as a graph on CUDA. It stays in float32.
     """
     recipe = paper(dataset, depth, attention)
     return replace(recipe, runtime=replace(recipe.runtime, channels_last=True, step="auto"))
@@ -51,7 +47,6 @@ def short(
     return replace(
         recipe,
         optim=replace(recipe.optim, epochs=epochs, milestones=scaled_milestones(epochs)),
-        # On a CPU compiling saved at most a tenth of a step, and costs its time in every run.
         runtime=replace(
             recipe.runtime, step="eager", precision="bf16" if native_bf16() else "fp32"
         ),
@@ -80,11 +75,7 @@ def scaled_milestones(epochs: int) -> tuple[int, ...]:
 
 
 def native_bf16() -> bool:
-    """Whether the device that "auto" takes computes in bfloat16 rather than emulating it."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if platform.machine() == "arm64":
-        return False
+    """Whether this processor computes in bfloat16 (AMX, AVX-512) rather than emulating it."""
     cpuinfo = Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set[str]()
-    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+    return bool(words & {"amx_bf16", "avx512_bf16"})

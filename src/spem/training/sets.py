@@ -1,4 +1,4 @@
-"""The images of a run: loaded once, and put in order and augmented once an epoch."""
+"""The images of a run: loaded once, put in order and augmented a few batches at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from spem.data import ImageSet, Split, augment, epoch_plan, hold_out, load_image
 from spem.seeding import keyed_generator
 from spem.training.config import DataConfig
 
+AT_ONCE = 8
+"""Batches that are augmented together."""
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -26,6 +28,11 @@ class Sets:
     train: ImageSet
     test: ImageSet
     validation: ImageSet | None
+
+    def to(self, device: torch.device) -> Sets:
+        """The same images on another device."""
+        validation = None if self.validation is None else self.validation.to(device)
+        return Sets(self.train.to(device), self.test.to(device), validation)
 
 
 _loader: ContextVar[Callable[..., ImageSet]] = ContextVar("loader", default=load_images)
@@ -59,27 +66,40 @@ def images_kept(sets: int = 4) -> Generator[None]:
         _loader.reset(before)
 
 
-def load_sets(data: DataConfig, device: torch.device) -> Sets:
-    """Load the images of a run onto a device, with validation images and limit taken off.
+def load_sets(data: DataConfig) -> Sets:
+    """Load the images of a run, with validation images and limit taken off.
 
     Both are fixed choices that do not depend on the run's seed.
     """
-    root = None if data.root is None else Path(data.root)
-    load = _loader.get()
-    train = load(data.name, "train", root=root, size=data.size, sha256=data.sha256)
+    train = _loaded(data, "train", data.sha256)
     validation = None
     if data.val:
         train, validation = hold_out(train, data.val)
-        validation = validation.to(device)
     train = _limited(train, data.limit, "limit")
-    return Sets(train.to(device), load_test(data).to(device), validation)
+    test = load_test(data)
+    if test.classes != train.classes:
+        raise ValueError(
+            f"{data.name}: the training images have other classes than the test images "
+            f"({len(train.classes)} and {len(test.classes)}). Their labels would differ in meaning."
+        )
+    return Sets(train, test, validation)
 
 
 def load_test(data: DataConfig) -> ImageSet:
     """Load the test images of a run, in the order of its answers, on the CPU."""
-    root = None if data.root is None else Path(data.root)
-    test = _loader.get()(data.name, "test", root=root, size=data.size, sha256=data.test_sha256)
-    return _limited(test, data.test_limit, "test_limit")
+    return _limited(_loaded(data, "test", data.test_sha256), data.test_limit, "test_limit")
+
+
+def _loaded(data: DataConfig, split: Split, sha256: str | None) -> ImageSet:
+    return _loader.get()(
+        data.name,
+        split,
+        root=data.root,
+        size=data.size,
+        test=data.test,
+        skip_broken=data.skip_broken,
+        sha256=sha256,
+    )
 
 
 def _limited(images: ImageSet, limit: int | None, purpose: str) -> ImageSet:
@@ -89,20 +109,28 @@ def _limited(images: ImageSet, limit: int | None, purpose: str) -> ImageSet:
     return images.take(order[:limit])
 
 
-def epoch_images(train: ImageSet, data: DataConfig, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-    """Put an epoch's images in the order they are shown, augmented in one gather.
+def epoch_batches(
+    train: ImageSet, data: DataConfig, seed: int, epoch: int, *, batch: int, first: int = 0
+) -> Generator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch in the order they are shown, from step `first` on.
 
-    Shape:
-        images: uint8 [n, 3, H, W], and labels: int64 [n], on the device of `train`.
+    A few of them at a time are put in order and augmented, in one gather; the plan is that of the
+    whole epoch, so the bits do not depend on how many.
+
+    Yields:
+        Images, uint8 [batch, 3, H, W], and labels, int64 [batch], on the device of `train`.
     """
     pad = data.pad if data.augment else 0
     plan = epoch_plan(seed, epoch, len(train), pad=pad)
-    order = plan.permutation.to(train.images.device)
-    images = train.images[order]
-    if data.augment:
-        flips = plan.flips if data.flip else torch.zeros_like(plan.flips)
-        images = augment(images, plan.offsets, flips, pad=pad)
-    return images, train.labels[order]
+    order, offsets, flips = (part.to(train.images.device) for part in plan)
+    if not data.flip:
+        flips = torch.zeros_like(flips)
+    for start in range(first * batch, len(train), AT_ONCE * batch):
+        here = slice(start, start + AT_ONCE * batch)
+        images, labels = train.images[order[here]], train.labels[order[here]]
+        if data.augment:
+            images = augment(images, offsets[here], flips[here], pad=pad)
+        yield from zip(images.split(batch), labels.split(batch), strict=True)
 
 
 def require_batches(model: nn.Module, images: int, batch: int) -> None:

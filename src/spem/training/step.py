@@ -1,10 +1,16 @@
-"""One training step, and the settings of torch it runs under."""
+"""One training step, what runs it, and the settings of torch it runs under.
+
+The step that trains is the step that benchmarks time: both call `make_step`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -12,8 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spem.attention import learned_mixes, param_groups, penalty
-from spem.ops import use_impl
+from spem.cost import block_tails, tails_text
+from spem.ops import Choice, choose, use_impl
+from spem.ops.dispatch import requested, unsupported
 from spem.training.config import OptimConfig, RuntimeConfig
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class StepOutput(NamedTuple):
@@ -45,13 +55,11 @@ def make_step(
             captured as a CUDA graph.
 
     Raises:
-        ValueError: the step is still "auto" (planning a run settles it), or "graph" off CUDA.
+        ValueError: "graph" off CUDA.
     """
-    if runtime.step == "auto":
-        raise ValueError(
-            "make_step: runtime.step='auto' is settled when a run is planned. Name another one."
-        )
     device = next(model.parameters()).device
+    if runtime.step == "auto":
+        runtime = replace(runtime, step="graph" if device.type == "cuda" else "eager")
     forward = make_forward(model, runtime)
 
     def read_lambdas() -> Tensor:
@@ -181,3 +189,92 @@ def execution(
         torch.backends.cudnn.benchmark = benchmark
         torch.backends.cudnn.allow_tf32 = tf32
         torch.use_deterministic_algorithms(deterministic)
+
+
+def map_dtypes(runtime: RuntimeConfig) -> tuple[torch.dtype, ...]:
+    """The dtypes of the maps that occur in a run: those of training, and evaluation's float32."""
+    if runtime.precision == "bf16":
+        return (torch.bfloat16, torch.float32)
+    return (torch.float32,)
+
+
+def choose_impl(runtime: RuntimeConfig, device: str) -> Choice:
+    """Decide the implementation of all tails of a run, in training and evaluation alike.
+
+    Args:
+        runtime: gives precision and step, and the wish.
+        device: type of the run's device.
+
+    Raises:
+        ValueError: a wish that cannot be met for every dtype that will occur.
+    """
+    choices = [choose("train", device, d, impl=runtime.impl) for d in map_dtypes(runtime)]
+    if requested(runtime.impl, "train") is not None:
+        return choices[0]
+    # One that takes training's maps but not evaluation's, or the reverse, cannot serve the run.
+    differing = [choice for choice in choices if choice.impl == "reference"]
+    choice = differing[0] if differing else choices[0]
+    if choice.impl == "reference" and device == "cuda" and runtime.step in ("compile", "graph"):
+        return Choice("formula", "compiled")
+    return choice
+
+
+def evaluation_impl(impl: str | None) -> str | None:
+    """What evaluates a run of this implementation: the formula is for compiled steps only."""
+    return "reference" if impl == "formula" else impl
+
+
+def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
+    """What runs the tails of a planned run, and why they are composed if they are."""
+    device, dtype = torch.device(runtime.device).type, map_dtypes(runtime)[0]
+    with use_impl(runtime.impl):
+        tails = block_tails(model, device=device, dtype=dtype)
+    with use_impl(None):
+        unasked = block_tails(model, device=device, dtype=dtype)
+    # What planning chose is a wish by now; if it is what is chosen unasked, that has the reason.
+    same = [tail.impl for tail in tails] == [tail.impl for tail in unasked]
+    return tails_text(unasked if same else tails)
+
+
+@contextlib.contextmanager
+def stored_impl(
+    runtime: RuntimeConfig, device: str, message: Callable[[str], None]
+) -> Generator[None]:
+    """Run a `with` block under the implementation a run was trained with, if it can run here.
+
+    Else the library's choice for float32 maps is taken, and `message` told so once. A wish by
+    `spem.ops.use_impl` or the environment goes before both.
+    """
+    stored = evaluation_impl(runtime.impl)
+    if stored is None or requested(None, "eval") is not None:
+        yield
+        return
+    reason = unsupported(stored, device, torch.float32)
+    if reason is None:
+        with use_impl(stored):
+            yield
+        return
+    instead = choose("eval", device, torch.float32).impl
+    message(f"the run was trained with impl={stored!r}, which {reason}; evaluating with {instead}")
+    yield
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory for the next allocation; for processes that train on a CPU.
+
+    By default glibc takes each feature map as fresh pages from the kernel and gives them back as
+    soon as the map is freed, so every step pays for clearing hundreds of megabytes anew. Kept, the
+    process stays at its highest size until it ends. Results do not depend on it. It concerns the
+    whole process and cannot be undone, so the commands call it and the library does not.
+
+    Returns:
+        Whether it took effect; not with another C library than glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    # Both, or memory that no longer comes from mmap would be trimmed instead.
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))

@@ -8,19 +8,6 @@ from torch import Tensor
 
 from spem.seeding import keyed_generator
 
-Triple = tuple[float, float, float]
-
-NORMALISATION: dict[str, tuple[Triple, Triple]] = {
-    # The paper's constants, for both CIFARs. Its deviations are the mean of per-image ones, not
-    # those of the pixels.
-    "paper": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    # Mean and deviation over all pixels of the training images.
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "digits": ((0.3054, 0.3054, 0.3054), (0.3753, 0.3753, 0.3753)),
-}
-"""(mean, standard deviation) per channel of pixels scaled to 0 .. 1, by name."""
-
 
 class EpochPlan(NamedTuple):
     """All random choices of one epoch; row i belongs to the i-th image the epoch shows.

@@ -1,0 +1,350 @@
+"""Image files sorted into one folder a class, and any image file as pixels; torch is not needed.
+
+A folder is looked at first, as a whole, so that what is wrong with it is told at once and before a
+network is built.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spem.extras import require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Progress = Callable[[int, int], None]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+"""Of Pillow: those that are pixels and nothing else. It knows others that start programs."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision's."""
+_UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".svg")
+"""Images too, which nobody should believe to be in the set while they are not."""
+_TESTS = ("test", "val", "valid", "validation")
+MAX_PIXELS = 89_478_485
+"""Of one image; beyond it Pillow warns of a trap as well."""
+MAX_BYTES = 32 * 2**30
+"""A set is held whole in memory; beyond these a file is taken for damaged."""
+_REPORT_EVERY = 500
+_TOLD = 10
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies in a folder of images.
+
+    Args:
+        classes: their names, sorted; the index is the label.
+        files: the images of each split with their labels, by class and path. A folder without
+            splits has them all under "all".
+    """
+
+    classes: tuple[str, ...]
+    files: dict[str, list[tuple[Path, int]]]
+
+
+def is_image_folder(folder: Path) -> bool:
+    """Whether a folder holds splits, or classes with images in them."""
+    inside = _folders(folder)
+    return any(path.name in ("train", *_TESTS) or _walk(path)[0] for path in inside)
+
+
+def look(folder: Path) -> Listing:
+    """List the images of ``folder/train/<class>/**`` and ``folder/test/<class>/**``.
+
+    ``val/``, ``valid/`` or ``validation/`` do where there is no ``test/``. A folder of classes
+    alone has no splits. Links are followed; what is hidden (``.ipynb_checkpoints``, ``._1.png``) or
+    ``__MACOSX`` is left out, as are files that are no images by their suffix.
+
+    Raises:
+        FileNotFoundError: a split is missing.
+        ValueError: everything else that is wrong with the folder, in one message.
+    """
+    names = [path.name for path in _folders(folder)]
+    test = next((name for name in _TESTS if name in names), None)
+    if "train" not in names and test is None:
+        splits = {"all": folder}
+    elif "train" in names and test is not None:
+        splits = {"train": folder / "train", "test": folder / test}
+    else:
+        there, lacking = ("train", "test") if test is None else (test, "train")
+        raise FileNotFoundError(
+            f"{folder}: there is {there}/ but no {lacking}/. Put one folder a class into both; or "
+            f"put the classes straight into {folder}, and a part is held out for the test."
+        )
+    faults: list[str] = []
+    found = {split: {p.name: p for p in _folders(where)} for split, where in splits.items()}
+    classes = tuple(sorted({name for names in found.values() for name in names}))
+    files: dict[str, list[tuple[Path, int]]] = {split: [] for split in splits}
+    if not classes:
+        faults.append(f"{', '.join(map(str, splits.values()))} holds no folders, one a class")
+    for split, where in splits.items():
+        strangers = [p.name for p in _entries(where) if _is_image(p)]
+        if strangers and split != "all":
+            faults.append(f"{where} holds images that lie in no class ({_few(strangers)})")
+        for label, name in enumerate(classes):
+            if name not in found[split]:
+                faults.append(f"the class {name} is missing in {where}")
+                continue
+            images, others = _walk(found[split][name])
+            files[split] += [(path, label) for path in images]
+            if others:
+                faults.append(
+                    f"{where / name} holds images of a kind that is not read "
+                    f"({_few([path.name for path in others])}): convert them or take them away"
+                )
+            elif not images:
+                faults.append(f"{where / name} holds no image ({', '.join(SUFFIXES)})")
+    if faults:
+        raise ValueError(f"{folder}: " + "; ".join(faults) + ".")
+    return Listing(classes, files)
+
+
+def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -> None:
+    """Read the head of every image file, which is quick, and tell all that cannot be used.
+
+    Raises:
+        ValueError: files are no images (unless they are skipped), or differ in size and no size is
+            given that they could be brought to.
+    """
+    pillow = require("PIL.Image", extra="train", purpose="reading images")
+    faults: list[str] = []
+    sizes: dict[str, str] = {}
+    for path in paths:
+        try:
+            with pillow.open(path, formats=FORMATS) as image:
+                sizes.setdefault(_shown_size(image), str(path))
+        except Exception as error:  # noqa: BLE001  # whatever a damaged file makes Pillow raise
+            faults.append(f"{path}: {_reason(error, pillow)}")
+    if not skip_broken:
+        refuse(faults)
+    if size is None:
+        require_one_size(sizes)
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Refuse images that cannot be read, all in one message.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if faults:
+        more = f"\n... and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
+        raise ValueError(
+            f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Mend or remove "
+            "them, or leave them out with --data.skip-broken (skip_broken=True):\n"
+            + "\n".join(faults[:_TOLD])
+            + more
+        )
+
+
+def require_one_size(sizes: dict[str, str]) -> None:
+    """Refuse images of several sizes; the keys are sizes, the values where each was found first.
+
+    Raises:
+        ValueError: there is more than one.
+    """
+    if len(sizes) > 1:
+        few = ", ".join(f"{size} ({where})" for size, where in list(sizes.items())[:3])
+        raise ValueError(
+            f"the images have {len(sizes)} different sizes: {few}{' ...' if len(sizes) > 3 else ''}"
+            ". Give the size that all are brought to: --data.size 32 (size=32)."
+        )
+
+
+def decode_all(
+    sources: Iterable[tuple[str, bytes | Path]],
+    count: int,
+    *,
+    size: int | None = None,
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Decode images into uint8 [n, H, W, 3]; also gives the positions of those that were kept.
+
+    Args:
+        sources: (what to call it in a message, the file or its bytes), ``count`` of them.
+        count: how many there are.
+        size: height and width that all are brought to; None keeps theirs, which must be one.
+        skip_broken: leave out what cannot be read.
+        progress: called with (done, count) now and then.
+
+    Raises:
+        ValueError: images that cannot be read or differ in size, all of them in one message.
+    """
+    import numpy as np
+
+    pixels: NDArray[np.uint8] | None = None
+    kept: list[int] = []
+    faults: list[str] = []
+    sizes: dict[str, str] = {}
+    for index, (label, source) in enumerate(sources):
+        try:
+            image = decode(label, source, size=size)
+        except ValueError as error:
+            faults.append(str(error))
+            image = None
+        if image is not None:
+            if pixels is None:
+                if count * image.size > MAX_BYTES:
+                    raise ValueError(
+                        f"{label}: {count} images of {image.shape[1]}x{image.shape[0]} would take "
+                        f"{count * image.size / 2**30:.0f} GiB; at most {MAX_BYTES // 2**30} are "
+                        "held in memory. Give a smaller size: --data.size 224 (size=224)."
+                    )
+                pixels = np.empty((count, *image.shape), dtype=np.uint8)
+            sizes.setdefault(f"{image.shape[1]}x{image.shape[0]}", label)
+            if image.shape == pixels.shape[1:]:
+                pixels[len(kept)] = image
+                kept.append(index)
+        if progress is not None and ((index + 1) % _REPORT_EVERY == 0 or index + 1 == count):
+            progress(index + 1, count)
+    if not skip_broken:
+        refuse(faults)
+    require_one_size(sizes)
+    if pixels is None:
+        raise ValueError("there is no image that can be read." + "".join(faults[:1]))
+    return pixels[: len(kept)], kept
+
+
+def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDArray[np.uint8]:
+    """Decode one image file to uint8 [H, W, 3], the way its photographer saw it.
+
+    The EXIF rotation is applied. Transparent pixels are put on white. 16-bit grey is scaled to 8
+    bits. With a size the shorter side is brought to it (bilinear, as torchvision's `Resize`) and
+    the middle is cut out (`CenterCrop`).
+
+    Args:
+        label: what to call it in a message.
+        source: the file, or its bytes.
+        size: height and width of the result; None keeps those of the image.
+
+    Raises:
+        ValueError: the bytes are no image of an admitted format, broken, incomplete or too large.
+    """
+    import numpy as np
+
+    pillow = require("PIL.Image", extra="train", purpose="reading images")
+    try:
+        data = source.read_bytes() if isinstance(source, Path) else source
+        with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+            if image.format == "PNG":
+                if b"IEND\xaeB`\x82" not in data:
+                    raise ValueError("its end is missing")
+                image.verify()  # checksums of all parts, which decoding skips; uses the image up
+        with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
+            return np.asarray(_fitted(_colour(image), size))
+    except Exception as error:  # damaged bytes make the decoders raise almost anything
+        raise ValueError(f"{label}: {_reason(error, pillow)}") from error
+
+
+def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Bring one image [H, W, 3] to a size, as `decode` does."""
+    import numpy as np
+
+    pillow = require("PIL.Image", extra="train", purpose="scaling images")
+    return np.asarray(_fitted(pillow.fromarray(pixels), size))
+
+
+def _colour(image: Any) -> Any:
+    """The image as red, green and blue of 8 bits, upright."""
+    import numpy as np
+
+    pillow = require("PIL.Image", extra="train", purpose="reading images")
+    image = require("PIL.ImageOps", extra="train", purpose="reading images").exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", None)):
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values are not those of 16 bits")
+        grey = np.rint(values / 257).astype(np.uint8)
+        return pillow.fromarray(np.stack([grey] * 3, axis=-1))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its values have 32 bits (mode {image.mode}), and where black and white lie is not "
+            "known: save it with 8 or 16 bits"
+        )
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
+        image = pillow.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _fitted(image: Any, size: int | None) -> Any:
+    if size is None or image.size == (size, size):
+        return image
+    width, height = image.size
+    short = min(width, height)
+    scaled = (int(size * width / short), int(size * height / short))
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is too narrow to be brought to {size}x{size}")
+    if image.size != scaled:
+        image = image.resize(scaled, 2)  # bilinear; Pillow averages where it makes smaller
+    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _shown_size(image: Any) -> str:
+    """Width and height after the EXIF rotation; only the head of the file is read."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
+    if image.getexif().get(0x0112) in (5, 6, 7, 8):
+        width, height = height, width
+    return f"{width}x{height}"
+
+
+def _reason(error: Exception, pillow: Any) -> str:
+    if isinstance(error, pillow.UnidentifiedImageError):
+        return f"not an image of a known kind ({', '.join(FORMATS)})"
+    return f"not a readable image ({str(error) or type(error).__name__})"
+
+
+def _entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX")
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if path.is_dir()]
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images below a folder by path, links followed, and those of kinds that are not read."""
+    images: list[Path] = []
+    others: list[Path] = []
+    seen: Counter[tuple[int, int]] = Counter()
+    for where, inside, names in os.walk(folder, followlinks=True):
+        stat = Path(where).stat()
+        seen[stat.st_dev, stat.st_ino] += 1
+        if seen[stat.st_dev, stat.st_ino] > 1:  # a link that leads back
+            inside.clear()
+            continue
+        inside[:] = sorted(name for name in inside if name[0] != "." and name != "__MACOSX")
+        for path in (Path(where, name) for name in names if name[0] != "."):
+            if _is_image(path):
+                images.append(path)
+            elif path.suffix.lower() in _UNREAD:
+                others.append(path)
+    return sorted(images), sorted(others)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

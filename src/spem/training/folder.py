@@ -1,0 +1,743 @@
+"""All that a run leaves: config, metrics, checkpoint, weights, result, and the lock on its folder.
+
+    config.json        what was asked for, how it was carried out, on which data and machine
+    metrics.jsonl      one line an epoch
+    checkpoint.pt      the latest state; gone when the run is finished
+    model.safetensors  the trained weights
+    result.json        last of all, with the SHA-256 of each file that stays: its presence alone
+                       means finished
+    .lock              held by the process that trains
+
+Each file is whole or refused, and nothing is ever unpickled beyond tensors and plain values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import socket
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import dacite
+import torch
+from torch import Tensor
+
+from spem.data import ImageSet
+from spem.extras import require
+from spem.files import (
+    canonical_json,
+    damaged,
+    load_json,
+    read_regular,
+    require_regular,
+    save_json,
+    write_atomic,
+)
+from spem.insert import attach
+from spem.models import ResNet, resnet
+from spem.training.config import SCHEMA, RunConfig, RuntimeConfig, differing_fields
+
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
+WEIGHTS, RESULT, LOCK = "model.safetensors", "result.json", ".lock"
+FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, RESULT, LOCK)
+
+_MAGIC = b"SPEM-SHA256:"
+_FOOTER = len(_MAGIC) + 32
+_LARGEST_OPTION = 4_096
+"""Of an attention in a file: no module of a CIFAR network takes a larger number."""
+
+
+class HeldError(RuntimeError):
+    """Another process trains in the run folder."""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What a network was trained on, known by content: the name is only a label.
+
+    Args:
+        name: as asked for; of a folder in passed-on weights, its last part.
+        classes: their names, in the order of the labels.
+        train_sha256: `ImageSet.sha256` of the training images.
+        test_sha256: the same of the test images.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_sha256: str
+    test_sha256: str
+
+    @classmethod
+    def of(cls, name: str, train: ImageSet, test: ImageSet) -> DataIdentity:
+        """The identity of a training and a test set."""
+        return cls(name, train.classes, train.sha256, test.sha256)
+
+    def is_test_set(self, images: ImageSet) -> bool:
+        """Whether these are the very images that the run was tested on."""
+        return images.sha256 == self.test_sha256 and images.classes == self.classes
+
+    def require_classes(self, images: ImageSet) -> None:
+        """Refuse images whose labels mean something else than the network's outputs.
+
+        Raises:
+            ValueError: the names of the classes differ, or their order.
+        """
+        mine, theirs = self.classes, images.classes
+        if mine == theirs:
+            return
+        if len(mine) != len(theirs):
+            difference = f"{len(mine)} against {len(theirs)}"
+        else:
+            i = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+            difference = f"class {i} is {mine[i]!r} there and {theirs[i]!r} here"
+        raise ValueError(
+            f"the network was trained on the classes of {self.name}, and those of {images.name} "
+            f"are others ({difference}). An accuracy would mean nothing. Use images of the same "
+            "classes."
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `result.json` holds; accuracies are percent, times seconds.
+
+    `accuracy` and `loss` are those of the last epoch on the test set. `best_accuracy` is the test
+    accuracy of `best_epoch`, which was selected on the set named by `best_selected_on`.
+    """
+
+    id: str
+    seed: int
+    dataset: str
+    depth: int
+    attention: str
+    epochs: int
+    accuracy: float
+    loss: float
+    train_accuracy: float
+    train_loss: float
+    validation_accuracy: float | None
+    best_accuracy: float
+    best_epoch: int
+    best_selected_on: str
+    parameters: int
+    attention_parameters: int
+    flops: int
+    steps: int
+    train_seconds: float
+    evaluation_seconds: float
+    step_seconds: float
+    """Median over epochs of the time of a training step."""
+    images_per_second: float
+    hardware: str
+    versions: dict[str, str]
+    train_sha256: str
+    test_sha256: str
+    commit: str | None
+    """Of the checkout that finished the run, with "-dirty" if it was changed."""
+    date: str
+    """UTC, when the run was finished."""
+    impl: str
+    """What ran the tails of its blocks (`spem.ops.use_impl`)."""
+    step: str
+    """How its steps were taken: "eager", "compile" or "graph"."""
+    gates: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """The gate of each module on the first test images (`spem.training.inside`)."""
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    """SHA-256 of each file that stays in the folder."""
+
+    @property
+    def metrics_sha256(self) -> str | None:
+        return self.files.get(METRICS)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        """Build a result from plain values.
+
+        Raises:
+            ValueError: they are not those of a result.
+        """
+        try:
+            return dacite.from_dict(cls, values, dacite.Config(strict=True))
+        except (dacite.DaciteError, TypeError) as error:
+            raise ValueError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as it was read.
+
+    Args:
+        folder: where it lies.
+        config: what was asked for.
+        runtime: how it is carried out: the device, implementation, step and threads that were
+            resolved when it was planned.
+        data: what it is trained on.
+        starts: versions, hardware, commit and date of each process that took it up.
+        result: None while it is unfinished, and of a run that failed.
+        error: why it cannot be finished (it diverged), or None.
+        epochs: the lines of `metrics.jsonl`.
+    """
+
+    folder: Path
+    config: RunConfig
+    runtime: RuntimeConfig
+    data: DataIdentity
+    starts: list[dict[str, Any]]
+    result: Result | None
+    error: str | None
+    epochs: list[dict[str, Any]]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.result is not None or self.error is not None
+
+    def weights(self) -> Weights:
+        """The trained weights, with what is known of them.
+
+        Raises:
+            ValueError: the run is not finished, or the file is not the one that it wrote.
+        """
+        if self.result is None:
+            why = self.error or "It has not finished: run the same training again to go on."
+            raise ValueError(f"{self.folder}: the run has no trained weights. {why}")
+        path = self.folder / WEIGHTS
+        _require_sum(path, read_regular(path), self.result.files)
+        return read_weights(path)
+
+    def network(self) -> ResNet:
+        """The trained network, in evaluation mode on the CPU; raises as `weights`."""
+        return self.weights().network
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights holds.
+
+    Args:
+        network: in evaluation mode on the CPU.
+        config: of the run that trained it.
+        data: what it was trained on; None in files from before that was written down.
+        impl: what ran the tails of its blocks in training and evaluation, or None.
+    """
+
+    network: ResNet
+    config: RunConfig
+    data: DataIdentity | None
+    impl: str | None
+
+
+# ---- the folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Generator[None]:
+    """Hold a run folder, made if needed, for the length of a `with` block.
+
+    The operating system keeps the lock for as long as this process lives, also while it is
+    suspended, and frees it when the process ends, however it ends. So nobody can take a folder over
+    from a process that may still write.
+
+    Raises:
+        HeldError: another process holds the folder; the message says which.
+        ValueError: the folder holds files of another origin.
+    """
+    filelock = require("filelock", extra="train", purpose="training")
+    require_own(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise HeldError(
+            f"train: {folder} is in use by {_holder(path)}. Wait for it to end, stop it, or train "
+            "into another folder."
+        ) from None
+    try:
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+        path.write_text(json.dumps(me))
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            if re.fullmatch(
+                rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp", leftover.name
+            ):
+                leftover.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.write_text("")
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = json.loads(path.read_text())
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def require_own(folder: Path) -> None:
+    """Refuse to train where something else lies.
+
+    A run goes into a folder that is new or empty, or where it was begun; other files beside those
+    of a run that is at home there are left alone.
+
+    Raises:
+        ValueError: there are files of another origin, or a link, device or folder stands in the
+            place of one of the run's files.
+    """
+    try:
+        entries = {path.name: path for path in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise ValueError(f"train: {folder} is a file. Name a folder for the run.") from None
+    for name in FILES:
+        if name in entries:
+            require_regular(entries[name])
+    ours = entries.keys() & {CONFIG, CHECKPOINT, RESULT}
+    if not any(_is_ours(entries[name]) for name in ours):
+        foreign = sorted(name for name in entries if name != LOCK)
+        if foreign:
+            few = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
+            raise ValueError(
+                f"train: {folder} holds files that are not of a run ({few}). They are left as they "
+                "are; name a new folder."
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file looks as a run writes it, damaged or not: the name alone says little."""
+    content = path.read_bytes()
+    if path.name == CHECKPOINT:
+        return _MAGIC in content[-2 * _FOOTER :] or content[:2] == b"PK"
+    return b'"sha256"' in content or (path.name == CONFIG and b'"runtime"' in content)
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ---- config.json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `config.json` holds; its fields are those of `Run`."""
+
+    config: RunConfig
+    runtime: RuntimeConfig
+    data: DataIdentity
+    starts: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return {
+            "schema": SCHEMA,
+            "id": self.config.id,
+            "config": self.config.to_dict(),
+            "runtime": dataclasses.asdict(self.runtime),
+            "data": {**dataclasses.asdict(self.data), "classes": list(self.data.classes)},
+            "starts": self.starts,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Build a plan from `to_dict`'s values.
+
+        Raises:
+            ValueError: they are not those of a plan.
+        """
+        try:
+            config = RunConfig.from_dict(values["config"])
+            # A run's own section, read by the rules of a whole config.
+            whole = RunConfig.from_dict({"runtime": values["runtime"]})
+            data = dacite.from_dict(DataIdentity, values["data"], dacite.Config(cast=[tuple]))
+            return cls(config, whole.runtime, data, list(values["starts"]))
+        except (dacite.DaciteError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"config: {error!r} (a file of another kind or version)") from error
+
+
+def write_plan(plan: Plan, folder: Path) -> None:
+    """Write `config.json`."""
+    save_json(plan.to_dict(), folder / CONFIG)
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """Read `config.json`; where it was lost, what the checkpoint knows of it; None without both.
+
+    Raises:
+        ValueError: the file is damaged, edited, or from another version.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        values = load_json(
+            path, remedy="Delete it: a run goes on from what its checkpoint knows, if there is one."
+        )
+    elif (folder / CHECKPOINT).exists():
+        path = folder / CHECKPOINT
+        values = cast("dict[str, Any]", load_checkpoint(path).get("plan", {}))
+    else:
+        return None
+    try:
+        return Plan.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this version of spem. {error}") from error
+
+
+def read_config(folder: Path) -> RunConfig | None:
+    """The config of a run folder; None if there is none; raises as `read_plan`."""
+    plan = read_plan(Path(folder))
+    return None if plan is None else plan.config
+
+
+def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
+    """Refuse to continue one run with the config of another.
+
+    Raises:
+        ValueError: id or seed differ; the message names the fields.
+    """
+    if stored.id != asked.id:
+        fields = differing_fields(stored.identity, asked.identity)
+        raise ValueError(
+            f"train: {folder} belongs to run {stored.id}, this config is {asked.id} ({fields}). "
+            "Use another folder."
+        )
+    if stored.seed != asked.seed:
+        raise ValueError(
+            f"train: {folder} belongs to seed {stored.seed}, this config has seed {asked.seed}. "
+            "Use another folder."
+        )
+
+
+# ---- metrics.jsonl
+
+
+def write_metrics(history: Iterable[dict[str, Any]], folder: Path) -> None:
+    """Write `metrics.jsonl` anew, such as from a checkpoint's history: a last line may be torn."""
+    write_atomic(folder / METRICS, "".join(_json_line(line) for line in history).encode())
+
+
+def append_metrics(line: dict[str, Any], folder: Path) -> None:
+    """Add an epoch's line."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        try:
+            file.write(_json_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(folder / METRICS)
+            raise
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the epochs of a run folder; a torn last line, of a killed run, is left out."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    return _parse_metrics(read_regular(path), path)
+
+
+def _parse_metrics(content: bytes, path: Path) -> list[dict[str, Any]]:
+    lines = content.splitlines()
+    epochs: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict):
+                raise ValueError("no table")
+        except Exception as error:
+            if number == len(lines):
+                break
+            raise damaged(
+                path,
+                f"line {number} cannot be read ({error or type(error).__name__})",
+                "Go on with the run, which writes the file anew from its checkpoint.",
+            ) from error
+        epochs.append(cast("dict[str, Any]", values))
+    return epochs
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+# ---- checkpoint.pt
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write tensors and plain values as `torch.save` does, followed by their SHA-256."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    write_atomic(path, payload + _MAGIC + hashlib.sha256(payload).digest())
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return unpack_checkpoint(read_regular(path), path)
+
+
+def unpack_checkpoint(content: bytes, path: Path) -> dict[str, Any]:
+    """Take apart the bytes of a file of `save_checkpoint`; the path is for messages.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    payload, footer = content[:-_FOOTER], content[-_FOOTER:]
+    if footer != _MAGIC + hashlib.sha256(payload).digest():
+        raise damaged(
+            path, "its SHA-256 does not match", "Delete it to train this run from the start."
+        )
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # The sum is right, so these bytes were written on purpose, by another program or version.
+        reason = str(error).partition("\n")[0]
+        raise damaged(
+            path, f"it cannot be read ({reason})", "Train into another folder."
+        ) from error
+    return cast("dict[str, Any]", state)
+
+
+# ---- model.safetensors
+
+
+def build_network(config: RunConfig, classes: int) -> ResNet:
+    """Build the network of a config, not yet initialised by its seed."""
+    model, spec = config.model, config.model.spec
+    if model.start == "identity" and spec is not None:
+        plain = resnet(model.depth, classes, block=model.block)
+        attach(plain, spec, start="identity")
+        return plain
+    return resnet(model.depth, classes, attention=spec, block=model.block)
+
+
+def save_weights(
+    model: ResNet,
+    config: RunConfig,
+    path: Path,
+    *,
+    data: DataIdentity | None = None,
+    impl: str | None = None,
+) -> None:
+    """Write a network's weights as safetensors: equal weights of equal runs give equal files.
+
+    The metadata hold the config, what is known of the data, and a SHA-256 over all of it. Where the
+    data lay is nobody's business when the weights are passed on, so names of folders are cut to
+    their last part.
+
+    Args:
+        model: the network.
+        config: of the run.
+        path: the file.
+        data: what it was trained on.
+        impl: what ran its tails.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    safetensors = require("safetensors.torch", extra="train", purpose="save_weights")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    published = config.to_dict()
+    published["data"] |= {"root": None, "name": Path(config.data.name).name}
+    about: dict[str, Any] = {"impl": impl, "data": None}
+    if data is not None:
+        about["data"] = {**dataclasses.asdict(data), "name": Path(data.name).name}
+    texts = {"config": canonical_json(published).decode(), "about": canonical_json(about).decode()}
+    metadata = {"format": "pt", **texts, "sha256": _weights_sum(tensors, texts)}
+    write_atomic(Path(path), _sorted_header(safetensors.save(tensors, metadata)))
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """The same safetensors file with the metadata in order; the library writes them in any."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def load_weights(path: Path) -> tuple[ResNet, RunConfig]:
+    """The network of a weights file and its config; `read_weights` says more."""
+    found = read_weights(path)
+    return found.network, found.config
+
+
+def read_weights(path: Path) -> Weights:
+    """Read what `save_weights` wrote.
+
+    Sizes are checked before anything is built, so that a crafted file cannot fill the memory.
+
+    Raises:
+        ValueError: the file is damaged or was not written by `save_weights`.
+        ImportError: safetensors is not installed.
+    """
+    safetensors = require("safetensors.torch", extra="train", purpose="load_weights")
+    path = Path(path)
+    content = read_regular(path)
+    remedy = "Fetch it again, or train it anew."
+    try:
+        tensors = cast("dict[str, Tensor]", safetensors.load(content))
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    except Exception as error:  # safetensors has its own exception types for broken files
+        raise damaged(path, f"it is not a whole safetensors file ({error})", remedy) from error
+    texts = {name: metadata[name] for name in ("config", "about") if name in metadata}
+    if "config" not in texts or "sha256" not in metadata:
+        finding = "its metadata holds no config and SHA-256"
+        raise damaged(path, finding, "Use a file of save_weights.")
+    if metadata["sha256"] != _weights_sum(tensors, texts):
+        raise damaged(path, "its SHA-256 does not match", remedy)
+    try:
+        config = RunConfig.from_dict(json.loads(texts["config"]))
+        about = json.loads(texts.get("about", "{}"))
+        stored = about.get("data")
+        data = stored and dacite.from_dict(DataIdentity, stored, dacite.Config(cast=[tuple]))
+        network = _fitting(config, tensors, data)
+    except Exception as error:
+        # The sum is right, so this was written on purpose, by another program or version.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} does not fit this version of spem. {reason}") from error
+    return Weights(network.eval(), config, data, about.get("impl") or config.runtime.impl)
+
+
+def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity | None) -> ResNet:
+    """The network of a config with these weights, if they are of one size."""
+    head = tensors.get("fc.weight")
+    if head is None or head.dim() != 2 or not 0 < head.shape[0] <= head.numel():
+        raise ValueError("The weights have no classifier fc.weight.")
+    if config.model.depth > len(tensors):
+        raise ValueError(
+            f"The config asks for depth {config.model.depth}, and there are {len(tensors)} tensors."
+        )
+    for option in _numbers(config.model.spec and config.model.spec.options):
+        if not abs(option) <= _LARGEST_OPTION:
+            raise ValueError(f"The option {option} of {config.model.attention} is absurd.")
+    if data is not None and len(data.classes) != head.shape[0]:
+        raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
+    network = build_network(config, classes=head.shape[0])
+    network.load_state_dict(tensors)
+    if not all(bool(p.isfinite().all()) for p in network.parameters()):
+        raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
+    return network
+
+
+def _numbers(value: Any) -> Generator[float]:
+    if isinstance(value, (tuple, list)):
+        for item in cast("tuple[Any, ...]", value):
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    """SHA-256 over the texts and over name, dtype, shape and bytes of every tensor, by name."""
+    digest = hashlib.sha256("".join(texts.values()).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- result.json
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write `result.json`, which declares the run finished, with the sums of what stays."""
+    values = {**dataclasses.asdict(result), "files": _sums(folder)}
+    save_json(values, folder / RESULT)
+
+
+def write_error(config: RunConfig, message: str, folder: Path) -> None:
+    """Write `result.json` of a run that ends in an error whenever it is trained."""
+    values = {"id": config.id, "seed": config.seed, "error": message, "files": _sums(folder)}
+    save_json(values, folder / RESULT)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    staying = (folder / name for name in (CONFIG, METRICS, WEIGHTS))
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in staying if p.exists()}
+
+
+def _require_sum(path: Path, content: bytes, sums: dict[str, str]) -> None:
+    if sums.get(path.name) != hashlib.sha256(content).hexdigest():
+        raise damaged(
+            path,
+            "it is not the file that result.json was written for",
+            "Delete the folder to train the run again.",
+        )
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result of a run folder; None if the run has not finished; raises as `read_run`."""
+    return _read_result(Path(folder))[0]
+
+
+def _read_result(folder: Path) -> tuple[Result | None, str | None, dict[str, str]]:
+    """Result, error, and the sums of the files."""
+    path = folder / RESULT
+    if not path.exists():
+        return None, None, {}
+    remedy = "Delete it and run the same training again."
+    values = load_json(path, remedy=remedy)
+    try:
+        if "error" in values:
+            return None, str(values["error"]), dict(values["files"])
+        result = Result.from_dict(values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not fit this version of spem ({error}). {remedy}") from error
+    return result, None, result.files
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder, finished or not; what is finished is checked by the sums of its files.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+        ValueError: a file of it is damaged, edited, or from another version.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder.")
+    plan = read_plan(folder)
+    if plan is None:
+        raise FileNotFoundError(f"{folder}: no run is in this folder (no {CONFIG}).")
+    result, error, sums = _read_result(folder)
+    if result is not None and (result.id, result.seed) != (plan.config.id, plan.config.seed):
+        raise ValueError(
+            f"{folder}: {RESULT} is of run {result.id}, seed {result.seed}, and {CONFIG} of run "
+            f"{plan.config.id}, seed {plan.config.seed}. Delete the folder to train the run again."
+        )
+    for name in sums.keys() & {CONFIG, METRICS}:
+        path = folder / name
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing. Delete the folder to train the run again.")
+        _require_sum(path, read_regular(path), sums)
+    return Run(
+        folder=folder,
+        config=plan.config,
+        runtime=plan.runtime,
+        data=plan.data,
+        starts=plan.starts,
+        result=result,
+        error=error,
+        epochs=read_metrics(folder),
+    )
