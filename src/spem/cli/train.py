@@ -45,6 +45,17 @@ def run(*, recipe: str | None, runs: Path, folder: Path | None, json: bool, **gi
 
 
 def _train(config: RunConfig, folder: Path, *, json: bool) -> None:
+    from spem.data import check_images
+
+    data = config.data
+    if not (folder / "result.json").exists():  # before torch is loaded
+        check_images(
+            data.name,
+            root=data.root,
+            size=data.size,
+            test=data.test,
+            skip_broken=data.skip_broken,
+        )
     from spem.training import Interrupted, process_group, train
     from spem.training.distributed import FollowerError
     from spem.training.memory import keep_freed_memory
