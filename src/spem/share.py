@@ -1,0 +1,842 @@
+"""Sharing networks: a folder of weights, config and card, here or on the Hugging Face hub.
+
+The folder holds `model.safetensors`, `config.json` and the model card, `README.md`. Nothing in it
+is executed when it is read: the config is JSON, every field of it is checked, and the network is
+built by this library, timm or torchvision.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spem.attention import ChannelAttention, attention_class, attention_parameters, spec_text
+from spem.attention.citing import bibtex
+from spem.export import difference, tensors
+from spem.extras import require
+from spem.insert import IdentityStart, attach
+from spem.insert.architectures import OPTIONS, build, check_options, library_of
+from spem.insert.attached import Attached, remembered
+from spem.insert.sites import default_input
+from spem.models import ResNet, resnet
+from spem.ops import use_impl
+from spem.writing import write_whole
+
+__all__ = ["Images", "Shared", "from_pretrained", "push_to_hub", "read_shared", "save_pretrained"]
+
+SCHEMA = 1
+"""Number of the layout of `config.json`; a change of meaning of a field raises it."""
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FILES = (CARD, CONFIG, WEIGHTS)
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+"""What the hub calls the sets that go by a name here."""
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_LARGEST_INPUT = 2**26
+"""Numbers in the input that attention was traced with; no image is larger."""
+
+Results = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
+
+
+# ---- what config.json says
+
+
+@dataclass(frozen=True)
+class Images:
+    """How images are brought to a network: (pixels / 255 - mean) / std.
+
+    Attributes:
+        size: Height and width it was trained on, in pixels; None if it is not told.
+        mean: Of red, green and blue, on the scale 0 to 1.
+        std: Deviation of the same.
+    """
+
+    size: int | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
+        paired = finite and len(self.mean) == len(self.std) and min(self.std, default=0) > 0
+        if not paired or (self.size is not None and self.size < 1):
+            raise ValueError(f"images={self} is no size with means and deviations.")
+
+
+@dataclass(frozen=True)
+class _Ours:
+    """A network of `spem.resnet`."""
+
+    kind: str
+    depth: int
+    classes: int
+    attention: str
+    block: str
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """An architecture of timm or torchvision, which ``kind`` names."""
+
+    kind: str
+    arch: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `spem.attach`, on the named part of the network."""
+
+    part: str
+    attention: str
+    include: tuple[str, ...] | None
+    stages: tuple[int, ...] | None
+    replace: bool
+    start: str
+    fuse: bool
+    input_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Config:
+    """`config.json`."""
+
+    schema: int
+    library_name: str
+    version: str
+    network: dict[str, Any]
+    attach: tuple[_Call, ...]
+    dtype: str
+    images: Images | None
+    classes: tuple[str, ...] | None
+    weights_sha256: str
+
+    @property
+    def host(self) -> _Ours | _Theirs:
+        """The network without what was attached to it."""
+        kind = self.network.get("kind")
+        if kind == "spem.resnet":
+            return _read(_Ours, self.network, "network")
+        if not isinstance(kind, str) or kind not in OPTIONS:
+            known = ", ".join(["spem.resnet", *OPTIONS])
+            raise ValueError(f"network is of an unknown kind {kind!r}. Known: {known}.")
+        host = _read(_Theirs, self.network, "network")
+        check_options(kind, host.options, "network")
+        return host
+
+    def check(self) -> None:
+        """Raises ValueError where fields contradict each other."""
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
+        host = self.host
+        count = host.classes if isinstance(host, _Ours) else host.options.get("num_classes")
+        if self.classes is not None and count is not None and len(self.classes) != count:
+            raise ValueError(
+                f"{len(self.classes)} names of classes for {count} outputs. Name each of them."
+            )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a shared folder holds: the network, in evaluation mode, and what it takes and says."""
+
+    model: nn.Module
+    images: Images | None
+    classes: tuple[str, ...] | None
+
+
+def _read(kind: type[Any], values: Any, subject: str) -> Any:
+    """A dataclass of a table from JSON: all fields, none besides, each of its type.
+
+    Raises:
+        ValueError: Otherwise.
+    """
+    dacite = require("dacite", extra="hub", purpose="a shared folder")
+    try:
+        return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple]))
+    except (dacite.DaciteError, AttributeError, TypeError) as error:
+        raise ValueError(f"{subject}: {error}. It takes {_names(kind)}.") from error
+
+
+def _names(kind: type[Any]) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(kind))
+
+
+# ---- writing
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    results: Results = None,
+    arch: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    images: Mapping[str, Any] | None = None,
+    classes: Sequence[str] | None = None,
+    license: str | None = None,
+    repo_id: str | None = None,
+) -> Path:
+    """Writes a network into a folder from which `from_pretrained` makes it again.
+
+    The folder gets ``model.safetensors``, ``config.json`` (architecture, attention, arguments of
+    `spem.attach`) and a model card, ``README.md``, which states measured results only. Before
+    anything is written, the network is built from that config and compared: tensor by tensor, then
+    by the outputs of both for one random input.
+
+    Args:
+        model: A network of `spem.resnet`, or one of timm or torchvision, with or without attached
+            attention.
+        folder: Is made if it is not there; what an earlier call wrote is replaced.
+        results: What was measured, for the card: the folder of a finished run, or tables with
+            ``dataset``, ``metric``, ``value`` and, if wished, ``split`` and ``note``.
+        arch: The architecture, such as ``"torchvision:resnet50"``; timm's networks say it.
+        options: What the architecture was built with, such as ``{"num_classes": 10}``
+            (`spem.insert.architectures.OPTIONS`).
+        images: ``size``, ``mean`` and ``std`` of the images it was trained on; timm's networks
+            say it.
+        classes: Names of the classes in the order of the outputs.
+        license: Of the weights, as the hub spells it, such as ``"apache-2.0"``.
+        repo_id: Where it will be found, for the card's example.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The network cannot be made from a config, is of several dtypes, a result is no
+            number, or the folder holds files of these names that another program wrote.
+        ImportError: An extra is missing; the message ends in the line that installs it.
+    """
+    from spem import __version__
+
+    asker, folder = "save_pretrained", Path(folder)
+    safetensors = require("safetensors.torch", extra="hub", purpose=asker)
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    content: bytes = safetensors.save(state, {"format": "pt"})
+    said = _images_of(model) if images is None else images
+    try:
+        config = _Config(
+            schema=SCHEMA,
+            library_name="spem",
+            version=__version__,
+            network=_described(model, arch, options, asker),
+            attach=_calls(model),
+            dtype=_dtype_of(model),
+            images=None if said is None else _read(Images, dict(said), "images"),
+            classes=None if classes is None else tuple(classes),
+            weights_sha256=hashlib.sha256(content).hexdigest(),
+        )
+        config.check()
+        built = _built(config)
+        wrong = _misfit(state, built.state_dict())
+        if wrong is not None:
+            raise ValueError(
+                f"{config.network.get('arch', 'spem.resnet')}, built anew, is another network: "
+                f"{wrong}. Pass arch= and options= as it was built, and change it by spem.attach "
+                f"alone."
+            )
+        built.load_state_dict(state)
+        outputs = _compared(model, built)
+        if config.network["kind"] == "torchvision" and [t.dim() for t in outputs] == [2]:
+            # The number of outputs, which the network itself does not tell.
+            config.network["options"]["num_classes"] = outputs[0].shape[1]
+            config.check()
+    except ValueError as error:
+        raise ValueError(f"{asker}: {str(error).removeprefix(f'{asker}: ')}") from error
+    card = _card(model, config, _measured(results), license=license, repo_id=repo_id)
+    refuse_foreign(folder, asker)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The config last: a folder that has one is whole.
+    write_whole(folder / WEIGHTS, content)
+    write_whole(folder / CARD, card.encode())
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    write_whole(folder / CONFIG, text.encode() + b"\n")
+    return folder
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether `save_pretrained` wrote it: a run has a config.json too, of other fields."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("library_name") == "spem"
+
+
+def refuse_foreign(folder: Path, asker: str) -> None:
+    """Raises ValueError where a file would be replaced that `save_pretrained` did not write."""
+    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    if there and not is_shared(folder):
+        raise ValueError(
+            f"{asker}: {folder / there[0]} is there and was not written by save_pretrained. "
+            f"Name another folder."
+        )
+
+
+def _described(
+    model: nn.Module, arch: str | None, options: Mapping[str, Any] | None, asker: str
+) -> dict[str, Any]:
+    """The network as plain values, without what was attached to it."""
+    if isinstance(model, ResNet):
+        if arch is not None or options:
+            raise ValueError("a network of spem.resnet has no arch= and options=.")
+        attention = spec_text(model.spec)
+        ours = _Ours("spem.resnet", model.depth, model.classes, attention, model.block)
+        return dataclasses.asdict(ours)
+    if arch is None:
+        said = getattr(model, "pretrained_cfg", None)  # timm's
+        arch = said.get("architecture") if isinstance(said, dict) else None
+    if not isinstance(arch, str):
+        raise ValueError(
+            f"{type(model).__name__} does not say what it is called. Pass arch=, its name in timm "
+            f"or torchvision, such as 'torchvision:resnet50'."
+        )
+    library, name = library_of(arch, asker)
+    given = dict(options or {})
+    if library == "timm":  # it shows its number of classes, and what is not usual
+        shown = _shown(model)
+        with torch.random.fork_rng(devices=[]):
+            usual = _shown(build(f"timm:{name}", asker=asker))
+        told = {k: v for k, v in shown.items() if k == "num_classes" or v != usual.get(k, v)}
+        given = told | given
+    return dataclasses.asdict(_Theirs(library, name, given))
+
+
+def _shown(model: nn.Module) -> dict[str, Any]:
+    """The options that a timm network shows."""
+    found = {name: getattr(model, name, None) for name in ("num_classes", "in_chans")}
+    shown: dict[str, Any] = {k: v for k, v in found.items() if isinstance(v, int)}
+    for owner in (model, getattr(model, "head", None)):
+        pool = getattr(owner, "global_pool", None)
+        kind = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
+        if isinstance(kind, str):
+            return shown | {"global_pool": kind}
+    return shown
+
+
+def _calls(model: nn.Module) -> tuple[_Call, ...]:
+    """What was attached to a network, in order."""
+    calls: list[_Call] = []
+    for part, call in remembered(model):
+        if call.where:
+            raise ValueError(
+                f"{call.attention} was attached with where=, a rule that no file can hold. Use "
+                f"include= or stages=, or share the weights with your code."
+            )
+        values = dataclasses.asdict(call)
+        del values["where"]
+        calls.append(_Call(part, **values))
+    return tuple(calls)
+
+
+def _dtype_of(model: nn.Module) -> str:
+    """The one floating-point dtype of a network's tensors."""
+    found = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
+    if len(found) > 1:
+        names = " and ".join(sorted(map(str, found)))
+        raise ValueError(f"the network has tensors of {names}. Convert it: model.float().")
+    return str(found.pop() if found else torch.float32).removeprefix("torch.")
+
+
+def _images_of(model: nn.Module) -> dict[str, Any] | None:
+    """What a timm network says of the images it was trained on."""
+    said = getattr(model, "pretrained_cfg", None)
+    if not isinstance(said, dict) or "mean" not in said or "std" not in said:
+        return None
+    size = said.get("input_size")
+    side = size[-1] if isinstance(size, (list, tuple)) else None
+    return {"size": side, "mean": list(said["mean"]), "std": list(said["std"])}
+
+
+# ---- the network of a config
+
+
+def _built(config: _Config) -> nn.Module:
+    """The network of a config, with random weights, in evaluation mode.
+
+    Nothing is run but the constructors of this library, timm and torchvision, with the arguments
+    that `OPTIONS` and the dataclasses here admit.
+    """
+    host = config.host
+    with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
+        if isinstance(host, _Ours):
+            model: nn.Module = resnet(
+                host.depth, host.classes, attention=host.attention, block=host.block
+            ).eval()
+        else:
+            model = build(f"{host.kind}:{host.arch}", host.options, asker="network")
+        for call in config.attach:
+            shape = call.input_shape
+            if shape is not None and (
+                min(shape, default=0) < 1 or math.prod(shape) > _LARGEST_INPUT
+            ):
+                raise ValueError(f"attach: input_shape={list(shape)} is no shape of an input.")
+            try:
+                part = model.get_submodule(call.part)
+            except AttributeError as error:
+                raise ValueError(f"attach: the network has no part {call.part!r}.") from error
+            arguments: dict[str, Any] = dataclasses.asdict(call)
+            del arguments["part"]
+            with warnings.catch_warnings():
+                # Weights that do not go over into attention come from the file.
+                warnings.filterwarnings("ignore", message="attach: the weights of")
+                attach(part, **arguments)
+        return model.to(_DTYPES[config.dtype])
+
+
+def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """How the tensors of a file differ from those that a network needs; None if they do not."""
+    for names, what in (
+        (sorted(wanted.keys() - found.keys()), "lack"),
+        (sorted(found.keys() - wanted.keys()), "hold beside those of the network"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"the weights {what} {names[0]!r}{more}"
+    for name, tensor in wanted.items():
+        other = found[name]
+        for what, one, two in (
+            ("shape", list(other.shape), list(tensor.shape)),
+            ("dtype", other.dtype, tensor.dtype),
+        ):
+            if one != two:
+                return f"{name!r} has the {what} {one}, the network's is {two}"
+    return None
+
+
+def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
+    """How weights differ from those of a config, found out before memory is taken for its network.
+
+    First by bounds that cost nothing: every layer counted in a depth has a tensor, every class and
+    every channel of the input a number. Then on the device meta, which allocates nothing; what
+    cannot be built there is told by the real build, if its host is of a sane size.
+    """
+    host = config.host
+    total = sum(tensor.numel() for tensor in state.values())
+    bounds = {"depth": len(state), "classes": total, "num_classes": total, "in_chans": total}
+    for name, value in (vars(host) if isinstance(host, _Ours) else host.options).items():
+        if name in bounds and value > bounds[name]:
+            return f"{name}={value} is too large for {len(state)} tensors of {total:,} numbers"
+    for attached in (True, False):
+        try:
+            with torch.device("meta"):
+                model = _built(config if attached else dataclasses.replace(config, attach=()))
+        except ImportError:
+            raise
+        except Exception:  # noqa: BLE001, S112  # said by the real build
+            continue
+        if attached:
+            return _misfit(state, model.state_dict())
+        needed = sum(tensor.numel() for tensor in model.state_dict().values())
+        if needed > 2 * total:
+            return f"the network without attention has {needed:,} numbers, the weights {total:,}"
+    return None
+
+
+def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
+    """Raises ValueError unless two networks compute the same: what has no parameters counts too.
+
+    Copies of both run on one random input in float64. Scales that are about zero (an untouched
+    identity start, a block's last norm, a layer scale) would hide what they multiply, so they are
+    opened in both alike.
+
+    Returns:
+        The outputs.
+    """
+    shape = next((c.input_shape for part, c in remembered(model) if not part), None)
+    if shape is None:
+        batch, channels, *extents = (
+            (1, 3, 32, 32) if isinstance(model, ResNet) else default_input(model)
+        )
+        said = getattr(model, "in_chans", None)  # timm's; its config keeps the usual number
+        shape = (batch, said if isinstance(said, int) else channels, *extents)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((1, *shape[1:]), generator=generator, dtype=torch.float64)
+    outputs: list[list[Tensor]] = []
+    for network in (model, again):
+        twin = copy.deepcopy(network).to("cpu", torch.float64).eval()
+        _open(twin)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), use_impl("reference"):
+                torch.manual_seed(0)
+                outputs.append(tensors(twin(x)))
+        except Exception as error:  # a network says in its own way that an input does not fit
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"the network cannot be run on a random input {list(x.shape)}, as it must be to "
+                f"compare it with the one built anew: {reason}"
+            ) from error
+    found = difference(x.shape, *outputs)
+    if math.isnan(found.largest):
+        raise ValueError("the network's outputs are not finite numbers. Look at its weights.")
+    if found.relative > 1e-9:  # rounding in float64 is less
+        raise ValueError(
+            "the network, built anew with the same weights, computes other outputs: pass options= "
+            "as it was built, or it was changed by something else than attach."
+        )
+    return outputs[0]
+
+
+@torch.no_grad()
+def _open(model: nn.Module) -> None:
+    """Sets scales that are about zero to 0.5."""
+    for module in model.modules():
+        if isinstance(module, IdentityStart):
+            module.alpha.fill_(0.5)
+        if isinstance(module, ChannelAttention):
+            continue
+        for name, own in module.named_parameters(recurse=False):
+            if name != "bias" and own.dim() == 1 and own.numel() and bool(own.abs().max() < 0.1):
+                own.fill_(0.5)
+
+
+# ---- reading
+
+
+def from_pretrained(
+    repo_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
+    """The network that `save_pretrained` or `push_to_hub` wrote, in evaluation mode on the CPU.
+
+    Args:
+        repo_or_folder: A folder, or the id of a repository on the hub, ``owner/name``.
+        revision: Branch, tag or commit of the repository; a commit is the only one that does not
+            change.
+        token: For private repositories; None takes that of `hf auth login`.
+        cache_dir: Where fetched files lie; None is the hub's usual place.
+        local_files_only: Fetch nothing; use what was fetched before.
+
+    Raises:
+        FileNotFoundError: No such folder and no such id, or a file is missing.
+        ValueError: The config is of another layout, or the weights do not belong to it.
+        OSError: The repository cannot be fetched.
+        ImportError: An extra is missing; the message ends in the line that installs it.
+    """
+    folder = Path(repo_or_folder)
+    if not folder.is_dir():
+        if not _is_id(str(repo_or_folder)):
+            raise FileNotFoundError(
+                f"from_pretrained: {repo_or_folder} is neither a folder nor the id of a repository "
+                f"(owner/name)."
+            )
+        hub = require("huggingface_hub", extra="hub", purpose="from_pretrained")
+        try:
+            folder = Path(
+                hub.snapshot_download(
+                    str(repo_or_folder),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=[CONFIG, WEIGHTS],
+                    library_name="spem",
+                )
+            )
+        except Exception as error:  # the client's types, and those of its transport
+            raise OSError(
+                f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this "
+                f"name cannot be fetched: {_first_line(error)}"
+            ) from error
+    return read_shared(folder).model
+
+
+def read_shared(folder: str | Path) -> Shared:
+    """The network of a folder with what is known of its images and classes.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: As for `from_pretrained`.
+    """
+    folder = Path(folder)
+    asker = f"from_pretrained: {folder}"
+    safetensors = require("safetensors.torch", extra="hub", purpose="from_pretrained")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{asker} holds no {name}. Use a folder that save_pretrained wrote."
+            )
+    content = (folder / WEIGHTS).read_bytes()
+    try:
+        config = _config(folder / CONFIG)
+        if hashlib.sha256(content).hexdigest() != config.weights_sha256:
+            raise ValueError(
+                f"the SHA-256 of {WEIGHTS} is not the one in {CONFIG}; it is damaged or of another "
+                f"network. Fetch it again."
+            )
+        try:
+            state: dict[str, Tensor] = safetensors.load(content)
+        except Exception as error:  # safetensors has its own exception types for broken files
+            raise ValueError(f"{WEIGHTS} is no safetensors file ({error}).") from error
+        wrong = _too_large(state, config)
+        model = None if wrong else _built(config)
+        wrong = wrong or _misfit(state, {} if model is None else model.state_dict())
+        if wrong or model is None:
+            raise ValueError(
+                f"{wrong}. Weights and config belong to different networks; fetch both again."
+            )
+    except ValueError as error:
+        raise ValueError(f"{asker}: {error}") from error
+    model.load_state_dict(state)
+    return Shared(model, config.images, config.classes)
+
+
+def _config(path: Path) -> _Config:
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON ({error}). Fetch it again.") from error
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(
+            f"{path.name} is of layout {schema!r}, this version of spem reads {SCHEMA}. "
+            f"Use the version that wrote it, or write it anew with save_pretrained."
+        )
+    config: _Config = _read(_Config, values, path.name)
+    config.check()
+    return config
+
+
+# ---- the hub
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Weights, config and card written by spem",
+    **describing: Any,
+) -> str:
+    """Writes a network as `save_pretrained` does and sends the folder to the hub.
+
+    Args:
+        model: The network.
+        repo_id: Of the repository, ``owner/name``; it is made if it is not there.
+        private: Whether a new repository is private; None is the owner's default.
+        token: A token that may write; None takes that of `hf auth login`.
+        revision: The branch; None is the main one.
+        create_pr: Open a pull request instead of committing to the branch.
+        commit_message: Of the commit.
+        describing: ``results``, ``arch``, ``options``, ``images``, ``classes`` and ``license`` of
+            `save_pretrained`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: As for `save_pretrained`, or ``repo_id`` is no id.
+        OSError: The hub refuses, or cannot be reached.
+        ImportError: huggingface_hub is not installed.
+    """
+    check_id(repo_id, "push_to_hub")
+    hub = require("huggingface_hub", extra="hub", purpose="push_to_hub")
+    api = hub.HfApi(token=token, library_name="spem")
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, repo_id=repo_id, **describing)
+        try:
+            api.whoami()  # at once, where the client's other calls try again for half a minute
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+        except Exception as error:  # the client's types, and those of its transport
+            raise OSError(
+                f"push_to_hub: cannot write to {repo_id}: {_first_line(error)} "
+                f"Look at your connection, and log in with `hf auth login` as somebody who may "
+                f"write there."
+            ) from error
+    return str(commit.commit_url)
+
+
+def check_id(repo_id: str, asker: str) -> None:
+    """Raises ValueError unless this is the id of a repository."""
+    if not _is_id(repo_id):
+        raise ValueError(f"{asker}: {repo_id!r} is no id of a repository. Write owner/name.")
+
+
+def _is_id(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") + "." or type(error).__name__
+
+
+# ---- the card
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One measured number; accuracies are percent."""
+
+    dataset: str
+    metric: str
+    value: float
+    split: str = "test"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, bool) or not math.isfinite(self.value):
+            raise ValueError(f"save_pretrained: a result's value={self.value!r} is no number.")
+
+    @property
+    def hub_id(self) -> str:
+        """What the hub calls the set."""
+        return HUB_IDS.get(self.dataset, self.dataset)
+
+
+def _measured(results: Results) -> list[_Measured]:
+    """Results in any of the forms that `save_pretrained` takes."""
+    if results is None:
+        return []
+    if isinstance(results, (str, Path)):
+        return [_of_run(Path(results))]
+    tables = [results] if isinstance(results, Mapping) else list(results)
+    return [_read(_Measured, dict(table), "save_pretrained: a result") for table in tables]
+
+
+def _of_run(folder: Path) -> _Measured:
+    """The accuracy after the last epoch of a finished run."""
+    path = folder / "result.json"
+    if not path.is_file():
+        raise ValueError(
+            f"save_pretrained: {folder} holds no result.json, so its run has not finished. "
+            f"Finish it, or leave results out."
+        )
+    try:
+        run = json.loads(path.read_bytes())
+        notes = [
+            f"after the last of {run['epochs']} epochs",
+            f"seed {run['seed']}",
+            f"run {run['id']}",
+            f"SHA-256 of the decoded test images {run['test_sha256']}",
+            f"on {run['hardware']}",
+        ]
+        notes += [f"commit {run['commit']}"] if run.get("commit") else []
+        name, value = run["dataset"], float(run["accuracy"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"save_pretrained: {path} is damaged ({error}).") from error
+    # Where a folder lies is nobody's business, and it is not the known set it may be named after.
+    if name not in ("digits", *HUB_IDS):
+        name = f"{Path(name).name} (a folder of the author's)"
+    return _Measured(name, "accuracy", value, note=", ".join(notes))
+
+
+def _card(
+    model: nn.Module,
+    config: _Config,
+    results: Sequence[_Measured],
+    *,
+    license: str | None,
+    repo_id: str | None,
+) -> str:
+    """The text of `README.md`: metadata for the hub, then what a reader needs."""
+    hub = require("huggingface_hub", extra="hub", purpose="save_pretrained")
+    network = config.network
+    texts = [network.get("attention", "none"), *(call.attention for call in config.attach)]
+    specs = list(dict.fromkeys(text for text in texts if text != "none"))
+    names = list(dict.fromkeys(spec.partition("(")[0] for spec in specs))
+    name = " + ".join([network.get("arch") or f"resnet{network['depth']}", *specs])
+    if isinstance(host := config.host, _Ours):
+        what = f"CIFAR ResNet of depth {host.depth} ({host.block} blocks), {host.classes} classes."
+    else:
+        starts = " and ".join(sorted({call.start for call in config.attach}))
+        how = f", attention attached with start={starts}" if starts else ""
+        what = f"{host.kind}'s {host.arch}{how}."
+    data = hub.ModelCardData(
+        library_name="spem",
+        pipeline_tag="image-classification",
+        license=license,
+        tags=["spem", "channel-attention", "image-classification", "pytorch", *names],
+        datasets=list(dict.fromkeys(r.hub_id for r in results if "/" in r.hub_id)) or None,
+        metrics=list(dict.fromkeys(r.metric for r in results)) or None,
+        model_name=name if results else None,
+        eval_results=[
+            hub.EvalResult(
+                task_type="image-classification",
+                dataset_type=r.hub_id,
+                dataset_name=r.dataset,
+                dataset_split=r.split,
+                metric_type=r.metric,
+                metric_value=r.value,
+            )
+            for r in results
+        ]
+        or None,
+    )
+    extras = "hub" if network["kind"] == "spem.resnet" else "hub,timm"
+    total = sum(p.numel() for p in model.parameters())
+    where = json.dumps(repo_id or "path/to/this/folder")
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        f"{what} Attention: `{', '.join(specs) or 'none'}`. {total:,} parameters, "
+        f"{attention_parameters(model):,} of them attention's; {config.dtype}.",
+        "## Load",
+        "```python\nimport spem\n\n"
+        f"model = spem.from_pretrained({where})  # in evaluation mode, on the CPU\n```",
+        "Nothing in the folder is executed: the weights are safetensors, the config is JSON. "
+        f'Install, from a checkout of spem: `pip install ".[{extras}]"`.',
+    ]
+    if config.images is not None:
+        size = f" of {config.images.size}x{config.images.size} pixels" if config.images.size else ""
+        parts.append(
+            f"Images{size}, red, green and blue, as (pixels / 255 - mean) / std with "
+            f"mean {list(config.images.mean)} and std {list(config.images.std)}."
+        )
+    parts += ["## Results", "Measured; accuracies in percent." if results else "No results are stated."]
+    if results:
+        rows = [
+            f"| {_cell(r.dataset)}, {_cell(r.split)} | {_cell(r.metric)} | {r.value:.6g} "
+            f"| {_cell(r.note) or '-'} |"
+            for r in results
+        ]
+        parts.append("\n".join(["| on | metric | value | how |", "|---|---|---|---|", *rows]))
+    if names:
+        parts.append("## Attention")
+        parts += [f"`{n}`:\n\n```text\n" + "\n".join(formula(n)) + "\n```" for n in names]
+        cited = "\n".join(bibtex(n) for n in names if attention_class(n).paper)
+        parts += ["## Citation", f"```bibtex\n{cited}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def formula(name: str) -> list[str]:
+    """The lines of the formula in the docstring of a registered attention."""
+    text = inspect.getdoc(attention_class(name)) or ""
+    found = re.search(r"^Formula:\n((?:    .*\n|\n)+)", text + "\n", re.M)
+    if found is None:
+        return [text.partition("\n")[0]]
+    return [line.removeprefix("    ") for line in found[1].rstrip().splitlines()]
