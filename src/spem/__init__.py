@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from spem.attention import *  # noqa: F403
     from spem.export import to_onnx as to_onnx
     from spem.gates import inspect as inspect
-    from spem.hub import from_pretrained as from_pretrained
-    from spem.hub import push_to_hub as push_to_hub
-    from spem.hub import save_pretrained as save_pretrained
+    from spem.share import from_pretrained as from_pretrained
+    from spem.share import push_to_hub as push_to_hub
+    from spem.share import save_pretrained as save_pretrained
     from spem.insert import attach as attach
     from spem.insert import attn_layer as attn_layer
     from spem.insert import detach as detach
@@ -43,14 +43,14 @@ _HOME = {
     "attn_layer": "insert",
     "detach": "insert",
     "find_sites": "insert",
-    "from_pretrained": "hub",
+    "from_pretrained": "share",
     "initialise": "seeding",
     "inspect": "gates",
     "keyed_generator": "seeding",
     "load_official": "models",
-    "push_to_hub": "hub",
+    "push_to_hub": "share",
     "resnet": "models",
-    "save_pretrained": "hub",
+    "save_pretrained": "share",
     "to_onnx": "export",
 }
 

@@ -26,15 +26,16 @@ from torch import Tensor, nn
 
 from spem.attention import ChannelAttention, attention_class, attention_parameters, spec_text
 from spem.attention.citing import bibtex
+from spem.data.names import HUB_IDS, known_name
 from spem.export import difference, tensors
 from spem.extras import require
+from spem.files import load_json, read_regular, write_atomic
 from spem.insert import IdentityStart, attach
 from spem.insert.architectures import OPTIONS, build, check_options, library_of
-from spem.insert.attached import Attached, remembered
+from spem.insert.attached import remembered
 from spem.insert.sites import default_input
 from spem.models import ResNet, resnet
 from spem.ops import use_impl
-from spem.writing import write_whole
 
 __all__ = ["Images", "Shared", "from_pretrained", "push_to_hub", "read_shared", "save_pretrained"]
 
@@ -42,8 +43,6 @@ SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
-HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-"""What the hub calls the sets that go by a name here."""
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -264,10 +263,10 @@ def save_pretrained(
     refuse_foreign(folder, asker)
     folder.mkdir(parents=True, exist_ok=True)
     # The config last: a folder that has one is whole.
-    write_whole(folder / WEIGHTS, content)
-    write_whole(folder / CARD, card.encode())
+    write_atomic(folder / WEIGHTS, content)
+    write_atomic(folder / CARD, card.encode())
     text = json.dumps(dataclasses.asdict(config), indent=2)
-    write_whole(folder / CONFIG, text.encode() + b"\n")
+    write_atomic(folder / CONFIG, text.encode() + b"\n")
     return folder
 
 
@@ -440,7 +439,7 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
                 model = _built(config if attached else dataclasses.replace(config, attach=()))
         except ImportError:
             raise
-        except Exception:  # noqa: BLE001, S112  # said by the real build
+        except Exception:  # noqa: BLE001  # said by the real build
             continue
         if attached:
             return _misfit(state, model.state_dict())
@@ -577,7 +576,7 @@ def read_shared(folder: str | Path) -> Shared:
             raise FileNotFoundError(
                 f"{asker} holds no {name}. Use a folder that save_pretrained wrote."
             )
-    content = (folder / WEIGHTS).read_bytes()
+    content = read_regular(folder / WEIGHTS)
     try:
         config = _config(folder / CONFIG)
         if hashlib.sha256(content).hexdigest() != config.weights_sha256:
@@ -604,7 +603,7 @@ def read_shared(folder: str | Path) -> Shared:
 
 def _config(path: Path) -> _Config:
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON ({error}). Fetch it again.") from error
     schema = values.get("schema") if isinstance(values, dict) else None
@@ -732,8 +731,8 @@ def _of_run(folder: Path) -> _Measured:
             f"save_pretrained: {folder} holds no result.json, so its run has not finished. "
             f"Finish it, or leave results out."
         )
+    run = load_json(path, remedy="Delete it and run the same training again.")
     try:
-        run = json.loads(path.read_bytes())
         notes = [
             f"after the last of {run['epochs']} epochs",
             f"seed {run['seed']}",
@@ -743,11 +742,10 @@ def _of_run(folder: Path) -> _Measured:
         ]
         notes += [f"commit {run['commit']}"] if run.get("commit") else []
         name, value = run["dataset"], float(run["accuracy"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"save_pretrained: {path} is damaged ({error}).") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"save_pretrained: {path} lacks {error}. Has the run failed?") from error
     # Where a folder lies is nobody's business, and it is not the known set it may be named after.
-    if name not in ("digits", *HUB_IDS):
-        name = f"{Path(name).name} (a folder of the author's)"
+    name = known_name(name) or f"{Path(name).name} (a folder of the author's)"
     return _Measured(name, "accuracy", value, note=", ".join(notes))
 
 
@@ -813,7 +811,10 @@ def _card(
             f"Images{size}, red, green and blue, as (pixels / 255 - mean) / std with "
             f"mean {list(config.images.mean)} and std {list(config.images.std)}."
         )
-    parts += ["## Results", "Measured; accuracies in percent." if results else "No results are stated."]
+    parts += [
+        "## Results",
+        "Measured; accuracies in percent." if results else "No results are stated.",
+    ]
     if results:
         rows = [
             f"| {_cell(r.dataset)}, {_cell(r.split)} | {_cell(r.metric)} | {r.value:.6g} "

@@ -149,7 +149,7 @@ def test_the_command_itself_needs_no_torch(args: list[str]) -> None:
     assert "Did you mean train?" in done.stderr or done.stdout
 
 
-@pytest.mark.parametrize("name", [name for name in NEW if name != "train"])
+@pytest.mark.parametrize("name", NEW)
 def test_help_and_mistakes_need_no_torch(name: str) -> None:
     done = without_torch([name, "--help"])
     assert (done.returncode, done.stderr) == (0, "")

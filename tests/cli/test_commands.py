@@ -54,8 +54,8 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
         (["train", "smoke", "--data", "cifar11"], "Did you mean cifar10"),
         (["train", "smoke", "--attention", "spme"], "Did you mean spem"),
         (["train", "smoke", "--optim.lrr", "1"], "Did you mean --optim.lr"),
-        (["train", "smoke", "--lr", "-1"], "--lr -1.0 is too small. Use at least 0."),
-        (["train", "smoke", "--optim.lr", "-1"], "--optim.lr -1.0 is too small."),
+        (["train", "smoke", "--lr", "-1"], "--lr -1.0 must be a number from 0 on."),
+        (["train", "smoke", "--optim.lr", "-1"], "--optim.lr -1.0 must be a number from 0 on."),
         (["eval", "gone.safetensors"], "spem eval: there is no file gone.safetensors."),
         (["eval", "cifar:11"], "does not say which images it was trained on. Give --data."),
         (["export", "cifar:11"], "nowhere to write. Give --out FILE"),
@@ -224,7 +224,23 @@ def test_weights_of_other_classes_are_refused(
 ) -> None:
     path = weights(tmp_path, attention="none", classes=100)
     assert cli.main(["eval", str(path)]) == 2
-    assert "100 classes apart, digits has 10" in capsys.readouterr().err
+    assert "answers [1, 100] for one image, digits has 10 classes" in capsys.readouterr().err
+
+
+def test_a_network_whose_outputs_are_no_numbers_has_no_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.py").write_text(
+        "import torch\n"
+        "def net():\n"
+        "    layer = torch.nn.Linear(3, 10)\n"
+        "    torch.nn.init.constant_(layer.bias, float('nan'))\n"
+        "    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), layer)\n"
+    )
+    assert cli.main(["eval", "own.py:net", "--data", "digits"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "outputs of own.py:net are not finite" in told.err
 
 
 def test_weights_that_are_no_numbers_have_no_accuracy(
@@ -237,4 +253,4 @@ def test_weights_that_are_no_numbers_have_no_accuracy(
     assert cli.main(["eval", str(tmp_path / "model.safetensors")]) != 0
     told = capsys.readouterr()
     assert told.out == ""
-    assert "not finite" in told.err
+    assert "infinite or NaN" in told.err

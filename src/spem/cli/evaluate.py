@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spem.cli.network import add_network, add_start, load_network
-from spem.cli.options import Options, one_of
-from spem.cli.output import print_json
+from spem.cli.network import Network, add_network, add_start, load_network
+from spem.cli.options import Options, UsageError, one_of
+from spem.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from spem.data import ImageSet
-    from spem.models import ResNet
 
 
 def options() -> Options:
@@ -29,7 +30,6 @@ def options() -> Options:
     o.add("--root", "DIR", "folder that holds the named data sets", kind=Path)
     o.add("--device", "auto|cpu|cuda", "where", kind=one_of("auto", "cpu", "cuda"), default="auto")
     o.add("--predictions", "CSV", "write label and prediction of every image here", kind=Path)
-    o.add("--sha256", "SUM", "expected SHA-256 of the test split's files", rare=True)
     return o.json()
 
 
@@ -45,49 +45,59 @@ def run(
     root: Path | None,
     device: str,
     predictions: Path | None,
-    sha256: str | None,
     json: bool,
 ) -> None:
     """Evaluate, and print the accuracy."""
-    from spem.data import load_images
-    from spem.training import evaluate
-    from spem.training.choose_impl import stored_impl
+    if data is not None:  # before torch is loaded
+        from spem.data import check_images
 
+        check_images(data, root=root, size=size)
+    if predictions is not None and not predictions.parent.is_dir():
+        raise UsageError(f"--predictions: there is no folder {predictions.parent}.")
+    import torch
+
+    from spem.files import require_regular, write_atomic
+    from spem.training import evaluate
+    from spem.training.evaluation import predict
+    from spem.training.step import stored_impl
+
+    if predictions is not None:
+        require_regular(predictions, missing_ok=True)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this machine has none that torch can use. Use cpu.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     found = load_network(
         network, attention=attention, start=start, classes=classes, weights=weights, size=size
     )
-    config, model = found.config, found.model
-    own = config is not None and (data is None or data == config.data.name)
-    name = config.data.name if data is None and config is not None else data
-    if name is None:
-        raise ValueError(f"{network} does not say which images it was trained on. Give --data.")
-    images = load_images(
-        name, "test", root=root, size=config.data.size if own else None, sha256=sha256
-    )
-    if len(images.classes) != model.classes:
-        raise ValueError(
-            f"{network} tells {model.classes} classes apart, {name} has "
-            f"{len(images.classes)}. Use the data set it was trained on."
-        )
-    normalisation = config.data.normalisation
-    with stored_impl(config.runtime, "cpu", lambda text: print(text, file=sys.stderr)):
-        accuracy = evaluate(model, images, normalisation=normalisation)
+    images = _images(found, network, data, root)
+    model = found.model.to(device)
+    _require_outputs(found, images, device)
+    as_trained = contextlib.nullcontext()
+    if found.config is not None and found.impl is not None:
+        runtime = replace(found.config.runtime, impl=found.impl)
+        as_trained = stored_impl(runtime, device, lambda text: print(text, file=sys.stderr))
+    how = found.mean, found.std
+    with as_trained:
+        accuracy = evaluate(model, images, normalisation=how)
         if not math.isfinite(accuracy.loss):
             raise FloatingPointError(
                 f"the outputs of {network} are not finite numbers, so it has no accuracy. "
                 f"Train it again, with a lower rate."
             )
         if predictions is not None:
-            _write_predictions(predictions, model, images, normalisation)
+            answers = predict(model, images, normalisation=how)
+            write_atomic(predictions, _csv(images, answers.tolist()))
+    config = found.config
     if json:
         print_json(
             {
-                "weights": network,
-                "attention": config.model.attention,
-                "depth": config.model.depth,
-                "seed": config.seed,
-                "id": config.id,
-                "data": name,
+                "network": network,
+                "attention": attention if config is None else config.model.attention,
+                "depth": None if config is None else config.model.depth,
+                "seed": None if config is None else config.seed,
+                "id": None if config is None else config.id,
+                "data": images.name,
                 "data_sha256": images.sha256,
                 "accuracy": accuracy.top1,
                 "correct": accuracy.correct,
@@ -96,33 +106,59 @@ def run(
             }
         )
         return
+    seed = "" if config is None else f", seed {config.seed}"
+    say(f"{network}: {found.text}{seed}{', random weights' * found.random}")
     share = f"{accuracy.correct}/{accuracy.count}, loss {accuracy.loss:.4f}"
-    print(f"{network}: {found.text}, seed {config.seed}")
-    print(f"{accuracy.top1:.2f} % of {name}'s test images ({share})")
-    print(f"SHA-256 of the decoded images: {images.sha256}")
+    print(f"{accuracy.top1:.2f} % of {images.name}'s test images ({share})")
+    print(f"SHA-256 of the decoded images: {images.sha256[:16]}")
     if predictions is not None:
         print(f"predictions: {predictions}")
 
 
-def _write_predictions(path: Path, model: ResNet, images: ImageSet, normalisation: str) -> None:
-    """One row per image, in the order of the set; predicted as `spem.training.evaluate` does."""
+def _images(found: Network, network: str, data: str | None, root: Path | None) -> ImageSet:
+    """The test images, checked against what the network was trained on."""
+    from spem.data import load_images
+    from spem.training import load_test_images
+
+    if found.config is not None:
+        config = found.config
+        if data is not None and found.size != config.data.size and config.data.size is None:
+            config = replace(config, data=replace(config.data, size=found.size))
+        return load_test_images(config, found.data, name=data, root=root)
+    if data is None:
+        raise UsageError(f"{network} does not say which images it was trained on. Give --data.")
+    images = load_images(data, "test", root=root, size=found.size)
+    if found.classes is not None and found.classes != images.classes:
+        raise ValueError(
+            f"{network} has classes of other names than {data}, so an accuracy would mean nothing. "
+            f"Use images of the same classes."
+        )
+    return images
+
+
+def _require_outputs(found: Network, images: ImageSet, device: str) -> None:
+    """Raises ValueError unless the network answers with one number for every class."""
     import torch
 
-    from spem.data import NORMALISATION, normalise
-    from spem.training.checkpoint import write_atomic
+    with torch.no_grad():
+        output = found.model.eval()(images.images[:1].to(device) / 255.0)
+    shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if shape != [1, len(images.classes)]:
+        remedy = "Use the data set it was trained on."
+        if found.config is None:
+            remedy = f"Give --classes {len(images.classes)}, with weights trained on these."
+        raise ValueError(
+            f"the network answers {shape} for one image, {images.name} has {len(images.classes)} "
+            f"classes. {remedy}"
+        )
 
-    mean, std = NORMALISATION[normalisation]
+
+def _csv(images: ImageSet, answers: list[int]) -> bytes:
+    """One row per image, in the order of the set."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "label", "prediction", "label_name", "prediction_name"])
-    model.eval()
-    for start in range(0, len(images), 500):
-        batch = normalise(images.images[start : start + 500], mean, std)
-        with torch.no_grad():
-            answers = model(batch.contiguous(memory_format=torch.channels_last)).argmax(1)
-        labels = images.labels[start : start + 500]
-        for i, (label, answer) in enumerate(
-            zip(labels.tolist(), answers.tolist(), strict=True), start
-        ):
-            writer.writerow([i, label, answer, images.classes[label], images.classes[answer]])
-    write_atomic(path, text.getvalue().encode())
+    names = images.classes
+    for i, (label, answer) in enumerate(zip(images.labels.tolist(), answers, strict=True)):
+        writer.writerow([i, label, answer, names[label], names[answer]])
+    return text.getvalue().encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from spem.extras import require
 if TYPE_CHECKING:
     from torch import nn
 
-    from spem.training import RunConfig
+    from spem.training import DataIdentity, RunConfig
 
 NETWORK_HELP = (
     "a name of timm or torchvision (resnet50), cifar:29 for ours, file.py:function for your own, "
@@ -40,7 +39,8 @@ class Network:
         random: Whether its weights are random.
         lacking: Names of attention's weights that a file of weights did not hold.
         config: Of the run that trained it, or None.
-        folder: Of that run, or None.
+        data: What that run was trained on, or None.
+        impl: What ran its tails then, or None.
     """
 
     model: nn.Module
@@ -53,7 +53,8 @@ class Network:
     random: bool = True
     lacking: tuple[str, ...] = ()
     config: RunConfig | None = None
-    folder: Path | None = None
+    data: DataIdentity | None = None
+    impl: str | None = None
 
     def shape(self, size: int | None = None, batch: int = 1) -> tuple[int, int, int, int]:
         """Of its input, at another size if one is given.
@@ -238,56 +239,37 @@ def import_file(path: Path) -> Any:
 
 def _trained(path: Path) -> Network:
     """From a run's folder, a shared folder, or weights of a training."""
-    from spem.data import NORMALISATION
-    from spem.data.names import class_names, native_size
-    from spem.training import load_weights, read_config
+    from spem.data.names import NORMALISATION, class_names, native_size
+    from spem.share import is_shared, read_shared
+    from spem.training import read_run, read_weights
 
     if path.is_dir() and is_shared(path):
-        return _shared(path)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"{path} holds no {weights.name}: name the folder of a finished run, or one that spem "
-            f"share wrote."
-            if path.is_dir()
-            else f"there is no file {path}."
-        )
-    model, config = load_weights(weights)
-    # Weights keep the last part of a path alone; the run knows which set it was trained on.
-    planned = read_config(path) if path.is_dir() else None
-    data = config.data if planned is None else planned.data
+        shared = read_shared(path)
+        text = type(shared.model).__name__
+        found = Network(shared.model, text, classes=shared.classes, random=False)
+        if shared.images is None:
+            return found
+        images = shared.images
+        return replace(found, size=images.size, mean=images.mean, std=images.std)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
+    run = read_run(path) if path.is_dir() else None
+    weights = read_weights(path) if run is None else run.weights()
+    config = weights.config if run is None else run.config
     mean, std = NORMALISATION[config.data.normalisation]
+    classes = weights.network.classes
     return Network(
-        model,
+        weights.network,
         f"ResNet-{config.model.depth}, attention {config.model.attention}",
-        size=config.data.size or native_size(data.name),
+        size=config.data.size or native_size(config.data.name),
         mean=mean,
         std=std,
-        classes=class_names(data.name, model.classes),
+        classes=weights.data.classes if weights.data else class_names(config.data.name, classes),
         random=False,
-        config=replace(config, data=data),
-        folder=path if path.is_dir() else None,
+        config=config,
+        data=weights.data,
+        impl=weights.impl,
     )
-
-
-def is_shared(folder: Path) -> bool:
-    """Whether `spem share` wrote it: a run has a config.json too, of other fields."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and config.get("library_name") == "spem"
-
-
-def _shared(folder: Path) -> Network:
-    from spem.hub import read_shared
-
-    shared = read_shared(folder)
-    found = Network(shared.model, type(shared.model).__name__, classes=shared.classes, random=False)
-    if shared.images is None:
-        return found
-    images = shared.images
-    return replace(found, size=images.size, mean=images.mean, std=images.std)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from spem.cli.options import Options, UsageError
 from spem.cli.output import print_json
@@ -25,26 +25,32 @@ def options() -> Options:
 
 
 def run(
-    *,
-    run: str,
-    folder: Path | None,
-    to: str | None,
-    license: str | None,
-    private: bool,
-    json: bool,
+    *, run: str, folder: Path | None, to: str | None, license: str | None, private: bool, json: bool
 ) -> None:
     """Write the folder, and send it where that is asked for."""
     if folder is None and to is None:
         raise UsageError("nowhere to write. Give --folder DIR, or --to OWNER/NAME to send it.")
-    from spem.hub import share_run
-    from spem.hub.folder import FILES
-    from spem.hub.remote import check_id, push_folder
+    if not Path(run).exists():
+        raise FileNotFoundError(f"there is no run {run}. Name the folder of a finished run.")
+    from spem.cli.network import load_network
+    from spem.share import FILES, check_id, push_to_hub, save_pretrained
 
     if to is not None:
         check_id(to, "share")
-    with TemporaryDirectory() as temporary:
-        written = share_run(Path(run), folder or temporary, license=license, repo_id=to)
-        sent = None if to is None else push_folder(written, to, private=private or None)
+    found = load_network(run)
+    if found.config is None:
+        raise ValueError(f"{run} was shared before. Copy the folder, or name the run it came from.")
+    describing: dict[str, Any] = {
+        "results": run if Path(run).is_dir() else None,
+        "images": {"size": found.size, "mean": list(found.mean), "std": list(found.std)},
+        "classes": found.classes,
+        "license": license,
+    }
+    sent = None
+    if folder is not None:
+        save_pretrained(found.model, folder, repo_id=to, **describing)
+    if to is not None:
+        sent = push_to_hub(found.model, to, private=private or None, **describing)
     if json:
         print_json({"folder": None if folder is None else str(folder), "sent": sent})
         return

@@ -58,7 +58,7 @@ def _train(config: RunConfig, folder: Path, *, json: bool) -> None:
         )
     from spem.training import Interrupted, process_group, train
     from spem.training.distributed import FollowerError
-    from spem.training.memory import keep_freed_memory
+    from spem.training.step import keep_freed_memory
 
     keep_freed_memory()
     with process_group(config.runtime.device) as first:

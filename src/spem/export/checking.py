@@ -75,9 +75,9 @@ def _first(error: Exception) -> str:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output in float32, however it holds them."""
+    """The tensors of an output in float32, or float64, however it holds them."""
     if isinstance(output, Tensor):
-        return [output.float()]
+        return [output if output.dtype == torch.float64 else output.float()]
     if isinstance(output, Mapping):
         return [tensor for value in output.values() for tensor in tensors(value)]
     if isinstance(output, (tuple, list)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from spem.data.names import known_name
 from spem.training.config import RunConfig
 from spem.training.folder import DataIdentity
 from spem.training.sets import load_test
+
+Normalisation = tuple[Sequence[float], Sequence[float]]
+"""Mean and deviation of the pixels on the scale 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ def evaluate(
     model: nn.Module,
     data: ImageSet,
     *,
-    normalisation: str = "paper",
+    normalisation: str | Normalisation = "paper",
     batch: int = 500,
     between: Callable[[], None] | None = None,
 ) -> Accuracy:
@@ -52,7 +55,7 @@ def evaluate(
     Args:
         model: takes images [n, 3, H, W] and returns logits [n, classes].
         data: the images; they are moved to the network's device if they lie elsewhere.
-        normalisation: a key of `spem.data.NORMALISATION`, the one trained with.
+        normalisation: a key of `spem.data.NORMALISATION`, or mean and deviation, as in training.
         batch: images at a time.
         between: called after every batch; may raise to stop here.
 
@@ -71,7 +74,11 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, data: ImageSet, *, normalisation: str = "paper", batch: int = 500
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    normalisation: str | Normalisation = "paper",
+    batch: int = 500,
 ) -> Tensor:
     """The class a network answers for each image: what `evaluate` counts, on the CPU.
 
@@ -83,13 +90,13 @@ def predict(
 
 
 def _answers(
-    model: nn.Module, data: ImageSet, normalisation: str, batch: int
+    model: nn.Module, data: ImageSet, normalisation: str | Normalisation, batch: int
 ) -> Generator[tuple[Tensor, Tensor]]:
     """Logits and labels of a set, a batch at a time, in evaluation mode."""
     if len(data) == 0:
         raise ValueError("evaluate: the set has no images. Check the split and its folder.")
     data = data.to(next(model.parameters()).device)
-    mean, std = NORMALISATION[normalisation]
+    mean, std = NORMALISATION[normalisation] if isinstance(normalisation, str) else normalisation
     was_training = model.training
     model.eval()
     try:

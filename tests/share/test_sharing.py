@@ -15,7 +15,7 @@ import torch
 
 import spem
 from spem import cli
-from spem.hub import read_shared, share_run
+from spem.share import formula, read_shared
 from spem.training import ModelConfig, Silent, load_weights, read_result, recipes, train
 
 hub = pytest.importorskip("huggingface_hub")
@@ -34,16 +34,17 @@ class Recorder:
         self.calls.append(("HfApi", options))
         return self
 
-    def create_repo(self, repo_id: str, **options: Any) -> None:
-        self.calls.append(("create_repo", {"repo_id": repo_id, **options}))
+    def whoami(self) -> None:
+        self.calls.append(("whoami", {}))
         if self.refuses is not None:
             raise self.refuses
 
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create_repo", {"repo_id": repo_id, **options}))
+
     def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> SimpleNamespace:
         self.calls.append(("upload_folder", {"repo_id": repo_id, **options}))
-        for name in options["allow_patterns"]:
-            (self.place / repo_id).mkdir(parents=True, exist_ok=True)
-            shutil.copy(Path(folder_path) / name, self.place / repo_id / name)
+        shutil.copytree(folder_path, self.place / repo_id, dirs_exist_ok=True)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
     def snapshot_download(self, repo_id: str, **options: Any) -> str:
@@ -84,12 +85,13 @@ def test_what_is_pushed_comes_back(recorder: Recorder):
     x = torch.randn(1, 3, 16, 16)
     assert torch.equal(model(x), again(x))
     calls = dict(recorder.calls)
-    assert list(calls) == ["HfApi", "create_repo", "upload_folder", "snapshot_download"]
+    assert list(calls) == ["HfApi", "whoami", "create_repo", "upload_folder", "snapshot_download"]
     assert calls["HfApi"]["token"] == "secret"
     assert calls["create_repo"] == {"repo_id": "me/net", "private": True, "exist_ok": True}
     sent = calls["upload_folder"]
     assert (sent["revision"], sent["create_pr"]) == ("dev", True)
-    assert set(sent["allow_patterns"]) == {"README.md", "config.json", "model.safetensors"}
+    files = sorted(path.name for path in (recorder.place / "me/net").iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors"]
     got = calls["snapshot_download"]
     assert (got["revision"], got["token"], got["local_files_only"]) == ("abc", "secret", True)
     assert got["allow_patterns"] == ["config.json", "model.safetensors"]
@@ -105,7 +107,7 @@ def test_the_recorder_takes_what_the_client_takes():
         (hub.HfApi.create_repo, {"repo_id", "private", "exist_ok"}),
         (
             hub.HfApi.upload_folder,
-            {"repo_id", "folder_path", "revision", "create_pr", "commit_message", "allow_patterns"},
+            {"repo_id", "folder_path", "revision", "create_pr", "commit_message"},
         ),
         (
             hub.snapshot_download,
@@ -126,7 +128,8 @@ def test_the_recorder_takes_what_the_client_takes():
 def test_refusals_of_the_hub_are_told_in_a_sentence(recorder: Recorder, tmp_path: Path):
     model = spem.resnet(11)
     recorder.refuses = hub.errors.LocalEntryNotFoundError("not in the cache\nand a long story")
-    with pytest.raises(OSError, match=r"cannot write to me/net: not in the cache Log in with"):
+    said = r"cannot write to me/net: not in the cache\. Look at your connection, and log in"
+    with pytest.raises(OSError, match=said):
         spem.push_to_hub(model, "me/net")
     with pytest.raises(OSError, match=r"no folder me/net, and .* cannot be fetched: not in the"):
         spem.from_pretrained("me/net")
@@ -146,13 +149,13 @@ def test_a_transport_that_fails_is_told_in_a_sentence(
     recorder: Recorder, run: Path, capsys: pytest.CaptureFixture[str]
 ):
     recorder.refuses = NoRouteError("[Errno -2] Name or service not known\nand a traceback")
-    said = r"me/net cannot be reached: \[Errno -2\] Name or service not known$"
+    said = r"cannot write to me/net: \[Errno -2\] Name or service not known\. Look at"
     with pytest.raises(OSError, match=said):
         spem.push_to_hub(spem.resnet(11), "me/net")
-    with pytest.raises(OSError, match=r"no folder me/net, .* cannot be reached: \[Errno -2\]"):
+    with pytest.raises(OSError, match=r"no folder me/net, .* cannot be fetched: \[Errno -2\]"):
         spem.from_pretrained("me/net")
     assert cli.main(["share", str(run), "--to", "me/net"]) == 2
-    assert "me/net cannot be reached" in capsys.readouterr().err
+    assert "cannot write to me/net" in capsys.readouterr().err
 
 
 # ---- the card
@@ -205,8 +208,6 @@ def test_a_card_without_results_says_so_and_its_example_runs(tmp_path: Path):
 
 @pytest.mark.parametrize("name", spem.list_attention())
 def test_every_module_has_its_formula_on_the_card(name: str):
-    from spem.hub.card import formula
-
     lines = formula(name)
     assert len(" ".join(lines)) > 20
     assert not any(line.startswith(("Shape:", "Args:")) for line in lines)
@@ -215,12 +216,21 @@ def test_every_module_has_its_formula_on_the_card(name: str):
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ({"dataset": "a", "metric": "b"}, "lacks 'value'"),
-        ({"dataset": "a", "metric": "b", "value": "93"}, "value='93' is no finite number"),
-        ({"dataset": "a", "metric": "b", "value": float("nan")}, "value=nan is no finite number"),
-        ({"dataset": "a", "metric": "b", "value": True}, "value=True is no finite number"),
-        ({"dataset": 1, "metric": "b", "value": 1}, "dataset=1 is no text"),
-        ([{"dataset": "a", "metric": "b", "value": 1, "best": 2}], "has no field 'best'"),
+        ({"dataset": "a", "metric": "b"}, "missing value for field .value."),
+        (
+            {"dataset": "a", "metric": "b", "value": "93"},
+            "wrong value type for field .value.",
+        ),
+        ({"dataset": "a", "metric": "b", "value": float("nan")}, "value=nan is no number"),
+        ({"dataset": "a", "metric": "b", "value": True}, "value=True is no number"),
+        (
+            {"dataset": 1, "metric": "b", "value": 1},
+            "wrong value type for field",
+        ),
+        (
+            [{"dataset": "a", "metric": "b", "value": 1, "best": 2}],
+            "can not match .best. to any",
+        ),
         ("nowhere", "nowhere holds no result.json, so its run has not finished"),
     ],
 )
@@ -234,43 +244,42 @@ def test_what_is_no_result_is_refused(results: Any, message: str, tmp_path: Path
 
 
 def test_a_run_is_shared_with_its_result(run: Path, tmp_path: Path):
-    share_run(run, tmp_path)
-    shared, result = read_shared(tmp_path), read_result(run)
+    out = tmp_path / "out"
+    assert cli.main(["share", str(run), "--folder", str(out)]) == 0
+    shared, result = read_shared(out), read_result(run)
     assert result is not None
     weights = load_weights(run / "model.safetensors")[0].state_dict()
     assert all(torch.equal(weights[k], v) for k, v in shared.model.state_dict().items())
-    (told,) = parsed(tmp_path).data.eval_results
+    (told,) = parsed(out).data.eval_results
     assert (told.metric_value, told.dataset_name) == (result.accuracy, "digits")
-    assert f"run {result.id}" in parsed(tmp_path).text
+    assert f"run {result.id}" in parsed(out).text
     assert shared.classes == tuple("0123456789")
     assert shared.images is not None
     assert shared.images.size == 8
-    model = spem.from_pretrained(tmp_path)
+    model = spem.from_pretrained(out)
     spem.save_pretrained(model, tmp_path / "again", results=run)
     assert parsed(tmp_path / "again").data.eval_results[0].metric_value == result.accuracy
 
 
-def test_a_folder_named_like_a_known_set_is_not_that_set(run: Path, tmp_path: Path):
-    """Its images may be anything, so neither the hub's id nor names of classes are stated."""
-    from spem.training import save_weights
-    from spem.training.results import write_result
+def test_a_run_on_a_folder_named_like_a_known_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its images may be anything: its own classes are stated, and not the hub's id of the name."""
+    from PIL import Image
 
-    model, config = load_weights(run / "model.safetensors")
-    result = read_result(run)
-    assert result is not None
-    config = replace(config, data=replace(config.data, name=str(tmp_path / "cifar10"), size=None))
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    save_weights(model, config, mine / "model.safetensors")
-    write_result(replace(result, dataset=config.data.name, id=config.id), mine)
-    weights = mine / "model.safetensors"
-    result = replace(result, dataset=config.data.name, id=load_weights(weights)[1].id)
-    write_result(result, mine)
-    share_run(mine, tmp_path / "out")
+    from spem.data import load_images
+
+    digits = load_images("digits", "test", size=16)
+    folder = tmp_path / "cifar10"
+    for i in range(40):
+        place = folder / f"kind {int(digits.labels[i]) % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits.images[i].permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    args = ["train", "smoke", "--data", str(folder), "--epochs", "1", "--depth", "11"]
+    assert cli.main([*args, "--folder", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    assert cli.main(["share", str(tmp_path / "run"), "--folder", str(tmp_path / "out")]) == 0
     shared = read_shared(tmp_path / "out")
-    assert shared.classes is None
-    assert shared.images is not None
-    assert shared.images.size is None
+    assert shared.classes == ("kind 0", "kind 1")
     card = parsed(tmp_path / "out")
     assert "datasets" not in card.data.to_dict()
     (told,) = card.data.eval_results
@@ -278,32 +287,22 @@ def test_a_folder_named_like_a_known_set_is_not_that_set(run: Path, tmp_path: Pa
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_known_sets_are_known_by_name_and_id_alone():
-    from spem.data import load_images
-    from spem.data.names import class_names, known_name, native_size
-
-    assert known_name("uoft-cs/cifar100") == known_name("cifar100") == "cifar100"
-    assert known_name("./cifar10") is known_name("mine/cifar10") is known_name("digit") is None
-    digits = load_images("digits", "test")
-    assert native_size("digits") == digits.images.shape[2] == digits.images.shape[3]
-    assert class_names("digits", 10) == digits.classes
-    assert native_size("cifar10") == native_size("uoft-cs/cifar100") == 32
-    assert native_size("mine/cifar10") is None
-    assert class_names("uoft-cs/cifar10", 10)[3] == "cat"
-    assert class_names("cifar10", 11) is class_names("mine/cifar10", 10) is None
-
-
-def test_a_result_of_another_run_is_refused(run: Path, tmp_path: Path):
+def test_what_is_no_finished_run_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     mixed = tmp_path / "mixed"
     shutil.copytree(run, mixed)
     shutil.copy(WEIGHTS / "spem-seed0.safetensors", mixed / "model.safetensors")
-    with pytest.raises(ValueError, match=r"the result of run .* Name a folder of one run"):
-        share_run(mixed, tmp_path / "out")
-    (mixed / "result.json").unlink()
-    with pytest.raises(ValueError, match="its run has not finished"):
-        share_run(mixed, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="there are no weights"):
-        share_run(tmp_path / "gone", tmp_path / "out")
+    out = ["--folder", str(tmp_path / "out")]
+    for change, message in (
+        (lambda: None, "is not the file that result.json was written for"),
+        ((mixed / "result.json").unlink, "It has not finished"),
+        (lambda: shutil.rmtree(mixed), "there is no run"),
+    ):
+        change()
+        assert cli.main(["share", str(mixed), *out]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_sends_nothing_unless_asked(
@@ -327,7 +326,8 @@ def test_the_command_sends_nothing_unless_asked(
 
 
 def test_the_committed_weights_can_be_shared(tmp_path: Path):
-    share_run(WEIGHTS / "spem-seed0.safetensors", tmp_path)
+    weights = str(WEIGHTS / "spem-seed0.safetensors")
+    assert cli.main(["share", weights, "--folder", str(tmp_path)]) == 0
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["network"]["attention"] == "spem"
     assert config["classes"][3] == "cat"

@@ -50,28 +50,31 @@ def test_the_copy_itself_is_read(written: Path, tmp_path: Path):
     [
         ({"schema": 2}, "is of layout 2, this version of spem reads 1"),
         ({"schema": ...}, "is of layout None"),
-        ({"auto_map": {"AutoModel": "code.py"}}, "has no field 'auto_map'"),
-        ({"dtype": ...}, "lacks the field 'dtype'"),
+        (
+            {"auto_map": {"AutoModel": "code.py"}},
+            "can not match .auto_map. to any",
+        ),
+        ({"dtype": ...}, 'missing value for field "dtype"'),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
-        ({"attach": {}}, "attach={} must be of type list"),
-        ({"network": []}, r"network=\[\] must be of type dict"),
+        ({"attach": 3}, "field .attach."),
+        ({"network": []}, 'field "network"'),
         ({"network__kind": "pickle"}, "unknown kind 'pickle'. Known: spem.resnet, timm"),
-        ({"network__depth": "11"}, "depth='11' must be of type int"),
-        ({"network__depth": True}, "depth=True must be of type int"),
+        ({"network__depth": "11"}, 'field "depth" - should be "int"'),
+        ({"network__depth": True}, "depth=True is not 9n"),
         ({"network__depth": 12}, "depth=12 is not 9n"),
         ({"network__block": "wide"}, "block='wide' is unknown"),
         ({"network__attention": "spme"}, "unknown attention 'spme'"),
         ({"network__attention": "__import__('os').abort()"}, "cannot read attention"),
-        ({"network__weights": "x.pth"}, "has no field 'weights'"),
+        ({"network__weights": "x.pth"}, 'can not match "weights"'),
         (
             {"network__attention": "se"},
             "the weights lack 'layer1.0.attention.attention.alpha' and 13",
         ),
         ({"attach": []}, "hold beside those of the network"),
         ({"network__classes": 4}, r"'fc.weight' has the shape \[10, 256\], the network's is"),
-        ({"attach__0__part": "layer9"}, "no part of that name"),
-        ({"attach__0__stages": ["1"]}, r"stages=\['1'\] must be a list of int"),
-        ({"attach__0__where": "lambda m: m"}, "has no field 'where'"),
+        ({"attach__0__part": "layer9"}, "no part 'layer9'"),
+        ({"attach__0__stages": ["1"]}, 'field "attach.*should be'),
+        ({"attach__0__where": "lambda m: m"}, "can not match .*where"),
         ({"attach__0__start": "half"}, "start='half' is unknown"),
         ({"classes": ["a"]}, "1 names of classes for 10 outputs"),
         ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is no size with means"),
@@ -95,7 +98,7 @@ def test_the_copy_itself_is_read(written: Path, tmp_path: Path):
         ),
         (
             {"network": {"kind": "timm", "arch": "vit_giant_patch14_224", "options": {}}},
-            r"the network without attention has 1,0\d\d,\d\d\d,\d\d\d numbers, the weights have 1",
+            r"the network without attention has 1,0\d\d,\d\d\d,\d\d\d numbers, the weights 1",
         ),
         (
             {"network": {"kind": "timm", "arch": "resnet18", "options": {"global_pool": "bogus"}}},
@@ -144,7 +147,10 @@ def test_weights_of_other_names_shapes_and_dtypes_are_refused(written: Path, tmp
         "lack 'fc.bias'": {k: v for k, v in tensors.items() if k != "fc.bias"},
         "network 'fc.extra'": {**tensors, "fc.extra": torch.zeros(1)},
         r"'fc.bias' has the shape \[3\]": {**tensors, "fc.bias": torch.zeros(3)},
-        "'fc.bias' is of torch.float64": {**tensors, "fc.bias": tensors["fc.bias"].double()},
+        "'fc.bias' has the dtype torch.float64": {
+            **tensors,
+            "fc.bias": tensors["fc.bias"].double(),
+        },
     }
     for message, content in cases.items():
         file = tmp_path / "new.safetensors"

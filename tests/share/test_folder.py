@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import spem
-from spem.hub import read_shared
 from spem.insert.attached import remembered
+from spem.share import read_shared
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -157,7 +157,11 @@ def changed(model: nn.Module, change: Callable[[Any], object]) -> nn.Module:
             "attached with where=, a rule that no file can hold",
         ),
         (lambda: spem.resnet(11), {"classes": ["cat"]}, "1 names of classes for 10 outputs"),
-        (lambda: spem.resnet(11), {"images": {"size": 32}}, "images lacks the field 'mean'"),
+        (
+            lambda: spem.resnet(11),
+            {"images": {"size": 32}},
+            "images: missing value .*mean",
+        ),
         (
             lambda: spem.resnet(11),
             {"images": {"size": 32, "mean": [0, 0, 0], "std": [1, 1, 0]}},
