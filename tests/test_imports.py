@@ -58,8 +58,8 @@ ARROWS: dict[str, set[str]] = {
     # what a row was measured on is told as a training run tells it
     "bench": {"seeding", "ops", "attention", "models", "cost", "training", "bench"},
     "explain": {"attention", "gates", "insert", "ops", "explain"},
-    # networks of others are rebuilt with what was attached to them; results come from runs
-    "hub": {"ops", "attention", "models", "insert", "data", "training", "hub"},
+    # networks of others are rebuilt with what was attached to them
+    "share": {"ops", "attention", "models", "insert", "data", "export", "files"},
     # the commands import inside themselves only (see the test below)
     "cli": {
         "seeding",
@@ -75,7 +75,8 @@ ARROWS: dict[str, set[str]] = {
         "export",
         "bench",
         "explain",
-        "hub",
+        "share",
+        "files",
         "cli",
     },
 }
@@ -95,7 +96,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "export": {"torch"},
     "bench": {"torch"},
     "explain": {"torch"},
-    "hub": {"torch"},
+    "share": {"torch"},
     "cli": {"tyro"},
 }
 # third parties that only one place may import at all: a file, or a folder with all its files

@@ -56,7 +56,7 @@ def test_the_copy_itself_is_read(written: Path, tmp_path: Path):
         ),
         ({"dtype": ...}, 'missing value for field "dtype"'),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
-        ({"attach": 3}, "field .attach."),
+        ({"attach": 3}, "config.json: .* It takes schema"),
         ({"network": []}, 'field "network"'),
         ({"network__kind": "pickle"}, "unknown kind 'pickle'. Known: spem.resnet, timm"),
         ({"network__depth": "11"}, 'field "depth" - should be "int"'),
