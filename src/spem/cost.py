@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
+from spem.insert.fused import FusedTail
 from spem.ops import Choice, choose, use_impl, why_composed
 
 __all__ = ["Cost", "LayerCost", "TailCost", "block_tails", "count", "tails_text"]
@@ -148,8 +149,9 @@ def block_tails(
 
     A block is a module with an `attention` (a channel attention, or None) and a last norm `bn3` or
     `bn2`, as those of `spem.models`. A stage is a module whose `shared` is the attention of all
-    blocks in it. Attention that stands elsewhere, as `spem.attach` without ``fuse`` and timm's
-    ``attn_layer`` put it, follows its norm as a module of its own: not fused.
+    blocks in it. Blocks that ``spem.attach(fuse=True)`` has fused say what their tail is. Attention
+    that stands elsewhere, as `spem.attach` without ``fuse`` and timm's ``attn_layer`` put it,
+    follows its norm as a module of its own: not fused.
 
     Args:
         model: Any module.
@@ -172,6 +174,10 @@ def block_tails(
     for name, block in model.named_modules():
         norm: object = getattr(block, "bn3", None) or getattr(block, "bn2", None)
         attention: object = shared.get(id(block), getattr(block, "attention", False))
+        if isinstance(block, FusedTail):
+            parts = block.tail_parts()
+            if isinstance(parts, tuple):
+                norm, attention = parts
         if isinstance(norm, nn.Module) and (
             attention is None or isinstance(attention, ChannelAttention)
         ):

@@ -15,7 +15,6 @@ from spem.attention import ChannelAttention
 from spem.attention.carrying import Carrying
 from spem.attention.pooling import MixPool
 from spem.insert import IdentityStart
-from spem.insert.keys import walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,10 +237,10 @@ def _attentions(model: nn.Module) -> dict[str, ChannelAttention]:
     """The attentions of a network by their names; what is part of another one is left out."""
     found: dict[str, ChannelAttention] = {}
     parts: set[int] = set()
-    for node in walk(model):
-        if isinstance(node.module, ChannelAttention) and id(node.module) not in parts:
-            found[node.name] = node.module
-            parts |= {id(part) for part in node.module.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, ChannelAttention) and id(module) not in parts:
+            found[name] = module
+            parts |= {id(part) for part in module.modules()}
     return found
 
 

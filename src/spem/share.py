@@ -30,7 +30,7 @@ from spem.data.names import HUB_IDS, known_name
 from spem.export import difference, tensors
 from spem.extras import require
 from spem.files import load_json, read_regular, write_atomic
-from spem.insert import IdentityStart, attach
+from spem.insert import IdentityStart, attach, true_keys
 from spem.insert.architectures import OPTIONS, build, check_options, library_of
 from spem.insert.attached import remembered
 from spem.insert.sites import default_input
@@ -442,7 +442,7 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
         except Exception:  # noqa: BLE001  # said by the real build
             continue
         if attached:
-            return _misfit(state, model.state_dict())
+            return _misfit(true_keys(model, state), model.state_dict())
         needed = sum(tensor.numel() for tensor in model.state_dict().values())
         if needed > 2 * total:
             return f"the network without attention has {needed:,} numbers, the weights {total:,}"
@@ -590,6 +590,7 @@ def read_shared(folder: str | Path) -> Shared:
             raise ValueError(f"{WEIGHTS} is no safetensors file ({error}).") from error
         wrong = _too_large(state, config)
         model = None if wrong else _built(config)
+        state = state if model is None else true_keys(model, state)
         wrong = wrong or _misfit(state, {} if model is None else model.state_dict())
         if wrong or model is None:
             raise ValueError(

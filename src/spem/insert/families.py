@@ -278,7 +278,7 @@ RULES = (
     Rule(
         ("timm.models.densenet:DenseTransition", "torchvision.models.densenet:_Transition"),
         "after",
-        itself,
+        at("pool"),
         "conv",
         stage="site",
     ),

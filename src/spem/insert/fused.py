@@ -1,16 +1,46 @@
-"""Blocks of timm's and torchvision's ResNets whose tail runs as one operation."""
+"""ResNet blocks whose tail, relu(attention(norm(z)) + residual), runs as one operation.
 
-from typing import Any, NamedTuple
+`spem.attach` with ``fuse=True`` gives a block a subclass of its class. The object stays the same
+one, with its names, keys and hooks. Its forward reads the attributes as they are at the time; where
+one is not what the fused tail knows, the forward of the host's own class runs.
+"""
 
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from typing import ClassVar, NamedTuple, cast
+
+import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.insert.keys import Around
 from spem.insert.wrap import AfterNorm
+from spem.ops.library import has_hooks
+
+_LOG = logging.getLogger("spem.insert")
+_TOLD: set[str] = set()
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+BLOCKS: dict[str, tuple[str, str]] = {
+    "timm.models.resnet:BasicBlock": ("spem.insert.fused_timm", "FusedBasicBlock"),
+    "timm.models.resnet:Bottleneck": ("spem.insert.fused_timm", "FusedBottleneck"),
+    "torchvision.models.resnet:BasicBlock": ("spem.insert.fused_torchvision", "FusedBasicBlock"),
+    "torchvision.models.resnet:Bottleneck": ("spem.insert.fused_torchvision", "FusedBottleneck"),
+}
+"""The blocks with a fused tail and their subclasses; no other subclass, whose forward may differ.
+The subclasses lie in modules of their own, since they import the host's library."""
 
 
-class Parts(NamedTuple):
-    """Names of a block's parts: the layers before its last norm, that norm, and what follows it."""
+class Tail(NamedTuple):
+    """Names of a block's attributes.
+
+    Attributes:
+        branch: Layers before the last norm, in their order.
+        norm: The last norm.
+        slot: The attention; "" where `AfterNorm` around the norm holds it.
+        act: The activation after the addition.
+    """
 
     branch: tuple[str, ...]
     norm: str
@@ -18,78 +48,93 @@ class Parts(NamedTuple):
     act: str
 
 
-BLOCKS = {
-    "timm.models.resnet:BasicBlock": Parts(
-        ("conv1", "bn1", "drop_block", "act1", "aa", "conv2"), "bn2", "se", "act2"
-    ),
-    "timm.models.resnet:Bottleneck": Parts(
-        ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3"),
-        "bn3",
-        "se",
-        "act3",
-    ),
-    "torchvision.models.resnet:BasicBlock": Parts(
-        ("conv1", "bn1", "relu", "conv2"), "bn2", "", "relu"
-    ),
-    "torchvision.models.resnet:Bottleneck": Parts(
-        ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3"), "bn3", "", "relu"
-    ),
-}
-"""The blocks with a fused tail, by module path and class name; no subclass, whose forward may be
-another."""
+class FusedTail(nn.Module):
+    """What the four subclasses have in common; stands before the host's class."""
+
+    _tail: ClassVar[Tail]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H', W']."""
+        parts = self.tail_parts()
+        if isinstance(parts, str) or isinstance(x, torch.fx.Proxy):
+            return super().forward(x)
+        norm, attention = parts
+        z = x
+        for name in self._tail.branch:
+            z = getattr(self, name)(z)
+        downsample = cast("nn.Module | None", self.downsample)
+        residual = x if downsample is None else downsample(x)
+        return attention.tail(z, residual, norm)
+
+    def tail_parts(self) -> tuple[nn.Module, ChannelAttention] | str:
+        """The norm and the attention of the tail; or why it is composed of modules."""
+        _, last, slot, end = self._tail
+        norm: object = getattr(self, last)
+        attention: object = getattr(self, slot) if slot else None
+        if not slot:
+            if type(norm) is not AfterNorm or has_hooks(norm):
+                return _told(f"{last} is {_what(norm)}")
+            norm, attention = norm.layer, norm.attention
+        act, drop = getattr(self, end), getattr(self, "drop_path", None)
+        if not isinstance(attention, ChannelAttention):
+            return _told(f"{slot or 'attention'} is {_what(attention)}")
+        if type(norm) not in _NORMS or has_hooks(cast("nn.Module", norm)):
+            return _told(f"the last norm is {_what(norm)}")
+        if type(act) is not nn.ReLU or has_hooks(act):
+            return _told(f"{end} is {_what(act)}")
+        dropping = drop is not None and type(drop) is not nn.Identity
+        if dropping and (self.training or has_hooks(drop)):
+            return _told(f"drop_path is {_what(drop)}")
+        return cast("nn.Module", norm), attention
 
 
 def why_not_fused(block: nn.Module, parent: nn.Module, key: str) -> str | None:
     """Why a block with attention at this attribute cannot get the fused tail; None if it can."""
-    kind = type(block)
-    parts = BLOCKS.get(f"{kind.__module__}:{kind.__name__}")
-    if parts is None:
+    kind = _fused_class(block)
+    if kind is None:
         return (
-            f"is in a {kind.__name__}; only the ResNet and ResNeXt blocks of timm and torchvision "
-            f"have a fused tail"
+            f"is in a {type(block).__name__}; only the ResNet and ResNeXt blocks of timm and "
+            f"torchvision have a fused tail"
         )
-    if parent is not block or key != (parts.slot or parts.norm):
-        return f"is not what ends the branch of a {kind.__name__}"
-    act = getattr(block, parts.act)
+    if parent is not block or key != (kind._tail.slot or kind._tail.norm):
+        return f"is not what ends the branch of a {type(block).__name__}"
+    act, drop = getattr(block, kind._tail.act), getattr(block, "drop_path", None)
     if not isinstance(act, nn.ReLU):
         return f"is in a block that ends in {type(act).__name__}, not ReLU"
-    drop = getattr(block, "drop_path", None)
     if drop is not None and not isinstance(drop, nn.Identity):
         return f"has a {type(drop).__name__} between it and the addition"
     return None
 
 
-class FusedBlock(Around):
-    """A residual block with relu(attention(norm(z)) + residual) as one operation.
+def fuse(block: nn.Module) -> None:
+    """Gives a block the subclass with the fused tail."""
+    kind = _fused_class(block)
+    assert kind is not None
+    block.__class__ = kind
 
-    Args:
-        block: A block of `BLOCKS` with attention in it.
-    """
 
-    inner = "block"
+def unfuse(block: nn.Module) -> None:
+    """Gives a block its host's class back; does nothing to others."""
+    if isinstance(block, FusedTail):
+        kinds = type(block).__mro__
+        if kinds[0].__module__.startswith("spem.insert.fused_"):
+            block.__class__ = kinds[kinds.index(FusedTail) + 1]
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        self._parts = BLOCKS[f"{type(block).__module__}:{type(block).__name__}"]
 
-    def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        # A norm that attention follows is told as the norm it is: what reads a fused block (such as
-        # spem.cost) finds a block with norms and an attention.
-        return found.norm if isinstance(found, AfterNorm) else found
+def _fused_class(block: nn.Module) -> type[FusedTail] | None:
+    kind = type(block)
+    found = BLOCKS.get(f"{kind.__module__}:{kind.__name__}")
+    return None if found is None else getattr(import_module(found[0]), found[1])
 
-    @property
-    def attention(self) -> ChannelAttention:
-        """The attention between norm and addition."""
-        if self._parts.slot:
-            return self.block.get_submodule(self._parts.slot)  # pyright: ignore[reportReturnType]  # checked when it was built
-        return self.block.get_submodule(self._parts.norm).attention
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C', H', W']."""
-        z = x
-        for name in self._parts.branch:
-            z = getattr(self.block, name)(z)
-        downsample = getattr(self.block, "downsample", None)
-        residual = x if downsample is None else downsample(x)
-        return self.attention.tail(z, residual, getattr(self, self._parts.norm))
+def _what(module: object) -> str:
+    hooked = isinstance(module, nn.Module) and has_hooks(module)
+    return f"a {type(module).__name__}{' with hooks' if hooked else ''}"
+
+
+def _told(reason: str) -> str:
+    """Logs once why a block is composed."""
+    if not torch.compiler.is_compiling() and reason not in _TOLD:
+        _TOLD.add(reason)
+        _LOG.info("A fused block runs composed: %s.", reason)
+    return reason

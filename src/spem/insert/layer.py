@@ -27,7 +27,9 @@ class AttnLayer:
         return self.spec.build(channels, device=device, dtype=dtype)
 
 
-def attn_layer(spec: str | AttentionSpec) -> Callable[..., ChannelAttention]:
+def attn_layer(
+    spec: str | AttentionSpec | type[ChannelAttention],
+) -> Callable[..., ChannelAttention]:
     """What timm takes as ``attn_layer``: a function of a number of channels.
 
     Raises:
@@ -40,13 +42,31 @@ def attn_layer(spec: str | AttentionSpec) -> Callable[..., ChannelAttention]:
     return AttnLayer(tail_spec(spec, "attn_layer"))
 
 
-def tail_spec(attention: str | AttentionSpec, asker: str) -> AttentionSpec:
+def tail_spec(attention: str | AttentionSpec | type[ChannelAttention], asker: str) -> AttentionSpec:
     """The spec of a module that other people's networks have a place for.
 
     Raises:
+        TypeError: It is no spec, text or class.
         ValueError: It is "none", stands elsewhere than in the tail of a block, or is shared by the
             blocks of a stage.
     """
+    if isinstance(attention, type) and issubclass(attention, ChannelAttention):
+        if not attention.name:
+            raise ValueError(
+                f"{asker}: {attention.__name__} has no name. Register the class with "
+                f"spem.register_attention."
+            )
+        attention = AttentionSpec(attention.name)
+    if isinstance(attention, ChannelAttention):
+        raise TypeError(
+            f"{asker}: got one {type(attention).__name__}, and every site needs its own. Pass the "
+            f"class or its spec, such as '{attention.name or 'se'}'."
+        )
+    if attention is not None and not isinstance(attention, (str, AttentionSpec)):
+        raise TypeError(
+            f"{asker}: attention={attention!r} is no spec. Pass its text, such as 'se', an "
+            f"AttentionSpec, or the class."
+        )
     spec = as_spec(attention)
     if spec is None:
         raise ValueError(f"{asker}: 'none' is the plain network; there is nothing to put in.")

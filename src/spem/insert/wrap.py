@@ -1,46 +1,141 @@
-"""What attention stands in beside a host's module: after its output, or before its input."""
+"""What attention stands in beside a layer of a host: after it, or before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.insert.keys import Around
+
+_V = TypeVar("_V")
+
+
+class Around(nn.Module):
+    """Base of the modules that hold a layer of a host.
+
+    It answers for nothing but itself: what reads ``bn2.weight`` is told to read ``bn2.norm.weight``
+    and cannot take the layer's numbers and leave the attention out. Its keys are its names,
+    ``bn2.norm.weight``; weights of the plain network load all the same (`true_keys`).
+
+    Args:
+        layer: The layer of the host.
+        place: Its name in the host, such as ``"bn2"``; for messages.
+    """
+
+    inner: ClassVar[str] = "norm"
+    """Name of the child that the host's layer is."""
+
+    def __init__(self, layer: nn.Module, place: str = "") -> None:
+        super().__init__()
+        self._hold(layer, place)
+
+    def _hold(self, layer: nn.Module, place: str) -> None:
+        self._place = place
+        self.add_module(self.inner, layer)
+        self.register_load_state_dict_pre_hook(_load_plain)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer of the host."""
+        return self.get_submodule(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = vars(self).get("_modules", {}).get(self.inner)
+            if layer is None or name.startswith("__") or not hasattr(layer, name):
+                raise
+            here = vars(self).get("_place") or type(self).__name__
+            raise AttributeError(
+                f"{here} is a {type(layer).__name__} and attention beside it since spem.attach, "
+                f"and has no {name!r}. Use {here}.{self.inner}.{name}."
+            ) from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Options and weights of the layer (``bn2.momentum = 0.1``) are set on the layer."""
+        layer = vars(self).get("_modules", {}).get(self.inner)
+        own = name in vars(self) or hasattr(type(self), name) or name.startswith("_")
+        if layer is None or own or name in self._modules or not hasattr(layer, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(layer, name, value)
 
 
 class AfterNorm(Around):
-    """attention(norm(x)); the norm, or any other module of the host, keeps its keys.
+    """attention(norm(x)); the norm may be any other layer that ends a branch.
 
     Args:
-        norm: The host's module.
+        norm: The layer of the host.
         attention: What follows it.
+        place: Its name in the host.
     """
 
-    inner = "norm"
-    added = ("attention",)
+    def __init__(self, norm: nn.Module, attention: ChannelAttention, place: str = "") -> None:
+        super().__init__(norm, place)
+        self.add_module("attention", attention)  # the layer may have one of its own
 
-    def __init__(self, norm: nn.Module, attention: ChannelAttention) -> None:
-        super().__init__(norm)
-        self.attention = attention
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """attention(norm(x)), [N, C, H, W]."""
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """attention(norm(x)), [N, C, ...]."""
         return self.attention(self.norm(x, *args, **kwargs))
 
 
 class BeforeModule(Around):
-    """module(attention(x)): for a branch that ends in a module of the host without weights.
+    """after(attention(x)): for a branch that ends in a layer without weights, such as drop path.
 
     Args:
-        module: The host's module.
+        layer: The layer of the host.
         attention: What stands before it.
+        place: Its name in the host.
     """
 
     inner = "after"
-    added = ("attention",)
 
-    def __init__(self, module: nn.Module, attention: ChannelAttention) -> None:
-        super().__init__(module)
-        self.attention = attention
+    def __init__(self, layer: nn.Module, attention: ChannelAttention, place: str = "") -> None:
+        super().__init__(layer, place)
+        self.add_module("attention", attention)  # the layer may have one of its own
 
     def forward(self, x: Tensor) -> Tensor:
-        """module(attention(x)), [N, C, H, W]."""
+        """after(attention(x)), [N, C, ...]."""
         return self.after(self.attention(x))
+
+
+def true_keys(model: nn.Module, state: Mapping[str, _V]) -> dict[str, _V]:
+    """The state of a plain network, or a file of an earlier version, under the names of a model.
+
+    ``bn2.weight`` becomes ``bn2.norm.weight`` where attention stands around ``bn2``. Keys that the
+    model has stay as they are.
+    """
+    found = dict(state)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Around):
+            _rename(module, found, f"{name}." if name else "")
+    return found
+
+
+def _load_plain(
+    module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: object
+) -> None:
+    """Pre-hook of `load_state_dict`."""
+    assert isinstance(module, Around)
+    _rename(module, state, prefix)
+
+
+def _rename(module: Around, state: MutableMapping[str, Any], prefix: str) -> None:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    own = {prefix + name for name, _ in tensors}
+    inner = f"{prefix}{module.inner}."
+    added = tuple(f"{prefix}{name}." for name in module._modules if name != module.inner)
+    if not hasattr(module.layer, module.inner):
+        added += (inner,)
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(added)]:
+        if key not in own:
+            state[inner + key.removeprefix(prefix)] = state.pop(key)
+    # Before, attention after a whole block was a child of the block, not of the layer that ends it.
+    above = f"{prefix.rstrip('.').rpartition('.')[0]}.attention."
+    for key in [key for key in state if prefix and key.startswith(above)]:
+        moved = f"{prefix}attention.{key.removeprefix(above)}"
+        if moved in own and moved not in state:
+            state[moved] = state.pop(key)

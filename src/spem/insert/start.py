@@ -1,15 +1,100 @@
-"""Attention layers that other people's networks already have, and how they are replaced."""
+"""How attention starts in a trained network: as the identity, or as the SE that was there."""
 
-from dataclasses import replace
+import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention, make_pool
 from spem.attention.descriptor import Pool
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import batch_norm, conv
-from spem.insert.keys import Around
+from spem.insert.wrap import Around
 from spem.ops import PlaneStats
+from spem.ops.library import has_hooks
+
+
+class IdentityStart(ChannelAttention):
+    """An attention whose gate starts at one and learns from there.
+
+    Formula:
+        y = x * (1 + alpha (v - 1)), v the gate of the attention, alpha one learned number, 0 at the
+        start. A module that adds to the map (`Needs.adds`), or has a forward of its own, mixes the
+        maps: y = x + alpha (attention(x) - x). With alpha = 1 it is the attention itself.
+
+    Shape:
+        x and output: as for the attention.
+
+    Args:
+        inner: The attention.
+        device: Where alpha lives.
+        dtype: Dtype of alpha.
+
+    Differences: at the start alpha has a gradient and the attention none, since alpha = 0
+    multiplies it; from the second step on both learn.
+    """
+
+    def __init__(
+        self,
+        inner: ChannelAttention,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(inner.channels)
+        self.inner = inner
+        vars(self)["name"] = inner.name  # what tables call it
+        vars(self)["paper"] = inner.paper
+        self.needs = dataclasses.replace(
+            inner.needs,
+            # Pulling alpha to 0 would take the attention out again.
+            no_decay=("alpha", *(f"inner.{name}" for name in inner.needs.no_decay)),
+            stops_gradients=tuple(f"inner.{name}" for name in inner.needs.stops_gradients),
+        )
+        self.statistics, self.reads_map = inner.statistics, inner.reads_map
+        kind = type(inner)
+        self._mixes_maps = inner.needs.adds or kind.forward is not ChannelAttention.forward
+        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        nn.init.zeros_(self.alpha)
+
+    def reset_parameters(self) -> None:
+        """alpha = 0; the attention resets itself."""
+        nn.init.zeros_(self.alpha)
+        self.inner.reset_parameters()
+
+    @property
+    def start_gate(self) -> float | None:
+        """One."""
+        return 1.0
+
+    def takes_any_rank(self) -> bool:
+        """Whether the attention does."""
+        return self.inner.takes_any_rank()
+
+    def why_composed(self) -> str | None:
+        """Why the tail of this module is composed of modules; None if its gate can be fused."""
+        if self._mixes_maps:
+            return f"{self.name} is mixed with its map"
+        hooks = f"cannot call the hooks of {self.name}" if has_hooks(self) else None
+        return self.inner.why_composed() or hooks
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """1 + alpha (v - 1), [N, C]."""
+        return self._from_one(self.inner.gate_from(stats))
+
+    def map_gate(self, x: Tensor) -> Tensor:
+        """1 + alpha (v - 1), broadcastable to x."""
+        return self._from_one(self.inner.gate(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y, as in the formula."""
+        if not self._mixes_maps:
+            return super().forward(x)
+        return x + self.alpha.to(x.dtype) * (self.inner(x) - x)
+
+    def _from_one(self, v: Tensor) -> Tensor:
+        return 1.0 + self.alpha.to(v.dtype) * (v - 1.0)
+
 
 SE_LAYERS: dict[str, tuple[str, ...]] = {
     "timm.layers.squeeze_excite:SEModule": ("fc1", "bn", "act", "fc2", "gate"),
@@ -103,24 +188,27 @@ class CarriedSE(Around, ChannelAttention):
         host: The layer (`SE_LAYERS`).
         pool: The pool; ``"avg"`` leaves the layer as it is.
         exact: Whether it starts as the exact average; else it is the pool from the start.
+        place: Its name in the host.
     """
 
     inner = "host"
-    added = ("pool",)
     name = "se"
 
-    def __init__(self, host: nn.Module, pool: PoolSpec, *, channels: int, exact: bool) -> None:
+    def __init__(
+        self, host: nn.Module, pool: PoolSpec, *, channels: int, exact: bool, place: str = ""
+    ) -> None:
         ChannelAttention.__init__(self, channels)
-        self._stand_around(host)
+        self._hold(host, place)
         key = existing_layer(host)
         assert key is not None
         like = next(host.parameters())
         if exact and pool != "avg":
-            self.pool: Pool = FromAverage(pool, like)
+            chosen: Pool = FromAverage(pool, like)
             # Pulling beta to 0 would take the pool out again.
-            self.needs = replace(self.needs, no_decay=("pool.beta",))
+            self.needs = dataclasses.replace(self.needs, no_decay=("pool.beta",))
         else:
-            self.pool = make_pool(pool, device=like.device, dtype=like.dtype)
+            chosen = make_pool(pool, device=like.device, dtype=like.dtype)
+        self.add_module("pool", chosen)
         self._reads(self.pool.statistics)
         self.reads_map = self.pool.needs_map
         self._parts = SE_LAYERS[key]
