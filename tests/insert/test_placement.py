@@ -17,9 +17,8 @@ from tolerance import TOLERANCE
 from torch import nn
 
 import spem
-from spem.insert.identity import IdentityStart
-from spem.insert.keys import walk
-from spem.insert.sites import _followed, find_spots
+from spem.insert import IdentityStart
+from spem.insert.sites import _followed, find_spots, nodes_of
 from spem.models import Bottleneck
 
 # what holds a factor on the channels of the branch: parameters, by their whole names
@@ -61,14 +60,13 @@ def test_place(name: str) -> None:
     with torch.no_grad():
         for key, parameter in scaled.named_parameters():
             if re.fullmatch(LAST[name], key):
-                owner = max((p for p in prefixes if key.startswith(f"{p}.")), key=len)
-                if "transition" in key or "norm5" in key:
-                    owner = "features"
-                    used.add(key.rsplit(".", 1)[0].removesuffix(".conv"))
-                    site = next(n for n in names if key.startswith(f"{n}."))
-                else:
-                    used.add(owner)
-                    site = names[prefixes.index(owner)]
+                site = key.rpartition(".")[0]
+                if "transition" in key:
+                    site = site.replace(".conv", ".pool")
+                elif site not in names:  # what holds the factor and the site are in one block
+                    block = max((p for p in prefixes if key.startswith(f"{p}.")), key=len)
+                    site = names[prefixes.index(block)]
+                used.add(site)
                 shape = (-1,) + (1,) * (parameter.dim() - 1)
                 parameter.mul_(factors[names.index(site)].reshape(shape))
         assert len(used) == host.sites
@@ -111,7 +109,7 @@ def test_following_a_forward_pass_finds_what_the_table_says(host: str, sites: in
     """Where every block adds, the additions of a forward pass are at the sites of the table."""
     network = build(host) if "regnet" in host else meta(host)
     shape = (1, 3, 64, 64)
-    followed = [spot.layer for spot in _followed(network, list(walk(network)), shape)]
+    followed = [spot.layer for spot in _followed(network, nodes_of(network), shape)]
     spots = find_spots(network, None, replacing=False)
     ruled = [spot.reads if spot.free else spot.layer for spot in spots]
     assert len(followed) == sites
@@ -121,7 +119,7 @@ def test_following_a_forward_pass_finds_what_the_table_says(host: str, sites: in
 def test_following_leaves_out_blocks_that_do_not_add() -> None:
     """An inverted residual without shortcut has a site of the table, and no addition."""
     network = meta("timm:mobilenetv2_050")
-    followed = list(_followed(network, list(walk(network)), (1, 3, 64, 64)))
+    followed = list(_followed(network, nodes_of(network), (1, 3, 64, 64)))
     # The first blocks of 7 stages change the width: 17 - 7.
     assert len(followed) == 10
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from insert.hosts import models
+from insert.hosts import models, timm
 from torch import nn
 
 import spem
@@ -70,13 +70,13 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         lambda: nn.Sequential(nn.Linear(3, 3)),
         "spem",
         {},
-        r"no site found in Sequential \(no convolutional stages\). Pass where= a rule",
+        r"no site found in Sequential \(no convolutional layers\). Pass where= a rule",
     ),
     (
-        lambda: models.resnet.BasicBlock(8, 8),
+        lambda: nn.Sequential(timm.models.resnet.BasicBlock(8, 8))[0].bn2,
         "spem",
-        {"fuse": True},
-        "the network is a single block",
+        {},
+        r"no site found in BatchNorm2d",
     ),
 ]
 

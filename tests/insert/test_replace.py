@@ -43,8 +43,6 @@ def test_a_better_pool_for_a_trained_se(host: str, count: int, kind: str, traini
     assert len(names) == count, kind
     y, expected = twin(x), network(x)
     torch.testing.assert_close(y, expected, **TOLERANCE[torch.float32])
-    keys = list(twin.state_dict())
-    assert [key for key in keys if key in state] == list(state)
     y.square().sum().backward()
     found = twin.load_state_dict(state, strict=False)  # plain weights go in afterwards, too
     assert not found.unexpected_keys
@@ -63,7 +61,7 @@ def test_a_better_pool_for_a_trained_se(host: str, count: int, kind: str, traini
 
 
 def is_added(key: str) -> bool:
-    return any(part in key for part in (".pool.", ".attention."))
+    return any(part in key for part in (".pool.", ".alpha", ".inner."))
 
 
 def without_drops(network: nn.Module) -> nn.Module:

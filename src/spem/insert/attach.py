@@ -175,23 +175,23 @@ def detach(model: nn.Module) -> list[str]:
         The names of the sites, as `attach` returned them; empty if there was no attention.
     """
     names: list[str] = []
-    inside: dict[str, str] = {}  # names that wrappers have made longer, and those before
-    done: set[int] = set()
-    for true_name, parent in list(model.named_modules(remove_duplicate=False)):
-        unfuse(parent)
+    longer: dict[str, str] = {}  # names that wrappers have made longer, and those before
+    found: set[nn.Module] = set()
+    for true_name, module in list(model.named_modules()):
+        unfuse(module)
         name = true_name
-        for longer, plain in inside.items():
-            if name == longer or name.startswith(f"{longer}."):
-                name = plain + name.removeprefix(longer)
-        if isinstance(parent, Around):
-            inside[f"{true_name}.{parent.inner}"] = name
+        for now, before in longer.items():
+            if name.startswith(f"{now}."):
+                name = before + name.removeprefix(now)
+        if isinstance(module, Around):
+            longer[f"{true_name}.{module.inner}"] = name
+        if true_name and (isinstance(module, Around) or "displaced" in vars(module)):
+            names.append(name)
+            found.add(module)
+    for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
-            if child is None or not (isinstance(child, Around) or "displaced" in vars(child)):
-                continue
-            put(parent, key, _displaced_by(child))
-            if id(child) not in done:
-                done.add(id(child))
-                names.append(f"{name}.{key}" if name else key)
+            if child in found:
+                put(parent, key, _displaced_by(child))
     forget(model)
     return names
 

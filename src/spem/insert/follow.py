@@ -66,6 +66,7 @@ class Made:
         ends: The modules whose output it is, from the inside out.
         shaped: Whether a function, no module, came after them.
         earlier: The modules before that function, where a module holds it.
+        passed: Whether these modules only handed it on, as an identity does.
         channels_last: Whether the last axis is that of the channels, as in maps of tokens; None if
             nothing tells.
     """
@@ -77,7 +78,7 @@ class Made:
         self.channels_last = True if True in last else None if None in last else False
         self.ends: list[Call] = []
         self.earlier: list[Call] = []
-        self.shaped = False
+        self.shaped = self.passed = False
 
 
 class Forward(TorchFunctionMode):
@@ -111,7 +112,7 @@ class Forward(TorchFunctionMode):
         """Pre-hook of every module."""
         self._running.append((module, self._count))
 
-    def leave(self, module: nn.Module, _inputs: object, output: object) -> None:
+    def leave(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         """Hook of every module: writes down what it has made."""
         _, began = self._running.pop()
         if not isinstance(output, Tensor) or not 3 <= output.dim() <= 5 or not self._running:
@@ -121,6 +122,10 @@ class Forward(TorchFunctionMode):
         made = self._of(output)
         if made.shaped and made.number > began:
             made.earlier, made.ends, made.shaped = made.ends, [], False
+        passed = any(value is output for value in inputs)
+        if made.passed and not passed and made.number > began:
+            made.ends = []  # this module made what identities in it handed on
+        made.passed = passed and (made.passed or not made.ends)
         made.ends = [*made.ends, call]
         shape = tuple(output.shape)
         self.maps.append((call, shape))
