@@ -28,8 +28,7 @@ from torch import Tensor, nn
 import spem
 from spem.bench.facts import commit
 from spem.bench.table import Row, read, write
-from spem.export import to_onnx
-from spem.export.checking import difference, tensors
+from spem.export import difference, tensors, to_onnx
 from spem.insert import IdentityStart
 from spem.insert.architectures import build
 

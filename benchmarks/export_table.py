@@ -1,12 +1,11 @@
-"""How every attention module leaves PyTorch: ONNX operators, errors in three precisions, latency.
+"""How every attention module leaves PyTorch: ONNX operators, errors in two precisions, latency.
 
     python benchmarks/export_table.py              # goes on where it stopped; times nothing
     python benchmarks/export_table.py --latency    # adds the times, on a machine that does no more
 
 The operators are those of the module alone. The errors are those of a whole ResNet-11 with it on
 32 x 32 images, of which every parameter and running statistic is drawn at random: the largest
-difference to PyTorch in float32 over the largest output, for int8 to the float32 graph on the
-calibration inputs. Latency is that network's in onnxruntime at batch 1 over the plain one's, the
+difference to PyTorch in float32 over the largest output. Latency is that network's in onnxruntime at batch 1 over the plain one's, the
 two called in turns; the median of the ratios.
 """
 # ruff: noqa: BLE001  # an error of any type is a cell: the other rows are measured all the same
@@ -30,8 +29,7 @@ import spem
 from spem.attention import PLACES, as_spec
 from spem.bench.facts import commit, facts
 from spem.bench.table import Row, read, write
-from spem.export import quantize_onnx, to_onnx
-from spem.export.checking import Session
+from spem.export import Session, to_onnx
 
 RESULTS = Path(__file__).parent / "results"
 FORMS = (
@@ -61,24 +59,17 @@ def host(spec: str) -> nn.Module:
 
 def measured(spec: str, folder: Path) -> Row:
     """The cells of one row; an error stands in the cells that it leaves empty."""
-    cells: Row = {"operators": "", "opset": "", "dynamic_size": "", "int8_float_nodes": ""}
-    cells |= dict.fromkeys(("fp32", "fp16", "int8"), "")
+    cells: Row = {"operators": "", "opset": "", "dynamic_size": "", "fp32": "", "fp16": ""}
     if spec != "none":
         cells |= alone(spec, folder)
     shape = (1, 3, IMAGE, IMAGE)
-    plain = folder / "fp32.onnx"
     try:
         for precision in ("fp32", "fp16"):
             exported = to_onnx(host(spec), folder / f"{precision}.onnx", shape, precision=precision)
             cells[precision] = f"{max(found.relative for found in exported.differences):.2g}"
             cells["opset"] = str(exported.opset)
-        rng = torch.Generator().manual_seed(3)
-        inputs = [torch.randn(8, *shape[1:], generator=rng) for _ in range(4)]
-        quantized = quantize_onnx(plain, folder / "int8.onnx", inputs)
-        cells["int8"] = f"{quantized.difference.relative:.2g}"
-        cells["int8_float_nodes"] = " ".join(quantized.floating)
     except Exception as error:
-        empty = [name for name in ("fp32", "fp16", "int8") if not cells[name]]
+        empty = [name for name in ("fp32", "fp16") if not cells[name]]
         cells |= dict.fromkeys(empty, told(error))
     return cells
 
@@ -103,7 +94,7 @@ def alone(spec: str, folder: Path) -> Row:
 
 def failed(row: Row) -> bool:
     """Whether a cell holds an error; that a module is built for one size is none."""
-    numbers = all(row[name][:1].isdigit() for name in ("fp32", "fp16", "int8"))
+    numbers = all(row[name][:1].isdigit() for name in ("fp32", "fp16"))
     dynamic = row["dynamic_size"] in ("", "yes") or FIXED in row["dynamic_size"]
     return not numbers or not dynamic or ": " in row["operators"]
 
@@ -148,8 +139,8 @@ def seconds(session: Session, x: torch.Tensor) -> float:
 def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "| module | where | ONNX operators of the module | opset | other heights and widths "
-        "| fp32 | fp16 | int8 | latency over plain |",
-        "|---|---|---|---:|---|---:|---:|---:|---:|",
+        "| fp32 | fp16 | latency over plain |",
+        "|---|---|---|---:|---|---:|---:|---:|",
     ]
     for row in rows:
         spec = as_spec(row["spec"])
@@ -157,16 +148,14 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [row[name] or "-" for name in ("operators", "opset", "dynamic_size")]
         if FIXED in row["dynamic_size"]:
             cells[2] = "no"
-        cells += [row[name] or "-" for name in ("fp32", "fp16", "int8", TIMES[0])]
+        cells += [row[name] or "-" for name in ("fp32", "fp16", TIMES[0])]
         lines.append(" | ".join([f"| `{row['spec']}`", place, *cells]) + " |")
     return "\n".join(
         [
             *lines,
             "",
             "Errors: a whole ResNet-11, the largest difference to PyTorch in float32 over the "
-            "largest output; parameters and running statistics drawn at random. int8: static, QDQ; "
-            "convolutions and matrix products compute in integers, those of the gates included; "
-            "everything else stays in float32.",
+            "largest output; parameters and running statistics drawn at random.",
             UNTESTED,
             "",
             origin(rows),

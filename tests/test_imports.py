@@ -54,10 +54,10 @@ ARROWS: dict[str, set[str]] = {
     "training": {"seeding", "ops", "attention", "models", "gates", "data", "cost", "training"},
     "reproduce": {"attention", "models", "data", "training", "reproduce"},
     "cost": {"ops", "attention", "models", "insert"},
-    "export": {"ops", "attention", "models", "insert"},
+    "export": {"ops", "attention", "models", "insert", "files"},
     # what a row was measured on is told as a training run tells it
     "bench": {"seeding", "ops", "attention", "models", "cost", "training", "bench"},
-    "explain": {"attention", "gates", "insert", "ops", "explain"},
+    "explain": {"attention", "gates", "insert", "ops", "files"},
     # networks of others are rebuilt with what was attached to them
     "share": {"ops", "attention", "models", "insert", "data", "export", "files"},
     # the commands import inside themselves only (see the test below)

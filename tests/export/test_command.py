@@ -17,7 +17,7 @@ from torch import nn
 import spem
 from spem import cli
 from spem.insert.architectures import build
-from spem.training import load_weights
+from spem.training import load_weights, save_weights
 
 WEIGHTS = REPOSITORY / "results" / "cifar10-depth11" / "weights" / "spem-seed0.safetensors"
 
@@ -148,14 +148,13 @@ def test_the_size_that_a_set_has(
     shape: tuple[int, ...] | None,
     told: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model, config = load_weights(WEIGHTS)
     data = dataclasses.replace(config.data, name=name, size=None)
-    found = (model, dataclasses.replace(config, data=data))
-    monkeypatch.setattr("spem.training.load_weights", lambda path: found)
-    args = [str(WEIGHTS), "--out", str(tmp_path / "x.onnx")]
+    weights = tmp_path / "w.safetensors"
+    save_weights(model, dataclasses.replace(config, data=data), weights)
+    args = [str(weights), "--out", str(tmp_path / "x.onnx")]
     if shape is None:
         assert call(args) == 2
         assert "how large the images of mine were. Give --size" in capsys.readouterr().err
@@ -169,7 +168,7 @@ def test_the_size_that_a_set_has(
     [
         (["resnet5"], "spem export: unknown architecture 'resnet5'. Did you mean resnet"),
         (["no.safetensors"], "spem export: there is no file no.safetensors"),
-        (["{tmp}/out"], "out holds no model.safetensors"),
+        (["{tmp}/out"], "no run is in this folder"),
         (["{tmp}/damaged.safetensors"], "is damaged"),
         (
             [str(WEIGHTS), "--attention", "se"],

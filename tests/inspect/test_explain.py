@@ -13,8 +13,7 @@ from torch import nn
 
 import spem
 from spem import cli
-from spem.explain import explain
-from spem.explain.picture import evenly, number
+from spem.explain import evenly, explain, number
 from spem.ops import use_impl
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "results" / "cifar10-depth11" / "weights"
@@ -135,10 +134,11 @@ def test_the_command_on_committed_weights(
     out = tmp_path / "out.png"
     weights = WEIGHTS / "spem-seed0.safetensors"
     assert cli.main(["explain", str(weights), str(image), "--out", str(out), "--class", "cat"]) == 0
-    text = capsys.readouterr().out
-    assert "picture.png (80x48, its middle 48x48 scaled to 32x32)" in text
+    told = capsys.readouterr().out
+    text = " ".join(told.split())
+    assert "picture.png (80x48, its middle scaled to 32x32)" in text
     assert "ResNet-11, attention spem" in text
-    assert f"picture: {out}" in text
+    assert f"picture: {out}" in told
     for name in ("layer1.0.attention", "layer2.0.attention", "layer3.0.attention", "lambda"):
         assert name in text
     assert "cat 0." in text
@@ -216,6 +216,9 @@ def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wrong = tmp_path / "x.png"
     wrong.write_text("no image")
     weights = str(WEIGHTS / "se-seed0.safetensors")
-    for path, message in ((wrong, "not an image of a known kind"), (tmp_path / "y", "No such")):
+    for path, message in (
+        (wrong, "not an image of a known kind"),
+        (tmp_path / "y.png", "there is no image"),
+    ):
         assert cli.main(["explain", weights, str(path), "--out", str(tmp_path / "o.png")]) == 2
         assert message in capsys.readouterr().err

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spem.cli.network import NETWORK_HELP, Network, add_start, load_network
-from spem.cli.options import Options, integer, unknown
-from spem.cli.output import print_json, print_table
-from spem.extras import require
+from spem.cli.options import Options, UsageError, integer, unknown
+from spem.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +58,15 @@ def run(
     **rest: str | None,
 ) -> None:
     """Show the image, draw the picture, print the table."""
+    from spem.files import require_regular
+
+    if not image.startswith("test:") and not Path(image).is_file():
+        raise FileNotFoundError(f"there is no image {image}.")
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--out {out} is no picture. Name a file that ends in .png, .svg or .pdf.")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out: there is no folder {out.parent}.")
+    require_regular(out, missing_ok=True)
     from spem import explain as looking
     from spem.data import normalise
 
@@ -92,55 +100,43 @@ def run(
             }
         )
         return
-    print(title)
+    say(title)
     if answers:
-        print("answer: " + ", ".join(f"{a['class']} {a['probability']:.3f}" for a in answers))
+        say("answer: " + ", ".join(f"{a['class']} {a['probability']:.3f}" for a in answers))
     _print(seen.blocks, top)
     print(f"picture: {out}")
 
 
-def pixels(image: str, subject: Network, root: Path | None) -> tuple[Tensor, str]:
+def pixels(image: str, found: Network, root: Path | None) -> tuple[Tensor, str]:
     """The image as the network is shown it, uint8 [3, H, W], and what it is in words.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is no image, or there is no test image of this number.
     """
-    if not image.startswith("test:"):
-        return _of_file(Path(image), subject.size)
-    from spem.data import load_images
-
-    if subject.config is None:
-        raise ValueError(f"explain: {image}: these weights name no data set. Give an image file.")
-    images = load_images(subject.config.data.name, "test", root=root, size=subject.size)
-    number = image.removeprefix("test:")
-    if not number.isdecimal() or int(number) >= len(images):
-        raise ValueError(
-            f"explain: {image}: the test images of {subject.config.data.name} have the numbers "
-            f"0 to {len(images) - 1}."
-        )
-    index = int(number)
-    truth = images.classes[int(images.labels[index])]
-    return images.images[index], f"test image {index} ({truth})"
-
-
-def _of_file(path: Path, size: int | None) -> tuple[Tensor, str]:
-    """The middle square of an image file, scaled; a network of no known size gets all of it."""
-    import numpy as np
     import torch
 
-    from spem.data.decode import decode
+    if image.startswith("test:"):
+        from spem.training import load_test_images
 
-    pillow = require("PIL.Image", extra="train", purpose="spem explain")
-    array = decode(str(path), path.read_bytes(), pillow)
+        if found.config is None:
+            raise ValueError(f"{image}: {found.text} names no data set. Give an image file.")
+        images = load_test_images(found.config, found.data, root=root)
+        number = image.removeprefix("test:")
+        if not number.isdecimal() or int(number) >= len(images):
+            raise ValueError(
+                f"{image}: the test images of {images.name} have the numbers 0 to "
+                f"{len(images) - 1}."
+            )
+        truth = images.classes[int(images.labels[int(number)])]
+        return images.images[int(number)], f"test image {number} ({truth})"
+    from spem.data.folder import decode, fit
+
+    array = decode(image, Path(image))
     height, width = array.shape[:2]
-    said = path.name
-    if size is not None and (height, width) != (size, size):
-        side = min(height, width)
-        left, above = (width - side) // 2, (height - side) // 2
-        square = pillow.fromarray(array).crop((left, above, left + side, above + side))
-        array = np.asarray(square.resize((size, size), pillow.Resampling.BICUBIC))
-        said += f" ({width}x{height}, its middle {side}x{side} scaled to {size}x{size})"
+    said = Path(image).name
+    if found.size is not None and (height, width) != (found.size, found.size):
+        array = fit(array, found.size)
+        said += f" ({width}x{height}, its middle scaled to {found.size}x{found.size})"
     return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous(), said
 
 
@@ -149,7 +145,7 @@ def _class_number(label: str, classes: tuple[str, ...]) -> int:
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    raise ValueError(f"explain: {unknown('class', label, classes)}")
+    raise ValueError(f"--class: {unknown('class', label, classes)}")
 
 
 def _answers(
@@ -184,7 +180,7 @@ def _plain(block: BlockView, top: int) -> dict[str, Any]:
 
 
 def _print(blocks: list[BlockView], top: int) -> None:
-    from spem.explain.picture import number
+    from spem.explain import number
 
     def channels(block: BlockView, order: list[int]) -> str:
         return " ".join(f"{c}:{number(float(block.kept[c]))}" for c in order[:top])

@@ -253,6 +253,9 @@ def _trained(path: Path) -> Network:
         return replace(found, size=images.size, mean=images.mean, std=images.std)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
+    alone = path / "model.safetensors"
+    if alone.exists() and not (path / "config.json").exists():
+        path = alone
     run = read_run(path) if path.is_dir() else None
     weights = read_weights(path) if run is None else run.weights()
     config = weights.config if run is None else run.config

@@ -32,7 +32,14 @@ def print_json(document: Any) -> None:
 def say(*sentences: str) -> None:
     """Print sentences as one paragraph, no wider than the terminal."""
     width = shutil.get_terminal_size().columns
-    print(textwrap.fill(" ".join(sentences), width, break_on_hyphens=False))
+    print(textwrap.fill(plain(" ".join(sentences)), width, break_on_hyphens=False))
+
+
+def plain(text: str) -> str:
+    """Text from a file without what would steer a terminal, or what it cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def print_table(
@@ -46,6 +53,7 @@ def print_table(
         align: A letter for each column: l for text, r for numbers.
         title: A line above the table.
     """
+    columns, rows = [plain(c) for c in columns], [[plain(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         require("rich", extra="train", purpose="the table on a terminal")
         from rich.box import SIMPLE_HEAD

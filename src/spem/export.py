@@ -1,23 +1,43 @@
-"""`to_onnx`: one ONNX file of a network, checked against it before it is written."""
+"""`to_onnx`: one ONNX file of a network, checked against it before it is written.
+
+The network's copy loses what only training needs (`folded`), torch.export captures it, torch.onnx
+writes the graph, onnxruntime runs it beside the network.
+"""
+
+from __future__ import annotations
 
 import copy
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.export.capture import capture, refuse_fixed_sizes
-from spem.export.checking import Difference, Session, difference, tensors
-from spem.export.files import clean, content_of, operators_of, opset_of, write
-from spem.export.folding import FoldedStart, folded
+from spem.attention.pooling import FixedMix, LearnedMix
 from spem.extras import require
+from spem.files import require_regular, write_atomic
+from spem.insert import IdentityStart
 from spem.insert.sites import default_input
 from spem.models import ResNet
 from spem.ops import use_impl
+
+__all__ = [
+    "Difference",
+    "Exported",
+    "FoldedStart",
+    "Session",
+    "difference",
+    "folded",
+    "tensors",
+    "to_onnx",
+]
+
+_M = TypeVar("_M", bound=nn.Module)
 
 Precision = Literal["fp32", "fp16"]
 
@@ -33,6 +53,21 @@ _OLDEST = 7
 """The oldest version of ONNX's operators that onnxruntime runs."""
 
 _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself is that sensitive."
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the outputs of two programs are apart on one input.
+
+    Attributes:
+        shape: Of the input.
+        largest: Largest absolute difference of all outputs.
+        relative: The same over the largest magnitude of the first program's outputs.
+    """
+
+    shape: tuple[int, ...]
+    largest: float
+    relative: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +170,7 @@ def to_onnx(
         limit = TOLERANCE[precision] if tolerance is None else tolerance
         inputs = _inputs(given.float(), batch=dynamic_batch, size=dynamic_size)
         found = _compared(model, content, inputs, limit)
-    write(target, content)
+    write_atomic(target, content)
     return Exported(target, len(content), precision, opset_of(proto), operators_of(proto), found)
 
 
@@ -146,16 +181,14 @@ def _target(model: nn.Module, path: str | Path, precision: str, opset: int | Non
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {type(model).__name__}.")
     if precision not in get_args(Precision):
-        raise ValueError(
-            f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'; for int8, "
-            f"quantize_onnx takes a float32 file."
-        )
+        raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
     newest: int = require("onnx", extra="export", purpose="to_onnx").defs.onnx_opset_version()
     if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
         raise ValueError(
             f"to_onnx: opset={opset!r} is no integer from {_OLDEST} to {newest}. Leave it out."
         )
     target = Path(path)
+    require_regular(target, missing_ok=True)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
     return target
@@ -267,3 +300,250 @@ def _compared(
 
 def _refused(model: nn.Module, x: Tensor) -> str:
     return f"to_onnx: nothing was written: the graph of {type(model).__name__} on {list(x.shape)}"
+
+
+# ---- what only training needs
+
+
+class FoldedStart(IdentityStart):
+    """An attention that started as the identity, with its alpha as a constant of the graph.
+
+    Formula:
+        y = x * ((1 - alpha) + alpha v), v the gate of the attention; a module that mixes maps gives
+        y = (1 - alpha) x + alpha attention(x). With alpha = 0, y = x: the attention is not computed
+        at all, and no operation of it stands in an exported graph.
+
+    Shape:
+        x and output: as for the attention.
+
+    Args:
+        start: The trained module; its attention is taken over, not copied.
+    """
+
+    def __init__(self, start: IdentityStart) -> None:
+        super().__init__(start.inner)
+        del self.alpha
+        self.constant = float(start.alpha.detach())
+        self.train(start.training)
+
+    def why_composed(self) -> str:
+        """That exported tails are composed of modules."""
+        return "exported"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y, as in the formula."""
+        if self.constant == 0.0:
+            return x
+        if not self._mixes_maps:
+            return ChannelAttention.forward(self, x)
+        return (1.0 - self.constant) * x + self.constant * self.inner(x)
+
+    def _from_one(self, v: Tensor) -> Tensor:
+        return (1.0 - self.constant) + self.constant * v
+
+
+def folded(model: _M) -> _M:
+    """A copy of a network in evaluation mode, its learned scalars folded into constants.
+
+    The alpha of every identity start and the lambda of every learned mix become numbers of the
+    graph. The network itself is left as it is.
+    """
+    twin = copy.deepcopy(model).eval()
+    holder = nn.ModuleList([twin])  # so that a single module can be replaced too
+    for parent in list(holder.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is IdentityStart:
+                setattr(parent, name, FoldedStart(child))
+            elif isinstance(child, LearnedMix):
+                setattr(parent, name, FixedMix(float(child.lam.detach())))
+    return holder[0]  # pyright: ignore[reportReturnType]  # the type of what replaces it stands in
+
+
+# ---- the graph
+
+
+def capture(
+    model: nn.Module, example: Tensor, *, batch: bool, size: bool
+) -> torch.export.ExportedProgram:
+    """Captures a network in evaluation mode; tails are composed of torch's own operations.
+
+    Args:
+        model: The network.
+        example: An input [N, C, ...].
+        batch: Whether N may change.
+        size: Whether the axes after C may.
+
+    Raises:
+        ValueError: The network cannot be captured, or is tied to the size of the example.
+    """
+    if batch and example.shape[0] == 1:
+        example = torch.cat([example, example])  # an axis of length one is taken for a constant
+    axes = [0] * batch + list(range(2, example.dim())) * size
+    dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    call: dict[str, Any] = {"dynamic_shapes": (dynamic,) if dynamic else None, "strict": False}
+    # Without gradients the extrema are plain reductions; with them they would carry indices.
+    with use_impl("reference"), torch.no_grad():
+        try:
+            return torch.export.export(model, (example,), **call)
+        except Exception as error:
+            # Whatever the network raises, and many types of torch's own.
+            if not dynamic:
+                why = f"with an input {list(example.shape)}"
+                remedy = "Check that it runs on such an input."
+            elif size:
+                why = "with a dynamic height and width"
+                remedy = "Leave dynamic_size out."
+            else:
+                why = "with a dynamic batch"
+                remedy = "Pass dynamic_batch=False."
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"to_onnx: {type(model).__name__} cannot be exported {why}: {reason.rstrip('.')}. "
+                f"{remedy}"
+            ) from error
+
+
+def refuse_fixed_sizes(model: nn.Module) -> None:
+    """Raises if a module of the network is built for one map size.
+
+    Raises:
+        ValueError: There is one; the message names it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
+            place = f"{name} ({module.name})" if name else module.name
+            raise ValueError(
+                f"to_onnx: dynamic_size=True: {place} is built for maps of one size. "
+                f"Leave dynamic_size out."
+            )
+
+
+def opset_of(proto: Any) -> int:
+    """The version of ONNX's own operators in a graph."""
+    return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def operators_of(proto: Any) -> dict[str, int]:
+    """How often each operator occurs in a graph; one of another domain with the domain's name."""
+    names = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in proto.graph.node
+    )
+    return dict(sorted(names.items()))
+
+
+def clean(proto: Any) -> None:
+    """Takes out what the exporter notes on every node, and gives the input's axes their names.
+
+    The notes hold the paths of source files on the machine that exported; a file that is passed on
+    has no use for them.
+    """
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+    axes = graph.input[0].type.tensor_type.shape.dim
+    spatial = ("height", "width") if len(axes) == 4 else tuple(f"axis{i}" for i in range(2, 5))
+    wanted = dict(enumerate(("batch", "channels", *spatial)))
+    names = {axis.dim_param: wanted[i] for i, axis in enumerate(axes) if axis.dim_param}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                # Axes further on are written as expressions of the input's.
+                axis.dim_param = re.sub(
+                    r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), axis.dim_param
+                )
+
+
+def content_of(proto: Any, name: str) -> bytes:
+    """The bytes of a graph that is a valid one.
+
+    Raises:
+        ValueError: It is larger than a file of the format may be.
+    """
+    onnx = require("onnx", extra="export", purpose="writing an ONNX file")
+    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise ValueError(
+            f"to_onnx: {name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds. "
+            f"Use precision='fp16'."
+        )
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+# ---- beside the network
+
+
+class Session:
+    """An ONNX graph in onnxruntime, on one thread of the CPU.
+
+    Args:
+        content: The bytes of an ONNX file.
+
+    Raises:
+        ValueError: onnxruntime cannot load the graph.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        runtime = require("onnxruntime", extra="export", purpose="running an ONNX graph")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 4  # it logs what it raises too
+        providers = ["CPUExecutionProvider"]
+        try:
+            self._session = runtime.InferenceSession(content, options, providers=providers)
+        except Exception as error:
+            # Its exception types have no base of their own.
+            raise ValueError(
+                f"onnxruntime cannot load the graph: {_first(error)}. "
+                f"Use another opset or precision."
+            ) from error
+        first = self._session.get_inputs()[0]
+        self.input: str = first.name
+        self.half: bool = first.type == "tensor(float16)"
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """The outputs for one input, in float32.
+
+        Raises:
+            ValueError: The graph does not run on it.
+        """
+        fed = (x.half() if self.half else x.float()).contiguous().numpy()
+        try:
+            found = self._session.run(None, {self.input: fed})
+        except Exception as error:
+            raise ValueError(
+                f"onnxruntime cannot run the graph on an input {list(x.shape)}: {_first(error)}."
+            ) from error
+        return [torch.from_numpy(output).float() for output in found]
+
+
+def _first(error: Exception) -> str:
+    """The first line of a message of onnxruntime's."""
+    return str(error).strip().partition("\n")[0].rstrip(". ")
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors of an output in float32, or float64, however it holds them."""
+    if isinstance(output, Tensor):
+        return [output if output.dtype == torch.float64 else output.float()]
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in tensors(value)]
+    if isinstance(output, (tuple, list)):
+        return [tensor for value in output for tensor in tensors(value)]
+    return []
+
+
+def difference(
+    shape: Sequence[int], expected: Sequence[Tensor], found: Sequence[Tensor]
+) -> Difference:
+    """Compares two lists of outputs; another number or shape of them is an infinite difference."""
+    inf = float("inf")
+    if [e.shape for e in expected] != [f.shape for f in found]:
+        return Difference(tuple(shape), inf, inf)
+    pairs = [(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
+    if not pairs:
+        return Difference(tuple(shape), 0.0, 0.0)
+    # Not Python's max, which may leave a NaN out.
+    largest = float(torch.stack([(e - f).abs().amax() for e, f in pairs]).amax())
+    scale = float(torch.stack([e.abs().amax() for e, _ in pairs]).amax())
+    return Difference(tuple(shape), largest, largest / max(scale, 1e-30))
