@@ -44,6 +44,7 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
     batch, channels = z.shape[:2]
     planes = batch * channels
     size = z.numel() // planes
+    lines = 1
     plane_bytes = size * z.element_size()
     if z.is_contiguous():
         kernel = getattr(by_plane, name)
@@ -55,12 +56,14 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
         if step < channels and batch >= 4 * torch.get_num_threads():
             step = channels  # memory in its own order, where there are images enough to share
         step = min(step, channels)
+        lines = 1 if step % (2 * _LANES) else 2
         chunks = batch * -(-channels // step)
     else:
         raise ValueError(
             f"a map must be contiguous or channels_last, not have strides {z.stride()}"
         )
-    run(kernel, z.dtype, (chunks, step, batch, channels, size, flags), chunks, *args)
+    head = chunks, step, batch, channels, size, flags
+    run(kernel, z.dtype, head, chunks, *args, lines=lines)
 
 
 def _maps(first: Tensor, *others: Tensor) -> torch.dtype:

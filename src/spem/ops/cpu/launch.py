@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spem.ops import threads
 from spem.ops.cpu.table import CHUNKS, COUNTERS, LINE
-from spem.ops.cpu.vectors import BYTES
+from spem.ops.cpu.vectors import BYTES, Lanes
 
 # The dtypes of maps, and what their elements are to a kernel.
 _ELEMENTS: dict[torch.dtype, Any] = {
@@ -54,24 +54,24 @@ class _Cache(FunctionCache):
         return (*super()._index_key(sig, codegen), _sources())
 
 
-_addresses: dict[tuple[Any, torch.dtype], int] = {}
+_addresses: dict[tuple[Any, torch.dtype, int], int] = {}
 
 
-def _address_of(kernel: Any, dtype: torch.dtype) -> int:
+def _address_of(kernel: Any, dtype: torch.dtype, lines: int) -> int:
     """The address of a kernel for maps of this dtype."""
-    address = _addresses.get((kernel, dtype))
+    key = (kernel, dtype, lines)
+    address = _addresses.get(key)
     if address is not None:
         return address
     with _compiling:
-        key = (kernel, dtype)
         if key not in _addresses:
-            _addresses[key] = _compile(kernel, dtype)
+            _addresses[key] = _compile(*key)
         return _addresses[key]
 
 
-def _compile(kernel: Any, dtype: torch.dtype) -> int:
+def _compile(kernel: Any, dtype: torch.dtype, lines: int) -> int:
     start = time.perf_counter()
-    block = types.CPointer(_ELEMENTS[dtype])
+    block = Lanes(_ELEMENTS[dtype], lines * (8 if dtype == torch.float64 else 16))
 
     def build(cached: bool) -> Any:
         callback = cast("Any", CFunc)(kernel, ((block,), types.void), {}, {"error_model": "numpy"})
@@ -97,17 +97,26 @@ def _compile(kernel: Any, dtype: torch.dtype) -> int:
 _kept: list[Any] = []  # what the addresses belong to
 
 
-def run(kernel: Any, dtype: torch.dtype, head: tuple[int, ...], pieces: int, *args: Any) -> None:
+def run(
+    kernel: Any,
+    dtype: torch.dtype,
+    head: tuple[int, ...],
+    pieces: int,
+    *args: Any,
+    lines: int = 1,
+) -> None:
     """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments.
 
-    Tensors stand in the table with their addresses, integers as they are.
+    Tensors stand in the table with their addresses, integers as they are. A vector of the kernel's
+    numbers fills so many lines of the cache.
     """
     regions = max(1, min(torch.get_num_threads(), pieces))
     table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
     start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
     values = [*head, regions, *map(_entry, args)]
     table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
-    threads.launch(_address_of(kernel, dtype), table.buffer_info()[0] + 8 * start, regions)
+    address = _address_of(kernel, dtype, lines)
+    threads.launch(address, table.buffer_info()[0] + 8 * start, regions)
 
 
 def _entry(argument: Tensor | int | None) -> int:

@@ -1,7 +1,6 @@
 """How CPU kernels reach memory: addresses, elements, whole vectors and parts of one.
 
-A kernel gets one typed pointer, ``block``; its element type says what a map holds (float32,
-float64, or uint16 for the bits of bfloat16), and everything else follows from it.
+A kernel gets one typed pointer, ``block``; see ``spem.ops.cpu.vectors``.
 """
 
 from typing import Any
@@ -12,8 +11,10 @@ from numba.core import cgutils
 
 from spem.ops.cpu.table import CHUNKS, COUNTER, COUNTERS, LINE, REGIONS
 from spem.ops.cpu.vectors import (
+    BYTES,
     I32,
     I64,
+    Lanes,
     Vector,
     compiled_inline,
     helper,
@@ -75,6 +76,17 @@ def lanes_of(context: Any, block: Any) -> Any:
 
 
 @compiled_inline
+def bytes_of(context: Any, block: Any) -> Any:
+    """The number of bytes of a map's element, as a constant."""
+    count = block.dtype.bitwidth // 8
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(I64, count)
+
+    return types.int64(block), emit
+
+
+@compiled_inline
 def map_at(context: Any, block: Any, address: Any) -> Any:
     """An address as a pointer to elements of a map."""
 
@@ -87,7 +99,7 @@ def map_at(context: Any, block: Any, address: Any) -> Any:
 @compiled_inline
 def numbers_at(context: Any, block: Any, address: Any) -> Any:
     """An address as a pointer to plane or channel scalars."""
-    kind = types.CPointer(number_of(block))
+    kind = Lanes(number_of(block), block.lanes)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[1], context.get_value_type(kind))
@@ -191,6 +203,37 @@ def load(context: Any, pointer: Any, index: Any) -> Any:
         return _widen(builder, builder.load(place, align=size, typ=raw), kind)
 
     return kind(pointer, types.int64), emit
+
+
+def _prefetch(to_write: bool) -> Any:
+    """An intrinsic's definition: asks for the lines that the lanes at ``index`` lie in."""
+
+    def define(context: Any, pointer: Any, index: Any) -> Any:
+        count = max(1, pointer.lanes * pointer.dtype.bitwidth // 8 // BYTES)
+
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            byte = ir.IntType(8)
+            place = _address(builder, args[0], pointer, args[1])
+            place = builder.bitcast(place, byte.as_pointer())
+            function = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32]),
+                "llvm.prefetch.p0",
+            )
+            how = [ir.Constant(I32, k) for k in (int(to_write), 3, 1)]  # into all caches; data
+            for k in range(count):
+                line = builder.gep(place, [ir.Constant(I64, k * BYTES)], source_etype=byte)
+                builder.call(function, [line, *how])
+            return context.get_dummy_value()
+
+        return types.void(pointer, types.int64), emit
+
+    return define
+
+
+# prefetch(pointer, index), of what will be read, or written; the address need not exist.
+prefetch = compiled_inline(_prefetch(to_write=False))
+prefetch_to_write = compiled_inline(_prefetch(to_write=True))
 
 
 def _masked_load(builder: Any, place: Any, count: Any, lanes: int, element: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Vectors of 64 bytes for the CPU kernels: explicit lanes, so that speed hangs on no optimiser.
+"""Vectors for the CPU kernels: explicit lanes, so that speed hangs on no optimiser.
 
 A loop that keeps a maximum is vectorised automatically only under the promise that no NaN occurs,
 and that promise would be broken. Here the lanes are written down instead: ``a * b + c`` on vectors
 is one instruction on the machines that have it, and smaller registers split it in two or four.
 
-A kernel gets one typed pointer, ``block``; its element type says what a map holds (float32,
-float64, or uint16 for the bits of bfloat16), and everything else follows from it. Numbers are
-float32 for maps of float32 and bfloat16, float64 for maps of float64.
+A kernel gets one typed pointer, ``block``; its type says what a map holds (float32, float64, or
+uint16 for the bits of bfloat16) and how many lanes a vector has, and everything else follows from
+it. Numbers are float32 for maps of float32 and bfloat16, float64 for maps of float64.
 """
 
 import operator
@@ -26,7 +26,7 @@ def compiled_inline(define: Callable[..., Any]) -> Callable[..., Any]:
     return cast("Callable[..., Any]", intrinsic(define))
 
 
-BYTES = 64
+BYTES = 64  # of a line of the cache
 
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
@@ -54,6 +54,23 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(llvm_type(kind.element), kind.lanes))
 
 
+class Lanes(types.CPointer):
+    """The type of a pointer to elements that are read and written ``lanes`` at a time."""
+
+    def __init__(self, element: Any, lanes: int) -> None:
+        super().__init__(element)
+        self.lanes = lanes
+        self.name = f"Lanes({element} x {lanes})"
+
+    @property
+    def key(self) -> Any:
+        """What makes two of them one type."""
+        return self.dtype, self.lanes
+
+
+register_model(Lanes)(models.PointerModel)
+
+
 def number_of(pointer: Any) -> Any:
     """The type one computes with for maps behind this pointer."""
     return types.float64 if pointer.dtype == types.float64 else types.float32
@@ -61,8 +78,7 @@ def number_of(pointer: Any) -> Any:
 
 def vector_of(pointer: Any) -> Vector:
     """The vector of numbers for maps behind this pointer."""
-    number = number_of(pointer)
-    return Vector(number, BYTES * 8 // number.bitwidth)
+    return Vector(number_of(pointer), pointer.lanes)
 
 
 def spread(builder: Any, scalar: Any, lanes: int) -> Any:
