@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spem.ops import synchronised
+from spem.ops import formula, synchronised
 from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, affine, constants
 from spem.ops.library import is_direct, kernels_of, laid_out_as, passes
 from spem.ops.stats import compute_dtype
@@ -65,8 +65,8 @@ def gather(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str
     if not torch.is_grad_enabled():
         return _gather_values(z, norm, moments, extrema, impl)
     given = norm is not None
-    weight, bias, mean, var, eps, group = norm or Norm(None, None, None, None, 0.0)
-    out = _Stats.apply(z, weight, bias, mean, var, eps, group, given, moments, extrema, impl)
+    flat = norm or Norm(None, None, None, None, 0.0)
+    out = _Stats.apply(z, *flat, given, moments, extrema, impl)
     return Gathered(*out)
 
 
@@ -119,12 +119,15 @@ def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: s
         return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
     if norm.mean is not None:
         mu, a, beta, rstd = constants(norm, z)
+    elif norm.group is None and z.shape[0]:
+        size = math.prod(z.shape[2:])
+        mu, channel_var, rstd, a, beta, normal = stages.normalise_batch(raw, norm, size, moments)
+        return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
     else:
-        if z.shape[0] == 0 and norm.group is None:
+        if norm.group is None:
             mu, channel_var = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
         else:
-            mu, channel_var = stages.channel_moments(raw.mean, raw.var)
-        if norm.group is not None:
+            mu, channel_var = formula.channel_moments(raw.mean, raw.var)
             mu, channel_var, values = synchronised.moments(
                 mu, channel_var, z.numel() // channels, norm.group
             )
@@ -158,12 +161,12 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise RuntimeError(
-            "bn_gate_tail: the fused tail has no second derivatives; it cannot be differentiated "
-            "twice. Use spem.ops.use_impl('reference')."
+            "bn_gate_tail, norm_relu: the fused operations have no second derivatives; they cannot "
+            "be differentiated twice. Use spem.ops.use_impl('reference')."
         )
 
 
-def _first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+def first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes whoever differentiates the results of a backward pass fail, not get half of them."""
 
     @functools.wraps(backward)
@@ -192,12 +195,13 @@ class _Stats(torch.autograd.Function):
         var: Tensor | None,
         eps: float,
         group: ProcessGroup | None,
+        running: tuple[Tensor, Tensor, float] | None,
         given: bool,
         moments: bool,
         extrema: bool,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        norm = Norm(weight, bias, mean, var, eps, group) if given else None
+        norm = Norm(weight, bias, mean, var, eps, group, running) if given else None
         m = _measure(z, norm, moments, extrema, impl)
         ctx.save_for_backward(z, m.a, m.mu, m.rstd, m.values, *m.raw[:2], *m.normal[4:])
         ctx.set_materialize_grads(False)
@@ -209,12 +213,12 @@ class _Stats(torch.autograd.Function):
         )
         a = m.a.clone() if m.a is m.rstd else m.a
         ctx.mark_non_differentiable(m.mu, a, m.beta, m.channel_var, m.values)
-        tokens = [m.mu.new_zeros(z.shape[:2]) for _ in range(3)]
+        tokens = [m.mu.new_empty(z.shape[:2]) for _ in range(3)]  # nobody reads them
         stats = [s if s.dim() == 2 else m.mu.new_empty(0) for s in m.normal[:4]]
         return (z.view_as(z), *tokens, *stats, m.mu, a, m.beta, m.channel_var, m.values)
 
     @staticmethod
-    @_first_derivatives
+    @first_derivatives
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         d: Tensor | None,
@@ -229,7 +233,6 @@ class _Stats(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         z, a, mu, rstd, count, raw_mean, raw_var, z_i, z_j, i, j = ctx.saved_tensors
         work = passes(ctx.impl)
-        stages = work.stages
         if d is None:
             d = torch.zeros_like(z)
         zero = mu.new_zeros(z.shape[:2])
@@ -240,27 +243,28 @@ class _Stats(torch.autograd.Function):
             high = low = None
         into = Incoming(*(None if g is None else g.contiguous() for g in (mean, var, high, low)))
         needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        shared = weight = bias = None
-        if not ctx.constant or needs_weight or needs_bias:
-            # Only what channel_sums reads of the statistics was saved.
-            raw = RawStats(raw_mean, raw_var, zero, zero, zero, i, j)
-            normal = NormalStats(zero, zero, zero, zero, z_i, z_j, i, j)
-            s0, s1 = stages.channel_sums(v, total, moment, into, raw, normal, a, mu)
-            if needs_weight:
-                weight = (rstd * s1).to(ctx.dtypes[0])
-            if needs_bias:
-                bias = s0.to(ctx.dtypes[1])
-            if not ctx.constant:
-                if ctx.group is not None:
-                    s0, s1 = synchronised.sums(s0, s1, ctx.group)
-                n = count if ctx.group is not None else max(z.numel() // z.shape[1], 1)
-                shared = (s0 / n, rstd.square() * s1 / n)
+        size = math.prod(z.shape[2:])
+        of_z = (raw_mean, raw_var, z_i, z_j)
+        if ctx.group is None:
+            weight, bias, c = work.stages.gradients(
+                *(v, total, moment, into, of_z, a, mu, rstd, size),
+                batch_stats=not ctx.constant,
+                of_norm=needs_weight or needs_bias,
+                of_map=needs_z,
+            )
+        else:
+            s0, s1 = formula.channel_sums(v, total, moment, into, of_z, a, mu)
+            weight, bias = rstd * s1, s0
+            s0, s1 = synchronised.sums(s0, s1, ctx.group)
+            shared = (s0 / count, rstd.square() * s1 / count)
+            c = formula.coefficients(v, into, raw_mean, a, mu, size, shared)
         dz = None
         if needs_z:
-            c = stages.coefficients(v, into, raw_mean, a, mu, math.prod(z.shape[2:]), shared)
             spikes = (i, j) if c.s_i is not None else (None, None)
             dz = work.stats_backward(d, z, mu, c.p, c.q, c.t, *spikes, c.s_i, c.s_j)
-        return (dz, weight, bias, *[None] * 8)
+        weight = weight.to(ctx.dtypes[0]) if needs_weight else None
+        bias = bias.to(ctx.dtypes[1]) if needs_bias else None
+        return (dz, weight, bias, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 class _Tail(torch.autograd.Function):
@@ -286,7 +290,7 @@ class _Tail(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_first_derivatives
+    @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, y, mu, a, beta, v = ctx.saved_tensors
         work = passes(ctx.impl)

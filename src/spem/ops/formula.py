@@ -13,6 +13,7 @@ maps are read and written in their own.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Norm(NamedTuple):
         var: Constant variance [C], or None to take the batch's.
         eps: Added to the variance.
         group: Processes that share the batch's statistics, or None.
+        running: Running mean and variance that the batch's are to move, and by what factor, where
+            a kernel does so; or None.
     """
 
     weight: Tensor | None
@@ -42,6 +45,7 @@ class Norm(NamedTuple):
     var: Tensor | None
     eps: float
     group: ProcessGroup | None = None
+    running: tuple[Tensor, Tensor, float] | None = None
 
 
 def constants(
@@ -93,6 +97,17 @@ class NormalStats(NamedTuple):
     z_j: Tensor
     i: Tensor
     j: Tensor
+
+
+class BatchStats(NamedTuple):
+    """What a norm in training makes of a batch: [C] each, and the statistics of x."""
+
+    mu: Tensor
+    var: Tensor
+    rstd: Tensor
+    a: Tensor
+    beta: Tensor
+    normal: NormalStats
 
 
 class Incoming(NamedTuple):
@@ -244,6 +259,27 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
     return NormalStats(mean, var, high, low, z_i, z_j, i, j)
 
 
+@torch.no_grad()
+def move_running(
+    running: tuple[Tensor, Tensor, float], mu: Tensor, var: Tensor, values: Tensor | int
+) -> None:
+    """Moves running statistics as the norm's own forward does; ``values``: those of a channel."""
+    mean, unbiased, factor = running
+    mean.lerp_(mu.to(mean.dtype), factor)
+    unbiased.lerp_((var * (values / (values - 1))).to(unbiased.dtype), factor)
+
+
+def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> BatchStats:
+    """`channel_moments`, the norm's affine map, and `normalised`; means of x only if asked for.
+
+    A plane has ``size`` positions. The kernel's also moves ``norm.running``.
+    """
+    mu, var = channel_moments(raw.mean, raw.var)
+    rstd = torch.rsqrt(var + norm.eps)
+    a, beta = affine(norm, rstd)
+    return BatchStats(mu, var, rstd, a, beta, normalised(raw, a, mu, beta))
+
+
 def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Tensor:
     """dv = sum_k d x = a Bc + beta A, with A = ``total`` = sum_k d, Bc = ``moment``; [B, C]."""
     return a * moment + beta * total
@@ -254,8 +290,7 @@ def channel_sums(
     total: Tensor,
     moment: Tensor,
     into: Incoming,
-    raw: RawStats,
-    normal: NormalStats,
+    of_z: Sequence[Tensor],
     a: Tensor,
     mu: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -266,15 +301,16 @@ def channel_sums(
         S1 = sum_b( v Bc + dmean (mean_z - mu) + 2 a dvar var_z
                     + dhigh (z_i - mu) + dlow (z_j - mu) )
     """
+    mean, var, z_i, z_j = of_z
     s0, s1 = v * total, v * moment
     if into.mean is not None:
-        s0, s1 = s0 + into.mean, s1 + into.mean * (raw.mean - mu)
+        s0, s1 = s0 + into.mean, s1 + into.mean * (mean - mu)
     if into.var is not None:
-        s1 = s1 + 2 * a * into.var * raw.var
+        s1 = s1 + 2 * a * into.var * var
     if into.high is not None:
-        s0, s1 = s0 + into.high, s1 + into.high * (normal.z_i - mu)
+        s0, s1 = s0 + into.high, s1 + into.high * (z_i - mu)
     if into.low is not None:
-        s0, s1 = s0 + into.low, s1 + into.low * (normal.z_j - mu)
+        s0, s1 = s0 + into.low, s1 + into.low * (z_j - mu)
     return s0.sum(0), s1.sum(0)
 
 
@@ -322,3 +358,47 @@ def coefficients(
     if into.high is not None or into.low is not None:
         spikes = [torch.zeros_like(v) if g is None else a * g for g in (into.high, into.low)]
     return Coefficients(a * v, q, t, spikes[0], spikes[1])
+
+
+def gradients(
+    v: Tensor,
+    total: Tensor,
+    moment: Tensor,
+    into: Incoming,
+    of_z: Sequence[Tensor],
+    a: Tensor,
+    mu: Tensor,
+    rstd: Tensor,
+    size: int,
+    *,
+    batch_stats: bool,
+    of_norm: bool,
+    of_map: bool,
+) -> tuple[Tensor | None, Tensor | None, Coefficients | None]:
+    """What `channel_sums` and `coefficients` say, for a norm whose batch is all here.
+
+    Args:
+        v: The gate, [B, C].
+        total: A, [B, C].
+        moment: Bc, [B, C].
+        into: Gradients of the statistics of x.
+        of_z: Mean and variance of z per plane, z_i and z_j; those are read whose gradient is there.
+        a: gamma rstd, [C].
+        mu: [C].
+        rstd: [C].
+        size: K.
+        batch_stats: Whether mu and rstd are the batch's.
+        of_norm: Whether the gradients of gamma and beta are asked for.
+        of_map: Whether the coefficients of dz are.
+
+    Returns:
+        Gradients of gamma and beta, or None each, and the coefficients, or None.
+    """
+    shared = weight = bias = None
+    if batch_stats or of_norm:
+        s0, s1 = channel_sums(v, total, moment, into, of_z, a, mu)
+        weight, bias = rstd * s1, s0
+        n = max(v.shape[0] * size, 1)
+        shared = (s0 / n, rstd.square() * s1 / n) if batch_stats else None
+    found = coefficients(v, into, of_z[0], a, mu, size, shared) if of_map else None
+    return weight, bias, found

@@ -28,6 +28,7 @@ _SCHEMAS = {
 }
 _TORCH_C = getattr(torch, "_C", None)  # what is behind it may change or go
 _FUNCTORCH = getattr(_TORCH_C, "_functorch", None)
+_MODES = ("dispatch", "function")
 _MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
 
 
@@ -46,14 +47,28 @@ def passes(impl: str) -> Passes:
     """The passes of an implementation, ``"formula"``, ``"numba"`` or ``"triton"``.
 
     The scalar stages of Numba are plain calls, which a tracing compiler cannot follow; it gets
-    those of torch, and fuses them.
+    those of torch, and fuses them. Where nobody compiles or watches, its passes are plain calls as
+    well.
     """
     if impl == "formula":
         return _FORMULA
-    found = _KERNELS[impl]
     if impl == "numba" and not torch.compiler.is_compiling():
-        return found._replace(stages=kernels_of(impl))
-    return found
+        return _plain_calls(watched=_modes() > 0)
+    return _KERNELS[impl]
+
+
+@cache
+def _plain_calls(*, watched: bool) -> Passes:
+    kernels = kernels_of("numba")
+    if watched:
+        return _KERNELS["numba"]._replace(stages=kernels)
+    names = ("plane_stats", "affine_tail", "affine_tail_backward", "stats_backward")
+    return Passes(*(getattr(kernels, name) for name in names), stages=kernels)
+
+
+def _modes() -> int:
+    """The number of dispatch and function modes in force."""
+    return sum(getattr(_TORCH_C, f"_len_torch_{kind}_stack", int)() for kind in _MODES)
 
 
 @cache
@@ -115,9 +130,7 @@ def runs_eagerly(t: Tensor) -> bool:
     """Whether what is done with a tensor happens now, and nobody compiles or records it."""
     if torch.compiler.is_compiling() or not is_plain(t) or is_exporting():
         return False
-    # The modes in force.
-    modes = getattr(_TORCH_C, "_len_torch_dispatch_stack", int)()
-    return not (modes or getattr(_TORCH_C, "_len_torch_function_stack", int)())
+    return not _modes()
 
 
 def is_direct(impl: str) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 
-import torch
 from torch import Tensor, nn
 
 from spem.ops import reference
 from spem.ops.autograd import Gathered, close, gather
 from spem.ops.dispatch import Choice, choose, log_choice
-from spem.ops.formula import Norm
-from spem.ops.library import has_hooks, is_dense, is_plain, laid_out_as
+from spem.ops.formula import Norm, move_running
+from spem.ops.library import has_hooks, is_dense, is_direct, is_plain, laid_out_as
 from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
@@ -102,10 +101,16 @@ def bn_gate_tail(
     choice = _choose("bn_gate_tail", z, residual, norm, gate, impl)
     if choice.impl == "reference":
         return reference.tail(z, residual, norm, gate, statistics)
-    view = _batch_norm(norm, z)
+    view = batch_norm_of(norm, z)
+    running = running_of(norm) if view.mean is None else None
+    if view.group is None and is_direct(choice.impl) and z.numel():
+        view, running = view._replace(running=running), None  # the kernel moves them
     y, gathered = _fused(z, residual, view, gate, statistics, choice.impl)
-    if view.mean is None:
-        _update_running(norm, gathered, z)
+    if running is not None:
+        shared = gathered.values.dim() == 0
+        values = gathered.values if shared else z.numel() // z.shape[1]
+        if z.numel() or shared:  # an empty batch leaves them
+            move_running(running, gathered.mu, gathered.channel_var, values)
     return y
 
 
@@ -197,7 +202,7 @@ def _fused(
     return close(gathered, v, residual, impl), gathered
 
 
-def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:
+def batch_norm_of(norm: nn.Module, z: Tensor) -> Norm:
     """A norm as tensors; refuses what the module itself would refuse."""
     assert isinstance(norm, _NORMS)
     getattr(norm, "_check_input_dim")(z)  # noqa: B009  # protected, and a subclass may have its own
@@ -222,23 +227,15 @@ def _batch_norm(norm: nn.Module, z: Tensor) -> Norm:
     return Norm(weight, bias, None, None, norm.eps, group)
 
 
-@torch.no_grad()
-def _update_running(norm: nn.Module, gathered: Gathered, z: Tensor) -> None:
-    """Moves the running statistics as the norm's own forward does; an empty batch leaves them."""
+def running_of(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """The running statistics that a batch moves, and by what factor; counts the batch."""
     assert isinstance(norm, _NORMS)
     mean, var = norm.running_mean, norm.running_var
     if not norm.training or not norm.track_running_stats or mean is None or var is None:
-        return
+        return None
     factor = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
         if factor is None:
             factor = 1.0 / float(norm.num_batches_tracked)
-    if factor is None:
-        factor = 0.0
-    shared = gathered.values.dim() == 0
-    if z.numel() == 0 and not shared:
-        return
-    n = gathered.values if shared else z.numel() // z.shape[1]
-    mean.lerp_(gathered.mu.to(mean.dtype), factor)
-    var.lerp_((gathered.channel_var * (n / (n - 1))).to(var.dtype), factor)
+    return mean, var, 0.0 if factor is None else factor

@@ -6,6 +6,8 @@ table and has the kernel run on it. A kernel is compiled when first used, for on
 disk where numba can write.
 """
 
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,20 +18,35 @@ from spem.ops.cpu import planes as by_plane
 from spem.ops.cpu import scalars
 from spem.ops.cpu.launch import SUPPORTED, run
 from spem.ops.cpu.table import (
+    BIAS,
+    COEFFICIENTS,
     EXTREMA,
+    GATED,
     HIGH,
     LOW,
     MEAN,
     MOMENTS,
     NORMALISED,
     POSITIONS,
+    RECTIFIED,
+    RUNNING,
     SHARED,
+    SUMS,
     VAR,
+    WEIGHT,
     WITH_SPIKES,
     WITH_Z,
 )
 from spem.ops.cpu.vectors import BYTES
-from spem.ops.formula import Coefficients, Incoming, NormalStats, RawStats
+from spem.ops.formula import (
+    BatchStats,
+    Coefficients,
+    Incoming,
+    Norm,
+    NormalStats,
+    RawStats,
+    move_running,
+)
 from spem.ops.library import agree
 from spem.ops.stats import compute_dtype
 
@@ -193,6 +210,52 @@ def stats_backward(
     return dz
 
 
+def norm_relu(z: Tensor, mu: Tensor, a: Tensor, beta: Tensor) -> Tensor:
+    """relu(a (z - mu) + beta), as pass F2 without gate and residual."""
+    wide = _maps(z)
+    mu, a, beta = (_scalars(z.shape[1:2], wide, t) for t in (mu, a, beta))
+    y = torch.empty_like(z)
+    _pass("affine_tail", z, RECTIFIED, z, None, mu, None, a, beta, y)
+    return y
+
+
+def norm_relu_backward(
+    g: Tensor,
+    z: Tensor,
+    mu: Tensor,
+    a: Tensor,
+    beta: Tensor,
+    rstd: Tensor,
+    *,
+    batch_stats: bool,
+    of_norm: bool,
+    of_map: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of z, gamma and beta, as passes B1 and B2; the mask follows from z."""
+    wide = _maps(g, z)
+    shape = tuple(z.shape[:2])
+    mu, a, beta, rstd = (_scalars(shape[1:], wide, t) for t in (mu, a, beta, rstd))
+    weight = bias = q = t = None
+    flags = RECTIFIED
+    if of_norm or batch_stats:
+        sums, moments = mu.new_empty(shape), mu.new_empty(shape)
+        _pass(
+            *("affine_tail_backward", z, RECTIFIED, g, None, z, mu, None, sums, moments),
+            *(a, beta),
+        )
+        bias, s1, weight, q, t = (torch.empty_like(mu) for _ in range(5))
+        size = z.numel() // sums.numel()
+        args = (None, sums, moments, *[None] * 8, a, mu, rstd, bias, s1, weight, None, q, t)
+        _channel_stage(scalars.backward, sums, SUMS, size, *args, None, None)
+    if batch_stats:
+        flags |= WITH_Z
+    dz = None
+    if of_map:
+        dz = torch.empty_like(z)
+        _pass("stats_backward", z, flags, g, z, mu, a, q, t, *[None] * 4, dz, beta)
+    return dz, weight, bias
+
+
 def _stage(kernel: Any, like: Tensor, flags: int, size: int, *args: Tensor | None) -> None:
     """Runs a scalar stage that goes image by image."""
     batch, channels = like.shape
@@ -201,40 +264,73 @@ def _stage(kernel: Any, like: Tensor, flags: int, size: int, *args: Tensor | Non
     run(kernel, like.dtype, (chunks, _ROWS, batch, channels, size, flags), pieces, *args)
 
 
-def _channel_stage(kernel: Any, like: Tensor, flags: int, *args: Tensor | None) -> None:
+def _channel_stage(
+    kernel: Any, like: Tensor, flags: int, size: int, *args: Tensor | int | None
+) -> None:
     """Runs a scalar stage that sums over the images."""
     batch, channels = like.shape
     chunks = -(-channels // (BYTES // like.element_size()))
     pieces = chunks if like.numel() > _ALONE else 1
-    run(kernel, like.dtype, (chunks, 0, batch, channels, 0, flags), pieces, *args)
+    run(kernel, like.dtype, (chunks, 0, batch, channels, size, flags), pieces, *args)
 
 
-def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel; see ``formula.channel_moments``."""
-    shape, wide = tuple(mean.shape), mean.dtype
-    mean, var = _scalars(shape, wide, mean), _scalars(shape, wide, var)
-    mu, out = mean.new_empty(shape[1]), mean.new_empty(shape[1])
-    _channel_stage(scalars.channel_moments, mean, 0, mean, var, mu, out)
-    return mu, out
+def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> BatchStats:
+    """The statistics of a batch and those of x; see ``formula.normalise_batch``.
+
+    The running statistics move along, if the norm has some.
+    """
+    wide = raw.mean.dtype
+    shape = tuple(raw.mean.shape)
+    per_channel = shape[1:]
+    flags = SHARED | MOMENTS * moments | EXTREMA * (raw.high.dim() == 2)
+    affine: list[Tensor | None] = []
+    for flag, t in ((WEIGHT, norm.weight), (BIAS, norm.bias)):
+        flags |= 0 if t is None else flag
+        affine.append(None if t is None else _scalars(per_channel, wide, t.detach()))
+    running: list[Tensor | None] = [None, None]
+    factor = 0.0
+    own = norm.running is not None and all(
+        t.dtype == wide and t.is_contiguous() and type(t) is Tensor and not t.is_inference()
+        for t in norm.running[:2]
+    )
+    if norm.running is not None and own:
+        flags |= RUNNING
+        *running, factor = norm.running
+    mu = [raw.mean.new_empty(per_channel) for _ in range(5)]
+    bits = struct.unpack("2q", struct.pack("2d", norm.eps, factor))
+    outs = _normalised(raw, flags, affine, running, mu, bits, size)
+    if own:
+        torch.autograd.graph.increment_version([t for t in running if t is not None])
+    elif norm.running is not None:
+        move_running(norm.running, mu[0], mu[1], raw.mean.shape[0] * size)
+    return BatchStats(*mu, outs)
 
 
 def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStats:
     """Statistics of x = a (z - mu) + beta; see ``formula.normalised``."""
-    wide = mu.dtype
     flags = MOMENTS * (raw.mean.dim() == 2) | EXTREMA * (raw.high.dim() == 2)
+    a, mu, beta = (_scalars(mu.shape, mu.dtype, t) for t in (a, mu, beta))
+    return _normalised(raw, flags, [None] * 2, [None] * 2, (mu, None, None, a, beta), (0, 0), 0)
+
+
+def _normalised(
+    raw: RawStats,
+    flags: int,
+    affine: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    norm: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    size: int,
+) -> NormalStats:
+    nothing = raw.mean.new_empty(0)
     if not flags:
-        nothing = [mu.new_empty(0) for _ in range(6)]
-        return NormalStats(*nothing, *(raw.at_high.new_empty(0) for _ in range(2)))
-    shape = tuple((raw.mean if flags & MOMENTS else raw.high).shape)
-    a, mu, beta = (_scalars(shape[1:], wide, t) for t in (a, mu, beta))
-    two, six = (shape if flags & kind else (0,) for kind in (MOMENTS, EXTREMA))
-    ins = [_scalars(two, wide, t) for t in raw[:2]]
-    ins += [_scalars(six, wide, t) for t in raw[2:5]]
-    ins += [_scalars(six, torch.int32, t) for t in raw[5:]]
-    outs = [mu.new_empty(two) for _ in range(2)] + [mu.new_empty(six) for _ in range(4)]
-    outs += [mu.new_empty(six, dtype=torch.int32) for _ in range(2)]
-    like = ins[0] if flags & MOMENTS else ins[2]
-    _stage(scalars.normalised, like, flags, 0, a, mu, beta, *ins, *outs)
+        return NormalStats(*[nothing] * 6, *[raw.at_high.new_empty(0)] * 2)
+    like = raw.mean if flags & (MOMENTS | SHARED) else raw.high
+    two, six = (like.shape if flags & kind else (0,) for kind in (MOMENTS, EXTREMA))
+    outs = [like.new_empty(two) for _ in range(2)] + [like.new_empty(six) for _ in range(4)]
+    outs += [like.new_empty(six, dtype=torch.int32) for _ in range(2)]
+    args = (*affine, *running, *norm, *raw, *outs, *numbers)
+    _channel_stage(scalars.forward, like, flags, size, *args)
     return NormalStats(*outs)
 
 
@@ -248,65 +344,44 @@ def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Ten
     return out
 
 
-def _incoming(into: Incoming, shape: tuple[int, ...], wide: torch.dtype) -> tuple[int, list[Any]]:
-    """Which gradients there are, and the gradients as kernels read them."""
-    flags = 0
-    for kind, gradient in zip((MEAN, VAR, HIGH, LOW), into, strict=True):
-        flags |= 0 if gradient is None else kind
-    return flags, [None if t is None else _scalars(shape, wide, t) for t in into]
-
-
-def channel_sums(
+def gradients(
     v: Tensor,
     total: Tensor,
     moment: Tensor,
     into: Incoming,
-    raw: RawStats,
-    normal: NormalStats,
+    of_z: Sequence[Tensor],
     a: Tensor,
     mu: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Sums of dx and of dx (z - mu) over a channel; see ``formula.channel_sums``."""
+    rstd: Tensor,
+    size: int,
+    *,
+    batch_stats: bool,
+    of_norm: bool,
+    of_map: bool,
+) -> tuple[Tensor | None, Tensor | None, Coefficients | None]:
+    """Gradients of gamma and beta, and the coefficients of dz; see ``formula.gradients``."""
     shape, wide = tuple(total.shape), total.dtype
     v, total, moment = (_scalars(shape, wide, t) for t in (v, total, moment))
-    a, mu = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, mu)
-    flags, gradients = _incoming(into, shape, wide)
+    a, mu, rstd = (_scalars(shape[1:], wide, t) for t in (a, mu, rstd))
+    flags = GATED | SHARED * batch_stats | SUMS * (batch_stats or of_norm) | COEFFICIENTS * of_map
+    for kind, gradient in zip((MEAN, VAR, HIGH, LOW), into, strict=True):
+        flags |= 0 if gradient is None else kind
+    incoming = [None if t is None else _scalars(shape, wide, t) for t in into]
     read = [
-        _scalars(shape, wide, t) if flags & kind else None
-        for kind, t in zip(
-            (MEAN, VAR, HIGH, LOW), (raw.mean, raw.var, normal.z_i, normal.z_j), strict=True
-        )
+        t if flags & kind else None for kind, t in zip((MEAN, VAR, HIGH, LOW), of_z, strict=True)
     ]
-    s0, s1 = torch.empty_like(mu), torch.empty_like(mu)
-    args = (v, total, moment, *gradients, *read, a, mu, s0, s1)
-    _channel_stage(scalars.channel_sums, total, flags, *args)
-    return s0, s1
-
-
-def coefficients(
-    v: Tensor,
-    into: Incoming,
-    raw_mean: Tensor,
-    a: Tensor,
-    mu: Tensor,
-    size: int,
-    shared: tuple[Tensor, Tensor] | None,
-) -> Coefficients:
-    """The per-plane coefficients of dz; see ``formula.coefficients``."""
-    shape, wide = tuple(v.shape), mu.dtype
-    v = _scalars(shape, wide, v)
-    a, mu = _scalars(shape[1:], wide, a), _scalars(shape[1:], wide, mu)
-    flags, gradients = _incoming(into, shape, wide)
-    mean = _scalars(shape, wide, raw_mean) if flags & VAR else None
-    means = [None, None]
-    if shared is not None:
-        flags |= SHARED
-        means = [_scalars(shape[1:], wide, t) for t in shared]
-    p, q, t, s_i, s_j = torch.empty_like(v), None, None, None, None
-    if flags & (MEAN | VAR | SHARED):
-        q, t = torch.empty_like(v), torch.empty_like(v)
-    if flags & (HIGH | LOW):
-        s_i, s_j = torch.empty_like(v), torch.empty_like(v)
-    args = (v, *gradients, mean, a, mu, *means, p, q, t, s_i, s_j)
-    _stage(scalars.coefficients, v, flags, size, *args)
-    return Coefficients(p, q, t, s_i, s_j)
+    if flags & VAR:
+        read[0] = of_z[0]
+    s0, s1, weight = (torch.empty_like(mu) for _ in range(3))
+    p = q = t = s_i = s_j = None
+    if of_map:
+        p = torch.empty_like(v)
+        if flags & (MEAN | VAR | SHARED):
+            q, t = torch.empty_like(v), torch.empty_like(v)
+        if flags & (HIGH | LOW):
+            s_i, s_j = torch.empty_like(v), torch.empty_like(v)
+    outs = (s0, s1, weight, p, q, t, s_i, s_j)
+    args = (v, total, moment, *incoming, *read, a, mu, rstd, *outs)
+    _channel_stage(scalars.backward, total, flags, size, *args)
+    found = None if p is None else Coefficients(p, q, t, s_i, s_j)
+    return (weight, s0, found) if flags & SUMS else (None, None, found)

@@ -38,6 +38,7 @@ from spem.ops.cpu.table import (
     MOMENTS,
     NORMALISED,
     POSITIONS,
+    RECTIFIED,
     SIZE,
     STEP,
     WITH_SPIKES,
@@ -209,6 +210,7 @@ def affine_tail(block: Any) -> None:
     """F2."""
     table = table_of(block)
     channels, size, step = table[CHANNELS], table[SIZE], table[STEP]
+    rectified = table[FLAGS] & RECTIFIED
     parts = (channels + step - 1) // step
     z = map_at(block, table[ARGS])
     r = map_at(block, table[ARGS + 1])
@@ -236,15 +238,20 @@ def affine_tail(block: Any) -> None:
             for c in range(begin, end, lanes):
                 n = min(lanes, end - c)
                 centre = read(mu, c, n, zero)
-                gate = read(v, base + c, n, zero)
-                slope = gate * read(a, c, n, zero)
-                start = gate * read(beta, c, n, zero)
+                slope = read(a, c, n, zero)
+                start = read(beta, c, n, zero)
+                if not rectified:
+                    gate = read(v, base + c, n, zero)
+                    slope = gate * slope
+                    start = gate * start
                 for u in range(rows):
                     o = at + u * channels + c
                     prefetch(z, o + ahead)
-                    prefetch(r, o + ahead)
                     prefetch_to_write(y, o + ahead)
-                    t = slope * (read(z, o, n, zero) - centre) + start + read(r, o, n, zero)
+                    t = slope * (read(z, o, n, zero) - centre) + start
+                    if not rectified:
+                        prefetch(r, o + ahead)
+                        t = t + read(r, o, n, zero)
                     write(y, o, n, where_above(zeros, t, zeros, t))
 
 
@@ -252,6 +259,7 @@ def affine_tail_backward(block: Any) -> None:
     """B1. The sums are gathered in the outputs."""
     table = table_of(block)
     channels, size, step = table[CHANNELS], table[SIZE], table[STEP]
+    rectified = table[FLAGS] & RECTIFIED
     parts = (channels + step - 1) // step
     g = map_at(block, table[ARGS])
     y = map_at(block, table[ARGS + 1])
@@ -260,6 +268,8 @@ def affine_tail_backward(block: Any) -> None:
     d = map_at(block, table[ARGS + 4])
     sums = numbers_at(block, table[ARGS + 5])
     moments = numbers_at(block, table[ARGS + 6])
+    a = numbers_at(block, table[ARGS + 7])
+    beta = numbers_at(block, table[ARGS + 8])
     lanes = lanes_of(block)
     group, ahead = _at_a_time(block), AHEAD // bytes_of(block)
     zero = number(block, 0)
@@ -279,22 +289,28 @@ def affine_tail_backward(block: Any) -> None:
             for c in range(begin, end, lanes):
                 n = min(lanes, end - c)
                 centre = read(mu, c, n, zero)
-                s = zeros
-                b = zeros
+                slope = start = s = b = zeros
+                if rectified:
+                    slope = read(a, c, n, zero)
+                    start = read(beta, c, n, zero)
                 if k > 0:
                     s = read(sums, base + c, n, zero)
                     b = read(moments, base + c, n, zero)
                 for u in range(rows):
                     o = at + u * channels + c
                     prefetch(g, o + ahead)
-                    prefetch(y, o + ahead)
                     prefetch(z, o + ahead)
-                    prefetch_to_write(d, o + ahead)
                     v = read(g, o, n, zero)
-                    v = where_at_most(read(y, o, n, zero), zeros, zeros, v)
-                    write(d, o, n, v)
+                    off = read(z, o, n, zero) - centre
+                    if rectified:
+                        v = where_at_most(slope * off + start, zeros, zeros, v)
+                    else:
+                        prefetch(y, o + ahead)
+                        prefetch_to_write(d, o + ahead)
+                        v = where_at_most(read(y, o, n, zero), zeros, zeros, v)
+                        write(d, o, n, v)
                     s = s + v
-                    b = b + v * (read(z, o, n, zero) - centre)
+                    b = b + v * off
                 write(sums, base + c, n, s)
                 write(moments, base + c, n, b)
 
@@ -315,11 +331,13 @@ def stats_backward(block: Any) -> None:
     si_at = numbers_at(block, table[ARGS + 8])
     sj_at = numbers_at(block, table[ARGS + 9])
     dz = map_at(block, table[ARGS + 10])
+    beta = numbers_at(block, table[ARGS + 11])
     lanes = lanes_of(block)
     zero = number(block, 0)
     zeros = every(block, zero)
     nowhere = every_position(block, -1)
     with_z, spikes = table[FLAGS] & WITH_Z, table[FLAGS] & WITH_SPIKES
+    rectified = table[FLAGS] & RECTIFIED
     group, ahead = _at_a_time(block), AHEAD // bytes_of(block)
     region = region_of(table)
     while True:
@@ -329,17 +347,20 @@ def stats_backward(block: Any) -> None:
         image = chunk // parts
         begin = (chunk - image * parts) * step
         end = min(begin + step, channels)
-        base = image * channels
+        base = 0 if rectified else image * channels
         for k in range(0, size, group):
             rows = min(group, size - k)
             at = (image * size + k) * channels
             for c in range(begin, end, lanes):
                 n = min(lanes, end - c)
                 p = read(p_at, base + c, n, zero)
-                q = t = centre = si = sj = zeros
+                q = t = centre = start = si = sj = zeros
                 i = j = nowhere
-                if with_z:
+                if with_z | rectified:
                     centre = read(mu, c, n, zero)
+                if rectified:
+                    start = read(beta, c, n, zero)
+                if with_z:
                     q = read(q_at, base + c, n, zero)
                     t = read(t_at, base + c, n, zero)
                 if spikes:
@@ -351,10 +372,16 @@ def stats_backward(block: Any) -> None:
                     o = at + u * channels + c
                     prefetch(d, o + ahead)
                     prefetch_to_write(dz, o + ahead)
-                    v = p * read(d, o, n, zero)
-                    if with_z:
+                    v = read(d, o, n, zero)
+                    off = zeros
+                    if with_z | rectified:
                         prefetch(z, o + ahead)
-                        v = t * (read(z, o, n, zero) - centre) + (v + q)
+                        off = read(z, o, n, zero) - centre
+                    if rectified:
+                        v = where_at_most(p * off + start, zeros, zeros, v)
+                    v = p * v
+                    if with_z:
+                        v = t * off + (v + q)
                     if spikes:
                         here = every_position(block, k + u)
                         v = v + where_equal(i, here, si, zeros)

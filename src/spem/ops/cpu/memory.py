@@ -162,6 +162,18 @@ def number(context: Any, block: Any, value: Any) -> Any:
 
 
 @compiled_inline
+def number_of_bits(context: Any, block: Any, bits: Any) -> Any:
+    """The number whose bits, as a float64, are this integer."""
+    kind = number_of(block)
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.bitcast(args[1], ir.DoubleType())
+        return wide if kind == types.float64 else builder.fptrunc(wide, ir.FloatType())
+
+    return kind(block, types.int64), emit
+
+
+@compiled_inline
 def element(context: Any, pointer: Any, index: Any) -> Any:
     """One element of a map as a number."""
     kind = number_of(pointer)

@@ -19,11 +19,13 @@ from spem.ops.cpu.memory import (
     numbers_at,
     offset,
     positions_at,
+    read,
     region_of,
     set_element,
     store,
     store_part,
     table_of,
+    write,
 )
 from spem.ops.cpu.table import (
     ARGS,
@@ -34,6 +36,7 @@ from spem.ops.cpu.table import (
     MOMENTS,
     NORMALISED,
     POSITIONS,
+    RECTIFIED,
     SIZE,
     STEP,
     WITH_SPIKES,
@@ -195,7 +198,7 @@ def affine_tail(block: Any) -> None:
     """F2."""
     table = table_of(block)
     planes, size, step = table[BATCH] * table[CHANNELS], table[SIZE], table[STEP]
-    channels = table[CHANNELS]
+    channels, rectified = table[CHANNELS], table[FLAGS] & RECTIFIED
     z = map_at(block, table[ARGS])
     r = map_at(block, table[ARGS + 1])
     mu = numbers_at(block, table[ARGS + 2])
@@ -217,17 +220,23 @@ def affine_tail(block: Any) -> None:
             rp = offset(r, p * size)
             yp = offset(y, p * size)
             centre = every(block, mu[c])
-            slope = every(block, v[p] * a[c])
-            start = every(block, v[p] * beta[c])
+            slope = every(block, a[c])
+            start = every(block, beta[c])
+            if not rectified:
+                slope = every(block, v[p] * a[c])
+                start = every(block, v[p] * beta[c])
             k = 0
             while k + lanes <= size:
-                t = slope * (load(zp, k) - centre) + start + load(rp, k)
+                t = slope * (load(zp, k) - centre) + start
+                if not rectified:
+                    t = t + load(rp, k)
                 store(yp, k, where_above(zeros, t, zeros, t))
                 k += lanes
             if k < size:
                 n = size - k
                 t = slope * (load_part(zp, k, n, zero) - centre) + start
-                t = t + load_part(rp, k, n, zero)
+                if not rectified:
+                    t = t + load_part(rp, k, n, zero)
                 store_part(yp, k, n, where_above(zeros, t, zeros, t))
             c = c + 1 if c + 1 < channels else 0
 
@@ -236,7 +245,7 @@ def affine_tail_backward(block: Any) -> None:
     """B1."""
     table = table_of(block)
     planes, size, step = table[BATCH] * table[CHANNELS], table[SIZE], table[STEP]
-    channels = table[CHANNELS]
+    channels, rectified = table[CHANNELS], table[FLAGS] & RECTIFIED
     g = map_at(block, table[ARGS])
     y = map_at(block, table[ARGS + 1])
     z = map_at(block, table[ARGS + 2])
@@ -244,6 +253,8 @@ def affine_tail_backward(block: Any) -> None:
     d = map_at(block, table[ARGS + 4])
     sums = numbers_at(block, table[ARGS + 5])
     moments = numbers_at(block, table[ARGS + 6])
+    a = numbers_at(block, table[ARGS + 7])
+    beta = numbers_at(block, table[ARGS + 8])
     lanes = lanes_of(block)
     zero = number(block, 0)
     zeros = every(block, zero)
@@ -261,6 +272,17 @@ def affine_tail_backward(block: Any) -> None:
             centre = every(block, mu[c])
             s0 = s1 = b0 = b1 = zeros
             k = 0
+            if rectified:
+                slope = every(block, a[c])
+                start = every(block, beta[c])
+                while k < size:
+                    n = min(size - k, lanes)
+                    off = read(zp, k, n, zero) - centre
+                    v = read(gp, k, n, zero)  # 0 behind the end
+                    v = where_at_most(slope * off + start, zeros, zeros, v)
+                    s0 = s0 + v
+                    b0 = b0 + v * off
+                    k += lanes
             while k + 2 * lanes <= size:
                 v = where_at_most(load(yp, k), zeros, zeros, load(gp, k))
                 w = where_at_most(load(yp, k + lanes), zeros, zeros, load(gp, k + lanes))
@@ -301,8 +323,11 @@ def stats_backward(block: Any) -> None:
     si_at = numbers_at(block, table[ARGS + 8])
     sj_at = numbers_at(block, table[ARGS + 9])
     dz = map_at(block, table[ARGS + 10])
+    beta = numbers_at(block, table[ARGS + 11])
     lanes = lanes_of(block)
+    rectified = table[FLAGS] & RECTIFIED
     zero = number(block, 0)
+    zeros = every(block, zero)
     region = region_of(table)
     while True:
         chunk = next_chunk(table, region)
@@ -313,11 +338,23 @@ def stats_backward(block: Any) -> None:
             dp = offset(d, plane * size)
             zp = offset(z, plane * size)
             out = offset(dz, plane * size)
-            p = p_at[plane]
+            at = c if rectified else plane
+            p = p_at[at]
             ps = every(block, p)
             q = t = centre = zero
             k = 0
-            if with_z:
+            if rectified:
+                starts, centres = every(block, beta[c]), every(block, mu[c])
+                qs = ts = zeros
+                if with_z:
+                    qs, ts = every(block, q_at[c]), every(block, t_at[c])
+                while k < size:
+                    n = min(size - k, lanes)
+                    off = read(zp, k, n, zero) - centres
+                    v = where_at_most(ps * off + starts, zeros, zeros, read(dp, k, n, zero))
+                    write(out, k, n, ts * off + (ps * v + qs))
+                    k += lanes
+            elif with_z:
                 q, t, centre = q_at[plane], t_at[plane], mu[c]
                 qs, ts, centres = every(block, q), every(block, t), every(block, centre)
                 while k + lanes <= size:

@@ -9,7 +9,7 @@ SIZE = 12  # K
 FLAGS = 13
 REGIONS = 14  # one for each thread that is expected
 ARGS = 15  # from here on: addresses
-COUNTERS = 40  # from here on: how many chunks of each region are taken
+COUNTERS = 48  # from here on: how many chunks of each region are taken
 LINE = 8  # int64 in a cache line
 
 # What the first pass gathers: the extrema also with their positions and the first value, or the
@@ -21,9 +21,19 @@ NORMALISED = 8
 # What the last pass reads.
 WITH_Z = 1
 WITH_SPIKES = 2
-# Which gradients reach the statistics, and whether the norm's own statistics are variable.
+# The tail without gate and residual, relu(norm(z)): its mask follows from z, its coefficients are
+# the channel's.
+RECTIFIED = 4
+# Of the norm: whether its statistics are the batch's, and what it has.
+SHARED = 16
+WEIGHT = 32
+BIAS = 64
+RUNNING = 128
+# Which gradients reach the statistics; what is wanted; whether there is a gate.
 MEAN = 1
 VAR = 2
 HIGH = 4
 LOW = 8
-SHARED = 16
+SUMS = 32
+COEFFICIENTS = 64
+GATED = 128

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -204,6 +205,20 @@ smaller = compiled_inline(_pairwise(_smaller))
 _plus = compiled_inline(_pairwise(lambda builder, a, b: builder.fadd(a, b, flags=("contract",))))
 _minus = compiled_inline(_pairwise(lambda builder, a, b: builder.fsub(a, b, flags=("contract",))))
 _times = compiled_inline(_pairwise(lambda builder, a, b: builder.fmul(a, b, flags=("contract",))))
+
+
+@compiled_inline
+def inverse_root(context: Any, vector: Any) -> Any:
+    """1 / sqrt(x), lane by lane, each operation rounded."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = f"llvm.sqrt.v{vector.lanes}f{vector.element.bitwidth}"
+        root = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind]), name)
+        ones = ir.Constant(kind, [1.0] * vector.lanes)
+        return builder.fdiv(ones, builder.call(root, [args[0]]))
+
+    return vector(vector), emit
 
 
 @compiled_inline
