@@ -14,13 +14,13 @@ import torch
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 from training.test_resume import train_with_stops
-from training.tiny import differences, outcome, shortened, tiny
+from training.tiny import Stop, differences, kept_checkpoint, outcome, shortened, tiny, trained
 
 from spem import initialise
 from spem.data import normalise
-from spem.training import RunConfig, Silent, capture, read_metrics, read_result, runs, step, train
+from spem.training import RunConfig, capture, loop, read_metrics, read_result, step
 from spem.training.capture import CapturedStep, CudaCapturer, momenta_from_zero
-from spem.training.checkpoint import build_model, load_checkpoint
+from spem.training.folder import build_network, load_checkpoint
 from spem.training.step import StepOutput, execution, make_optimizer, make_step
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -53,7 +53,7 @@ class Training:
 
     def __init__(self, config: RunConfig, *, captured: bool) -> None:
         device = torch.device(config.runtime.device)
-        self.model = build_model(config, classes=10)
+        self.model = build_network(config, classes=10)
         initialise(self.model, 0)
         self.model.to(device).train()
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -210,24 +210,24 @@ def test_off_cuda_a_graph_is_refused():
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a run take the captured step on the CPU."""
     monkeypatch.setattr(capture, "CudaCapturer", StandIn)
-    for module in (runs, step):
+    for module in (loop, step):
         monkeypatch.setattr(module, "require_cuda", lambda device: None)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
 def test_a_captured_run_is_recorded_followed_and_resumed(stand_in: None, tmp_path: Path):
     config = replace(tiny(step="graph"), optim=replace(tiny().optim, epochs=2, milestones=(1,)))
-    whole = train(config, tmp_path / "whole", progress=Silent())
+    told = Stop(-1)
+    whole = trained(config, tmp_path / "whole", told)
     assert whole.step == "graph"
-    log = (tmp_path / "whole" / "log.txt").read_text()
-    assert "step: graph" in log
-    assert "captured the step for 40 and 16 images in" in log
-    stored = load_checkpoint(tmp_path / "whole" / "checkpoint.pt")
+    assert told.messages[0].endswith("step: graph")
+    assert "captured the step for 40 and 16 images in" in told.messages[1]
+    stored = load_checkpoint(kept_checkpoint(tmp_path / "whole"))
     assert all(type(g["lr"]) is float for g in stored["optimizer"]["param_groups"])
     train_with_stops(config, tmp_path / "stopped", [3, 5])
     assert differences(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole")) == []
     eager = replace(config, runtime=replace(config.runtime, step="eager"))
-    train(eager, tmp_path / "eager", progress=Silent())
+    trained(eager, tmp_path / "eager")
     for a, b in zip(
         read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "eager"), strict=True
     ):
@@ -239,8 +239,8 @@ def test_a_captured_run_is_recorded_followed_and_resumed(stand_in: None, tmp_pat
 def test_a_checkpoint_of_eager_steps_goes_on_captured(stand_in: None, tmp_path: Path):
     """Nothing in a checkpoint says how its steps were taken, so older ones fit."""
     config = shortened(tiny(epochs=2), 80)
-    train_with_stops(config, tmp_path, [2])
-    stored = load_checkpoint(tmp_path / "checkpoint.pt")
+    train_with_stops(config, tmp_path / "run", [2])
+    stored = load_checkpoint(kept_checkpoint(tmp_path / "run"))
     training = Training(config, captured=True)
     training.model.load_state_dict(stored["model"])
     training.optimizer.load_state_dict(stored["optimizer"])
@@ -296,7 +296,7 @@ def test_ten_steps_do_not_wait_for_the_gpu(kind: str, attention: str):
 @quiet
 def test_on_a_gpu_auto_is_the_graph_and_a_stopped_run_ends_as_the_whole_one(tmp_path: Path):
     config = tiny(epochs=2, device="cuda", step="auto", deterministic=True)
-    train(config, tmp_path / "whole", progress=Silent())
+    trained(config, tmp_path / "whole")
     result = read_result(tmp_path / "whole")
     assert result is not None
     assert result.step == "graph"

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tolerance import TOGETHER, TOLERANCE
-from training.tiny import Stop, outcome, shortened, tiny
+from training.tiny import Stop, outcome, shortened, tiny, trained
 from training.together import OPTIM, SIZES, STEPS, norm_case, run_together, step_case, two_steps
 
 import spem
-from spem.training import Interrupted, RunConfig, Silent, train
+from spem.training import Interrupted, RunConfig, train
 from spem.training.step import make_optimizer, make_step
 
-# A few seconds on an idle core.
-pytestmark = pytest.mark.timeout(900)
+# A dozen seconds on an idle core.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
 def config(attention: str, images: int, **runtime: Any) -> RunConfig:
@@ -109,7 +109,7 @@ def test_steps_of_two_processes_are_those_of_one(attention: str, two: Together) 
 def test_two_processes_equal_one(name: str, one: Path, two: Together) -> None:
     if name == "numba" and not has_numba():
         pytest.skip("numba is not installed")
-    result = train(EQUAL[name], one / name, progress=Silent())
+    result = trained(EQUAL[name], one / name)
     require_equal(outcome(two.folder / name), outcome(one / name))
     first, second = (said[name] for said in two.said)
     assert first == second
@@ -122,13 +122,13 @@ def test_all_stop_after_the_same_step_and_one_goes_on(one: Path, two: Together) 
     assert first == second
     assert first["code"] == 143
     assert "in epoch 2 after step 2 of 3" in first["stopped"]
-    train(STOPPED, two.folder / "begun by two", progress=Silent())
-    train(STOPPED, one / "stopped", progress=Silent())
+    trained(STOPPED, two.folder / "begun by two")
+    trained(STOPPED, one / "stopped")
     require_equal(outcome(two.folder / "begun by two"), outcome(one / "stopped"))
 
 
 def test_two_go_on_with_what_one_began(one: Path, two: Together) -> None:
-    train(STOPPED, one / "stopped", progress=Silent())
+    trained(STOPPED, one / "stopped")
     require_equal(outcome(two.folder / "begun by one"), outcome(one / "stopped"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from spem.data import load_images
 from spem.models import resnet
 from spem.seeding import initialise
 from spem.training import DataConfig, ModelConfig, RunConfig, Silent, evaluate, recipes, train
-from spem.training.checkpoint import load_answers, load_weights
-from spem.training.diverged import read_diverged
+from spem.training.folder import load_weights, read_metrics, read_result
 from spem.training.inside import describe_gates, gradient_norms
-from spem.training.log import read_metrics
 from spem.training.sets import load_sets
 
 
@@ -38,36 +35,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     return config, folder
 
 
-def test_answers_are_those_that_were_counted(run: tuple[RunConfig, Path]):
-    config, folder = run
-    answers = load_answers(folder / "answers.npy")
-    test = load_sets(config.data, torch.device("cpu")).test
-    result = json.loads((folder / "result.json").read_text())
-    assert answers.dtype == np.uint8
-    assert len(answers) == len(test) == 50
-    assert 100 * float((answers == test.labels.numpy()).mean()) == result["accuracy"]
-
-
-def test_damaged_answers_are_refused(run: tuple[RunConfig, Path], tmp_path: Path):
-    path = tmp_path / "answers.npy"
-    for content in (b"", b"no array", (run[1] / "answers.npy").read_bytes()[:-3]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="damaged"):
-            load_answers(path)
-    np.save(path, np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="no list of classes"):
-        load_answers(path)
-
-
 def test_gates_are_described_as_numpy_does(run: tuple[RunConfig, Path]):
     config, folder = run
-    gates = json.loads((folder / "gates.json").read_text())["gates"]
+    gates = (read_result(folder) or pytest.fail("no result")).gates
     assert [g["block"] for g in gates] == [f"layer{k}.0.attention" for k in (1, 2, 3)]
     model, _ = load_weights(folder / "model.safetensors")
     seen: list[np.ndarray] = []  # pyright: ignore[reportMissingTypeArgument]
     last = [m for m in model.modules() if isinstance(m, ChannelAttention)][-1]
     last.register_forward_pre_hook(lambda m, x: seen.append(m.gate(x[0]).detach().numpy()))
-    chosen = load_sets(config.data, torch.device("cpu")).test
+    chosen = load_sets(config.data).test
     again = describe_gates(model, chosen, normalisation="digits")
     values = seen[-1].reshape(50, 256).astype(np.float64)
     expected = {
@@ -166,21 +142,3 @@ def test_a_stop_during_evaluation_ends_it_there():
     calls: list[int] = []
     evaluate(model, few, normalisation="digits", batch=2, between=lambda: calls.append(1))
     assert len(calls) == 2
-
-
-def test_a_run_that_diverges_says_so_in_its_folder_until_it_is_tried_again(tmp_path: Path):
-    config = small("none")
-    wild = replace(config, optim=replace(config.optim, lr=1e30))
-    with pytest.raises(FloatingPointError):
-        train(wild, tmp_path, progress=Silent())
-    found = read_diverged(wild, tmp_path)
-    assert found is not None
-    assert found.epoch == 0
-    assert "became" in found.message
-    assert read_diverged(replace(wild, seed=1), tmp_path) is None
-    (tmp_path / "diverged.json").write_text("{}")
-    with pytest.raises(ValueError, match="Delete it to try the run again"):
-        read_diverged(wild, tmp_path)
-    other = tmp_path / "other"
-    train(config, other, progress=Silent())
-    assert not (other / "diverged.json").exists()

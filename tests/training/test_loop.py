@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from tolerance import TOLERANCE
-from training.tiny import tiny, validated
+from training.tiny import Stop, tiny, validated
 
 from spem import initialise
-from spem.data import load_images
+from spem.data import augment, epoch_plan, load_images
 from spem.ops.dispatch import IMPLEMENTATIONS
 from spem.training import (
     RunConfig,
@@ -24,13 +25,14 @@ from spem.training import (
     loop,
     read_metrics,
     read_result,
+    read_run,
     recipes,
     train,
 )
-from spem.training.checkpoint import build_model, load_checkpoint
-from spem.training.log import PlainLines, Status, duration
-from spem.training.results import best_line
-from spem.training.sets import epoch_images, load_sets
+from spem.training.folder import build_network, load_checkpoint
+from spem.training.loop import best_line
+from spem.training.progress import PlainLines, Status, duration
+from spem.training.sets import epoch_batches, load_sets
 from spem.training.step import make_optimizer, make_step
 
 # Loss of three epochs of `tiny`, seed 0, on one processor. Another one sums in another order; the
@@ -105,12 +107,23 @@ def test_result_agrees_with_metrics_and_weights(finished: tuple[RunConfig, Path]
 
 def test_folder_holds_the_documented_files(finished: tuple[RunConfig, Path]):
     assert {p.name for p in finished[1].iterdir()} == {
-        *("config.json", "environment.json", "metrics.jsonl", "checkpoint.pt"),
-        *("model.safetensors", "result.json", "log.txt", "answers.npy", "gates.json"),
+        *("config.json", "metrics.jsonl", "model.safetensors", "result.json", ".lock"),
     }
-    (start,) = json.loads((finished[1] / "environment.json").read_text())["starts"]
+    run = read_run(finished[1])
+    (start,) = run.starts
     assert start["versions"]["torch"] == torch.__version__
-    assert set(start["data_sha256"]) == {"train", "test"}
+    assert run.data.classes == tuple("0123456789")
+    assert run.config == finished[0]
+    for name, digest in (run.result or pytest.fail("no result")).files.items():
+        assert hashlib.sha256((finished[1] / name).read_bytes()).hexdigest() == digest
+    assert set(run.result.files) == {"config.json", "metrics.jsonl", "model.safetensors"}
+
+
+def test_equal_runs_leave_equal_weights_files(tmp_path: Path):
+    for name in "ab":
+        train(tiny(epochs=1), tmp_path / name, progress=Silent())
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
 
 
 def test_best_epoch_is_the_first_best_on_validation_images_if_there_are_any():
@@ -123,7 +136,7 @@ def test_best_epoch_is_the_first_best_on_validation_images_if_there_are_any():
 
 def test_evaluation_equals_counting_by_hand():
     test = load_images("digits", "test", size=8).take(torch.arange(23))
-    model = build_model(tiny(), classes=10)
+    model = build_network(tiny(), classes=10)
     initialise(model, 3)
     found = evaluate(model.train(), test, normalisation="digits", batch=7)
     assert model.training
@@ -143,39 +156,60 @@ def test_evaluation_equals_counting_by_hand():
 def test_evaluation_of_nothing_is_refused():
     test = load_images("digits", "test", size=8).take(torch.arange(0))
     with pytest.raises(ValueError, match="no images"):
-        evaluate(build_model(tiny(), classes=10), test)
+        evaluate(build_network(tiny(), classes=10), test)
 
 
 def test_limit_and_validation_do_not_depend_on_the_seed():
     config = validated(tiny(), 50)
-    a, b = (load_sets(replace(config, seed=s).data, torch.device("cpu")) for s in (0, 1))
+    a, b = (load_sets(replace(config, seed=s).data) for s in (0, 1))
     assert a.validation is not None
     assert len(a.validation) == 50
     assert len(a.train) == 256
     assert a.train.sha256 == b.train.sha256
 
 
+def shown(config: RunConfig, *, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and labels of an epoch of batches of 10, in order."""
+    train_set = load_sets(config.data).train
+    found = list(epoch_batches(train_set, config.data, 0, 0, batch=10, first=first))
+    assert [len(images) for images, _ in found[:-1]] == [10] * (25 - first)
+    return torch.cat([i for i, _ in found]), torch.cat([t for _, t in found])
+
+
 def test_epoch_shows_every_image_once_and_flips_only_if_asked():
     config = tiny()
-    train_set = load_sets(config.data, torch.device("cpu")).train
-    still = replace(config.data, augment=False)
-    images, labels = epoch_images(train_set, still, 0, 0)
+    train_set = load_sets(config.data).train
+
+    def changed(**fields: object) -> RunConfig:
+        return replace(config, data=replace(config.data, **fields))
+
+    images, labels = shown(changed(augment=False))
     assert sorted(i.tobytes() for i in images.numpy()) == sorted(
         i.tobytes() for i in train_set.images.numpy()
     )
     assert torch.equal(labels.bincount(), train_set.labels.bincount())
-    unshifted = replace(config.data, pad=0)
-    assert torch.equal(epoch_images(train_set, unshifted, 0, 0)[0], images)
-    flipped = epoch_images(train_set, replace(unshifted, flip=True), 0, 0)[0]
+    assert torch.equal(shown(changed(pad=0))[0], images)
+    flipped = shown(changed(pad=0, flip=True))[0]
     mirrored = (flipped == images.flip(3)).flatten(1).all(1)
     kept = (flipped == images).flatten(1).all(1)
     assert bool((mirrored | kept).all())
     assert 80 < int((mirrored & ~kept).sum()) < 176
 
 
+def test_batches_augmented_a_few_at_a_time_have_the_bits_of_the_whole_epoch():
+    config = replace(tiny(), data=replace(tiny().data, flip=True, pad=2))
+    train_set = load_sets(config.data).train
+    plan = epoch_plan(0, 0, len(train_set), pad=2)
+    whole = augment(train_set.images[plan.permutation], plan.offsets, plan.flips, pad=2)
+    for first in (0, 3, 8, 25):
+        images, labels = shown(config, first=first)
+        assert torch.equal(images, whole[10 * first :])
+        assert torch.equal(labels, train_set.labels[plan.permutation][10 * first :])
+
+
 def one_step(config: RunConfig, count: int = 1) -> list[float]:
     """Losses of some steps on one batch."""
-    model = build_model(config, classes=10)
+    model = build_network(config, classes=10)
     initialise(model, 0)
     step = make_step(
         model.train(), make_optimizer(model, config.optim), config.optim, config.runtime
@@ -221,7 +255,13 @@ def test_diverged_training_stops_and_names_epoch_layers_and_checkpoint(tmp_path:
     assert "bn" in text
     assert "There is no checkpoint yet" in text
     assert not (tmp_path / "checkpoint.pt").exists()
-    assert read_result(tmp_path) is None
+    run = read_run(tmp_path)
+    assert (run.result, run.error, run.finished) == (None, text, True)
+    with pytest.raises(ValueError, match="the run has no trained weights"):
+        run.network()
+    # It would end so again: that is told, and nothing trained.
+    with pytest.raises(FloatingPointError, match=r"in epoch 1 at rate 1e\+30.*Trained before"):
+        train(config, tmp_path, progress=Stop(1))
 
 
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path):
@@ -233,20 +273,6 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path):
     content = load_checkpoint(tmp_path / "checkpoint.pt")
     assert content["epoch"] == 1
     assert all(bool(t.isfinite().all()) for t in content["model"].values())
-
-
-def test_tensorboard_gets_the_same_lines(tmp_path: Path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(tiny(epochs=2, tensorboard=True), tmp_path, progress=Silent())
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    lines = read_metrics(tmp_path)
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([x["loss"] for x in lines])
-    lambdas = [e.value for e in events.Scalars("mix/layer1.0.attention.pool/lambda")]
-    assert lambdas == pytest.approx(
-        [line["mixes"]["layer1.0.attention.pool"]["lambda"] for line in lines]
-    )
 
 
 @pytest.mark.parametrize("attention", ["none", "spem", "cbam"])
@@ -273,7 +299,7 @@ def test_nothing_in_an_epoch_reads_a_tensor(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_ten_steps_do_not_wait_for_the_gpu():
     config = tiny("spem", device="cuda")
-    model = build_model(config, classes=10).to("cuda").train()
+    model = build_network(config, classes=10).to("cuda").train()
     step = make_step(model, make_optimizer(model, config.optim), config.optim, config.runtime)
     images, labels = torch.randn(16, 3, 8, 8, device="cuda"), torch.zeros(16, device="cuda").long()
     step(images, labels)
@@ -297,12 +323,12 @@ def test_plain_progress_prints_a_line_an_epoch(tmp_path: Path):
 
 def test_live_bar_shows_epoch_speed_and_time_left(monkeypatch: pytest.MonkeyPatch):
     console = pytest.importorskip("rich.console")
-    from spem.training import log
+    from spem.training import progress
 
     stream = io.StringIO()
     screen = console.Console(file=stream, force_terminal=True, width=140)
     monkeypatch.setattr(console, "Console", lambda **kwargs: screen)
-    bar = log.LiveBar()
+    bar = progress.LiveBar()
     last = {"loss": 0.5, "test_accuracy": 87.65}
     bar.step(Status(2, 5, 3, 10, 1234.0, 3723.0, last))
     bar.message("a [message]")
@@ -325,6 +351,7 @@ def test_smoke_recipe_learns_the_digits(tmp_path: Path):
 def test_runtime_left_open_is_written_down(tmp_path: Path):
     config = replace(tiny(epochs=1), runtime=RuntimeConfig(threads=1))
     train(config, tmp_path, progress=Silent())
-    written = json.loads((tmp_path / "config.json").read_text())["config"]["runtime"]
-    assert written["device"] in ("cpu", "cuda")
-    assert written["impl"] in IMPLEMENTATIONS
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["runtime"]["device"] in ("cpu", "cuda")
+    assert written["runtime"]["impl"] in IMPLEMENTATIONS
+    assert written["config"] == config.to_dict()

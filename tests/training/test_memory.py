@@ -12,7 +12,7 @@ PROGRAM = """
 import resource, sys
 import torch
 if sys.argv[1] == "keep":
-    from spem.training.memory import keep_freed_memory
+    from spem.training.step import keep_freed_memory
     assert keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,7 +11,7 @@ from training.tiny import tiny
 
 from spem import initialise
 from spem.data import NORMALISATION, load_images, normalise
-from spem.training.checkpoint import build_model
+from spem.training.folder import build_network
 from spem.training.step import execution, make_optimizer, make_step
 
 STEPS = 300
@@ -34,7 +34,7 @@ def batch(data_root: Path) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_64_images_are_learnt_by_heart(attention: str, batch: tuple[torch.Tensor, torch.Tensor]):
     config = tiny(attention)
-    model = build_model(config, classes=10)
+    model = build_network(config, classes=10)
     initialise(model, 0)
     model.train()
     step = make_step(model, make_optimizer(model, config.optim), config.optim, config.runtime)

@@ -208,9 +208,7 @@ def test_other_images_are_refused(tmp_path: Path):
             pixels = np.full((8, 8, 3), ord(name), dtype=np.uint8)
             for i in range(8):
                 Image.fromarray(pixels + i).save(data / split / name / f"{i}.png")
-    config = replace(
-        tiny(epochs=2), data=DataConfig(name=str(data), pad=1, normalisation="digits")
-    )
+    config = replace(tiny(epochs=2), data=DataConfig(name=str(data), pad=1, normalisation="digits"))
     config = replace(config, optim=replace(config.optim, batch=4))
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run", progress=Stop(2))

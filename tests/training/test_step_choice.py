@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from reproduce.runs import result
-from torch import Tensor, nn
-from training.test_resume import Stop
-from training.tiny import differences, outcome, shortened, tiny
+from torch import Tensor
+from training.tiny import Stop, differences, outcome, shortened, tiny, trained
 
 from spem import initialise
 from spem.models import ResNet
 from spem.ops import dispatch, use_impl
 from spem.ops.dispatch import Choice
-from spem.training import (
-    Interrupted,
-    Result,
-    RunConfig,
-    RuntimeConfig,
-    Silent,
-    read_config,
-    recipes,
+from spem.training import Interrupted, RunConfig, RuntimeConfig, Silent, read_run, recipes, train
+from spem.training.folder import build_network
+from spem.training.loop import _resolved
+from spem.training.step import (
+    choose_impl,
+    execution,
+    lambdas,
+    make_optimizer,
+    make_step,
+    stored_impl,
+    tails_of,
 )
-from spem.training import choose_step as choosing
-from spem.training.checkpoint import build_model
-from spem.training.choose_impl import choose_impl, stored_impl, tails_of
-from spem.training.loop import train
-from spem.training.runs import plan_run, save_config
-from spem.training.step import execution, lambdas, make_optimizer, make_step
 
 NUMBA = dispatch.unsupported("numba", "cpu", torch.float32)
 needs_numba = pytest.mark.skipif(NUMBA is not None, reason=f"numba {NUMBA}")
@@ -50,15 +44,6 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch._INSTALLED, "triton", True)
 
 
-@pytest.fixture
-def cheap_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-
-
-def asked(config: RunConfig, **runtime: object) -> RunConfig:
-    return replace(config, runtime=replace(config.runtime, **runtime))
-
-
 # ---- implementation
 
 
@@ -67,17 +52,17 @@ def asked(config: RunConfig, **runtime: object) -> RunConfig:
 def test_the_choice_is_by_the_dtype_of_the_maps_and_written_down(
     precision: str, impl: str, tmp_path: Path
 ):
-    plan_run(tiny(precision=precision), tmp_path, print)
-    stored = read_config(tmp_path)
-    assert stored is not None
-    assert stored.runtime.impl == impl
+    train(shortened(tiny(precision=precision, epochs=1), 40), tmp_path, progress=Silent())
+    run = read_run(tmp_path)
+    assert run.config.runtime.impl is None
+    assert run.runtime.impl == run.weights().impl == impl
 
 
 def test_a_choice_has_to_serve_training_and_evaluation(monkeypatch: pytest.MonkeyPatch):
     def chosen(op: str, device: str, dtype: torch.dtype, **_: object) -> Choice:
         return Choice("reference", "why") if dtype == torch.float32 else Choice("numba", "")
 
-    monkeypatch.setattr("spem.training.choose_impl.choose", chosen)
+    monkeypatch.setattr("spem.training.step.choose", chosen)
     assert choose_impl(RuntimeConfig(precision="bf16"), "cpu") == ("reference", "why")
 
 
@@ -121,7 +106,7 @@ def test_numba_asked_for_where_it_is_missing_is_refused_with_its_extra(
     tmp_path: Path, no_numba: None
 ):
     with pytest.raises(ValueError, match=r"impl='numba' needs numba, .*pip install '\.\[cpu\]'"):
-        plan_run(tiny(impl="numba"), tmp_path, print)
+        train(tiny(impl="numba"), tmp_path, progress=Silent())
 
 
 @pytest.mark.parametrize("impl", ["reference", "formula", pytest.param("numba", marks=needs_numba)])
@@ -138,10 +123,10 @@ def test_training_and_evaluation_run_under_the_planned_implementation(
     monkeypatch.setattr(ResNet, "forward", forward)
     result = train(shortened(tiny(epochs=1, impl=impl), 40), tmp_path, progress=Silent())
     assert result.impl == impl
-    trained, counted = used[:-1], used[-1]  # the last one counts FLOPs, module by module
-    assert len(trained) >= 2
+    taken, counted = used[:-1], used[-1]  # the last one counts FLOPs, module by module
+    assert len(taken) >= 2
     # The formula is for compiled steps; evaluation is never compiled.
-    assert set(trained) == {impl, "reference" if impl == "formula" else impl}
+    assert set(taken) == {impl, "reference" if impl == "formula" else impl}
     assert counted == "reference"
     assert dispatch.requested(None, "test") is None
 
@@ -161,9 +146,9 @@ def test_a_run_begun_without_numba_goes_on_without_it(
     config = replace(tiny(), optim=replace(tiny().optim, epochs=2, milestones=(1,)))
     with monkeypatch.context() as patch:
         patch.setitem(dispatch._INSTALLED, "numba", False)
-        train(config, tmp_path / "whole", progress=Silent())
+        trained(config, tmp_path / "whole")
         stopped(config, tmp_path / "stopped")
-    assert train(config, tmp_path / "stopped", progress=Silent()).impl == "reference"
+    assert trained(config, tmp_path / "stopped").impl == "reference"
     assert differences(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole")) == []
 
 
@@ -176,30 +161,6 @@ def test_a_run_begun_with_numba_needs_it_and_says_so(
     monkeypatch.setitem(dispatch._INSTALLED, "numba", False)
     with pytest.raises(ValueError, match=r"impl='numba' needs numba.* was begun this way"):
         train(config, tmp_path, progress=Silent())
-
-
-@needs_numba
-def test_another_wish_does_not_change_a_run_that_has_begun(tmp_path: Path):
-    stopped(tiny(epochs=1), tmp_path)
-    told: list[str] = []
-    planned = plan_run(tiny(epochs=1, impl="formula", step="compile"), tmp_path, told.append)
-    assert (planned.runtime.impl, planned.runtime.step) == ("numba", "eager")
-    assert "impl numba (asked: formula)" in told[0]
-    assert "step eager (asked: compile)" in told[0]
-
-
-def test_before_the_first_checkpoint_another_device_or_step_chooses_anew(
-    tmp_path: Path, no_numba: None, proven: None
-):
-    elsewhere = tiny(device="cuda", impl="triton", step="graph")
-    save_config(elsewhere, tmp_path)
-    here = plan_run(tiny(device="cpu", step="auto"), tmp_path, print)
-    assert (here.runtime.impl, here.runtime.step) == ("reference", "auto")
-    save_config(tiny(impl="formula", step="compile"), tmp_path)
-    same = plan_run(tiny(device="auto", step="compile"), tmp_path, print)
-    assert same.runtime.impl == "formula"
-    other = plan_run(tiny(device="auto", step="eager"), tmp_path, print)
-    assert (other.runtime.impl, other.runtime.step) == ("reference", "eager")
 
 
 @needs_numba
@@ -251,106 +212,25 @@ def test_an_open_implementation_leaves_the_environment_its_say(monkeypatch: pyte
 )
 def test_one_line_tells_what_runs_the_tails(attention: str, precision: str, impl: str, text: str):
     config = tiny(attention, precision=precision, impl=impl)
-    assert tails_of(build_model(config, 10), config.runtime) == text
+    assert tails_of(build_network(config, 10), config.runtime) == text
 
 
 def test_a_reference_asked_for_is_told_as_such(proven: None):
     config = tiny(impl="reference", device="cuda")
-    assert tails_of(build_model(config, 10), config.runtime).endswith("(not fused: asked for)")
+    assert tails_of(build_network(config, 10), config.runtime).endswith("(not fused: asked for)")
 
 
 # ---- step
 
 
-def test_auto_is_measured_once_written_down_and_kept(
-    tmp_path: Path, cheap_compile: None, monkeypatch: pytest.MonkeyPatch
-):
-    # Whole batches only: another size is traced anew, in each of three trainings.
-    config = shortened(tiny(epochs=2, step="auto"), 120)
-    seconds = rigged(monkeypatch, eager=1.0, compiled=0.5)
-    told = stopped(config, tmp_path / "a")
-    assert len(seconds) == 2 + 2 * choosing.ROUNDS[0]
-    assert told[0] == (
-        "step: compile, measured on batches of 40 images "
-        "(eager 1000.0 ms, compiled 500.0 ms after 0 s of compiling)"
-    )
-    assert told[1].endswith("step: compile")
-    stored = read_config(tmp_path / "a")
-    assert stored is not None
-    assert stored.runtime.step == "compile"
-    seconds.clear()
-    assert train(config, tmp_path / "a", progress=Silent()).step == "compile"
-    assert seconds == []
-    # Measuring left no trace: the same run with the step named ends in the same bits.
-    train(asked(config, step="compile"), tmp_path / "b", progress=Silent())
-    assert differences(outcome(tmp_path / "a"), outcome(tmp_path / "b")) == []
+def test_auto_is_by_the_device_and_not_measured(monkeypatch: pytest.MonkeyPatch, proven: None):
+    assert _resolved(RuntimeConfig(step="auto", device="cpu"), 1).step == "eager"
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    assert _resolved(RuntimeConfig(step="auto", device="cuda"), 1).step == "graph"
+    assert _resolved(RuntimeConfig(step="auto", device="cuda"), 2).step == "eager"
 
 
-def rigged(monkeypatch: pytest.MonkeyPatch, eager: float, compiled: float) -> list[float]:
-    """Steps are taken, and these times told, in turns; returns those told."""
-    told: list[float] = []
-    timed = choosing._timed
-
-    def tell(step: Callable[..., object], images: Tensor, labels: Tensor) -> float:
-        timed(step, images, labels)
-        first = len(told) == 1
-        told.append(compiled if len(told) % 2 else eager)
-        return 0.0 if first else told[-1]
-
-    monkeypatch.setattr(choosing, "_timed", tell)
-    monkeypatch.setattr(choosing, "SECONDS", 0.0)
-    return told
-
-
-def measured(
-    config: RunConfig, message: Callable[[str], None]
-) -> tuple[str, nn.Module, torch.optim.Optimizer]:
-    model = build_model(config, classes=10)
-    initialise(model, 0)
-    optimizer = make_optimizer(model.train(), config.optim)
-    images, labels = torch.randn(16, 3, 8, 8), torch.zeros(16, dtype=torch.int64)
-    chosen, _ = choosing.choose_step(model, optimizer, config, images, labels, message)
-    return chosen, model, optimizer
-
-
-@pytest.mark.parametrize(("compiled", "expected"), [(0.94, "compile"), (0.96, "eager")])
-def test_a_compiled_step_has_to_be_worth_it_and_measuring_changes_nothing(
-    compiled: float, expected: str, cheap_compile: None, monkeypatch: pytest.MonkeyPatch
-):
-    rigged(monkeypatch, eager=1.0, compiled=compiled)
-    config = tiny()
-    told: list[str] = []
-    chosen, model, optimizer = measured(config, told.append)
-    assert chosen == expected
-    fresh = build_model(config, classes=10)
-    initialise(fresh, 0)
-    state = model.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
-    assert not optimizer.state
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert len(told) == 1
-
-
-def test_where_nothing_can_be_compiled_the_step_is_eager(monkeypatch: pytest.MonkeyPatch):
-    def failing(graph: object, inputs: object) -> Callable[..., object]:
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
-    told: list[str] = []
-    assert measured(tiny(), told.append)[0] == "eager"
-    assert told[0].startswith("step: eager, since compiling failed (")
-    assert "no C++ compiler" in told[0]
-
-
-def test_an_unsettled_step_is_no_step():
-    config = tiny(step="auto")
-    model = build_model(config, 10)
-    optimizer = make_optimizer(model, config.optim)
-    with pytest.raises(ValueError, match="step='auto' is settled when a run is planned"):
-        make_step(model, optimizer, config.optim, config.runtime)
-
-
-def test_recipes_for_a_quick_look_do_not_measure():
+def test_only_the_fast_recipe_leaves_the_step_to_the_device():
     steps = {r.__name__: r().runtime.step for r in (recipes.smoke, recipes.short, recipes.paper)}
     assert steps == {"smoke": "eager", "short": "eager", "paper": "eager"}
     assert recipes.fast().runtime.step == "auto"
@@ -366,7 +246,7 @@ def test_every_tail_compiles_in_one_graph_and_follows_the_eager_step(
     losses: list[list[float]] = []
     for kind in ("eager", "compile"):
         config = tiny(attention, impl=impl, step=kind)
-        model = build_model(config, classes=10)
+        model = build_network(config, classes=10)
         initialise(model, 0)
         optimizer = make_optimizer(model.train(), config.optim)
         images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -380,7 +260,7 @@ def test_every_tail_compiles_in_one_graph_and_follows_the_eager_step(
 
 def test_a_step_tells_the_lambdas_it_left():
     config = tiny()
-    model = build_model(config, classes=10)
+    model = build_network(config, classes=10)
     initialise(model, 0)
     step = make_step(model, make_optimizer(model, config.optim), config.optim, config.runtime)
     told, rng = [lambdas(model)], torch.Generator().manual_seed(0)
@@ -389,9 +269,3 @@ def test_a_step_tells_the_lambdas_it_left():
         told.append(step(images, torch.arange(16) % 10).lambdas)
         assert torch.equal(told[-1], lambdas(model))
     assert not torch.equal(told[-1], told[0])
-
-
-def test_results_from_before_the_fields_load():
-    values = asdict(result(tiny(), 90.0))
-    del values["impl"], values["step"]
-    assert Result(**values).impl is None

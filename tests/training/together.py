@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from training.processes import fork, wait
-from training.tiny import Stop, tiny
+from training.tiny import Stop, tiny, trained
 
 from spem.attention import AttentionSpec
 from spem.models import ResNet, resnet
 from spem.ops.synchronised import SharedBatchNorm
-from spem.training import Interrupted, OptimConfig, RunConfig, Silent, train
-from spem.training.distributed import gather_team
-from spem.training.shared_step import shared_step
+from spem.training import Interrupted, OptimConfig, RunConfig, Silent
+from spem.training.distributed import gather_team, shared_step
 from spem.training.step import Step, StepOutput, make_optimizer
 
 SIZES = [(3, 2), (4, 0), (1, 5)]
@@ -112,7 +111,7 @@ def work(rank: int, folder: Path) -> int:
         # Progress is told to the first process only, so that is the one that gets the signal.
         progress = Stop(job["stop"]) if job["stop"] else Silent()
         try:
-            result = train(config, folder / job["name"], progress=progress)
+            result = trained(config, folder / job["name"], progress)
             said.append({"loss": result.train_loss, "hardware": result.hardware})
         except Interrupted as stopped:
             said.append({"stopped": str(stopped), "code": stopped.code})
