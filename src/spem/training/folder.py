@@ -364,7 +364,8 @@ class Plan:
             # A run's own section, read by the rules of a whole config.
             whole = RunConfig.from_dict({"runtime": values["runtime"]})
             data = dacite.from_dict(DataIdentity, values["data"], dacite.Config(cast=[tuple]))
-            return cls(config, whole.runtime, data, list(values["starts"]))
+            starts = [{**start} for start in values["starts"]]
+            return cls(config, whole.runtime, data, starts)
         except (dacite.DaciteError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"config: {error!r} (a file of another kind or version)") from error
 
@@ -634,7 +635,7 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
         raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
     network = build_network(config, classes=head.shape[0])
     network.load_state_dict(tensors)
-    if not all(bool(p.isfinite().all()) for p in network.parameters()):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
     return network
 
