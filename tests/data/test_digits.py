@@ -45,8 +45,3 @@ def test_checksums_differ_between_splits_and_stay() -> None:
 def test_sizes_that_are_no_multiples_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"size={size} is not a multiple of 8"):
         load_images("digits", "train", size=size)
-
-
-def test_sum_of_files_makes_no_sense_here() -> None:
-    with pytest.raises(ValueError, match="come with scikit-learn"):
-        load_images("digits", "train", sha256="0" * 64)

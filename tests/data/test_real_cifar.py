@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
-from data.samples import md5_of, write_cifar100
 
 from spem.data import NORMALISATION, ImageSet, load_images
-from spem.data.cifar_folder import load_cifar_folder
 
 
 def check_training_set(data: ImageSet, classes: int, first: str, last: str) -> None:
@@ -46,20 +41,3 @@ def test_cifar100(data_root: Path) -> None:
     train = load_images("cifar100", "train", root=data_root)
     check_training_set(train, 100, "apple", "worm")
     assert train.labels[:5].tolist() == [19, 29, 0, 11, 1]
-
-
-def test_cifar100_from_its_pickles_equals_the_parquet_files(
-    data_root: Path, tmp_path: Path
-) -> None:
-    data = load_images("cifar100", "test", root=data_root)
-    assert data.labels.bincount().tolist() == [100] * 100
-    path = data_root / "cifar100" / "cifar100" / "test-00000-of-00001.parquet"
-    table = pq.read_table(path, columns=["fine_label", "coarse_label"])
-    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-    pixels = np.moveaxis(data.images.numpy(), 1, 3)
-    fine, coarse = (table.column(name).to_pylist() for name in ("fine_label", "coarse_label"))
-    write_cifar100(tmp_path, "test", pixels, fine, coarse, features["fine_label"]["names"])
-    pickled = load_cifar_folder(tmp_path, "test", name="cifar100", known_md5=md5_of(tmp_path))
-    assert pickled.sha256 == data.sha256
-    assert pickled.classes == data.classes
-    assert torch.equal(pickled.images, data.images)

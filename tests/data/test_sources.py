@@ -27,7 +27,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_other_splits_and_a_root_for_a_path_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="split='val' is unknown"):
         load_images("digits", "val")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="root= is for named sets"):
+    with pytest.raises(ValueError, match="a root is for named sets"):
         load_images(str(tmp_path), "train", root=tmp_path)
 
 
@@ -53,7 +53,7 @@ def test_without_a_local_folder_the_hub_is_asked(
         assert data.classes == ("a", "b", "c")
         assert data.name == name
     assert calls == [((hub_id,), {"split": "test"})] * 2
-    with pytest.raises(ValueError, match="sha256= is for data files"):
+    with pytest.raises(ValueError, match="SHA-256 of the test images is"):
         load_images(name, "test", sha256="0" * 64)
 
 
@@ -63,5 +63,5 @@ def test_a_silent_hub_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.delenv("SPEM_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"ConnectionError: no route.*SPEM_DATA or root="):
+    with pytest.raises(FileNotFoundError, match=r"ConnectionError: no route.*SPEM_DATA or"):
         load_images("cifar10", "train")

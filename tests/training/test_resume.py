@@ -95,15 +95,15 @@ def test_comparison_sees_a_difference(undisturbed: Callable[[RunConfig], dict[st
     assert {d.split()[0] for d in differences(a, b)} == {"weights", "momentum", "metrics"}
 
 
-@pytest.mark.timeout(600)  # some 50 trainings, half a second each on an idle core
-def test_20_kills_at_random_moments(tmp_path: Path):
-    driver = start("kills", str(tmp_path), "20")
-    said, _ = driver.communicate(timeout=550)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("count", [2, pytest.param(25, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_leave_no_trace(count: int, tmp_path: Path):
+    driver = start("kills", str(tmp_path), str(count))
+    said, _ = driver.communicate(timeout=850)
     assert driver.returncode == 0
-    killed, terminated, with_checkpoint = map(int, said.split())
-    assert killed + terminated == 20
-    assert min(killed, terminated) >= 5
-    assert with_checkpoint >= 5
+    hits, with_checkpoint = map(int, said.split())
+    assert hits == count
+    assert with_checkpoint >= count // 4
 
 
 @pytest.mark.parametrize(

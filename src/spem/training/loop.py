@@ -110,10 +110,10 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
             until.callback(progress.close)
         else:
             progress = Silent()
+        team.alone(partial(require_own, folder))
         result = _finished(config, folder, team, progress)
         if result is not None:
             return result
-        team.alone(partial(require_own, folder))
         # Before the folder is made: where the images lack there is nothing to train.
         sets = load_sets(config.data)
         team.require_same("images", [sets.train.sha256, sets.test.sha256])
