@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, register_attention
-from spem.attention.needs import Needs
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 

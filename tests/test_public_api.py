@@ -12,7 +12,7 @@ from tolerance import PRINTED
 from torch import nn
 
 import spem
-from spem.attention.base import attention_class
+from spem.attention.spec import attention_class
 
 NAMES = {
     # every registered class

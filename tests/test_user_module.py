@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spem.attention.base import _REGISTRY
+from spem.attention.spec import _REGISTRY
 from spem.cli import main
 from spem.cli.user_module import register_from_file
 from spem.models import resnet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from spem.attention import ChannelAttention
-from spem.attention.carrying import Carrying
+from spem.attention import DIA, ChannelAttention
 from spem.attention.pooling import MixPool
 from spem.insert import IdentityStart
 
@@ -60,7 +60,9 @@ class Inspection:
                 "inspect: the network is compiled, and compiled code does not show its gates. "
                 "Inspect the network it was compiled from."
             )
+        self._model = model
         self._found = _attentions(model)
+        self._blocks: dict[str, int] = {}
         if not self._found:
             raise ValueError(
                 f"inspect: {type(model).__name__} has no attention of this library. "
@@ -109,7 +111,11 @@ class Inspection:
             raise RuntimeError("inspect: this inspection is running. Begin another one.")
         with ExitStack() as stack:
             for name, attention in self._found.items():
-                self._listen(name, attention, stack)
+                stack.callback(self._listen(name, attention).remove)
+                if attention.needs.shared and name:
+                    stage = self._model.get_submodule(name.rpartition(".")[0])
+                    first = stage.register_forward_pre_hook(partial(self._begin, name))
+                    stack.callback(first.remove)
             self._open = stack.pop_all()
         return self
 
@@ -118,50 +124,15 @@ class Inspection:
         self._open.close()
         self._open = None
 
-    def _listen(self, name: str, attention: ChannelAttention, stack: ExitStack) -> None:
-        """Lets one attention write down its gates.
-
-        A hook would change the outputs: a tail whose attention has hooks is composed. So the
-        instance gets a method that calls its own, which fused and composed tails find alike. A
-        module with a forward of its own is composed anyway.
-        """
+    def _listen(self, name: str, attention: ChannelAttention) -> RemovableHandle:
+        """Lets one attention tell its gates; where its forward is its own, they are computed."""
         inner = _inner(attention)
-        said = _Name(name, shared=attention.needs.shared)
-        if said.shared:
-            _put(inner, "begin", partial(_begun, said, inner.begin), stack)
-        if type(inner).forward not in (ChannelAttention.forward, Carrying.forward):
-            handle = inner.register_forward_pre_hook(partial(self._before, said, attention))
-            stack.callback(handle.remove)
-            return
-        depth = [0]
-        for method in ("gate", "gate_from", "step"):
-            call = getattr(inner, method, None)
-            if call is not None:
-                _put(inner, method, partial(self._during, said, attention, call, depth), stack)
-
-    def _during(
-        self,
-        said: _Name,
-        attention: ChannelAttention,
-        call: Callable[..., Any],
-        depth: list[int],
-        x: Any,
-        *args: Any,
-    ) -> Any:
-        """Calls a method and writes its gate down; one that is called by another is part of it."""
-        depth[0] += 1
-        try:
-            result = call(x, *args)
-        finally:
-            depth[0] -= 1
-        if depth[0] == 0:
-            gate = result[0] if isinstance(result, tuple) else result
-            images = x.shape[0] if isinstance(x, Tensor) else x.batch
-            self._write(said, attention, gate, images)
-        return result
+        if type(inner).forward not in (ChannelAttention.forward, DIA.forward):
+            return inner.register_forward_pre_hook(partial(self._before, name, attention))
+        return inner.observe_gates(partial(self._write, name, attention))
 
     def _before(
-        self, said: _Name, attention: ChannelAttention, module: nn.Module, inputs: tuple[Any, ...]
+        self, name: str, attention: ChannelAttention, module: nn.Module, inputs: tuple[Any, ...]
     ) -> None:
         """Computes the gate of a forward that is about to run, and leaves no trace of it."""
         assert isinstance(module, ChannelAttention)
@@ -170,11 +141,11 @@ class Inspection:
         with torch.no_grad(), torch.random.fork_rng(devices=devices), _spare_buffers(module):
             gate = module.gate(x)
             shift = module.shift(x) if module.needs.adds else None
-        self._write(said, attention, gate, x.shape[0], shift)
+        self._write(name, attention, gate, x.shape[0], shift)
 
     def _write(
         self,
-        said: _Name,
+        name: str,
         attention: ChannelAttention,
         gate: Tensor,
         images: int,
@@ -188,7 +159,15 @@ class Inspection:
             alpha = attention.alpha.detach().to(own.dtype)
             full = 1.0 + alpha * (own - 1.0)
             shift = None if shift is None else alpha * shift
-        self.records.append(GateRecord(said.next(), inner, full, own, shift))
+        if attention.needs.shared:
+            block = self._blocks.get(name, 0)
+            self._blocks[name] = block + 1
+            name = f"{name}[{block}]"
+        self.records.append(GateRecord(name, inner, full, own, shift))
+
+    def _begin(self, name: str, *_: object) -> None:
+        """The blocks that share an attention are numbered anew in every pass of their stage."""
+        self._blocks[name] = 0
 
 
 def inspect(model: nn.Module) -> Inspection:
@@ -216,21 +195,6 @@ def inspect(model: nn.Module) -> Inspection:
     {'layer1.0.attention': (2, 64), 'layer2.0.attention': (2, 128), 'layer3.0.attention': (2, 256)}
     """
     return Inspection(model)
-
-
-class _Name:
-    """What the next record of an attention is called."""
-
-    def __init__(self, name: str, *, shared: bool) -> None:
-        self.shared = shared
-        self.block = 0
-        self._name = name
-
-    def next(self) -> str:
-        if not self.shared:
-            return self._name
-        self.block += 1
-        return f"{self._name}[{self.block - 1}]"
 
 
 def _attentions(model: nn.Module) -> dict[str, ChannelAttention]:
@@ -281,18 +245,3 @@ def _spare_buffers(module: nn.Module) -> Generator[None]:
     finally:
         for part, name, buffer in kept:
             setattr(part, name, buffer)
-
-
-def _begun(said: _Name, call: Callable[[], Any]) -> Any:
-    said.block = 0
-    return call()
-
-
-def _put(module: nn.Module, name: str, value: object, stack: ExitStack) -> None:
-    """Sets an attribute of an instance, past torch's own; the stack takes it back."""
-    own = vars(module)
-    if name in own:
-        stack.callback(own.__setitem__, name, own[name])
-    else:
-        stack.callback(own.pop, name)
-    own[name] = value

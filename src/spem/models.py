@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from spem.attention import PLACES, AttentionSpec, ChannelAttention, Places, as_spec
-from spem.attention.base import Ending
+from spem.attention import AttentionSpec, ChannelAttention, as_spec
+from spem.attention.options import positive_int
+from spem.attention.placement import PLACES, Ending, Places, begin
 from spem.ops import bn_gate_tail
 
 BlockName = Literal["bottleneck", "basic"]
@@ -150,7 +151,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, H/stride, W/stride]."""
-        shared = None if self.shared is None else self.shared.begin()
+        shared = None if self.shared is None else begin(self.shared)
         for block in self:
             x = block(x, shared)
         return x if self.after is None else self.after(x)
@@ -198,8 +199,7 @@ class ResNet(nn.Module):
         super().__init__()
         count = blocks_per_stage(depth, block)
         kind = _BLOCKS[block][0]
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
-            raise ValueError(f"resnet: classes={classes!r} is not a positive integer.")
+        positive_int("resnet", classes=classes)
         self.depth, self.classes, self.block, self.spec = depth, classes, block, attention
         places = Places(attention)
         self.conv1 = places.conv(_conv3x3(3, 16))
@@ -278,7 +278,10 @@ def resnet(
     attention: str | AttentionSpec | None = None,
     block: BlockName = "bottleneck",
 ) -> ResNet:
-    """Builds a CIFAR ResNet and initialises it under seed 0 (`spem.initialise` draws another seed).
+    """Builds a CIFAR ResNet; its weights follow torch's generator (`torch.manual_seed`).
+
+    `spem.initialise` draws them by a seed and their names, so that networks of one seed differ in
+    their attention alone.
 
     Args:
         depth: 9n + 2 for bottleneck blocks (11, 29, 83, 164, 245, 326), 6n + 2 for basic ones
@@ -298,7 +301,7 @@ def resnet(
     from spem.seeding import initialise
 
     model = ResNet(depth, classes, attention=as_spec(attention), block=block)
-    initialise(model, 0)
+    initialise(model, None)
     return model
 
 

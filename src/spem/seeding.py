@@ -44,6 +44,13 @@ def kaiming_normal_fan_out(weight: Tensor, generator: torch.Generator | None) ->
         weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
 
 
+def kaiming_normal_fan_in(weight: Tensor, generator: torch.Generator | None) -> None:
+    """N(0, 2 / fan_in): Kaiming normal over fan_in, Caffe's "msra"."""
+    fan_in = math.prod(weight.shape[1:])
+    with torch.no_grad():
+        weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
+
+
 def uniform_fan_in(fan_in: int) -> Initialiser:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for Linear and Conv layers."""
 
@@ -56,7 +63,7 @@ def uniform_fan_in(fan_in: int) -> Initialiser:
 
 
 def initialise(
-    model: nn.Module, seed: int, *, scope: Literal["backbone", "all"] = "backbone"
+    model: nn.Module, seed: int | None, *, scope: Literal["backbone", "all"] = "backbone"
 ) -> None:
     """Draws every parameter of a model anew, each from a generator keyed by (seed, its name).
 
@@ -69,7 +76,7 @@ def initialise(
 
     Args:
         model: The network, changed in place.
-        seed: The seed of the run.
+        seed: The seed of the run; None draws from torch's own generator, one after the other.
         scope: ``"all"`` imitates the official training code, whose loop over all convolutions and
             batch norms also overwrites those inside attention modules.
 
@@ -97,13 +104,13 @@ def initialise(
                 inner = full[len(owner) + 1 :] if owner else full
                 rule = owners[owner].get(inner) or _default_rule(module, local)
             if rule is not None:
-                _draw(parameter, rule, keyed_generator(seed, full))
+                _draw(parameter, rule, None if seed is None else keyed_generator(seed, full))
     for name in owners:
         _reset_constants(model.get_submodule(name), scope)
     for name, module in model.named_modules():
         reseed = getattr(module, "reseed", None)
         if callable(reseed):
-            reseed(seed, name)
+            reseed(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed, name)
 
 
 def _owner(name: str, owners: Mapping[str, object]) -> str | None:
@@ -116,7 +123,7 @@ def _owner(name: str, owners: Mapping[str, object]) -> str | None:
         name = name.rpartition(".")[0]
 
 
-def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator) -> None:
+def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator | None) -> None:
     # The CPU by name: torch.set_default_device must not move the draw away from its generator.
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     rule(drawn, generator)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention, attention_class, attention_parameters, spec_text
-from spem.attention.citing import bibtex
+from spem.attention.spec import bibtex
 from spem.data.names import HUB_IDS, known_name
 from spem.export import difference, tensors
 from spem.extras import require

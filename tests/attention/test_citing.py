@@ -7,8 +7,7 @@ import re
 import pytest
 
 from spem.attention import ChannelAttention, list_attention, register_attention
-from spem.attention.base import attention_class
-from spem.attention.citing import bibtex
+from spem.attention.spec import attention_class, bibtex
 
 
 @pytest.mark.parametrize("name", list_attention())
@@ -34,7 +33,7 @@ def test_entry_and_module_name_the_same_paper(name: str):
 
 
 def test_a_module_without_an_entry_is_cited_from_its_own_words():
-    from spem.attention.base import _REGISTRY
+    from spem.attention.spec import _REGISTRY
 
     class Mine(ChannelAttention):
         pass

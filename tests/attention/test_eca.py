@@ -9,29 +9,35 @@ import spem
 from spem.attention import eca
 
 
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
-@pytest.mark.parametrize("channels", [1, 2, 64, 300])
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 1), (2, 5), (64, 3), (64, 7), (300, 5)])
 def test_products_are_the_convolution(
     kernel: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = spem.ECA(channels, kernel=kernel).double()
-    z = torch.randn(30, channels, dtype=torch.float64, requires_grad=True)
-    leaves = [z, module.conv.weight]
-    weights = torch.randn(30, channels, dtype=torch.float64)
-    expected = F.conv1d(z[:, None], module.conv.weight, padding=kernel // 2)[:, 0]
-    wanted = torch.autograd.grad((expected * weights).sum(), leaves)
-    with monkeypatch.context() as patch:
-        patch.setattr(eca, "_FEW", 0)
-        patch.setattr(eca, "conv", None)  # it is not called
-        found = eca._along_channels(module.conv, z)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad((found * weights).sum(), leaves), wanted)
+    x = torch.randn(30, channels, 2, 2, dtype=torch.float64, requires_grad=True)
+    leaves = [x, module.conv.weight]
+    weights = torch.randn(30, channels, 1, 1, dtype=torch.float64)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for few in (0, 1 << 30):
+        monkeypatch.setattr(eca, "_FEW", few)
+        gate = module.gate(x)
+        assert ("Convolution" in str(_graph(gate))) == (few > 0)
+        found.append((gate, *torch.autograd.grad((gate * weights).sum(), leaves)))
+    torch.testing.assert_close(found[0], found[1])
+    filtered = F.conv1d(x.mean((2, 3))[:, None], module.conv.weight, padding=kernel // 2)
+    torch.testing.assert_close(found[0][0][..., 0, 0], torch.sigmoid(filtered[:, 0]))
 
 
-def test_few_values_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eca, "conv", lambda layer, z: torch.full_like(z, 7.0))
-    module = spem.ECA(16)
-    assert (eca._along_channels(module.conv, torch.randn(2, 16)) == 7).all()
+def _graph(t: torch.Tensor) -> set[str]:
+    """Names of all operations that a tensor came from."""
+    seen: set[str] = set()
+    rest = [t.grad_fn]
+    while rest:
+        node = rest.pop()
+        if node is not None and hasattr(node, "next_functions"):
+            seen.add(type(node).__name__)
+            rest += [n for n, _ in node.next_functions]
+    return seen
 
 
 @pytest.mark.parametrize("kind", ["forward", "pre"])

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import spem
 from spem import attention
-from spem.attention.carrying import Walk
-from spem.attention.places import GatedConv
+from spem.attention.dia import Walk
+from spem.attention.placement import GatedConv
 from spem.cost import block_tails
 from spem.models import Stage, blocks, start_branches
 from spem.ops import use_impl
@@ -90,7 +90,10 @@ def test_networks_run_in_training_and_evaluation(spec: str, block: str) -> None:
 @pytest.mark.parametrize("spec", ELSEWHERE)
 def test_the_backbone_starts_as_without_attention(spec: str) -> None:
     """By name, so that networks of a seed are paired; only what a module replaces is another's."""
-    plain, model = spem.resnet(20).state_dict(), spem.resnet(20, attention=spec).state_dict()
+    nets = [spem.resnet(20), spem.resnet(20, attention=spec)]
+    for net in nets:
+        spem.initialise(net, 0)
+    plain, model = (net.state_dict() for net in nets)
     gone = {k for k in plain if k not in model}
     if spec == "sk":
         assert gone == {k for k in plain if "conv2." in k or (".bn2." in k and k[:2] != "bn")}
@@ -174,7 +177,7 @@ def test_tails_run_under_an_explicit_implementation(spec: str, impl: str) -> Non
     assert (out - expected).abs().max() <= TAIL[torch.float64] * expected.abs().max()
     name = spec.partition("(")[0]
     if name == "iebn":
-        assert found == {("iebn", "reference", "iebn stands in place of a norm")}
+        assert found == {("iebn", "reference", "IEBN has a forward of its own")}
     else:
         assert found == {(name if name in ("dia", "ean") else "none", impl, "asked for")}
 
@@ -285,9 +288,11 @@ def test_gct_gates_the_input_of_every_convolution() -> None:
     assert hooks == 1 + 18 + 3  # stem, blocks, shortcuts
     x = feature_map(2, 3, 16, 16)
     torch.testing.assert_close(model(x), plain(x), **F64)
-    start = spem.resnet(20, attention="gct(placement=conv)")
+    start, plain = spem.resnet(20, attention="gct(placement=conv)"), spem.resnet(20)
+    for net in (start, plain):
+        spem.initialise(net, 0)
     x = x.float()
-    assert torch.equal(start(x), spem.resnet(20)(x))  # the identity
+    assert torch.equal(start(x), plain(x))  # the identity
 
 
 def test_bam_follows_the_stages() -> None:
@@ -309,7 +314,7 @@ def test_bam_follows_the_stages() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("gct(placement=between)", r"GCT: placement='between'.*'tail' or 'conv'"),
+        ("gct(placement=between)", r"GCT: placement='between'.*tail, conv"),
         ("bam(placement=conv)", r"BAM: placement='conv'.*between, stage, tail"),
         ("bam(placement=nowhere)", r"placement='nowhere' is unknown.*tail, conv, norm"),
         ("gct(placement=3)", r"placement=3 is unknown"),

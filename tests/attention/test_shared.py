@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import spem
 from spem import attention
+from spem.attention.placement import begin
 from spem.models import blocks
 from spem.ops import use_impl
 
@@ -111,7 +112,7 @@ def walked(spec: str, impl: str) -> list[Tensor]:
     x = feature_map(3, 8, 6, 5).requires_grad_()
     residual = feature_map(3, 8, 6, 5, key="residual").requires_grad_()
     with use_impl(impl):
-        ending, y = module.begin(), x
+        ending, y = begin(module), x
         for norm in norms:
             y = ending.tail(y.sin(), residual, norm)
         (y * feature_map(3, 8, 6, 5, key="weights")).sum().backward()

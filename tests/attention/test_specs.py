@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tolerance import TOLERANCE
 
 import spem
-from spem.attention import base
+from spem.attention import spec as base
 
 
 def roundtrip(text: str) -> str:

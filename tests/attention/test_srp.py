@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import spem
 from spem.attention import SRP
-from spem.attention.srp import RegionPool, _hash
+from spem.attention.pooling import RegionPool, _hash
 
 F64 = TOLERANCE[torch.float64]
 POOLED = [

@@ -73,11 +73,22 @@ def test_cbam(channels: int, training: bool) -> None:
     same(ours, theirs, channels)
 
 
+class Add3(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 3
+
+
+class Sixth(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 6
+
+
 @MODES
 @pytest.mark.parametrize("channels", [16, 64])
 def test_ese(channels: int, training: bool) -> None:
     ours = randomise(attention.ESE(channels).double(), "timm").train(training)
     theirs = layers.EffectiveSEModule(channels).double().train(training)
+    theirs.gate = nn.Sequential(Add3(), nn.ReLU6(), Sixth())  # torch's has 1/6 in float32
     with torch.no_grad():
         theirs.fc.weight.copy_(ours.fc.weight[..., None, None])
         theirs.fc.bias.copy_(ours.fc.bias)

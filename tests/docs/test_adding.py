@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spem.attention.base import _REGISTRY
+from spem.attention.spec import _REGISTRY
 from spem.cli.user_module import register_from_file
 from spem.models import resnet
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spem.attention.base import _REGISTRY
+from spem.attention.spec import _REGISTRY
 
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")

@@ -5,12 +5,7 @@ A new module adds one import line here, which makes its class a name of `spem` a
 # ruff: noqa: F401
 
 from spem.attention.bam import BAM
-from spem.attention.base import (
-    ChannelAttention,
-    attention_class,
-    list_attention,
-    register_attention,
-)
+from spem.attention.base import ChannelAttention, Needs, attention_parameters, param_groups
 from spem.attention.cbam import CBAM
 from spem.attention.coord import CoordAtt
 from spem.attention.dia import DIA
@@ -25,20 +20,25 @@ from spem.attention.ge import GE
 from spem.attention.gsop import GSoP
 from spem.attention.iebn import IEBN
 from spem.attention.nam import NAM
-from spem.attention.needs import PLACES, Needs
-from spem.attention.places import Places
-from spem.attention.pooling import Mix, make_pool
-from spem.attention.rules import attention_parameters, learned_mixes, param_groups, penalty
+from spem.attention.placement import PLACES, Places
+from spem.attention.pooling import SRP, Mix, learned_mixes, make_pool, penalty
 from spem.attention.scale import Scale
 from spem.attention.se import SE
 from spem.attention.sge import SGE
 from spem.attention.simam import SimAM
 from spem.attention.sk import SK
 from spem.attention.spa import SPA
-from spem.attention.spec import AttentionSpec, as_spec, create_attention, spec_text
+from spem.attention.spec import (
+    AttentionSpec,
+    as_spec,
+    attention_class,
+    create_attention,
+    list_attention,
+    register_attention,
+    spec_text,
+)
 from spem.attention.spem import SPEM
 from spem.attention.srm import SRM
-from spem.attention.srp import SRP
 from spem.attention.triplet import Triplet
 
 __all__ = [

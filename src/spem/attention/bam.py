@@ -1,15 +1,16 @@
 """BAM: bottleneck attention module, between the stages of a network."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import hidden_units, one_of, positive_int
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import batch_norm, conv, linear
-from spem.attention.se import hidden_units
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 
 Placement = Literal["between", "stage", "tail"]
 Fusion = Literal["mul", "add"]
@@ -67,52 +68,38 @@ class BAM(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        for option, value, allowed in (
-            ("placement", placement, get_args(Placement)),
-            ("fusion", fusion, get_args(Fusion)),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"BAM: {option}={value!r} is unknown. Use one of {', '.join(allowed)}."
-                )
-        if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-            raise ValueError(f"BAM: dilation={dilation!r} is not a positive integer.")
+        factory: Any = {"device": device, "dtype": dtype}
+        one_of("BAM", get_args(Placement), placement=placement)
+        one_of("BAM", get_args(Fusion), fusion=fusion)
+        positive_int("BAM", dilation=dilation)
         h = hidden_units("BAM", channels, reduction)
         self.fusion: Fusion = fusion
         self.needs = replace(self.needs, place=placement)
-        self.fc1 = nn.Linear(channels, h, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm1d(h, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(h, channels, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(channels, h, **factory)
+        self.norm = nn.BatchNorm1d(h, **factory)
+        self.fc2 = nn.Linear(h, channels, **factory)
 
         def wide() -> nn.Conv2d:
-            return nn.Conv2d(
-                h, h, 3, padding=dilation, dilation=dilation, device=device, dtype=dtype
-            )
+            return nn.Conv2d(h, h, 3, padding=dilation, dilation=dilation, **factory)
 
-        self.reduce = nn.Conv2d(channels, h, 1, device=device, dtype=dtype)
-        self.reduce_norm = nn.BatchNorm2d(h, device=device, dtype=dtype)
+        self.reduce = nn.Conv2d(channels, h, 1, **factory)
+        self.reduce_norm = nn.BatchNorm2d(h, **factory)
         self.context1 = wide()
-        self.context1_norm = nn.BatchNorm2d(h, device=device, dtype=dtype)
+        self.context1_norm = nn.BatchNorm2d(h, **factory)
         self.context2 = wide()
-        self.context2_norm = nn.BatchNorm2d(h, device=device, dtype=dtype)
-        self.spatial = nn.Conv2d(h, 1, 1, device=device, dtype=dtype)
+        self.context2_norm = nn.BatchNorm2d(h, **factory)
+        self.spatial = nn.Conv2d(h, 1, 1, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The norms 1/0."""
-        super().reset_parameters()
-        for norm in (self.norm, self.reduce_norm, self.context1_norm, self.context2_norm):
-            norm.reset_parameters()
 
     def gate(self, x: Tensor) -> Tensor:
         """1 + s(Mc Ms), [N, C, H, W]."""
         z = self.pool(self.stats_of(x))
-        z = torch.relu(batch_norm(self.norm, linear(self.fc1, z)))
-        channel = linear(self.fc2, z)[..., None, None]
-        v = torch.relu(batch_norm(self.reduce_norm, conv(self.reduce, x.to(z.dtype))))
-        v = torch.relu(batch_norm(self.context1_norm, conv(self.context1, v)))
-        v = torch.relu(batch_norm(self.context2_norm, conv(self.context2, v)))
-        spatial = conv(self.spatial, v)
+        z = torch.relu(call(self.norm, call(self.fc1, z)))
+        channel = call(self.fc2, z)[..., None, None]
+        v = torch.relu(call(self.reduce_norm, call(self.reduce, x.to(z.dtype))))
+        v = torch.relu(call(self.context1_norm, call(self.context1, v)))
+        v = torch.relu(call(self.context2_norm, call(self.context2, v)))
+        spatial = call(self.spatial, v)
         return 1.0 + torch.sigmoid(channel * spatial if self.fusion == "mul" else channel + spatial)
 
     def extra_repr(self) -> str:

@@ -1,16 +1,20 @@
 """The module contract: what every channel-attention module is, and declares to its users."""
 
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.utils.hooks import RemovableHandle
 
-from spem.attention.descriptor import MapStats, Pool
-from spem.attention.needs import Needs
-from spem.attention.pooling import LearnedMix, PoolSpec, make_pool
+from spem.attention.options import Size as Size
+from spem.attention.options import positive_int
+from spem.attention.pooling import LearnedMix, MapStats, Pool, PoolSpec, learned_mixes, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.dispatch import log_choice
@@ -18,13 +22,51 @@ from spem.ops.library import has_hooks
 from spem.ops.stats import STATISTICS
 from spem.seeding import Initialiser
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)  # pyright: ignore[reportPrivateUsage]
+Place = Literal["tail", "conv", "norm", "middle", "between", "stage"]
+GateObserver = Callable[[Tensor, int], None]
+"""Called with a gate, broadcastable to [N, C, ...], and N."""
 
-class Ending(Protocol):
-    """What ends a residual branch: a module, or what `ChannelAttention.begin` gave for a stage."""
 
-    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """relu(attention(norm(z)) + residual)."""
-        ...
+@dataclass(frozen=True)
+class Needs:
+    """What a module's definition demands of its caller; checked in forward and shown in tables.
+
+    Attributes:
+        statistics: Plane statistics its gate reads beside its pool's (``mean``, ``var``, ``max``,
+            ``min``).
+        pixels: Smallest number of positions of a map (H W).
+        batch: Smallest number of images in training.
+        values: Smallest number of values N H W in training.
+        batch_statistics: Whether training and evaluation differ (the module holds a batch norm).
+        divides: Name of the option that must divide the channels, or None.
+        no_decay: Parameters (relative names) that its authors train without weight decay.
+        size: Whether it is built for one map size (option ``size``, or the ``size`` that
+            `create_attention` is told).
+        fixed_size: Whether it refuses maps of another size than it was built for.
+        stops_gradients: Parameters (relative names) whose gradient leaves out part of what they do,
+            as the definition says.
+        adds: Whether it also adds to the map: y = x * gate(x) + shift(x).
+        place: Where in a network it stands (`spem.attention.placement`); a module that can stand in
+            several places has an option ``placement``.
+        shared: Whether the blocks of a stage share one module.
+        replaces: The layer it is used instead of, or None; its output is not x * gate(x).
+    """
+
+    statistics: tuple[str, ...] = ()
+    pixels: int = 1
+    batch: int = 1
+    values: int = 1
+    batch_statistics: bool = False
+    divides: str | None = None
+    no_decay: tuple[str, ...] = ()
+    size: bool = False
+    fixed_size: bool = False
+    stops_gradients: tuple[str, ...] = ()
+    adds: bool = False
+    place: Place = "tail"
+    shared: bool = False
+    replaces: Literal["norm", "conv"] | None = None
 
 
 class ChannelAttention(nn.Module):
@@ -34,10 +76,8 @@ class ChannelAttention(nn.Module):
     any rank (N x C x L, N x C x H x W, N x C x D x H x W). Any other module writes `gate` and takes
     N x C x H x W. One with forms of both kinds writes `gate_from` and `map_gate`, and
     `takes_any_rank` says which of them an instance is. Gates are computed in at least float32 with
-    autocast off; only the final factor is cast to the map's dtype.
-
-    A module whose `needs` say that it replaces a norm or a convolution writes its own `forward`;
-    one that carries a state from block to block extends `spem.attention.carrying.Carrying`.
+    autocast off; only the final factor is cast to the map's dtype. Layers inside are called
+    (`spem.attention.precision.call`), so that hooks, LoRA, pruning and quantisation act on them.
 
     Shape:
         x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
@@ -52,13 +92,16 @@ class ChannelAttention(nn.Module):
     random_init: Mapping[str, Initialiser] = {}  # replaced, never changed
     """Rules for randomly drawn parameters (relative names) that differ from torch's default for
     their layer; an instance may have its own."""
+    _observers: Mapping[int, GateObserver] = {}  # an instance that is observed has its own
+    _depth = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes the gates of every module run with autocast off, whoever calls."""
+        """Makes the gates of every module run with autocast off and be observed, whoever calls."""
         super().__init_subclass__(**kwargs)
-        for method in ("gate", "gate_from", "map_gate", "shift"):
+        for method in ("gate", "gate_from", "map_gate", "step", "shift"):
             if method in cls.__dict__:
-                setattr(cls, method, without_autocast(cls.__dict__[method]))
+                wrapped = without_autocast(cls.__dict__[method])
+                setattr(cls, method, wrapped if method == "shift" else _observed(wrapped))
 
     def __init__(
         self,
@@ -70,10 +113,7 @@ class ChannelAttention(nn.Module):
     ) -> None:
         """Checks the channel count and builds the pool, if the module has one."""
         super().__init__()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(
-                f"{type(self).__name__}: channels={channels!r} is not a positive integer."
-            )
+        positive_int(type(self).__name__, channels=channels)
         self.channels = channels
         self.statistics: tuple[str, ...] = ()
         """Plane statistics the gate reads, in canonical order: the module's own and its pools'."""
@@ -82,6 +122,14 @@ class ChannelAttention(nn.Module):
         self._reads(self.needs.statistics)
         if pool is not None:
             self.pool = self._make_pool(pool, device=device, dtype=dtype)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output; a network that `torch.fx` traces calls the whole module as one."""
+        x = args[0] if args else kwargs.get("x")
+        if isinstance(x, Proxy):
+            path: str = x.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
+            return x.tracer.create_proxy("call_module", path, args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """The gate as a function of plane statistics, [N, C] in at least float32."""
@@ -125,33 +173,30 @@ class ChannelAttention(nn.Module):
         """The end of a residual branch: relu(self(norm(z)) + residual).
 
         A module whose gate is a function of plane statistics runs it in one operation with the
-        norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks.
-        z and residual keep their values.
+        norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks. z and
+        residual keep their values.
 
         Shape:
             z, residual, output: [N, C, ...].
         """
-        composed = self.why_composed()
-        if composed is not None:
-            log_choice("tail", z, Choice("reference", composed))
-            return (self(z if norm is None else norm(z)) + residual).relu_()
-        self._check(z)
-        read = self.statistics
-        if norm is None:
-            return gate_tail(z, residual, self.gate_from, statistics=read)
-        return bn_gate_tail(z, residual, norm, self.gate_from, statistics=read)
+        return self._tail(z, residual, norm, self.gate_from)
 
-    def begin(self) -> Ending:
-        """What the blocks of a stage that share this module get, anew in each forward pass."""
-        return self
+    def observe_gates(self, observer: GateObserver) -> RemovableHandle:
+        """Calls ``observer(gate, N)`` with every gate that is computed; changes no result.
+
+        Modules whose forward is their own may compute none (`spem.inspect` handles them).
+        """
+        if not self._observers:
+            self._observers = OrderedDict()
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer  # pyright: ignore[reportIndexIssue]  # its own
+        return handle
 
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused."""
         kind = type(self)
         if not self.takes_any_rank():
             return f"{self.name or kind.__name__} is no function of plane statistics"
-        if self.needs.replaces is not None:
-            return f"{self.name or kind.__name__} stands in place of a {self.needs.replaces}"
         if self.reads_map and self.training:
             return f"{self.name or kind.__name__} pools random regions of the map in training"
         if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
@@ -159,19 +204,41 @@ class ChannelAttention(nn.Module):
         return f"cannot call the hooks of {kind.__name__}" if has_hooks(self) else None
 
     def reset_parameters(self) -> None:
-        """Sets the parameters that start as constants; a module that has some extends this."""
-        for mix in self.modules():
-            if isinstance(mix, LearnedMix):
-                mix.reset_parameters()
+        """Sets what starts as a constant, norms at 1/0; a module with more of it extends this."""
+        for name, part in self.named_modules():
+            drawn = f"{name}.weight" in self.random_init
+            if isinstance(part, (LearnedMix, *_NORMS)) and not drawn:
+                part.reset_parameters()
 
     @property
     def start_gate(self) -> float | None:
         """The gate's value at initialisation if it does not depend on the data, else None."""
         return None
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Numbers of axes of the maps it takes: (3, 4, 5), or (4,) for [N, C, H, W] alone."""
+        return (3, 4, 5) if self.takes_any_rank() else (4,)
+
     def takes_any_rank(self) -> bool:
         """Whether the gate is a function of plane statistics, so that any rank is taken."""
         return type(self).gate_from is not ChannelAttention.gate_from
+
+    def _tail(
+        self,
+        z: Tensor,
+        residual: Tensor,
+        norm: nn.Module | None,
+        gate: Callable[[PlaneStats], Tensor],
+    ) -> Tensor:
+        composed = self.why_composed() if isinstance(z, Tensor) else "traced"
+        if composed is not None:
+            log_choice("tail", z, Choice("reference", composed))
+            return (self(z if norm is None else norm(z)) + residual).relu_()
+        self._check(z)
+        if norm is None:
+            return gate_tail(z, residual, gate, statistics=self.statistics)
+        return bn_gate_tail(z, residual, norm, gate, statistics=self.statistics)
 
     def _make_pool(
         self,
@@ -201,20 +268,29 @@ class ChannelAttention(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         label = type(self).__name__
+        shape = "[N, C, ...] with 1 to 3 spatial axes" if len(self.ranks) > 1 else "[N, C, H, W]"
+        if isinstance(x, Proxy):
+            raise TypeError(
+                f"{label}: torch.fx traces networks that hold an attention, and not an attention "
+                f"alone. Trace torch.nn.Sequential(module)."
+            )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{label}: needs a map {shape} as a tensor, got {type(x).__name__}.")
         if not x.is_floating_point():
             raise TypeError(
                 f"{label}: needs a floating-point map, got {x.dtype}. Convert it, e.g. x.float()."
             )
-        rank = x.dim()
-        if not (3 <= rank <= 5 if self.takes_any_rank() else rank == 4):
-            allowed = (
-                "[N, C, ...] with 1 to 3 spatial axes" if self.takes_any_rank() else "[N, C, H, W]"
-            )
-            raise ValueError(f"{label}: needs a map {allowed}, got {rank} axes {list(x.shape)}.")
+        if x.dim() not in self.ranks:
+            raise ValueError(f"{label}: needs a map {shape}, got {x.dim()} axes {list(x.shape)}.")
         if x.shape[1] != self.channels:
             raise ValueError(
                 f"{label}: built for channels={self.channels}, got a map with {x.shape[1]} "
                 f"channels {list(x.shape)}."
+            )
+        if x.is_meta and not all(p.is_meta for p in self.parameters()):
+            raise ValueError(
+                f"{label}: the map is on the meta device, which holds no values, and the "
+                f"parameters are not. Move the module to it, or give a map with values."
             )
         pixels = 1
         for extent in x.shape[2:]:
@@ -239,61 +315,78 @@ class ChannelAttention(nn.Module):
             )
 
 
-_A = TypeVar("_A", bound=type[ChannelAttention])
-_REGISTRY: dict[str, type[ChannelAttention]] = {}
+def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells a module's observers what it computed; a gate that another one calls is part of it."""
+
+    @wraps(method)
+    def wrapped(self: ChannelAttention, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._observers:
+            return method(self, x, *args, **kwargs)
+        self._depth += 1
+        try:
+            result = method(self, x, *args, **kwargs)
+        finally:
+            self._depth -= 1
+        if self._depth == 0:
+            gate = result[0] if isinstance(result, tuple) else result
+            for observer in list(self._observers.values()):
+                observer(gate, x.shape[0] if isinstance(x, Tensor) else x.batch)
+        return result
+
+    return wrapped
 
 
-def register_attention(
-    name: str,
-    *,
-    paper: str,
-    needs: Needs = Needs(),  # noqa: B008  # frozen
-) -> Callable[[_A], _A]:
-    """Registers a module class under a name for specs, the command line and generated tables.
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float, *, mix_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimiser groups that honour what every module declares.
+
+    Each trainable parameter stands in exactly one group. Parameters that a module's authors train
+    without weight decay (`Needs.no_decay`) and those of learned mixes get none (a mix without decay
+    keeps lambda from drifting); all others get ``weight_decay``.
 
     Args:
-        name: Registry key, an identifier in lower case.
-        paper: Title, year and link of the definition.
-        needs: What its definition demands.
-
-    Raises:
-        ValueError: The name is taken, reserved, or no lower-case identifier.
+        model: The network.
+        lr: Learning rate.
+        weight_decay: Weight decay of ordinary parameters.
+        mix_lr: A learning rate of their own for learned mixes, or None for ``lr``.
     """
-    if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
-        raise ValueError(f"register_attention: {name!r} is no free lower-case identifier.")
+    mixes = {id(parameter) for _, mix in learned_mixes(model) for parameter in mix.parameters()}
+    spared = {id(parameter) for parameter in _declared_no_decay(model)}
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "mixes": []}
+    for parameter in model.parameters():
+        key = id(parameter)
+        kind = "mixes" if key in mixes else "no_decay" if key in spared else "decay"
+        if parameter.requires_grad:
+            groups[kind].append(parameter)
+    rates = {"decay": lr, "no_decay": lr, "mixes": lr if mix_lr is None else mix_lr}
+    decays = {"decay": weight_decay, "no_decay": 0.0, "mixes": 0.0}
+    return [
+        {"params": members, "lr": rates[key], "weight_decay": decays[key]}
+        for key, members in groups.items()
+        if members
+    ]
 
-    def decorate(cls: _A) -> _A:
-        if name in _REGISTRY:
-            raise ValueError(
-                f"register_attention: {name!r} is already registered, "
-                f"by {_REGISTRY[name].__qualname__}."
-            )
-        cls.name, cls.paper, cls.needs = name, paper, needs
-        _REGISTRY[name] = cls
-        return cls
 
-    return decorate
+def _declared_no_decay(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, ChannelAttention):
+            for full, parameter in module.named_parameters():
+                # Where a parametrisation, weight norm or pruning has moved what has this name.
+                plain = re.sub(r"parametrizations\.(\w+)\.\w+(\.\w+)*$|_(orig|g|v)$", r"\1", full)
+                if plain in module.needs.no_decay:
+                    yield parameter
 
 
-def attention_class(name: str) -> type[ChannelAttention]:
-    """The registered class of a name.
+def attention_parameters(model: nn.Module) -> int:
+    """Number of parameters that belong to channel-attention modules, shared ones once.
 
-    Raises:
-        ValueError: No such name; the message lists the nearest ones.
+    Those of a module that replaces a norm or a convolution count whole, with what they replace.
     """
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    near = get_close_matches(name.lower(), [*_REGISTRY, "none"], n=3, cutoff=0.5)
-    hint = (
-        f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(list_attention())}."
-    )
-    raise ValueError(f"unknown attention {name!r}. {hint}")
-
-
-def list_attention(pattern: str = "*") -> list[str]:
-    """Registered names that match a wildcard pattern, sorted.
-
-    >>> list_attention("s[eg]*")
-    ['se', 'sge']
-    """
-    return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
+    found = {
+        id(p): p.numel()
+        for module in model.modules()
+        if isinstance(module, ChannelAttention)
+        for p in module.parameters()
+    }
+    return sum(found.values())

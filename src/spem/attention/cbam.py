@@ -1,12 +1,15 @@
 """CBAM: convolutional block attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import hidden_units, odd_int
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import batch_norm, conv, linear
-from spem.attention.se import hidden_units
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.seeding import kaiming_normal_fan_out
 
 
@@ -58,24 +61,18 @@ class CBAM(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         hidden = hidden_units("CBAM", channels, reduction)
         if isinstance(pools, str) or not pools:
             raise ValueError(
                 f"CBAM: pools={pools!r} is no tuple of pools. Use for example ('avg', 'max')."
             )
-        if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-            raise ValueError(
-                f"CBAM: kernel={kernel!r} is not an odd positive integer. Use 3, 5 or 7."
-            )
-        self.pools = nn.ModuleList(
-            self._make_pool(pool, device=device, dtype=dtype) for pool in pools
-        )
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
-        self.spatial = nn.Conv2d(
-            2, 1, kernel, padding=kernel // 2, bias=False, device=device, dtype=dtype
-        )
-        self.norm = nn.BatchNorm2d(1, momentum=0.01, device=device, dtype=dtype)
+        odd_int("CBAM", kernel=kernel)
+        self.pools = nn.ModuleList(self._make_pool(pool, **factory) for pool in pools)
+        self.fc1 = nn.Linear(channels, hidden, **factory)
+        self.fc2 = nn.Linear(hidden, channels, **factory)
+        self.spatial = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False, **factory)
+        self.norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
         self._draw_start()
 
     def reset_parameters(self) -> None:
@@ -83,17 +80,14 @@ class CBAM(ChannelAttention):
         super().reset_parameters()
         for parameter in (self.fc1.bias, self.fc2.bias, self.norm.weight, self.norm.bias):
             nn.init.zeros_(parameter)
-        self.norm.reset_running_stats()
 
     def gate(self, x: Tensor) -> Tensor:
         """c p, [N, C, H, W]."""
         stats = self.stats_of(x)
-        excited = [
-            linear(self.fc2, torch.relu(linear(self.fc1, pool(stats)))) for pool in self.pools
-        ]
+        excited = [call(self.fc2, torch.relu(call(self.fc1, pool(stats)))) for pool in self.pools]
         channel = torch.sigmoid(torch.stack(excited).sum(0))[..., None, None]  # [N, C, 1, 1]
         refined = x.to(channel.dtype) * channel
         # Index-based, like the pools: the gradient goes to the first maximal channel.
         strongest = refined.max(1, keepdim=True).values
         described = torch.cat([strongest, refined.mean(1, keepdim=True)], dim=1)  # [N, 2, H, W]
-        return channel * torch.sigmoid(batch_norm(self.norm, conv(self.spatial, described)))
+        return channel * torch.sigmoid(call(self.norm, call(self.spatial, described)))

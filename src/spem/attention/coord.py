@@ -1,11 +1,14 @@
 """Coordinate attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.precision import batch_norm, conv
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import positive_int
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 LEAST = 8
@@ -52,19 +55,14 @@ class CoordAtt(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
-            raise ValueError(f"CoordAtt: reduction={reduction!r} is not a positive integer.")
+        factory: Any = {"device": device, "dtype": dtype}
+        positive_int("CoordAtt", reduction=reduction)
         hidden = max(LEAST, channels // reduction)
-        self.conv = nn.Conv2d(channels, hidden, 1, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(hidden, device=device, dtype=dtype)
-        self.conv_h = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
-        self.conv_w = nn.Conv2d(hidden, channels, 1, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(channels, hidden, 1, **factory)
+        self.norm = nn.BatchNorm2d(hidden, **factory)
+        self.conv_h = nn.Conv2d(hidden, channels, 1, **factory)
+        self.conv_w = nn.Conv2d(hidden, channels, 1, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The norm 1/0."""
-        super().reset_parameters()
-        self.norm.reset_parameters()
 
     def gate(self, x: Tensor) -> Tensor:
         """The product of both gates, [N, C, H, W]."""
@@ -72,8 +70,9 @@ class CoordAtt(ChannelAttention):
         along_h = x.mean(3, dtype=dtype)  # [N, C, H]
         along_w = x.mean(2, dtype=dtype)  # [N, C, W]
         both = torch.cat([along_h, along_w], dim=2)[..., None]  # [N, C, H + W, 1]
-        f = F.hardswish(batch_norm(self.norm, conv(self.conv, both)))
+        f = call(self.norm, call(self.conv, both))
+        f = f * torch.clamp(f + 3.0, 0.0, 6.0) / 6.0
         f_h, f_w = f.split([x.shape[2], x.shape[3]], dim=2)
-        a_h = torch.sigmoid(conv(self.conv_h, f_h))  # [N, C, H, 1]
-        a_w = torch.sigmoid(conv(self.conv_w, f_w)).transpose(2, 3)  # [N, C, 1, W]
+        a_h = torch.sigmoid(call(self.conv_h, f_h))  # [N, C, H, 1]
+        a_w = torch.sigmoid(call(self.conv_w, f_w)).transpose(2, 3)  # [N, C, 1, W]
         return a_h * a_w

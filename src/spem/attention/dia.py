@@ -1,14 +1,20 @@
 """DIANet: one recurrent attention unit for all blocks of a stage."""
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import Needs, register_attention
-from spem.attention.carrying import Carrying, State
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import hidden_units
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import linear
-from spem.attention.se import hidden_units
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
+from spem.ops.library import has_hooks
+
+State = tuple[Tensor, ...]
+"""What a block hands to the next one, (h, c); () before the first block of a stage."""
 
 
 @register_attention(
@@ -16,7 +22,7 @@ from spem.ops import PlaneStats
     paper="DIANet: Dense-and-Implicit Attention Network (2020), https://arxiv.org/abs/1905.10671",
     needs=Needs(shared=True),
 )
-class DIA(Carrying):
+class DIA(ChannelAttention):
     """Dense-and-implicit attention: a recurrent unit that the blocks of a stage share.
 
     Formula:
@@ -54,20 +60,79 @@ class DIA(Carrying):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         hidden = hidden_units("DIA", channels, reduction)
-        self.input1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.input2 = nn.Linear(hidden, 4 * channels, device=device, dtype=dtype)
-        self.state1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.state2 = nn.Linear(hidden, 4 * channels, device=device, dtype=dtype)
+        self.input1 = nn.Linear(channels, hidden, **factory)
+        self.input2 = nn.Linear(hidden, 4 * channels, **factory)
+        self.state1 = nn.Linear(channels, hidden, **factory)
+        self.state2 = nn.Linear(hidden, 4 * channels, **factory)
         self._draw_start()
 
     def step(self, stats: PlaneStats, state: State) -> tuple[Tensor, State]:
         """h', and (h', c')."""
         z = self.pool(stats)
         h, c = state or (torch.zeros_like(z), torch.zeros_like(z))
-        gates = linear(self.input2, torch.relu(linear(self.input1, z)))
-        gates = gates + linear(self.state2, torch.relu(linear(self.state1, h)))
+        gates = call(self.input2, torch.relu(call(self.input1, z)))
+        gates = gates + call(self.state2, torch.relu(call(self.state1, h)))
         i, f, g, o = gates.chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.sigmoid(c)
         return h, (h, c)
+
+    def gate_from(self, stats: PlaneStats) -> Tensor:
+        """The gate of the first block, [N, C]."""
+        return self.step(stats, ())[0]
+
+    def gate(self, x: Tensor, state: State = ()) -> Tensor:
+        """The gate after a state, [N, C, 1, ...]."""
+        return self._gate_and_state(x, state)[0]
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]: ...
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
+        """x * gate(x) as in the first block; with a state, the state after it too."""
+        self._check(x)
+        v, after = self._gate_and_state(x, () if state is None else state)
+        y = x * v.to(x.dtype)
+        return y if state is None else (y, after)
+
+    def walk(
+        self, z: Tensor, residual: Tensor, norm: nn.Module | None, state: State
+    ) -> tuple[Tensor, State]:
+        """`tail` of a block, with the state before it and after it."""
+        if not isinstance(z, Tensor) or self.why_composed() is not None:
+            y, state = self(z if norm is None else norm(z), state)
+            return (y + residual).relu_(), state
+        after = state
+
+        def gate(stats: PlaneStats) -> Tensor:
+            nonlocal after
+            v, after = self.step(stats, state)
+            return v
+
+        return self._tail(z, residual, norm, gate), after
+
+    def why_composed(self) -> str | None:
+        """Why the tail of this module is composed of modules; None if its gate can be fused."""
+        if self.reads_map and self.training:
+            return f"{self.name} pools random regions of the map in training"
+        return f"cannot call the hooks of {type(self).__name__}" if has_hooks(self) else None
+
+    def _gate_and_state(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        v, after = self.step(self.stats_of(x), state)
+        return v.reshape(*v.shape, *[1] * (x.dim() - 2)), after
+
+
+class Walk:
+    """One forward pass of a module through the blocks of a stage; it alone holds the state."""
+
+    def __init__(self, attention: DIA) -> None:
+        self._attention = attention
+        self._state: State = ()
+
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """relu(attention(norm(z)) + residual) of the next block."""
+        y, self._state = self._attention.walk(z, residual, norm, self._state)
+        return y

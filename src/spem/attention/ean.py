@@ -1,7 +1,8 @@
 """EAN: one squeeze-and-excitation for all blocks of a stage."""
 
-from spem.attention.base import Needs, register_attention
+from spem.attention.base import Needs
 from spem.attention.se import SE
+from spem.attention.spec import register_attention
 
 
 @register_attention(

@@ -1,16 +1,21 @@
 """ECA: efficient channel attention."""
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.base import ChannelAttention
+from spem.attention.options import number, odd_int
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import at_hand, cast, conv
+from spem.attention.precision import call, cast
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
-from spem.ops.library import has_hooks, is_exporting
+from spem.ops.library import is_exporting
 
 _FEW = 1 << 12
 """Values of a descriptor below which a call counts more than what it does."""
@@ -64,64 +69,50 @@ class ECA(ChannelAttention):
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         size = _adaptive_kernel(channels, gamma, b) if kernel is None else kernel
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % 2 == 0:
-            raise ValueError(
-                f"ECA: kernel={kernel!r} is not an odd positive integer. Use 3, 5, 7 or None."
-            )
+        odd_int("ECA", "3, 5, 7 or None", kernel=size)
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
         self._draw_start()
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
-        return torch.sigmoid(_along_channels(self.conv, z))
+        large = z.device.type == "cpu" and z.numel() >= _FEW
+        fast = torch.compiler.is_compiling() or large
+        with _Products() if fast and not is_exporting() else nullcontext():
+            return torch.sigmoid(call(self.conv, z[:, None, :])[:, 0, :])
 
 
-def _along_channels(layer: nn.Conv1d, z: Tensor) -> Tensor:
-    """The filter along the channels, [N, C] -> [N, C], as a convolution or as k products.
+class _Products(TorchFunctionMode):
+    """Computes a layer's convolution along the channels as k shifted products, where it can.
 
     PyTorch's convolution of one channel is slow on a CPU, backward above all: 2.3 ms for [128, 256]
     and 5 taps, where shifted products take 0.5. Compiled, they fuse with the rest of the gate.
     """
-    if not _by_products(layer, z):
-        return conv(layer, z[:, None, :])[:, 0, :]
-    taps, channels = layer.weight.shape[2], z.shape[1]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.conv1d and not kwargs and len(args) == 7:
+            z, weight, bias, stride, padding, dilation, _ = args
+            taps = weight.shape[2]
+            along = bias is None and stride == dilation == (1,) and padding == (taps // 2,)
+            if along and weight.shape[:2] == (1, 1) and taps <= _TAPS:
+                return _products(z, cast(weight, z).flatten())
+        return func(*args, **(kwargs or {}))
+
+
+def _products(z: Tensor, weight: Tensor) -> Tensor:
+    taps, channels = weight.shape[0], z.shape[2]
     padded = F.pad(z, (taps // 2, taps // 2))
-    values = at_hand(layer.weight)
-    if values is not None:
-        numbers = values.flatten().tolist()
-        out = padded[:, :channels] * numbers[0]
-        for tap in range(1, taps):
-            out = torch.add(out, padded[:, tap : tap + channels], alpha=numbers[tap])
-        return out
-    weight = cast(layer.weight, z).flatten()
-    out = padded[:, :channels] * weight[0]
+    out = padded[:, :, :channels] * weight[0]
     for tap in range(1, taps):
-        out = torch.addcmul(out, padded[:, tap : tap + channels], weight[tap])
+        out = torch.addcmul(out, padded[:, :, tap : tap + channels], weight[tap])
     return out
 
 
-def _by_products(layer: nn.Conv1d, z: Tensor) -> bool:
-    taps = layer.weight.shape[2]
-    # Somebody may have put another layer in its place.
-    ours = type(layer).forward is nn.Conv1d.forward and layer.bias is None
-    ours = ours and layer.padding_mode == "zeros" and layer.padding == (taps // 2,)
-    ours = ours and layer.stride == layer.dilation == (1,) and layer.weight.shape[:2] == (1, 1)
-    if not ours or taps > _TAPS or is_exporting() or has_hooks(layer):
-        return False
-    return torch.compiler.is_compiling() or (z.device.type == "cpu" and z.numel() >= _FEW)
-
-
 def _adaptive_kernel(channels: int, gamma: float, b: float) -> int:
-    if not _finite(gamma) or gamma <= 0:
+    number("ECA", gamma=gamma, b=b)
+    if gamma <= 0:
         raise ValueError(f"ECA: gamma={gamma!r} is not a positive number.")
-    if not _finite(b):
-        raise ValueError(f"ECA: b={b!r} is not a finite number.")
     t = int(abs(math.log2(channels) + b) / gamma)
     return t if t % 2 else t + 1
-
-
-def _finite(value: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return math.isfinite(value)

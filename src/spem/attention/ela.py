@@ -1,13 +1,14 @@
 """ELA: efficient local attention."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.layers import group_norm
-from spem.attention.precision import conv
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import one_of, positive_int
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 Form = Literal["T", "B", "S", "L"]
@@ -63,12 +64,11 @@ class ELA(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        if form not in get_args(Form):
-            raise ValueError(f"ELA: form={form!r} is unknown. Use 'T', 'B', 'S' or 'L'.")
+        factory: Any = {"device": device, "dtype": dtype}
+        one_of("ELA", get_args(Form), form=form)
         kernel, together, usual = _FORMS[form]
         groups = usual if norm_groups is None else norm_groups
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"ELA: norm_groups={norm_groups!r} is not a positive integer.")
+        positive_int("ELA", norm_groups=groups)
         for name, divisor in (("norm_groups", groups), ("channels a group", together)):
             if channels % divisor:
                 raise ValueError(
@@ -83,16 +83,10 @@ class ELA(ChannelAttention):
             padding=kernel // 2,
             groups=channels // together,
             bias=False,
-            device=device,
-            dtype=dtype,
+            **factory,
         )
-        self.norm = nn.GroupNorm(groups, channels, device=device, dtype=dtype)
+        self.norm = nn.GroupNorm(groups, channels, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The norm 1/0."""
-        super().reset_parameters()
-        self.norm.reset_parameters()
 
     def gate(self, x: Tensor) -> Tensor:
         """a(p_h) a(p_w), [N, C, H, W]."""
@@ -101,7 +95,7 @@ class ELA(ChannelAttention):
         return self._along(along_h)[..., None] * self._along(along_w)[:, :, None, :]
 
     def _along(self, p: Tensor) -> Tensor:
-        return torch.sigmoid(group_norm(self.norm, conv(self.conv, p)))
+        return torch.sigmoid(call(self.norm, call(self.conv, p)))
 
     def extra_repr(self) -> str:
         """The form."""

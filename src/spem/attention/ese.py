@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.base import ChannelAttention
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import linear
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 
@@ -49,4 +49,5 @@ class ESE(ChannelAttention):
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """hardsigmoid(W z + b), [N, C]."""
-        return F.hardsigmoid(linear(self.fc, self.pool(stats)))
+        # Clamped, since torch's hardsigmoid has no second derivative.
+        return torch.clamp(call(self.fc, self.pool(stats)) + 3.0, 0.0, 6.0) / 6.0

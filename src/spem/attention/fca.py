@@ -1,14 +1,16 @@
 """FcaNet: frequency channel attention."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.precision import linear
-from spem.attention.se import hidden_units
-from spem.attention.sizes import Size, averaging, sides
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import Size, divides, hidden_units, is_int, map_size
+from spem.attention.precision import call
+from spem.attention.spa import averaging
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 GRID = 7
@@ -55,8 +57,6 @@ class FCA(ChannelAttention):
     where the official code makes every filter the average, is refused.
     """
 
-    pairs: Tensor
-
     def __init__(
         self,
         channels: int,
@@ -68,67 +68,49 @@ class FCA(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        self.size = sides("FCA", size)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.size = map_size("FCA", size)
         if min(self.size) < GRID:
             raise ValueError(
                 f"FCA: size={size!r} is smaller than the {GRID} x {GRID} grid of its frequencies; "
                 f"every filter would be the average. Use {GRID} or more."
             )
-        whole = isinstance(frequencies, int) and not isinstance(frequencies, bool)
-        if not whole or not 1 <= frequencies <= len(TOP):
+        if not is_int(frequencies) or not 1 <= frequencies <= len(TOP):
             raise ValueError(
                 f"FCA: frequencies={frequencies!r} is no integer from 1 to {len(TOP)}."
             )
-        if channels % frequencies:
-            raise ValueError(
-                f"FCA: frequencies={frequencies} does not divide channels={channels}. "
-                f"Use for example frequencies={math.gcd(frequencies, channels)}."
-            )
+        divides("FCA", channels, frequencies=frequencies)
         hidden = hidden_units("FCA", channels, reduction)
         self.frequencies = frequencies
-        # Integers, which half() does not round; they belong to the configuration, not to weights.
-        self.register_buffer(
-            "pairs",
-            torch.empty(2, frequencies, dtype=torch.int64, device=device),
-            persistent=False,
-        )
-        self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(channels, hidden, bias=False, **factory)
+        self.fc2 = nn.Linear(hidden, channels, bias=False, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The frequencies."""
-        super().reset_parameters()
-        scaled = [
-            [index * (side // GRID) for index in axis[: self.frequencies]]
-            for axis, side in zip(zip(*TOP, strict=True), self.size, strict=True)
-        ]
-        with torch.no_grad():
-            self.pairs.copy_(torch.tensor(scaled, device="cpu"))
 
     def gate(self, x: Tensor) -> Tensor:
         """s(W2 relu(W1 z)), [N, C, 1, 1]."""
         dtype = compute_dtype(x.dtype)
-        rows, columns = (
-            self._cosines(self.pairs[axis], self.size[axis], x.shape[2 + axis], dtype)
-            for axis in (0, 1)
-        )
+        rows, columns = (self._cosines(axis, x.shape[2 + axis], dtype, x.device) for axis in (0, 1))
         filters = rows[:, None, :, None] * columns[:, None, None, :]  # [F, 1, H, W]
         grouped = x.to(dtype).unflatten(1, (self.frequencies, -1))  # [N, F, C/F, H, W]
         z = (grouped * filters).sum((3, 4)).flatten(1)
-        excited = linear(self.fc2, torch.relu(linear(self.fc1, z)))
+        excited = call(self.fc2, torch.relu(call(self.fc1, z)))
         return torch.sigmoid(excited)[..., None, None]
 
-    def _cosines(self, u: Tensor, side: int, extent: int, dtype: torch.dtype) -> Tensor:
-        """B_u of one axis, [F, extent]; for another extent with the averaging to ``side`` in it."""
-        t = torch.arange(side, device=u.device)
+    def _cosines(self, axis: int, extent: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """B_u of one axis, [F, extent]; for another extent with the averaging to ``size`` in it."""
+        side = self.size[axis]
+        t, i = torch.arange(side, device=device), torch.arange(self.frequencies, device=device)
+        # One number holds all u as its digits: no buffer that a copy to another device could leave
+        # without values, and no transfer in every forward pass.
+        digits = sum(pair[axis] * 8**k for k, pair in enumerate(TOP))
+        u = (torch.div(digits, 8**i, rounding_mode="floor") % 8) * (side // GRID)
         # The phase in units of pi / (2 T), as an exact integer within one period.
         phase = (u[:, None] * (2 * t + 1)) % (4 * side)
         basis = torch.cos(phase.to(dtype) * (math.pi / (2 * side))) / math.sqrt(side)
         basis = torch.where(u[:, None] > 0, basis * math.sqrt(2.0), basis)
         if extent == side:
             return basis
-        return basis @ averaging(side, extent, device=u.device, dtype=dtype)
+        return basis @ averaging(side, extent, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         """Size and number of frequencies."""

@@ -1,17 +1,17 @@
 """GC: the global context block of GCNet."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.layers import layer_norm
-from spem.attention.precision import conv, linear, without_autocast
-from spem.attention.se import hidden_units
-from spem.attention.starts import kaiming_normal_fan_in
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import hidden_units, one_of
+from spem.attention.precision import call, without_autocast
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
+from spem.seeding import kaiming_normal_fan_in
 
 Fusion = Literal["add", "mul", "both"]
 
@@ -28,19 +28,19 @@ class Transform(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(channels, hidden, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(hidden, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(channels, hidden, **factory)
+        self.norm = nn.LayerNorm(hidden, **factory)
+        self.fc2 = nn.Linear(hidden, channels, **factory)
 
     def reset_parameters(self) -> None:
-        """The norm 1/0; W2 = b2 = 0."""
-        self.norm.reset_parameters()
+        """W2 = b2 = 0."""
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 
     def forward(self, context: Tensor) -> Tensor:
         """The transformed context, in its dtype."""
-        return linear(self.fc2, torch.relu(layer_norm(self.norm, linear(self.fc1, context))))
+        return call(self.fc2, torch.relu(call(self.norm, call(self.fc1, context))))
 
 
 @register_attention(
@@ -89,26 +89,21 @@ class GC(ChannelAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
-        if fusion not in get_args(Fusion):
-            raise ValueError(f"GC: fusion={fusion!r} is unknown. Use 'add', 'mul' or 'both'.")
-        hidden = hidden_units("GC", channels, reduction)
-        if hidden < 2:
-            raise ValueError(
-                f"GC: reduction={reduction} leaves one hidden unit for channels={channels}, whose "
-                f"layer norm is a constant. Use reduction <= {channels // 2}."
-            )
+        super().__init__(channels)
+        one_of("GC", get_args(Fusion), fusion=fusion)
+        hidden = hidden_units("GC", channels, reduction, least=2)  # a norm of one is a constant
+        factory: Any = {"device": device, "dtype": dtype}
         self.fusion: Fusion = fusion
         self.needs = replace(self.needs, adds=fusion != "mul")
-        self.mask = nn.Conv2d(channels, 1, 1, device=device, dtype=dtype)
+        self.mask = nn.Conv2d(channels, 1, 1, **factory)
         if fusion != "add":
-            self.mul = Transform(channels, hidden, device=device, dtype=dtype)
+            self.mul = Transform(channels, hidden, **factory)
         if fusion != "mul":
-            self.add = Transform(channels, hidden, device=device, dtype=dtype)
+            self.add = Transform(channels, hidden, **factory)
         self._draw_start()
 
     def reset_parameters(self) -> None:
-        """The mask's bias 0; the last layers 0, the norms 1/0."""
+        """The mask's bias 0; the last layers 0."""
         super().reset_parameters()
         assert self.mask.bias is not None
         nn.init.zeros_(self.mask.bias)
@@ -147,7 +142,7 @@ class GC(ChannelAttention):
     def _context(self, x: Tensor) -> Tensor:
         """sum_HW a x, [N, C]."""
         wide = x.to(compute_dtype(x.dtype))
-        weight = conv(self.mask, wide).flatten(2).softmax(2)  # [N, 1, H W]
+        weight = call(self.mask, wide).flatten(2).softmax(2)  # [N, 1, H W]
         return (wide.flatten(2) * weight).sum(2)
 
     def _scale(self, context: Tensor) -> Tensor:

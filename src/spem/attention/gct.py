@@ -1,13 +1,15 @@
 """GCT: gated channel transformation."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import one_of
 from spem.attention.precision import cast
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
@@ -62,15 +64,14 @@ class GCT(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        if mode not in get_args(Mode):
-            raise ValueError(f"GCT: mode={mode!r} is unknown. Use 'l2' or 'l1'.")
-        if placement not in get_args(Placement):
-            raise ValueError(f"GCT: placement={placement!r} is unknown. Use 'tail' or 'conv'.")
+        factory: Any = {"device": device, "dtype": dtype}
+        one_of("GCT", get_args(Mode), mode=mode)
+        one_of("GCT", get_args(Placement), placement=placement)
         self.mode = mode
         self.needs = replace(self.needs, place=placement)
-        self.alpha = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.gamma = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.alpha = nn.Parameter(torch.empty(channels, **factory))
+        self.gamma = nn.Parameter(torch.empty(channels, **factory))
+        self.beta = nn.Parameter(torch.empty(channels, **factory))
         self._draw_start()
 
     def reset_parameters(self) -> None:

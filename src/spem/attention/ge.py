@@ -1,20 +1,20 @@
 """GE: gather-excite."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.base import ChannelAttention
+from spem.attention.options import Size, hidden_units, is_int, map_size, one_of
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import batch_norm, conv, linear
-from spem.attention.se import hidden_units
-from spem.attention.sizes import Size, sides
-from spem.attention.starts import kaiming_normal_fan_in, normal_hundredth
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
+from spem.seeding import kaiming_normal_fan_in
 
 Form = Literal["theta_minus", "theta", "theta_plus"]
 GLOBAL = "global"
@@ -90,20 +90,18 @@ class GE(ChannelAttention):
             )
         pooled = form == "theta_minus" and extent == GLOBAL
         super().__init__(channels, pool=pool if pooled else None, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         self.form: Form = form
         self.extent = extent
         if form != "theta_minus":
-            self._build(reduction, sides("GE", size), bias=bias, device=device, dtype=dtype)
+            self._build(reduction, map_size("GE", size), bias=bias, factory=factory)
         self._draw_start()
 
     @staticmethod
     def _refuse(form: str, extent: int | str, pool: PoolSpec) -> None:
-        if form not in get_args(Form):
-            raise ValueError(
-                f"GE: form={form!r} is unknown. Use one of {', '.join(get_args(Form))}."
-            )
+        one_of("GE", get_args(Form), form=form)
         if extent != GLOBAL:
-            if isinstance(extent, bool) or not isinstance(extent, int) or extent < 2:
+            if not is_int(extent) or extent < 2:
                 raise ValueError(f"GE: extent={extent!r} is neither 'global' nor an integer >= 2.")
             if form != "theta_minus":
                 raise ValueError(f"GE: form={form!r} has global extent only, got extent={extent}.")
@@ -119,19 +117,18 @@ class GE(ChannelAttention):
         size: tuple[int, int],
         *,
         bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        factory: Any,
     ) -> None:
         """The layers of theta and theta_plus, and what these forms declare."""
         c, self.size = self.channels, size
-        self.gather = nn.Conv2d(c, c, size, groups=c, bias=bias, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(c, device=device, dtype=dtype)
+        self.gather = nn.Conv2d(c, c, size, groups=c, bias=bias, **factory)
+        self.norm = nn.BatchNorm2d(c, **factory)
         no_decay = (*_NORM, "gather.bias") if bias else _NORM
         self.random_init = {"gather.weight": kaiming_normal_fan_in}
         if self.form == "theta_plus":
             hidden = hidden_units("GE", c, reduction)
-            self.fc1 = nn.Linear(c, hidden, device=device, dtype=dtype)
-            self.fc2 = nn.Linear(hidden, c, device=device, dtype=dtype)
+            self.fc1 = nn.Linear(c, hidden, **factory)
+            self.fc2 = nn.Linear(hidden, c, **factory)
             no_decay += _BIASES
             self.random_init["fc1.weight"] = normal_hundredth
             self.random_init["fc2.weight"] = normal_hundredth
@@ -145,11 +142,8 @@ class GE(ChannelAttention):
         )
 
     def reset_parameters(self) -> None:
-        """The norm 1/0, biases 0."""
+        """Biases 0."""
         super().reset_parameters()
-        if self.form == "theta_minus":
-            return
-        self.norm.reset_parameters()
         if self.form == "theta_plus":
             nn.init.zeros_(self.fc1.bias)
             nn.init.zeros_(self.fc2.bias)
@@ -177,10 +171,10 @@ class GE(ChannelAttention):
                 f"GE: form={self.form!r} was built for maps of size={self.size}, "
                 f"got {list(x.shape)}."
             )
-        z = batch_norm(self.norm, conv(self.gather, wide))
+        z = call(self.norm, call(self.gather, wide))
         if self.form == "theta_plus":
-            hidden = torch.relu(linear(self.fc1, torch.relu(z.flatten(1))))
-            z = linear(self.fc2, hidden)[..., None, None]
+            hidden = torch.relu(call(self.fc1, torch.relu(z.flatten(1))))
+            z = call(self.fc2, hidden)[..., None, None]
         return torch.sigmoid(z)
 
     def _windows(self, x: Tensor, extent: int) -> Tensor:
@@ -190,3 +184,9 @@ class GE(ChannelAttention):
     def extra_repr(self) -> str:
         """Form and extent."""
         return f"form={self.form}, extent={self.extent}"
+
+
+def normal_hundredth(weight: Tensor, generator: torch.Generator | None) -> None:
+    """N(0, 0.01^2)."""
+    with torch.no_grad():
+        weight.normal_(0.0, 0.01, generator=generator)

@@ -1,10 +1,14 @@
 """GSoP: global second-order pooling, its channel mode."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.precision import batch_norm, conv
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import positive_int
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 WIDE = 256
@@ -53,34 +57,27 @@ class GSoP(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         step = (2 if channels <= WIDE else 1) if stride is None else stride
-        for name, value in (("dims", dims), ("stride", step)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"GSoP: {name}={value!r} is not a positive integer.")
-        self.reduce = nn.Conv2d(channels, dims, 1, stride=step, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(dims, device=device, dtype=dtype)
-        self.row_norm = nn.BatchNorm2d(dims, device=device, dtype=dtype)
-        self.rows = nn.Conv2d(dims, 4 * dims, (dims, 1), groups=dims, device=device, dtype=dtype)
-        self.excite = nn.Conv2d(4 * dims, channels, 1, device=device, dtype=dtype)
+        positive_int("GSoP", dims=dims, stride=step)
+        self.reduce = nn.Conv2d(channels, dims, 1, stride=step, **factory)
+        self.norm = nn.BatchNorm2d(dims, **factory)
+        self.row_norm = nn.BatchNorm2d(dims, **factory)
+        self.rows = nn.Conv2d(dims, 4 * dims, (dims, 1), groups=dims, **factory)
+        self.excite = nn.Conv2d(4 * dims, channels, 1, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The norms 1/0."""
-        super().reset_parameters()
-        self.norm.reset_parameters()
-        self.row_norm.reset_parameters()
 
     def gate(self, x: Tensor) -> Tensor:
         """s of the excited covariances, [N, C, 1, 1]."""
-        reduced = conv(self.reduce, torch.relu(x.to(compute_dtype(x.dtype))))
+        reduced = call(self.reduce, torch.relu(x.to(compute_dtype(x.dtype))))
         values = reduced.shape[0] * reduced.shape[2] * reduced.shape[3]
         if self.training and values == 1:
             raise ValueError(
                 f"GSoP: training needs two values a channel of the reduced map, got one from "
                 f"{list(x.shape)}. Use a larger batch, larger maps, or eval()."
             )
-        t = torch.relu(batch_norm(self.norm, reduced)).flatten(2)  # [N, D, M]
+        t = torch.relu(call(self.norm, reduced)).flatten(2)  # [N, D, M]
         centred = t - t.mean(2, keepdim=True)
         covariance = centred @ centred.transpose(1, 2) / t.shape[2]  # [N, D, D]
-        rows = conv(self.rows, batch_norm(self.row_norm, covariance[..., None]))  # [N, 4 D, 1, 1]
-        return torch.sigmoid(conv(self.excite, rows))
+        rows = call(self.rows, call(self.row_norm, covariance[..., None]))  # [N, 4 D, 1, 1]
+        return torch.sigmoid(call(self.excite, rows))

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import number
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import Running, cast, normalise
+from spem.attention.precision import batch_norm, cast
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
@@ -59,9 +61,9 @@ class IEBN(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        number("IEBN", momentum=momentum, eps=eps)
         for option, value in (("momentum", momentum), ("eps", eps)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0.0 < value <= 1.0:
+            if not 0.0 < value <= 1.0:
                 raise ValueError(f"IEBN: {option}={value!r} is no number above 0 and up to 1.")
         self.momentum, self.eps = float(momentum), float(eps)
         empty = torch.empty(channels, device=device, dtype=dtype)
@@ -104,16 +106,18 @@ class IEBN(ChannelAttention):
         """xhat * gamma s(w z + b) + beta."""
         self._check(x)
         gate = self.gate(x)
-        running = Running(self.running_mean, self.running_var, self.num_batches_tracked)
-        standard = normalise(
+        training = self.training and x.shape[0] > 0
+        standard = batch_norm(
             x.to(compute_dtype(x.dtype)),
-            running,
-            None,
-            None,
-            training=self.training,
+            self.running_mean,
+            self.running_var,
+            training=training,
             momentum=self.momentum,
             eps=self.eps,
         )
+        if training:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
         axes = (-1, *[1] * (x.dim() - 2))
         gamma, beta = (cast(p, gate).reshape(axes) for p in (self.weight, self.bias))
         return (standard * (gamma * gate) + beta).to(x.dtype)

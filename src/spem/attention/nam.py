@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.precision import batch_norm, cast
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.precision import call, cast
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 
@@ -46,13 +47,8 @@ class NAM(ChannelAttention):
         self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
         self._draw_start()
 
-    def reset_parameters(self) -> None:
-        """The norm 1/0."""
-        super().reset_parameters()
-        self.norm.reset_parameters()
-
     def gate(self, x: Tensor) -> Tensor:
         """s(w b), [N, C, H, W]."""
-        normed = batch_norm(self.norm, x.to(compute_dtype(x.dtype)))
+        normed = call(self.norm, x.to(compute_dtype(x.dtype)))
         size = cast(self.norm.weight, normed).detach().abs()
         return torch.sigmoid((size / size.sum())[:, None, None] * normed)

@@ -1,4 +1,4 @@
-"""Pooling strategies on plane statistics: average, maximum, minimum, and their mix by lambda.
+"""Pooling strategies on plane statistics: average, maximum, minimum, mixes, random regions.
 
 A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an `SRP`, and built by
 `make_pool` into a module that takes `PlaneStats` to a descriptor [N, C] in at least float32.
@@ -7,18 +7,19 @@ A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spem.attention.descriptor import Pool
-from spem.attention.precision import at_hand
-from spem.attention.srp import SRP, RegionPool
+from spem.attention.options import number, one_of, positive_int
 from spem.ops import PlaneStats
+from spem.ops.library import runs_eagerly
 from spem.ops.stats import compute_dtype
+from spem.seeding import keyed_generator
 
 Parametrization = Literal["squares", "anchored", "sigmoid"]
+Per = Literal["image", "channel", "batch"]
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,10 @@ class Mix:
     parametrization: Parametrization = "squares"
 
     def __post_init__(self) -> None:
-        allowed = get_args(Parametrization)
-        if self.parametrization not in allowed:
-            raise ValueError(
-                f"Mix: parametrization={self.parametrization!r} is unknown. "
-                f"Use one of {', '.join(allowed)}."
-            )
+        one_of("Mix", get_args(Parametrization), parametrization=self.parametrization)
         if self.lam is None:
             return
-        if isinstance(self.lam, bool) or not isinstance(self.lam, (int, float)):
-            raise ValueError(f"Mix: lam={self.lam!r} is not a number. Use one in [0, 1], or None.")
+        number("Mix", lam=self.lam)
         if not 0.0 <= self.lam <= 1.0:
             raise ValueError(
                 f"Mix: lam={self.lam} lies outside [0, 1]. Use a weight in [0, 1], or None."
@@ -84,7 +79,73 @@ class Mix:
         )
 
 
+@dataclass(frozen=True)
+class SRP:
+    """Stochastic region pooling: a description, not a module.
+
+    Formula:
+        In training the mean over ``regions`` boxes (their means averaged) whose sides are ``share``
+        of the map's, each at a place drawn uniformly; in evaluation the mean over the whole map.
+
+    Args:
+        share: Side of a box over the side of the map, in (0, 1]; rounded, at least one position.
+        regions: Boxes a descriptor.
+        per: What has boxes of its own: every ``"image"``, every ``"channel"`` of every image, or
+            the ``"batch"``.
+
+    Raises:
+        ValueError: An option outside these.
+
+    Paper: Stochastic Region Pooling: Make Attention More Expressive (2019),
+    https://arxiv.org/abs/1904.09853.
+
+    Differences: how the paper chooses regions is not known to us; all three options are ours.
+    """
+
+    share: float = 0.5
+    regions: int = 1
+    per: Per = "image"
+
+    def __post_init__(self) -> None:
+        number("SRP", share=self.share)
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"SRP: share={self.share} lies outside (0, 1].")
+        positive_int("SRP", regions=self.regions)
+        one_of("SRP", get_args(Per), per=self.per)
+        object.__setattr__(self, "share", float(self.share))
+
+    def __str__(self) -> str:
+        given = [("per", self.per), ("regions", self.regions), ("share", self.share)]
+        plain = SRP.__dataclass_fields__
+        changed = [f"{name}={value}" for name, value in given if value != plain[name].default]
+        return f"srp({', '.join(changed)})" if changed else "srp"
+
+
 PoolSpec = Literal["avg", "max", "min", "srp"] | Mix | SRP
+
+
+class MapStats(NamedTuple):
+    """`PlaneStats` with the map they are of, for a pool that must look at it."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    max: Tensor | None
+    min: Tensor | None
+    size: int
+    batch: int
+    map: Tensor
+
+
+class Pool(nn.Module):
+    """Takes plane statistics to a descriptor [N, C]; ``statistics`` names those it reads."""
+
+    statistics: tuple[str, ...] = ()
+    needs_map: bool = False
+    """Whether it must be given `MapStats` in training."""
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The descriptor, [N, C]."""
+        raise NotImplementedError
 
 
 class Single(Pool):
@@ -118,25 +179,14 @@ class MixPool(Pool):
         """The weight of the maximum, a 0-dim tensor in at least float32."""
         raise NotImplementedError
 
-    def constant(self) -> float | None:
-        """lambda as a number where it is at hand as one: less work than with a tensor."""
-        return None
-
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mixed descriptor, [N, C]."""
-        highest, lowest = _extrema(stats)
-        constant = self.constant()
-        if constant is not None:
-            return torch.add(constant * highest, lowest, alpha=1.0 - constant)
+        highest, lowest = stats.max, stats.min
+        assert highest is not None
+        assert lowest is not None
         lam = self.lam.to(highest.dtype)
         # Not lerp, which gives another result for infinities.
         return torch.addcmul(lam * highest, 1.0 - lam, lowest)
-
-
-def _extrema(stats: PlaneStats) -> tuple[Tensor, Tensor]:
-    assert stats.max is not None
-    assert stats.min is not None
-    return stats.max, stats.min
 
 
 class FixedMix(MixPool):
@@ -155,9 +205,11 @@ class FixedMix(MixPool):
         """The constant, on the CPU (a 0-dim tensor mixes with any device)."""
         return torch.tensor(self.value, dtype=torch.float64)
 
-    def constant(self) -> float:
-        """The constant."""
-        return self.value
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The mixed descriptor, [N, C]."""
+        assert stats.max is not None
+        assert stats.min is not None
+        return torch.add(self.value * stats.max, stats.min, alpha=1.0 - self.value)
 
     def extra_repr(self) -> str:
         """The constant."""
@@ -204,6 +256,8 @@ class SquaresMix(LearnedMix):
     def lam(self) -> Tensor:
         """lambda, exact for any |p| above the smallest normal float32, 0.5 below."""
         p = self.p.to(compute_dtype(self.p.dtype))
+        if not torch.is_grad_enabled() and p.device.type == "cpu" and runs_eagerly(p):
+            return torch.tensor(_share(*p.tolist(), narrow=p.dtype == torch.float32), dtype=p.dtype)
         scale = p.detach().abs().amax(0)  # with its axis, which ONNX asks for
         # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is
         # 1/2 with gradient 0. Written so that a NaN in p is not taken for zero.
@@ -211,25 +265,6 @@ class SquaresMix(LearnedMix):
         q = (p / torch.where(vanished, 1.0, scale)).square()
         total = torch.where(vanished, 1.0, q[0] + q[1])
         return torch.where(vanished, 0.5, q[0] / total)
-
-    def constant(self) -> float | None:
-        """`lam` to the bit, without a dozen operators for two numbers: on a CPU, no gradient."""
-        values = at_hand(self.p)
-        if values is None:
-            return None
-        narrow = values.dtype == torch.float32
-        a, b = values.tolist()
-        if math.isnan(a) or math.isnan(b):
-            return math.nan
-        scale = max(abs(a), abs(b))
-        if scale < torch.finfo(torch.float32).tiny:
-            return 0.5
-
-        def rounded(x: float) -> float:  # of one operation in double, as float32 has it
-            return ctypes.c_float(x).value if narrow else x
-
-        a, b = (rounded(rounded(x / scale) ** 2) for x in (a, b))
-        return rounded(a / rounded(a + b))
 
     @property
     def magnitude(self) -> Tensor:
@@ -245,6 +280,21 @@ class SquaresMix(LearnedMix):
     def extra_repr(self) -> str:
         """The parametrisation's name."""
         return "anchored" if self.anchored else "squares"
+
+
+def _share(a: float, b: float, *, narrow: bool) -> float:
+    """lambda of p = (a, b) to the bit, without a dozen operators for two numbers."""
+    if math.isnan(a) or math.isnan(b):
+        return math.nan
+    scale = max(abs(a), abs(b))
+    if scale < torch.finfo(torch.float32).tiny:
+        return 0.5
+
+    def rounded(x: float) -> float:  # of one operation in double, as float32 has it
+        return ctypes.c_float(x).value if narrow else x
+
+    a, b = (rounded(rounded(x / scale) ** 2) for x in (a, b))
+    return rounded(a / rounded(a + b))
 
 
 class SigmoidMix(LearnedMix):
@@ -266,11 +316,6 @@ class SigmoidMix(LearnedMix):
         """sigmoid(logit)."""
         return torch.sigmoid(self._wide())
 
-    def constant(self) -> float | None:
-        """`lam` without a gradient."""
-        values = at_hand(self.logit)
-        return None if values is None else float(torch.sigmoid(values))
-
     @property
     def magnitude(self) -> Tensor:
         """|logit|."""
@@ -282,6 +327,87 @@ class SigmoidMix(LearnedMix):
 
     def _wide(self) -> Tensor:
         return self.logit.to(compute_dtype(self.logit.dtype))
+
+
+class RegionPool(Pool):
+    """The pool that `SRP` describes.
+
+    Its draws are a hash of (its key, the number of batches seen, image, channel, box, axis), in
+    integers on the device of the map: nothing depends on a global generator, a resumed training
+    draws what the uninterrupted one would have drawn, and a compiled or captured step draws anew.
+    Both numbers are saved with the weights.
+    """
+
+    statistics = ("mean",)
+    needs_map = True
+    draws: Tensor
+
+    def __init__(self, spec: SRP, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("draws", torch.zeros(2, dtype=torch.int64, device=device))
+
+    def reseed(self, seed: int, name: str) -> None:
+        """Starts the sequence of a seed and a place in the network anew."""
+        key = torch.randint(2**31, (), generator=keyed_generator(seed, name), device="cpu")
+        with torch.no_grad():
+            self.draws.copy_(torch.stack([key, torch.zeros_like(key)]))
+
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The mean over random boxes in training, over the map in evaluation, [N, C]."""
+        if not self.training:
+            assert stats.mean is not None
+            return stats.mean
+        if not isinstance(stats, MapStats):
+            raise TypeError("SRP: needs the map in training; call the module, not gate_from.")
+        x = stats.map
+        starts = self._starts(x)
+        with torch.no_grad():
+            self.draws[1].add_(1)
+        wide = x.to(compute_dtype(x.dtype))
+        return torch.stack([self._mean(wide, box) for box in starts]).mean(0)
+
+    def _mean(self, x: Tensor, starts: list[Tensor]) -> Tensor:
+        """The mean over one box of every plane; starts: of each axis, [N or 1, C or 1]."""
+        for axis in reversed(range(2, x.dim())):
+            side, start = self._side(x.shape[axis]), starts[axis - 2][..., None]
+            position = torch.arange(x.shape[axis], device=x.device)
+            inside = (position >= start) & (position < start + side)  # [N, C, extent]
+            weight = inside.to(x.dtype) / side
+            x = (x * weight[(..., *[None] * (axis - 2), slice(None))]).sum(axis)
+        return x
+
+    def _side(self, extent: int) -> int:
+        return max(1, math.floor(self.spec.share * extent + 0.5))
+
+    def _starts(self, x: Tensor) -> list[list[Tensor]]:
+        """Box by box and axis by axis, where it starts."""
+        images = x.shape[0] if self.spec.per != "batch" else 1
+        channels = x.shape[1] if self.spec.per == "channel" else 1
+        image = torch.arange(images, device=x.device)[:, None]
+        channel = torch.arange(channels, device=x.device)
+        key = _hash(_hash(self.draws[0]) ^ self.draws[1])
+        cell = _hash(_hash(key ^ image) ^ channel)  # [images, channels]
+        found: list[list[Tensor]] = []
+        for box in range(self.spec.regions):
+            own = _hash(cell ^ box)
+            axes = range(x.dim() - 2)
+            places = [x.shape[2 + axis] - self._side(x.shape[2 + axis]) + 1 for axis in axes]
+            found.append([(_hash(own ^ (axis + 1)) * places[axis]) >> 32 for axis in axes])
+        return found
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return f"share={self.spec.share}, regions={self.spec.regions}, per={self.spec.per}"
+
+
+def _hash(value: Tensor) -> Tensor:
+    """Integers in [0, 2^32) to such integers that look random; no product leaves int64."""
+    mask, factor = 0xFFFFFFFF, 0x45D9F3B
+    value = (value + 0x9E3779B9) & mask
+    value = ((value ^ (value >> 16)) * factor) & mask
+    value = ((value ^ (value >> 16)) * factor) & mask
+    return value ^ (value >> 16)
 
 
 def make_pool(
@@ -309,3 +435,29 @@ def make_pool(
     raise ValueError(
         f"pool={pool!r} is unknown. Use 'avg', 'max', 'min', Mix(), Mix(0.3) or 'srp'."
     )
+
+
+def learned_mixes(model: nn.Module) -> list[tuple[str, LearnedMix]]:
+    """Every learned mix of a model with its name, shared ones once."""
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LearnedMix)
+    ]
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """The sum of the penalties of a model's learned mixes, without the paper's coefficient 0.1.
+
+    Formula:
+        sum over blocks of p0^2 + p1^2 (`Mix`: squares; the others name theirs). A sum, so it grows
+        with depth; 0.5 a block at the start.
+
+    Returns:
+        A 0-dim tensor in at least float32; zero for a model without learned mixes.
+
+    Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eq. (8).
+    """
+    parts = [mix.penalty() for _, mix in learned_mixes(model)]
+    if parts:
+        return torch.stack(parts).sum()
+    first = next(model.parameters(), None)
+    return torch.zeros((), device=None if first is None else first.device)

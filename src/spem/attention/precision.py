@@ -1,4 +1,4 @@
-"""Gate arithmetic in at least float32: layers applied in the precision of the statistics.
+"""Gate arithmetic in at least float32, and layers called in the precision of what they get.
 
 Under autocast the map is half and the parameters are float32; in a pure half model both are half.
 In both the gate is computed in float32 and only the final factor is cast down.
@@ -6,19 +6,22 @@ In both the gate is computed in float32 and only the final factor is cast down.
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from spem.ops.library import runs_eagerly
-from spem.ops.stats import compute_dtype
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 _P = ParamSpec("_P")
 _M = TypeVar("_M", bound=nn.Module)
 _X = TypeVar("_X")
 _R = TypeVar("_R")
+
+_OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+_MATRIX = (F.linear, F.conv1d, F.conv2d)
+_NORM = (F.layer_norm, F.group_norm)
 
 
 def without_autocast(
@@ -53,88 +56,62 @@ def cast(parameter: Tensor, like: Tensor) -> Tensor:
     return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
 
 
-def at_hand(parameter: Tensor) -> Tensor | None:
-    """The few values of a parameter as a tensor to read numbers from: on a CPU, no gradient.
+def call(layer: nn.Module, z: Tensor) -> Tensor:
+    """``layer(z)`` in the dtype of z, [N, ...].
 
-    Operators with numbers are less work than those with tensors of one value. None where a gradient
-    is recorded, where values come late (CUDA), or where somebody traces and would take them for
-    constants.
+    The layer is called, whatever it has become: hooks, LoRA, pruning, parametrisations and
+    quantisation have their effect. Parameters of torch's own layers are cast where they meet z;
+    a layer of another kind computes in its own dtype. An empty batch moves no running statistic.
     """
-    if torch.is_grad_enabled() or parameter.device.type != "cpu" or not runs_eagerly(parameter):
-        return None
-    return parameter.to(compute_dtype(parameter.dtype))
-
-
-def _bias(layer: nn.Module, z: Tensor) -> Tensor | None:
-    bias = getattr(layer, "bias", None)
-    return cast(bias, z) if isinstance(bias, Tensor) else None
-
-
-def linear(layer: nn.Linear, z: Tensor) -> Tensor:
-    """``layer(z)`` in the dtype of z, [N, in] -> [N, out]."""
-    if layer.weight.dtype == z.dtype:
+    if z.shape[0] == 0 and isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+        mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
+        return batch_norm(z, mean, var, weight, bias, training=False, momentum=0.0, eps=layer.eps)
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), z.dtype)
+    if dtype == z.dtype:
         return layer(z)
-    return F.linear(z, cast(layer.weight, z), _bias(layer, z))
-
-
-def conv(layer: nn.Conv1d | nn.Conv2d, z: Tensor) -> Tensor:
-    """``layer(z)`` in the dtype of z, zero padding."""
-    if layer.weight.dtype == z.dtype:
+    if type(layer) not in _OWN and not is_parametrized(layer):
+        return layer(z.to(dtype)).to(z.dtype)
+    with _InDtypeOfInput():
         return layer(z)
-    apply = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
-    return apply(
-        z,
-        cast(layer.weight, z),
-        _bias(layer, z),
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-    )
 
 
-def batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, z: Tensor) -> Tensor:
-    """``norm(z)`` in the dtype of z; an empty batch leaves the running statistics alone."""
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert var is not None
-    assert norm.momentum is not None  # no module here averages cumulatively
-    if z.shape[0] > 0 and norm.weight.dtype == z.dtype:
-        return norm(z)
-    scale, shift = cast(norm.weight, z), cast(norm.bias, z)
-    running = Running(mean, var, norm.num_batches_tracked)
-    return normalise(
-        z, running, scale, shift, training=norm.training, momentum=norm.momentum, eps=norm.eps
-    )
+class _InDtypeOfInput(TorchFunctionMode):
+    """Casts what a layer's function is given to the dtype of the map; of this thread alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return batch_norm(*args, **kwargs)
+        if func in _MATRIX:
+            args = (args[0], *(_cast(value, args[0]) for value in args[1:]))
+        elif func in _NORM:
+            kwargs = {name: _cast(value, args[0]) for name, value in kwargs.items()}
+            args = (args[0], *(_cast(value, args[0]) for value in args[1:]))
+        return func(*args, **kwargs)
 
 
-class Running(NamedTuple):
-    """Running statistics of a batch norm, and the number of batches in them."""
-
-    mean: Tensor
-    var: Tensor
-    batches: Tensor | None
+def _cast(value: Any, like: Tensor) -> Any:
+    return cast(value, like) if isinstance(value, Tensor) else value
 
 
-def normalise(
+def batch_norm(
     z: Tensor,
-    running: Running,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Batch norm in the dtype of z over any rank; running statistics keep theirs."""
-    training = training and z.shape[0] > 0
-    mean, var = cast(running.mean, z), cast(running.var, z)
+    """`torch.nn.functional.batch_norm` in the dtype of z; running statistics keep theirs."""
+    mean, var, weight, bias = (_cast(t, z) for t in (running_mean, running_var, weight, bias))
     out = F.batch_norm(z, mean, var, weight, bias, training, momentum, eps)
-    if training:
+    if training and running_mean is not None and running_var is not None:
         with torch.no_grad():
-            if mean is not running.mean:
-                running.mean.copy_(mean)
-                running.var.copy_(var)
-            if running.batches is not None:
-                running.batches.add_(1)
+            for kept, moved in ((running_mean, mean), (running_var, var)):
+                if moved is not kept:
+                    kept.copy_(moved)
     return out

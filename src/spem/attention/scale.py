@@ -1,11 +1,11 @@
 """The control: a learned factor per channel that sees no input."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.base import ChannelAttention
+from spem.attention.options import number
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
@@ -43,12 +43,7 @@ class Scale(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        if (
-            isinstance(start, bool)
-            or not isinstance(start, (int, float))
-            or not math.isfinite(start)
-        ):
-            raise ValueError(f"Scale: start={start!r} is not a finite number.")
+        number("Scale", start=start)
         self.start = float(start)
         self.factor = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self._draw_start()

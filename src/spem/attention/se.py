@@ -1,11 +1,15 @@
 """SE: squeeze-and-excitation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.base import ChannelAttention
+from spem.attention.options import flag, hidden_units
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import linear
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 
@@ -50,30 +54,14 @@ class SE(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         hidden = hidden_units("SE", channels, reduction)
-        if not isinstance(bias, bool):
-            raise ValueError(f"SE: bias={bias!r} is not True or False.")
-        self.fc1 = nn.Linear(channels, hidden, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, bias=bias, device=device, dtype=dtype)
+        flag("SE", bias=bias)
+        self.fc1 = nn.Linear(channels, hidden, bias=bias, **factory)
+        self.fc2 = nn.Linear(hidden, channels, bias=bias, **factory)
         self._draw_start()
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(W2 relu(W1 z + b1) + b2), [N, C]."""
         z = self.pool(stats)
-        return torch.sigmoid(linear(self.fc2, torch.relu(linear(self.fc1, z))))
-
-
-def hidden_units(label: str, channels: int, reduction: int) -> int:
-    """The width C // r of a bottleneck.
-
-    Raises:
-        ValueError: The reduction is no positive integer or leaves no hidden unit.
-    """
-    if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
-        raise ValueError(f"{label}: reduction={reduction!r} is not a positive integer.")
-    if channels // reduction == 0:
-        raise ValueError(
-            f"{label}: reduction={reduction} leaves no hidden unit for channels={channels} "
-            f"({channels} // {reduction} = 0). Use reduction <= {channels}."
-        )
-    return channels // reduction
+        return torch.sigmoid(call(self.fc2, torch.relu(call(self.fc1, z))))

@@ -1,11 +1,15 @@
 """SGE: spatial group-wise enhance."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import divides
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import cast
+from spem.attention.spec import register_attention
 
 
 @register_attention(
@@ -51,17 +55,11 @@ class SGE(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"SGE: groups={groups!r} is not a positive integer.")
-        if channels % groups:
-            raise ValueError(
-                f"SGE: groups={groups} does not divide channels={channels}. "
-                f"Use a divisor of {channels}, for example "
-                f"groups={_largest_divisor(channels, groups)}."
-            )
+        factory: Any = {"device": device, "dtype": dtype}
+        divides("SGE", channels, groups=groups)
         self.groups = groups
-        self.w = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(groups, device=device, dtype=dtype))
+        self.w = nn.Parameter(torch.empty(groups, **factory))
+        self.b = nn.Parameter(torch.empty(groups, **factory))
         self._draw_start()
 
     def reset_parameters(self) -> None:
@@ -88,7 +86,3 @@ class SGE(ChannelAttention):
         std = q.std(2, keepdim=True) if q.numel() else q.sum(2, keepdim=True)
         v = torch.sigmoid(w * centred / (std + 1e-5) + b)
         return v.unflatten(2, x.shape[2:]).repeat_interleave(self.channels // self.groups, dim=1)
-
-
-def _largest_divisor(channels: int, at_most: int) -> int:
-    return next(k for k in range(min(channels, at_most), 0, -1) if channels % k == 0)

@@ -1,11 +1,11 @@
 """simAM: a parameter-free energy for every position."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import number
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 
@@ -49,8 +49,8 @@ class SimAM(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        number = isinstance(lam, (int, float)) and not isinstance(lam, bool)
-        if not number or not math.isfinite(lam) or lam <= 0:
+        number("SimAM", lam=lam)
+        if lam <= 0:
             raise ValueError(f"SimAM: lam={lam!r} is not a positive number. Use for example 1e-4.")
         self.lam = float(lam)
 

@@ -1,11 +1,15 @@
 """SK: selective kernels, in place of a 3x3 convolution."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import divides, positive_int
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import batch_norm, linear, without_autocast
+from spem.attention.precision import call, without_autocast
+from spem.attention.spec import register_attention
 from spem.seeding import kaiming_normal_fan_out
 
 
@@ -65,21 +69,11 @@ class SK(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         step = 1 if stride is None else stride
         groups = min(32, channels) if groups is None else groups
-        for option, value in (
-            ("stride", step),
-            ("groups", groups),
-            ("reduction", reduction),
-            ("least", least),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"SK: {option}={value!r} is not a positive integer.")
-        if channels % groups:
-            raise ValueError(
-                f"SK: groups={groups} does not divide channels={channels}. "
-                f"Use a divisor of {channels}."
-            )
+        positive_int("SK", stride=step, reduction=reduction, least=least)
+        divides("SK", channels, groups=groups)
 
         def branch(dilation: int) -> nn.Conv2d:
             return nn.Conv2d(
@@ -91,26 +85,19 @@ class SK(ChannelAttention):
                 dilation=dilation,
                 groups=groups,
                 bias=False,
-                device=device,
-                dtype=dtype,
+                **factory,
             )
 
         width = max(channels // reduction, least)
         self.near = branch(1)
-        self.near_norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self.near_norm = nn.BatchNorm2d(channels, **factory)
         self.far = branch(2)
-        self.far_norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
-        self.fc = nn.Linear(channels, width, bias=False, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm1d(width, device=device, dtype=dtype)
-        self.fc_near = nn.Linear(width, channels, bias=False, device=device, dtype=dtype)
-        self.fc_far = nn.Linear(width, channels, bias=False, device=device, dtype=dtype)
+        self.far_norm = nn.BatchNorm2d(channels, **factory)
+        self.fc = nn.Linear(channels, width, bias=False, **factory)
+        self.norm = nn.BatchNorm1d(width, **factory)
+        self.fc_near = nn.Linear(width, channels, bias=False, **factory)
+        self.fc_far = nn.Linear(width, channels, bias=False, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The norms 1/0."""
-        super().reset_parameters()
-        for norm in (self.near_norm, self.far_norm, self.norm):
-            norm.reset_parameters()
 
     def gate(self, x: Tensor) -> Tensor:
         """a_1, the share of the first branch, [N, C, 1, 1]."""
@@ -134,6 +121,6 @@ class SK(ChannelAttention):
     @without_autocast
     def _share(self, both: Tensor) -> Tensor:
         z = self.pool(self.stats_of(both))
-        z = torch.relu(batch_norm(self.norm, linear(self.fc, z)))
-        scores = torch.stack([linear(self.fc_near, z), linear(self.fc_far, z)])
+        z = torch.relu(call(self.norm, call(self.fc, z)))
+        scores = torch.stack([call(self.fc_near, z), call(self.fc_far, z)])
         return torch.softmax(scores, dim=0)[0, ..., None, None]

@@ -1,12 +1,14 @@
 """SPA: spatial pyramid attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, register_attention
-from spem.attention.precision import linear
-from spem.attention.se import hidden_units
-from spem.attention.sizes import averaging
+from spem.attention.base import ChannelAttention
+from spem.attention.options import hidden_units
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 GRIDS = (1, 2, 4)
@@ -52,10 +54,11 @@ class SPA(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
         hidden = hidden_units("SPA", channels, reduction)
         inputs = channels * sum(side * side for side in GRIDS)
-        self.fc1 = nn.Linear(inputs, hidden, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
+        self.fc1 = nn.Linear(inputs, hidden, bias=False, **factory)
+        self.fc2 = nn.Linear(hidden, channels, bias=False, **factory)
         self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ class SPA(ChannelAttention):
         # All regions of a channel side by side, grid after grid: the order of the official layer.
         counts = [side * side for side in GRIDS]
         z = torch.cat([part.flatten(1) for part in means.split(counts, dim=2)], dim=1)
-        excited = linear(self.fc2, torch.relu(linear(self.fc1, z)))
+        excited = call(self.fc2, torch.relu(call(self.fc1, z)))
         return torch.sigmoid(excited)[..., None, None]
 
     @staticmethod
@@ -74,3 +77,17 @@ class SPA(ChannelAttention):
         rows = averaging(side, x.shape[2], device=x.device, dtype=dtype)
         columns = averaging(side, x.shape[3], device=x.device, dtype=dtype)
         return (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def averaging(regions: int, extent: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix [regions, extent] of the adaptive average pooling of one axis.
+
+    Region i covers the positions floor(i E / R) to ceil((i + 1) E / R) - 1. As a matrix its
+    gradient is deterministic on every device, where torch's adaptive pooling has none such.
+    """
+    i = torch.arange(regions, device=device)[:, None]
+    j = torch.arange(extent, device=device)
+    # j >= floor(i E / R) and j < ceil((i + 1) E / R), in integers
+    inside = ((j + 1) * regions > i * extent) & (j * regions < (i + 1) * extent)
+    weight = inside.to(dtype)
+    return weight / weight.sum(1, keepdim=True)

@@ -1,18 +1,82 @@
-"""The text form of an attention module, for command line, configs, tables and folder names."""
+"""The registry of modules, and their text form for command line, configs, tables and folders."""
 
 import ast
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
 from keyword import iskeyword
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import torch
 
-from spem.attention.base import ChannelAttention, attention_class
-from spem.attention.needs import PLACES, Place
-from spem.attention.pooling import Mix
-from spem.attention.srp import SRP
+from spem.attention.base import ChannelAttention, Needs, Place
+from spem.attention.options import one_of
+from spem.attention.pooling import SRP, Mix
+
+_A = TypeVar("_A", bound=type[ChannelAttention])
+_REGISTRY: dict[str, type[ChannelAttention]] = {}
+
+
+def register_attention(
+    name: str,
+    *,
+    paper: str,
+    needs: Needs = Needs(),  # noqa: B008  # frozen
+) -> Callable[[_A], _A]:
+    """Registers a module class under a name for specs, the command line and generated tables.
+
+    Args:
+        name: Registry key, an identifier in lower case.
+        paper: Title, year and link of the definition.
+        needs: What its definition demands.
+
+    Raises:
+        ValueError: The name is taken, reserved, or no lower-case identifier.
+    """
+    if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
+        raise ValueError(f"register_attention: {name!r} is no free lower-case identifier.")
+
+    def decorate(cls: _A) -> _A:
+        if name in _REGISTRY:
+            raise ValueError(
+                f"register_attention: {name!r} is already registered, "
+                f"by {_REGISTRY[name].__qualname__}."
+            )
+        cls.name, cls.paper, cls.needs = name, paper, needs
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def attention_class(name: str) -> type[ChannelAttention]:
+    """The registered class of a name.
+
+    Raises:
+        ValueError: No such name; the message lists the nearest ones.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = get_close_matches(name.lower(), [*_REGISTRY, "none"], n=3, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(list_attention())}."
+    )
+    raise ValueError(f"unknown attention {name!r}. {hint}")
+
+
+def list_attention(pattern: str = "*") -> list[str]:
+    """Registered names that match a wildcard pattern, sorted.
+
+    >>> list_attention("s[eg]*")
+    ['se', 'sge']
+    """
+    return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
+
 
 Value = bool | int | float | str | Mix | SRP | tuple["Value", ...] | None
 
@@ -112,16 +176,13 @@ class AttentionSpec:
 
     @property
     def place(self) -> Place:
-        """Where in a network the module stands, a key of `PLACES`.
+        """Where in a network the module stands, a key of `placement.PLACES`.
 
         Raises:
             ValueError: The option ``placement`` is no such key.
         """
         place: Any = dict(self.options).get("placement", attention_class(self.name).needs.place)
-        if place not in PLACES:
-            raise ValueError(
-                f"{self.name}: placement={place!r} is unknown. Use one of {', '.join(PLACES)}."
-            )
+        one_of(self.name, get_args(Place), placement=place)
         return place
 
     @property
@@ -154,7 +215,13 @@ def create_attention(
     Raises:
         ValueError: The spec is unreadable or unknown, or is ``"none"``, which is a network without
             attention.
+        TypeError: The spec is neither.
     """
+    if not isinstance(spec, (str, AttentionSpec)):
+        raise TypeError(
+            f"create_attention: the spec is a text like 'se(reduction=8)', got {spec!r}. "
+            f"Write create_attention('se', 64)."
+        )
     parsed = as_spec(spec)
     if parsed is None:
         raise ValueError(
@@ -164,8 +231,21 @@ def create_attention(
 
 
 def as_spec(attention: str | AttentionSpec | None) -> AttentionSpec | None:
-    """A spec from any of the forms the library takes; None and ``"none"`` are the plain network."""
-    return AttentionSpec.parse(attention) if isinstance(attention, str) else attention
+    """A spec from any of the forms the library takes; None and ``"none"`` are the plain network.
+
+    Raises:
+        TypeError: It is of another kind, such as a class or a module.
+    """
+    if attention is None or isinstance(attention, AttentionSpec):
+        return attention
+    if isinstance(attention, str):
+        return AttentionSpec.parse(attention)
+    kind = attention if isinstance(attention, type) else type(attention)
+    name = getattr(kind, "name", None) or "se"
+    raise TypeError(
+        f"attention is a text like 'se(reduction=8)' or an AttentionSpec, got {kind.__name__}. "
+        f"Write {name if isinstance(name, str) else 'se'!r}."
+    )
 
 
 def spec_text(attention: str | AttentionSpec | None) -> str:
@@ -247,3 +327,32 @@ def _text(value: Value) -> str:
         # A keyword of Python, like the "global" of ge, is no bare word of the text.
         return value if value.isidentifier() and not iskeyword(value) else repr(value)
     return str(value) if isinstance(value, (Mix, SRP)) else repr(value)
+
+
+def bibtex(name: str) -> str:
+    """The BibTeX entry of a registered module's paper, under the module's name as its key.
+
+    A module without an entry in `references.bib` gets one made of its `paper`, without authors.
+
+    Raises:
+        ValueError: No module of this name.
+
+    >>> print(bibtex("se").splitlines()[0])
+    @misc{se,
+    """
+    paper = attention_class(name).paper
+    entry = _entries().get(name)
+    if entry is not None:
+        return entry
+    match = re.fullmatch(r"(?P<title>.+?) \((?P<year>\d{4})\), (?P<url>https?://\S+)", paper)
+    if match is None:
+        return f"% {name}: {paper}"
+    title, year, url = match["title"], match["year"], match["url"]
+    return f"@misc{{{name},\n  title = {{{title}}},\n  year = {{{year}}}, url = {{{url}}}\n}}"
+
+
+@cache
+def _entries() -> dict[str, str]:
+    text = files("spem.attention").joinpath("references.bib").read_text(encoding="utf-8")
+    entries = [entry.strip() for entry in re.split(r"\n(?=@)", text)]
+    return {entry[entry.index("{") + 1 : entry.index(",")]: entry for entry in entries}

@@ -6,9 +6,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.base import ChannelAttention
+from spem.attention.options import one_of
 from spem.attention.pooling import Mix, PoolSpec
 from spem.attention.precision import cast
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 Form = Literal["text", "figure", "code"]
@@ -84,8 +86,8 @@ class SPEM(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        _check_choice("form", form, get_args(Form))
-        _check_choice("reweight", reweight, get_args(Reweight))
+        one_of("SPEM", get_args(Form), form=form)
+        one_of("SPEM", get_args(Reweight), reweight=reweight)
         if form == "code" and reweight != "shared_sum":
             raise ValueError(
                 f"SPEM: form='code' has reweight='shared_sum' only (the official program has no "
@@ -171,11 +173,6 @@ def _combine(reweight: Reweight, a: Tensor, b: Tensor) -> Tensor:
             return torch.sigmoid(b)
         case "none":
             return torch.ones_like(a)
-
-
-def _check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"SPEM: {option}={value!r} is unknown. Use one of {', '.join(allowed)}.")
 
 
 def _sigmoid(value: float) -> float:

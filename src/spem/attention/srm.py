@@ -1,11 +1,14 @@
 """SRM: style-based recalibration."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.base import ChannelAttention, Needs
 from spem.attention.pooling import PoolSpec
-from spem.attention.precision import batch_norm, cast
+from spem.attention.precision import call, cast
+from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 
@@ -52,17 +55,17 @@ class SRM(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        self.a = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.d = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self.norm = nn.BatchNorm1d(channels, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.a = nn.Parameter(torch.empty(channels, **factory))
+        self.d = nn.Parameter(torch.empty(channels, **factory))
+        self.norm = nn.BatchNorm1d(channels, **factory)
         self._draw_start()
 
     def reset_parameters(self) -> None:
-        """a = d = 0; the norm 1/0."""
+        """a = d = 0."""
         super().reset_parameters()
         nn.init.zeros_(self.a)
         nn.init.zeros_(self.d)
-        self.norm.reset_parameters()
 
     @property
     def start_gate(self) -> float:
@@ -74,4 +77,4 @@ class SRM(ChannelAttention):
         assert stats.var is not None
         std = torch.sqrt(stats.var * (stats.size / (stats.size - 1)) + 1e-5)
         style = cast(self.a, std) * self.pool(stats) + cast(self.d, std) * std
-        return torch.sigmoid(batch_norm(self.norm, style))
+        return torch.sigmoid(call(self.norm, style))

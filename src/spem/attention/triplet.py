@@ -1,10 +1,14 @@
 """Triplet attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.precision import batch_norm, conv
+from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import odd_int
+from spem.attention.precision import call
+from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 
@@ -19,16 +23,15 @@ class Plane(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
-            2, 1, kernel, padding=kernel // 2, bias=False, device=device, dtype=dtype
-        )
-        self.norm = nn.BatchNorm2d(1, momentum=0.01, device=device, dtype=dtype)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False, **factory)
+        self.norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, P, A, B] -> [N, 1, A, B], P the pooled axis."""
         # Index-based: the gradient goes to the first maximal entry.
         described = torch.stack([x.max(1).values, x.mean(1)], dim=1)
-        return torch.sigmoid(batch_norm(self.norm, conv(self.conv, described)))
+        return torch.sigmoid(call(self.norm, call(self.conv, described)))
 
 
 @register_attention(
@@ -69,21 +72,13 @@ class Triplet(ChannelAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
-        if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
-            raise ValueError(
-                f"Triplet: kernel={kernel!r} is not an odd positive integer. Use 3, 5 or 7."
-            )
-        self.cw = Plane(kernel, device=device, dtype=dtype)
-        self.hc = Plane(kernel, device=device, dtype=dtype)
-        self.hw = Plane(kernel, device=device, dtype=dtype)
+        super().__init__(channels)
+        odd_int("Triplet", kernel=kernel)
+        factory: Any = {"device": device, "dtype": dtype}
+        self.cw = Plane(kernel, **factory)
+        self.hc = Plane(kernel, **factory)
+        self.hw = Plane(kernel, **factory)
         self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The norms 1/0."""
-        super().reset_parameters()
-        for plane in (self.cw, self.hc, self.hw):
-            plane.norm.reset_parameters()
 
     def gate(self, x: Tensor) -> Tensor:
         """The mean of the three gates, [N, C, H, W]."""

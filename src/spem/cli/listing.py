@@ -34,7 +34,7 @@ def options() -> Options:
 def run(*, pattern: str, markdown: bool, bibtex: bool, json: bool) -> None:
     """Print what is registered."""
     if bibtex:
-        from spem.attention.citing import bibtex as cite
+        from spem.attention.spec import bibtex as cite
 
         print("\n\n".join(cite(name) for name in _names(pattern)))
     elif markdown:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention, make_pool
-from spem.attention.descriptor import Pool
-from spem.attention.pooling import PoolSpec
-from spem.attention.precision import batch_norm, conv
+from spem.attention.pooling import Pool, PoolSpec
+from spem.attention.precision import call
 from spem.insert.wrap import Around
 from spem.ops import PlaneStats
 from spem.ops.library import has_hooks
@@ -224,10 +223,5 @@ class CarriedSE(Around, ChannelAttention):
         z = self.pool(stats)[:, :, None, None]
         for name in self._parts:
             part = self.host.get_submodule(name)
-            if isinstance(part, nn.Conv2d):
-                z = conv(part, z)
-            elif isinstance(part, nn.BatchNorm2d):
-                z = batch_norm(part, z)
-            else:
-                z = part(z)
+            z = call(part, z)
         return z.flatten(1)

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from spem.attention import AttentionSpec, list_attention, spec_text
-from spem.attention.base import attention_class
+from spem.attention.spec import attention_class
 from spem.attention.spem import Reweight
 from spem.reproduce.paper import Printed, find_printed
 from spem.reproduce.scales import SCALES, Scale

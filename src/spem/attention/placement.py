@@ -1,10 +1,38 @@
-"""Where the modules of a spec stand in a network: what a host asks for, slot by slot."""
+"""Places of a network other than the block's tail, and the modules that its blocks share.
+
+Most modules stand at the tail of every block and know nothing of this.
+"""
+
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention
-from spem.attention.needs import Place
+from spem.attention.base import ChannelAttention, Place
+from spem.attention.dia import DIA, Walk
 from spem.attention.spec import AttentionSpec
+
+PLACES: dict[Place, str] = {
+    "tail": "after the last norm of every block",
+    "conv": "before every convolution",
+    "norm": "in place of every norm but the shortcuts'",
+    "middle": "in place of the 3x3 convolution of every bottleneck, with its norm",
+    "between": "after every stage but the last",
+    "stage": "after every stage",
+}
+"""Places of a network that a module can stand in, and what they are."""
+
+
+class Ending(Protocol):
+    """What ends a residual branch: an attention, or a walk through the blocks of a stage."""
+
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """relu(attention(norm(z)) + residual)."""
+        ...
+
+
+def begin(shared: ChannelAttention) -> Ending:
+    """What the blocks of a stage that share a module get, anew in each forward pass."""
+    return Walk(shared) if isinstance(shared, DIA) else shared
 
 
 class Places:
