@@ -58,6 +58,7 @@ NAMES = {
     "attn_layer",
     "detach",
     "find_sites",
+    "fold",
     "inspect",
     "load_official",
     "resnet",

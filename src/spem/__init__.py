@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from spem.attention import *  # noqa: F403
     from spem.export import to_onnx as to_onnx
     from spem.gates import inspect as inspect
-    from spem.share import from_pretrained as from_pretrained
-    from spem.share import push_to_hub as push_to_hub
-    from spem.share import save_pretrained as save_pretrained
     from spem.insert import attach as attach
     from spem.insert import attn_layer as attn_layer
     from spem.insert import detach as detach
     from spem.insert import find_sites as find_sites
+    from spem.insert import fold as fold
     from spem.models import ResNet as ResNet
     from spem.models import load_official as load_official
     from spem.models import resnet as resnet
     from spem.seeding import initialise as initialise
     from spem.seeding import keyed_generator as keyed_generator
+    from spem.share import from_pretrained as from_pretrained
+    from spem.share import push_to_hub as push_to_hub
+    from spem.share import save_pretrained as save_pretrained
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _HOME = {
     "attn_layer": "insert",
     "detach": "insert",
     "find_sites": "insert",
+    "fold": "insert",
     "from_pretrained": "share",
     "initialise": "seeding",
     "inspect": "gates",

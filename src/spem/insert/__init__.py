@@ -2,6 +2,7 @@
 
 from spem.insert.attach import attach, detach, find_sites
 from spem.insert.families import RULES, Rule
+from spem.insert.fold import FoldedSite, FoldReport, fold
 from spem.insert.layer import attn_layer
 from spem.insert.sites import Site
 from spem.insert.start import CarriedSE, FromAverage, IdentityStart
@@ -12,6 +13,8 @@ __all__ = [
     "AfterNorm",
     "BeforeModule",
     "CarriedSE",
+    "FoldReport",
+    "FoldedSite",
     "FromAverage",
     "IdentityStart",
     "Rule",
@@ -20,5 +23,6 @@ __all__ = [
     "attn_layer",
     "detach",
     "find_sites",
+    "fold",
     "true_keys",
 ]
