@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
 from spem.insert.wrap import AfterNorm
+from spem.ops import norm_relu
 from spem.ops.library import has_hooks
 
 _LOG = logging.getLogger("spem.insert")
@@ -36,13 +37,14 @@ class Tail(NamedTuple):
     """Names of a block's attributes.
 
     Attributes:
-        branch: Layers before the last norm, in their order.
+        branch: Layers before the last norm, in their order; a norm and its activation, and what is
+            between, are one group.
         norm: The last norm.
         slot: The attention; "" where `AfterNorm` around the norm holds it.
         act: The activation after the addition.
     """
 
-    branch: tuple[str, ...]
+    branch: tuple[str | tuple[str, ...], ...]
     norm: str
     slot: str
     act: str
@@ -60,8 +62,13 @@ class FusedTail(nn.Module):
             return super().forward(x)
         norm, attention = parts
         z = x
-        for name in self._tail.branch:
-            z = getattr(self, name)(z)
+        for step in self._tail.branch:
+            layers = [getattr(self, name) for name in ((step,) if isinstance(step, str) else step)]
+            if len(layers) > 1 and _is_relu_after_norm(layers[1:]):
+                z = norm_relu(z, layers[0])
+                continue
+            for layer in layers:
+                z = layer(z)
         downsample = cast("nn.Module | None", self.downsample)
         residual = x if downsample is None else downsample(x)
         return attention.tail(z, residual, norm)
@@ -125,6 +132,13 @@ def _fused_class(block: nn.Module) -> type[FusedTail] | None:
     kind = type(block)
     found = BLOCKS.get(f"{kind.__module__}:{kind.__name__}")
     return None if found is None else getattr(import_module(found[0]), found[1])
+
+
+def _is_relu_after_norm(after: list[nn.Module]) -> bool:
+    """Whether nothing but a ReLU follows a norm, and nobody watches it."""
+    *between, act = after
+    identities = all(type(module) is nn.Identity for module in between)
+    return type(act) is nn.ReLU and identities and not any(map(has_hooks, after))
 
 
 def _what(module: object) -> str:
