@@ -4,7 +4,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from spem.cli.options import Options, unknown
-from spem.cli.output import print_json, print_table
+from spem.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from spem.attention import Needs
@@ -101,14 +101,23 @@ def _list(pattern: str, json: bool) -> None:
         print_json(modules)
         return
     columns = ["name", *(f"C={channels}" for channels in CHANNELS), "gate at start"]
-    columns += ["statistics", "fused", "no decay"]
-    print_table(columns, [_numbers(module) for module in modules], align="lrrrrlll")
-    print("C=64 ...: parameters for a map of that many channels.")
-    print("gate at start: its value before training, where no input changes it.")
-    print("statistics: the plane statistics that the gate is a function of; - if it needs the map.")
-    print("fused: norm, attention, addition and ReLU of a block run as one operation.\n")
-    columns = ["name", "needs", "paper"]
-    print_table(columns, [_words(module) for module in modules], align="lll")
+    rows = [_row(module) for module in modules]
+    print_table([*columns, "statistics", "fused"], rows, align="lrrrrll")
+    print()
+    if pattern == "*":
+        say(
+            "C=64 ...: parameters for a map of that many channels. gate at start: its value before",
+            "training, where no input changes it. statistics: the plane statistics that the gate",
+            "is a function of; - if it needs the map. fused: norm, attention, addition and ReLU of",
+            "a block run as one operation. Needs and paper of one: spem list NAME",
+        )
+        return
+    for module in modules:
+        say(
+            f"{module['name']}: {module['paper']}.",
+            f"Needs: {'; '.join(module['needs']) or 'nothing'}.",
+            f"Weight decay leaves out: {', '.join(module['no_decay']) or 'nothing'}.",
+        )
 
 
 def _describe(name: str) -> dict[str, Any]:
@@ -167,7 +176,7 @@ def _needs(needs: "Needs") -> list[str]:
     return phrases
 
 
-def _numbers(module: dict[str, Any]) -> list[str]:
+def _row(module: dict[str, Any]) -> list[str]:
     gate = module["start_gate"]
     return [
         module["name"],
@@ -175,7 +184,6 @@ def _numbers(module: dict[str, Any]) -> list[str]:
         "-" if gate is None else f"{gate:.7g}",
         ", ".join(module["statistics"]) or ("none" if module["fusable"] else "-"),
         "yes" if module["fusable"] else "no",
-        ", ".join(module["no_decay"]) or "-",
     ]
 
 
@@ -183,7 +191,3 @@ def _counts(module: dict[str, Any], missing: str) -> list[str]:
     """Parameters at the listed channels; ``missing`` where a module does not take so many."""
     counts = [module["parameters"][str(channels)] for channels in CHANNELS]
     return [missing if n is None else f"{n:,}" for n in counts]
-
-
-def _words(module: dict[str, Any]) -> list[str]:
-    return [module["name"], "; ".join(module["needs"]) or "-", module["paper"]]
