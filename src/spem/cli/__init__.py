@@ -105,6 +105,7 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
         code, text = 1, f"internal error: {type(error).__name__}: {error}"
         text += "" if debug else "\nrun again with --debug"
     text = text.removeprefix(f"{name}: ")
+    text = text if len(text) < 1200 else f"{text[:700]} ... {text[-300:]}"  # a name may be long
     encoding = sys.stderr.encoding or "utf-8"
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     print(f"{subject}: {text}".encode(encoding, "replace").decode(encoding), file=sys.stderr)

@@ -203,14 +203,14 @@ def _own(text: str) -> Network:
     file, _, name = text.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
         raise ValueError(f"{text!r} does not name the function: write file.py:function.")
-    made = getattr(import_file(Path(file)), name, None)
+    module = import_file(Path(file))
+    made = getattr(module, name, None)
     if made is None:
-        module = import_file(Path(file))
         names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise ValueError(f"{file}: {unknown('function', name, names)}")
     try:
         model = made() if callable(made) else made
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{text}: {name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text}: {name}() returns {type(model).__name__}, not a torch.nn.Module.")
@@ -232,7 +232,7 @@ def import_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 

@@ -56,10 +56,15 @@ def _train(config: RunConfig, folder: Path, *, json: bool) -> None:
             test=data.test,
             skip_broken=data.skip_broken,
         )
+    import torch
+
     from spem.training import Interrupted, process_group, train
+    from spem.training.folder import build_network
     from spem.training.distributed import FollowerError
     from spem.training.step import keep_freed_memory
 
+    with torch.device("meta"):  # what cannot be built leaves no folder behind
+        build_network(config, classes=2)
     keep_freed_memory()
     with process_group(config.runtime.device) as first:
         try:
