@@ -89,17 +89,13 @@ def summary(table: Path, first: str) -> str:
 
 def line(group: dict[str, Any]) -> str:
     """A group as a row of the table."""
-    test, sd = group["difference"], group["sd"]
-    cells = [f"`{group['name']}`", str(group["n"]), f"{group['mean']:.2f}"]
-    cells.append("-" if sd is None else f"{sd:.2f}")
-    if test is None:
-        cells += ["-"] * 4
-    else:
-        low, high, adjusted = test["low"], test["high"], group["adjusted_p"]
-        cells.append("-" if test["mean"] is None else f"{test['mean']:+.2f}")
-        cells.append("-" if low is None else f"[{low:+.2f}, {high:+.2f}] ({test['interval']})")
-        cells.append("-" if test["p"] is None else f"{test['p']:.3f}")
-        cells.append("-" if adjusted is None else f"{adjusted:.3f}")
+    cells = [f"`{group['group']}`", str(group["n"]), f"{group['mean']:.2f}"]
+    cells.append("-" if group["sd"] is None else f"{group['sd']:.2f}")
+    low, high, adjusted = group["low"], group["high"], group["p_holm"]
+    cells.append("-" if group["difference"] is None else f"{group['difference']:+.2f}")
+    cells.append("-" if low is None else f"[{low:+.2f}, {high:+.2f}]")
+    cells.append("-" if group["p"] is None else f"{group['p']:.3f}")
+    cells.append("-" if adjusted is None else f"{adjusted:.3f}")
     return f"| {' | '.join(cells)} |"
 
 

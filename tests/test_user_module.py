@@ -116,7 +116,7 @@ def test_a_channel_attention_keeps_its_fused_tail(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Mime", "defines no module Mime.*Nearest: Mine"),
+        ("Mime", "defines no module Mime.*Did you mean Mine"),
         ("something", "defines no module something"),
         ("WrongShape", r"same|its input's shape \[2, 64, 8, 8\], got \[2, 64\]"),
         ("NoChannels", r"does not work as NoChannels\(64\)"),
@@ -141,6 +141,6 @@ def test_compare_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     args += ["--limit", "64", "--seeds", "2", "--runs", str(tmp_path / "r"), "--out", str(tmp_path)]
     assert main(args) == 0
     with (tmp_path / "runs.csv").open(newline="") as file:
-        names = [row["attention"] for row in csv.DictReader(file)]
-    assert [name.partition("_")[0] for name in names] == ["mine", "mine", "none", "none"]
+        names = [row["module"] for row in csv.DictReader(file)]
+    assert [name.partition("_")[0] for name in names] == ["none", "mine", "none", "mine"]
     assert "mine_" in capsys.readouterr().out

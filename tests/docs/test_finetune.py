@@ -132,13 +132,6 @@ def test_images_and_columns_decide_before_a_training(
             tune.run(replace(tiny, seed=1), table)
 
 
-def test_the_committed_report_is_that_of_its_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of runs that were made before the columns of ADDED."""
-    results = EXAMPLES.parent / "results" / "finetune"
-    study = example("finetune_study", monkeypatch)
-    assert study.summary(results / "runs.csv", "cifar100") == (results / "summary.md").read_text()
-
-
 def write(table: Path, rows: list[dict[str, str]]) -> None:
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -1,277 +1,187 @@
-"""The report says what its CSV files hold: numbers, gaps and letters that hurt; twice the same."""
+"""The report: what the first screen says, what it may not say, and what it leaves alone."""
 
 from __future__ import annotations
 
 import re
-import statistics
+from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-from reproduce.folders import NASTY, PAPER, everything
-from reproduce.pages import Page, cells, ids, line, plain, rows
-from scipy import stats as scipy_stats
+from reproduce.made_up import compared, reproduced, steady
 
-from spem.reproduce.report import build_report
-from spem.reproduce.report.differences import DIFFERENCES
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = everything(tmp_path_factory.mktemp("results"))
-    build_report(out)
-    return out
+from spem.attention import list_attention
+from spem.reproduce.figures import KNOWN, _within, colour, differences
+from spem.reproduce.report import build_report, markdown, number, shown
+from spem.reproduce.tables import build_tables, load_runs
 
 
-@pytest.fixture(scope="module")
+class Page(HTMLParser):
+    """A page as text, with what stands on its first screen: before the first fold."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.first, self.all, self.open, self.tags, self.ids = "", "", True, [], []
+        self.silent = 0
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, self.open))
+        self.ids += [value for name, value in attrs if name == "id"]
+        for name, value in attrs:
+            if name in ("src", "href") and value and not value.startswith(("data:", "#")):
+                assert name == "href"
+                assert tag != "link", "the page must need nothing else"
+        if tag == "details":
+            self.open = False
+        self.silent += tag in ("style", "title", "svg")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.silent -= tag in ("style", "title", "svg")
+
+    def handle_data(self, data: str) -> None:
+        if not self.silent:
+            self.all += data
+            if self.open:
+                self.first += data
+
+
 def page(folder: Path) -> Page:
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
+    return Page(build_report(folder).page.read_text(encoding="utf-8"))
 
 
-def test_every_file_is_there(folder: Path) -> None:
-    experiments = {row["experiment"] for row in rows(folder, "plan.csv")}
-    assert {path.stem for path in (folder / "tables").glob("*.tex")} == experiments
-    assert {path.stem for path in (folder / "tables").glob("*.csv")} == experiments
-    names = {path.name for path in (folder / "figures").glob("*.pdf")}
-    for start in ("lambda-figure2", "depth", "curves-table1", "lambda-", "magnitude-", "cost-time"):
-        assert any(name.startswith(start) for name in names), start
-    for start in ("gates-", "gradients-11", "penalty-magnitude", "controls-minus", "table1-minus"):
-        assert any(name.startswith(start) for name in names), start
-    assert all((folder / "figures" / name).read_bytes().startswith(b"%PDF") for name in names)
+def test_the_first_screen_asks_answers_and_shows(tmp_path: Path):
+    out = compared(tmp_path, "none", "control", "se", "spem", accuracy=steady(spem=2.0))
+    found = page(out)
+    first = [tag for tag, there in found.tags if there]
+    assert first.count("svg") == 1
+    assert first.count("table") == 1
+    assert "Do control, se and spem differ from none?" in found.first
+    assert "Above none: spem (+2.0)" in found.first
+    assert "digits, ResNet-11, 10 epochs, 6 seeds" in found.first
+    assert len(found.first.split()) < 200
+    assert len(found.ids) == len(set(found.ids))
+    for name in ("report.html", "comparison.png", "tables/compare-digits.csv"):
+        assert (out / name).stat().st_size > 0
+    for suffix in ("csv", "tex", "md"):
+        assert (out / "tables" / f"compare-digits.{suffix}").exists()
+    assert (out / "figures" / "compare-digits-differences.svg").exists()
 
 
-def test_twice_the_same_bytes(folder: Path) -> None:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    before = {path: path.read_bytes() for path in paths}
-    (folder / "figures" / "of-before.pdf").write_bytes(b"an older report's")
-    build_report(folder)
-    after = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    assert after == paths
-    assert [path.name for path in paths if path.read_bytes() != before[path]] == []
+def test_few_seeds_and_hardly_trained_networks_are_told(tmp_path: Path):
+    few = page(compared(tmp_path / "few", "none", "spem", seeds=2, accuracy=steady(spem=5.0)))
+    assert "Too few seeds to compare with none" in few.first
+    assert "above" not in few.first
+    assert "[" not in few.first
+    low = page(compared(tmp_path / "low", "none", "spem", accuracy=steady(14, spem=2.0)))
+    assert "Hardly trained" in low.first
 
 
-def test_means_deviations_and_differences(folder: Path, page: Page) -> None:
-    last, best = cells(folder, "table1"), cells(folder, "table1", "best_accuracy")
-    for label in ("SE", "ECA", "SPEM"):
-        own, base = last[label], last["plain"]
-        found = line(page, "table1-cifar10", label)
-        mean, sd = statistics.mean(own.values()), statistics.stdev(own.values())
-        low, high = scipy_stats.ttest_1samp(list(own.values()), 0).confidence_interval(0.95)
-        assert found["last epoch"] == f"{mean:.2f} ± {sd:.2f} (3); [{low:.2f}, {high:.2f}]"
-        top = list(best[label].values())
-        assert found["best epoch"].startswith(f"{statistics.mean(top):.2f} ± ")
-        pairs = [own[seed] - base[seed] for seed in (0, 1, 2)]
-        test = scipy_stats.ttest_1samp(pairs, 0)
-        low, high = test.confidence_interval(0.95)
-        shown = plain(found["\N{MINUS SIGN} plain"])
-        wanted = (
-            f"{statistics.mean(pairs):+.2f} [{low:+.2f}, {high:+.2f}]; n 3, p {test.pvalue:.3f}"
-        )
-        assert shown.startswith(wanted)
-        assert found["paper"] == f"{PAPER[label.lower()][1]:.2f}"
-        assert found["parameters, paper"] == f"{PAPER[label.lower()][0]:.2f} M"
+def test_digits_are_named_and_not_put_beside_the_paper(tmp_path: Path):
+    out = reproduced(tmp_path, "table1", "figure2", seeds=3)
+    found = page(out)
+    assert {path.name for path in (out / "tables").iterdir()} == {
+        f"{name}-digits.{suffix}"
+        for name in ("table1", "figure2")
+        for suffix in ("csv", "tex", "md")
+    }
+    assert all("cifar" not in path.name for path in (out / "figures").iterdir())
+    assert "93.39" not in found.all
+    assert "best epoch" not in found.first
+    assert "a test of the machinery" in found.first
 
 
-def test_tables_without_plain_and_se_are_compared_with_those_of_table1(
-    folder: Path, page: Page
-) -> None:
-    """By hand: the runs of Table 1 with the same seeds."""
-    first, own = cells(folder, "table1"), cells(folder, "table3")["lambda = 0.3"]
-    found = line(page, "table3-cifar10", "lambda = 0.3")
-    for label in ("plain", "SE"):
-        mean = statistics.mean(own[seed] - first[label][seed] for seed in (0, 1, 2))
-        assert plain(found[f"\N{MINUS SIGN} {label}"]).startswith(f"{mean:+.2f} [")
-    figure = line(page, "figure2-cifar10", "lambda = 0.3")
-    assert "\N{MINUS SIGN} SE" not in figure  # it is the average pooling of this figure
-    assert "\N{MINUS SIGN} plain" in figure
-    assert "\N{MINUS SIGN} SE" not in line(page, "penalty-cifar10", "penalty 0")
+def test_best_epoch_and_verdict_stand_only_where_the_recipe_is_the_papers(tmp_path: Path):
+    ours = page(reproduced(tmp_path / "p", "table1", scale="paper", accuracy=steady(93.3)))
+    assert "best epoch, %" in ours.first
+    assert "prediction interval" in ours.first
+    other = page(reproduced(tmp_path / "s", "table1", scale="short", accuracy=steady(40)))
+    assert "best epoch, %" not in other.first
+    assert "paper's number" not in other.first
+    assert "another recipe than the paper's" in other.first
+    assert "93.39" in other.first
 
 
-def test_holm_within_the_table(folder: Path) -> None:
-    """By its definition, step by step, over the lines compared with plain."""
-    lines = rows(folder, "tables/table1.csv")
-    lines = [one for one in lines if one["data"] == "cifar10" and one["minus plain: p"]]
-    p = sorted((float(one["minus plain: p"]), one["row"]) for one in lines)
-    assert len(p) == 4  # SE, CBAM of two seeds, ECA and SPEM
-    adjusted: dict[str, float] = {}
-    largest = 0.0
-    for k, (value, row) in enumerate(p):
-        largest = max(largest, min(1.0, value * (len(p) - k)))
-        adjusted[row] = largest
-    for one in lines:
-        assert float(one["minus plain: p_holm"]) == pytest.approx(adjusted[one["row"]], rel=1e-5)
+def test_what_was_not_run_or_ended_badly_is_one_line(tmp_path: Path):
+    import pandas as pd
+
+    out = reproduced(tmp_path, "family", seeds=3)
+    rows = pd.read_csv(out / "runs.csv")
+    rows = rows[rows["module"].isin(["none", "se", "spem"])]
+    rows.loc[rows["module"] == "se", ["status", "error"]] = ["failed", "no memory"]
+    rows.to_csv(out / "runs.csv", index=False)
+    found = page(out)
+    assert found.first.count("Not run: ") == 1
+    assert "not run" not in found.first
+    assert "failed: SE, seed 0; SE, seed 1; SE, seed 2. no memory" in found.first
+    text = shown(build_tables(load_runs(out))[0])
+    assert list(text[""]) == ["plain", "SPEM"]
 
 
-def test_gaps_are_named(folder: Path, page: Page) -> None:
-    assert line(page, "table1-cifar10", "SGE")["last epoch"] == "not run"
-    last = line(page, "table1-cifar10", "CBAM")["last epoch"].split("; ")
-    assert last[0].endswith("(2)")
-    assert last[2] == "1 diverged"
-    srm = line(page, "table1-cifar10", "SRM")
-    assert srm["last epoch"].endswith("(1); 2 not run")
-    assert "n too small" in srm["\N{MINUS SIGN} plain"]
-    assert srm["verdict"].startswith("n too small to say")
-    assert line(page, "table4-cifar10", "the paper's (b)")["last epoch"] == "not run"
-    text = " ".join(page.text)
-    assert "Diverged: " in text
-    planned = {(row["id"], s) for row in rows(folder, "plan.csv") for s in row["seeds"].split()}
-    ended = {(row["id"], row["seed"]) for row in rows(folder, "runs.csv")}
-    assert f"{len({one for one in planned if one[0]} - ended)} planned runs not run yet" in text
+def test_other_peoples_files_stay(tmp_path: Path):
+    out = compared(tmp_path, "none", "spem", seeds=3)
+    theirs = {"figures/mine.svg": "a", "tables/table9.tex": "b", "notes.md": "c"}
+    for name, text in theirs.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    before = {name: (out / name).read_bytes() for name in ("runs.csv", "epochs.csv", "mixes.csv")}
+    build_report(out)
+    build_report(out)
+    assert {name: (out / name).read_text() for name in theirs} == theirs
+    assert {name: (out / name).read_bytes() for name in before} == before
 
 
-def test_verdicts_and_the_recipe(folder: Path, page: Page) -> None:
-    values = list(cells(folder, "table1", "best_accuracy")["SPEM"].values())
-    half = scipy_stats.t.ppf(0.975, 2) * statistics.stdev(values) * (1 + 1 / 3) ** 0.5
-    mean = statistics.mean(values)
-    verdict = line(page, "table1-cifar10", "SPEM")["verdict"]
-    assert verdict == f"outside [{mean - half:.2f}, {mean + half:.2f}]; another recipe"
-    text = " ".join(page.text)
-    wanted = "depth 11 instead of 164, 5,000 training images instead of 50,000, 5 epochs instead"
-    assert wanted in text
-    assert "no comparison with the paper's numbers" in text
+def test_names_are_text_in_the_page(tmp_path: Path):
+    import pandas as pd
+
+    out = compared(tmp_path, "none", "spem", seeds=3)
+    rows = pd.read_csv(out / "runs.csv")
+    rows["module"] = rows["module"].replace("spem", "<b>$x_1$ & co</b>")
+    rows.to_csv(out / "runs.csv", index=False)
+    found = page(out)
+    assert "<b>$x_1$ & co</b>" in found.first
+    assert "b" not in {tag for tag, _ in found.tags}
+    assert r"\$x\_1\$ \& co" in (out / "tables" / "compare-digits.tex").read_text()
 
 
-def test_the_headline_names_controls_and_plain(folder: Path, page: Page) -> None:
-    last = cells(folder, "controls")
-    text = plain(" ".join(page.text))
-    for arm in ("plain", "scale", "plain, branches start at 0.032"):
-        pairs = [last["SPEM (text)"][s] - last[arm][s] for s in range(8)]
-        assert f"SPEM (text) - {arm}: {statistics.mean(pairs):+.2f} points over 8 paired" in text
-    own, base = last["SPEM (text)"], last["scale"]
-    r = statistics.correlation([own[s] for s in range(8)], [base[s] for s in range(8)])
-    found = line(page, "headline", "SPEM (text) \N{MINUS SIGN} scale")
-    assert found["correlation"] == f"{r:.2f}"
-    assert "; the attention's part" in found["difference"]
-    # the arms were made with these means: text as its controls, code 1.5 above
-    assert "SPEM (code) is above “plain”, “plain, branches start at 0.032”, “scale”" in text
-    assert "not shown to be above or below “plain, branches start at 0.032” and “scale”" in text
+def test_a_folder_without_runs_is_told(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"holds no runs\.csv"):
+        build_report(tmp_path)
+    (tmp_path / "runs.csv").write_text("config,seed,module\n")
+    assert "No results yet" in page(tmp_path).first
 
 
-def test_sentences_name_the_family_of_the_correction(folder: Path, page: Page) -> None:
-    """Each control is compared with the five other arms, and that is what Holm corrects for."""
-    text = " ".join(page.text)
-    assert "also after correction for the 5 comparisons with “scale” (Holm p" in text
-    assert "for all comparisons of the table" not in text
-    assert "not across columns or tables" in text
-    markdown = (folder / "report.md").read_text(encoding="utf-8")
-    assert "not across columns or tables" in markdown
-    assert "correction for the 5 comparisons with “plain” (Holm" in markdown
+def test_a_module_has_one_colour_and_no_other_has_it():
+    names = [*KNOWN, *(name for name in list_attention() if name not in KNOWN)]
+    assert len(names) > 20
+    assert len({colour(name) for name in names}) == len(names)
+    assert colour("mine_ab12cd") == colour("mine_ab12cd") != colour("mine_ab12ce")
+    assert all(re.fullmatch("#[0-9a-fA-F]{6}", colour(name)) for name in [*names, "se(pool=max)"])
 
 
-def test_three_seeds_are_not_marked(folder: Path) -> None:
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    sections = html.split('<section class="table"')
-    (modules,) = [one for one in sections if one.startswith(' id="table-table1-cifar10"')]
-    (arms,) = [one for one in sections if one.startswith(' id="table-controls-cifar10"')]
-    assert 'class="r above"' not in modules
-    assert 'class="r above"' in arms
-    assert 'class="r below"' in arms
+def test_intervals_end_where_accuracies_do(tmp_path: Path):
+    """Differences of networks near 100 % have intervals that no accuracy could reach."""
+
+    def near(config: object) -> float:
+        seed, name = config.seed, config.model.attention
+        return 99.0 + (0.9 if name == "spem" else 0) * (seed != 1)
+
+    out = compared(tmp_path, "none", "spem", seeds=3, accuracy=near)
+    (table,) = build_tables(load_runs(out))
+    line = table.frame.iloc[1].to_dict()
+    assert line["mean"] + line["high"] - line["difference"] > 100
+    low, high = _within(table, line)
+    assert 99.0 + high <= 100
+    drawing = differences(table)
+    assert drawing is not None
+    drawn = [x for each in drawing.figure.axes[0].lines for x in np.asarray(each.get_xdata())]
+    assert max(drawn) <= 1.0 + 1e-9
+    assert low <= line["difference"] <= high
 
 
-def test_links_lead_to_runs(folder: Path, page: Page) -> None:
-    assert len(page.ids) == len(set(page.ids))
-    inside = {link[1:] for link in page.links if link.startswith("#")}
-    assert inside <= set(page.ids)
-    assert len(inside) == len({link.lstrip("#") for link in page.links})
-    for row in rows(folder, "runs.csv"):
-        assert f"run-{row['id']}-{row['seed']}" in page.ids
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    spem = ids(folder, "table1")["SPEM"]
-    assert f'title="runs: {spem}, seed 0 1 2"' in html
+def test_numbers_and_markdown():
+    import pandas as pd
 
-
-def test_nothing_from_outside(page: Page) -> None:
-    assert "script" not in page.tags
-    assert all(address.startswith("data:") for address in page.addresses)
-
-
-def test_what_hurts_is_escaped(folder: Path, page: Page) -> None:
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in html
-    assert "&lt;script&gt;" in html
-    assert NASTY.split(" | ")[0] in " ".join(page.text)
-    markdown = (folder / "report.md").read_text(encoding="utf-8")
-    assert "<script" not in markdown
-    assert r"\[c\](d)" in markdown
-    latex = (folder / "tables" / "family.tex").read_text(encoding="utf-8")
-    assert r"\textless{}script\textgreater{}" in latex
-    assert r"\input" not in latex
-    assert r"\textbackslash{}input\{a\}" in latex
-    assert r"\$x\_1\$" in latex
-    assert r"\#\%" in latex
-
-
-def test_markdown_tables_have_even_rows(folder: Path) -> None:
-    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
-    table: list[int] = []
-    seen = 0
-    for text in [*lines, ""]:
-        if text.startswith("|"):
-            table.append(len(re.findall(r"(?<!\\)\|", text)))
-        elif table:
-            assert len(set(table)) == 1, text
-            seen += 1
-            table = []
-    assert seen > 10
-
-
-def test_latex_rows_fit_their_columns(folder: Path) -> None:
-    for path in (folder / "tables").glob("*.tex"):
-        text = path.read_text(encoding="utf-8")
-        text.encode("ascii")
-        parts = re.findall(r"\\begin{tabular}{([lr]+)}(.*?)\\end{tabular}", text, re.DOTALL)
-        assert parts
-        for columns, body in parts:
-            for row in re.findall(r"^(.*) \\\\$", body, re.MULTILINE):
-                assert len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1
-            assert all(rule in body for rule in (r"\toprule", r"\midrule", r"\bottomrule"))
-
-
-def test_figures_are_whole_and_named(folder: Path) -> None:
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(drawings) == len(list((folder / "figures").glob("*.pdf")))
-    for drawing in drawings:
-        root = ElementTree.fromstring(drawing)
-        assert root.get("role") == "img"
-        assert len(root.get("aria-label", "")) > 20
-        known = {element.get("id") for element in root.iter()}
-        for element in root.iter():
-            for value in element.attrib.values():
-                for name in re.findall(r"url\(#(.*?)\)|^#(.+)$", value):
-                    assert "".join(name) in known
-
-
-def test_data_are_named(page: Page) -> None:
-    text = " ".join(page.text)
-    assert "by their checksum the test images are those of a copy in which 23 of the 10,000" in text
-    assert "* 23 of the 10,000 test images are JPEG copies" in text
-    assert "The training images were not compared." in text
-    assert "of the 60,000" not in text  # the sums in the folder are of test sets
-    assert "Table 1: modules, CIFAR-10*" in text
-    assert "Table 1: modules, CIFAR-100*" not in text
-
-
-def test_differences_from_the_paper_are_told(page: Page) -> None:
-    text = " ".join(page.text)
-    for what, how in DIFFERENCES:
-        assert what in text
-        assert how in text
-    assert {"CBAM's parameters", "ECA's parameters on CIFAR-100"} <= dict(DIFFERENCES).keys()
-
-
-def test_depths_are_compared_with_the_same_depth(folder: Path, page: Page) -> None:
-    last = cells(folder, "table2")
-    for depth in (83, 164, 245):
-        own, base = last[f"ResNet{depth}, SPEM"], last[f"ResNet{depth}, plain"]
-        mean = statistics.mean(own[seed] - base[seed] for seed in range(3))
-        found = line(page, "table2-cifar10", f"ResNet{depth}, SPEM")
-        assert plain(found["\N{MINUS SIGN} plain, same depth"]).startswith(f"{mean:+.2f} ")
-
-
-def test_the_curve_ends_at_the_mean(folder: Path) -> None:
-    last = cells(folder, "table1")["SPEM"]
-    html = (folder / "report.html").read_text(encoding="utf-8")
-    label = re.search(r'aria-label="(Learning curves on CIFAR-10,[^"]*)"', html)
-    assert label
-    assert f"SPEM {statistics.mean(last.values()):.2f} %" in label[1]
+    assert [number(-0.004), number(1.256, sign=True), number(float("nan"))] == ["0.00", "+1.26", ""]
+    text = markdown(pd.DataFrame({"": ["a|b"], "n": ["3"]}))
+    assert text == "|  | n |\n| --- | --- |\n| a\\|b | 3 |\n"

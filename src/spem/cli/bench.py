@@ -1,263 +1,149 @@
-"""`spem bench`: what attention costs and what fusing brings, measured on this machine."""
+"""`spem bench`: what attention costs on this machine, in the step that trains and in inference."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import arg
-
-from spem.cli.output import print_table
+from spem.cli.network import NETWORK_HELP, load_network
+from spem.cli.options import Options, UsageError, integer, one_of
+from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
-    from spem.bench.settings import Settings
-    from spem.bench.step import Workload
-    from spem.bench.table import Row
+    from collections.abc import Callable
 
-Device = Literal["auto", "cpu", "cuda"]
-Layout = Literal["contiguous", "channels_last"]
-Dtype = Literal["float32", "bfloat16"]
+ROUNDS = 5
+SECONDS = 0.4
+"""Of one timing."""
 
 
-def run(args: list[str]) -> None:
-    """Run `spem bench` with these arguments."""
-    from tyro.extras import subcommand_cli_from_dict
-
-    subcommand_cli_from_dict(
-        {
-            "ops": ops,
-            "step": step,
-            "family": family,
-            "network": network,
-            "memory": memory,
-            "plot": plot,
-        },
-        prog="spem bench",
-        description="Measure what attention costs and what fusing the block's tail brings.",
-        args=args,
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "bench",
+        "Time a training step and inference with each attention beside the plain network.",
+        more="All networks take turns, round by round; ratios are medians over rounds of the times "
+        "of one round, which a busy machine disturbs less than the times themselves.",
     )
+    o.add("network", "NETWORK", NETWORK_HELP, count="?", default="cifar:29")
+    o.add("--attention", "ATTENTION", "whom to time (default none se eca spem)", count="*")
+    o.add("--batch", "N", "images a step", kind=integer(1), default=128)
+    o.add("--size", "PIXELS", "side of the images", kind=integer(1))
+    o.add("--device", "DEVICE", "cpu or cuda; else cuda where there is any")
+    o.add("--threads", "N", "CPU threads; else torch's choice", kind=integer(1))
+    precision = one_of("fp32", "bf16", what="precision")
+    o.add("--precision", "fp32|bf16", "of the training step", kind=precision, default="fp32")
+    o.add("--impl", "IMPL", "of the blocks' tails: reference, formula, numba, triton", rare=True)
+    o.flag("--quick", "small batches and few rounds, to see that it runs")
+    return o.json()
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """Options of every measurement."""
-
-    device: Device = "auto"
-    """Where; auto takes CUDA where there is any."""
-    threads: int = 0
-    """CPU threads; 0 is torch's choice."""
-    impl: str | None = None
-    """What counts as fused, instead of this machine's kernels."""
-    out: Path | None = None
-    """Folder for table and picture; without it they are only shown."""
-    quick: bool = False
-    """Tiny sizes, to see that it runs; writes nothing."""
-
-    def settings(self, rounds: Rounds | None = None, *, compiled: bool = False) -> Settings:
-        """What the measurement is told."""
-        from spem.bench.settings import Settings
-
-        rounds = rounds or Rounds(2, 0)
-        if self.quick:
-            rounds, compiled = Rounds(3, 1), False
-        return Settings(
-            self.device,
-            rounds.rounds,
-            rounds.warm_up,
-            self.threads,
-            self.impl,
-            compiled,
-            self.quick,
-        )
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """Options of every measurement of time."""
-
-    rounds: int = 15
-    """Timed calls of each provider."""
-    warm_up: int = 2
-    """Calls of each before those."""
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Options of every measurement of CIFAR ResNets."""
-
-    depth: int = 29
-    """Layers, 9n + 2."""
-    dtype: Dtype = "float32"
-    """bfloat16 is autocast."""
-    layout: Layout = "contiguous"
-    """Memory layout of images and weights."""
-    attention: tuple[str, ...] = ()
-    """Who takes part; all modules of the measurement without this option."""
-
-    def workload(self, batch: int, default: Sequence[str] = ()) -> Workload:
-        """The network and batch; ``default`` takes part where nobody was named."""
-        from spem.bench.step import ATTENTIONS, Workload
-
-        attention = self.attention or tuple(default) or ATTENTIONS
-        return Workload(self.depth, batch, self.dtype, self.layout, attention)
-
-
-def ops(
+def run(
     *,
-    how: Annotated[Measuring, arg(name="")] = Measuring(),  # frozen, as all here
-    times: Annotated[Rounds, arg(name="")] = Rounds(),
-    compile: bool = True,
-    resume: bool = False,
+    network: str,
+    attention: list[str] | None,
+    batch: int,
+    size: int | None,
+    device: str | None,
+    threads: int | None,
+    precision: Any,
+    impl: Any,
+    quick: bool,
+    json: bool,
 ) -> None:
-    """Time the tail alone: norm, attention, addition and ReLU of a block.
+    """Time the networks in turns, and show times and ratios."""
+    import torch
+    from torch.utils.benchmark import Timer
 
-    Args:
-        how: Of every measurement.
-        times: Of every measurement of time.
-        compile: Whether compiled tails take part (most of the waiting).
-        resume: Keep the maps that the table in --out has, if commit and machine are the same.
-    """
-    _run("ops", how.settings(times, compiled=compile), None, how.out, resume=resume)
+    from spem.ops import use_impl
+    from spem.training import OptimConfig, RuntimeConfig
+    from spem.training.step import execution
 
-
-def step(
-    *,
-    net: Annotated[Networks, arg(name="")] = Networks(),
-    how: Annotated[Measuring, arg(name="")] = Measuring(),
-    times: Annotated[Rounds, arg(name="")] = Rounds(),
-    batch: int = 128,
-    compile: bool = False,
-) -> None:
-    """Time the training step of a CIFAR ResNet: forward, loss, backward, SGD.
-
-    Args:
-        net: Of the networks.
-        how: Of every measurement.
-        times: Of every measurement of time.
-        batch: Images a step.
-        compile: Whether compiled networks take part (minutes each).
-    """
-    _run("step", how.settings(times, compiled=compile), net.workload(batch), how.out)
-
-
-def family(
-    *,
-    net: Annotated[Networks, arg(name="")] = Networks(),
-    how: Annotated[Measuring, arg(name="")] = Measuring(),
-    times: Annotated[Rounds, arg(name="")] = Rounds(),
-    batch: int = 128,
-) -> None:
-    """Time the training step with every registered module, beside parameters and FLOPs.
-
-    Args:
-        net: Of the networks.
-        how: Of every measurement.
-        times: Of every measurement of time.
-        batch: Images a step.
-    """
-    from spem.bench.family import family as members
-
-    _run("family", how.settings(times), net.workload(batch, members()), how.out)
+    arms = list(dict.fromkeys(attention or ("none", "se", "eca", "spem")))
+    if "none" not in arms:
+        arms.insert(0, "none")
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here.")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = threads or torch.get_num_threads()
+    runtime = RuntimeConfig(device=place, precision=precision, threads=threads, impl=impl)
+    rounds, seconds, batch = (2, 0.05, min(batch, 16)) if quick else (ROUNDS, SECONDS, batch)
+    times: dict[str, dict[str, list[float]]] = {}
+    with execution(runtime), use_impl(impl):
+        calls = {name: _calls(network, name, size, batch, runtime, OptimConfig()) for name in arms}
+        timers: dict[tuple[str, str], tuple[Any, int]] = {}
+        for name, kinds in calls.items():
+            for kind, call in kinds.items():
+                print(f"warming up {name}, {kind}", file=sys.stderr, flush=True)
+                timer = Timer("call()", globals={"call": call}, num_threads=threads)
+                once = timer.timeit(1).mean  # kernels are compiled before
+                timers[name, kind] = (timer, max(1, round(seconds / once)))
+        for place_in_turn in range(rounds):
+            print(f"round {place_in_turn + 1} of {rounds}", file=sys.stderr, flush=True)
+            for (name, kind), (timer, number) in timers.items():
+                taken = 1000 * timer.timeit(number).mean
+                times.setdefault(kind, {}).setdefault(name, []).append(taken)
+    _show(times, network, batch, runtime, json=json)
 
 
-def network(
-    *,
-    net: Annotated[Networks, arg(name="")] = Networks(),
-    how: Annotated[Measuring, arg(name="")] = Measuring(),
-    times: Annotated[Rounds, arg(name="")] = Rounds(),
-    compile: bool = False,
-) -> None:
-    """Time inference at batch 128 and 1, also against the plain network with folded norms.
-
-    Args:
-        net: Of the networks.
-        how: Of every measurement.
-        times: Of every measurement of time.
-        compile: Whether compiled networks take part (minutes each).
-    """
-    _run("network", how.settings(times, compiled=compile), net.workload(128), how.out)
-
-
-def memory(
-    *,
-    net: Annotated[Networks, arg(name="")] = Networks(),
-    how: Annotated[Measuring, arg(name="")] = Measuring(),
-    batch: int = 128,
-) -> None:
-    """Peak memory of a training step and of inference, every network in its own process.
-
-    Args:
-        net: Of the networks.
-        how: Of every measurement.
-        batch: Images a step.
-    """
-    _run("memory", how.settings(), net.workload(batch), how.out)
-
-
-def plot(folder: Path, /) -> None:
-    """Draw every table of a folder beside it, and state what the tables say.
-
-    Args:
-        folder: Holds tables that `spem bench` wrote.
-    """
-    from spem.bench import plots, table
-
-    paths = [p for kind in table.KINDS for p in sorted(folder.glob(f"{kind}_*.csv"))]
-    if not paths:
-        raise ValueError(f"bench: {folder} holds no table of `spem bench`.")
-    for path in paths:
-        kind = path.stem.partition("_")[0]
-        _show(kind, table.read(path))
-        print(f"drawn: {plots.draw(kind, path)}\n")
-
-
-def _run(
-    kind: str,
-    settings: Settings,
-    work: Workload | None,
-    out: Path | None,
-    *,
-    resume: bool = False,
-) -> None:
-    """Measure, show, write, draw."""
+def _calls(
+    network: str, attention: str, size: int | None, batch: int, runtime: Any, optim: Any
+) -> dict[str, Callable[[], Any]]:
+    """A training step and a forward pass of one network, as functions without arguments."""
     import torch
 
-    from spem.bench import plots
-    from spem.bench.checks import BenchError
-    from spem.bench.report import failures
-    from spem.bench.runs import measure, path_of
-    from spem.bench.settings import fused_impl
+    from spem.training.step import make_optimizer, make_step
 
-    dtype = torch.float32 if work is None else getattr(torch, work.dtype)
-    impl, reason = fused_impl(settings, dtype)
-    if impl is None:
-        print(f"There are no fused rows: {reason}.", file=sys.stderr)
-    path = None if out is None or settings.quick else path_of(kind, out, settings)
-    try:
-        rows = measure(kind, settings, work, path=path, resume=resume)
-    except BenchError as error:  # wrong results: one sentence and exit code 1, as of a divergence
-        raise FloatingPointError(str(error)) from error
-    _show(kind, rows, aimed=not settings.quick)
-    if path is not None:
-        print(f"written: {path}")
-        print(f"drawn: {plots.draw(kind, path)}")
-    failed = failures(rows)
-    if failed:
-        raise FloatingPointError("bench: could not run: " + "; ".join(failed))
+    known = load_network(
+        network, attention=None if attention == "none" else attention, start="module", size=size
+    )
+    layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
+    model = known.model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    trained = load_network(
+        network, attention=None if attention == "none" else attention, start="module", size=size
+    ).model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    trained.train()
+    images = torch.randn(known.shape(size, batch), device=runtime.device)
+    images = images.contiguous(memory_format=layout)
+    with torch.no_grad():
+        classes = model(images[:1]).shape[1]
+    labels = torch.arange(batch, device=runtime.device) % classes
+    step = make_step(trained, make_optimizer(trained, optim), optim, replace(runtime, step="eager"))
+    inputs = images.bfloat16() if runtime.precision == "bf16" else images
+
+    def train() -> None:
+        step(inputs, labels)
+
+    def infer() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    return {"training step": train, "inference": infer}
 
 
-def _show(kind: str, rows: list[Row], *, aimed: bool = True) -> None:
-    """The tables, what their ratios mean, and the aims they tell about."""
-    from spem.bench.report import aims, legend, reports
+def _show(
+    times: dict[str, dict[str, list[float]]], network: str, batch: int, runtime: Any, *, json: bool
+) -> None:
+    from statistics import median
 
-    for report in reports(kind, rows):
-        print_table(report.columns, report.rows, align=report.align, title=report.title)
-        print()
-    print("\n".join(legend(rows)))
-    found = aims(kind, rows) if aimed else []
-    if found:
-        print("\nAims:")
-        print("\n".join(str(aim) for aim in found))
+    rows: list[dict[str, Any]] = []
+    for name in next(iter(times.values())):
+        row: dict[str, Any] = {"attention": name}
+        for kind, taken in times.items():
+            pairs = zip(taken[name], taken["none"], strict=True)
+            row[f"{kind}, ms"] = median(taken[name])
+            row[f"{kind}, ratio"] = median(own / plain for own, plain in pairs)
+        rows.append(row)
+    import torch
+
+    from spem.training.environment import hardware
+
+    machine = hardware(torch.device(runtime.device), runtime.threads)
+    if json:
+        print_json({"network": network, "batch": batch, "hardware": machine, "rows": rows})
+        return
+    columns = list(rows[0])
+    cells = [[row["attention"], *(f"{row[name]:.3g}" for name in columns[1:])] for row in rows]
+    title = f"{network}, batch {batch}, {runtime.precision}, {machine}"
+    print_table(columns, cells, align="l" + "r" * (len(columns) - 1), title=title)

@@ -1,118 +1,292 @@
-"""Progress over several runs: which one trains, how many are done, how much time is left."""
+"""Many runs at once, for people: progress on stderr, then table, answer and the report's path."""
+
+from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spem.cli.output import print_json, print_table
 from spem.extras import require
 
 if TYPE_CHECKING:
-    from spem.training.log import Status
+    from spem.reproduce.report import Report
+    from spem.reproduce.run import Ended
+    from spem.reproduce.tables import Table
+    from spem.training import RunConfig
+    from spem.training.progress import Status
 
-PLAIN_SECONDS = 30.0
-LIVE_SECONDS = 0.2
+PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.2
 
 
-class SeveralRuns:
-    """The progress of one run after the other, as `spem.training.train` reports it.
+class Several:
+    """One line that tells how far many runs are: in place on a terminal, now and then elsewhere."""
 
-    On a terminal two bars move in place, one for the runs and one for the current run; elsewhere
-    there is a line for each run and one every half minute. All goes to standard error.
-
-    Args:
-        total: How many runs there are in all.
-        done: How many of them were finished before.
-    """
-
-    def __init__(self, total: int, done: int = 0) -> None:
-        self._total = total
-        self._done = done
-        self._took: list[float] = []
-        self._name = ""
-        self._started = self._told = time.monotonic()
-        self._bars: Any = None
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._shares: dict[Any, float] = {}
+        self._said: set[str] = set()
+        self._config: RunConfig | None = None
+        self._began = self._told = time.monotonic()
+        self._bar: Any = None
         if sys.stderr.isatty():
-            self._open_bars()
+            console = require("rich.console", extra="train", purpose="live progress")
+            bars = require("rich.progress", extra="train", purpose="live progress")
+            columns = (bars.BarColumn(bar_width=24), bars.TextColumn("{task.description}"))
+            self._bar = bars.Progress(
+                *columns, console=console.Console(stderr=True), transient=True
+            )
+            self._task = self._bar.add_task("starting", total=total)
+            self._bar.start()
 
-    def start(self, name: str) -> None:
-        """A run begins (or goes on)."""
-        self._name = name
-        self._started = self._told = time.monotonic()
-        if self._bars is None:
-            self.message(f"run {self._done + 1}/{self._total}: {name}")
-        else:
-            self._bars.reset(self._run, description=name)
+    def start(self, config: RunConfig) -> None:
+        """A run begins, or goes on."""
+        self._config = config
+        self._show()
 
-    def finish(self, text: str) -> None:
-        """The run is finished; `text` is its result."""
-        self._took.append(time.monotonic() - self._started)
+    def running(self, done: Mapping[RunConfig, float]) -> None:
+        """Runs that are under way in other processes, and the share that each has done."""
+        self._shares = dict(done)
+        self._show()
+
+    def finish(self, ended: Ended) -> None:
+        """A run has ended."""
         self._done += 1
-        self.message(f"run {self._done}/{self._total} done: {self._name}: {text}")
-        self._overall(0.0)
+        self._shares.pop(ended.config, None)
+        said = ended.error if ended.status == "finished" else f"{ended.status}: {ended.error}"
+        from spem.reproduce.tables import run_name
 
-    def stop(self) -> None:
-        """No more runs: take the bars away."""
-        if self._bars is not None:
-            self._bars.stop()
+        self.message(f"run {self._done}/{self._total}: {run_name(ended.config)}: {said}")
+        self._show()
 
     def due(self) -> bool:
         """Whether it is time for another `step`."""
-        return time.monotonic() - self._told >= (
-            PLAIN_SECONDS if self._bars is None else LIVE_SECONDS
-        )
+        return time.monotonic() - self._told >= (LIVE_SECONDS if self._bar else PLAIN_SECONDS)
 
-    def step(self, status: "Status") -> None:
-        """Progress within an epoch."""
-        self._told = time.monotonic()
-        if self._bars is None:
-            self.message(
-                f"{self._name}: {status.text}; {self._left(status.seconds_left)} left in all"
-            )
-            return
-        done, total = status.epoch * status.steps + status.step, status.epochs * status.steps
-        text = f"{self._name}: {status.text}"
-        self._bars.update(self._run, completed=done, total=total, description=text)
-        self._overall(status.seconds_left, done / total)
+    def step(self, status: Status) -> None:
+        """Progress within an epoch of the run in this process."""
+        done, all_steps = status.epoch * status.steps + status.step, status.epochs * status.steps
+        self._shares = {self._config: done / all_steps}
+        self._show()
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """An epoch is complete: nothing, the run's own `metrics.jsonl` tells it."""
 
     def message(self, text: str) -> None:
-        """Something worth a line of its own."""
-        if self._bars is None:
+        """Something worth a line of its own; what every run says is shown once."""
+        if text in self._said:
+            return
+        self._said.add(text)
+        if self._bar is None:
             print(text, file=sys.stderr, flush=True)
         else:
-            self._bars.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """One run has ended; the bars stay for the next."""
+        """One run has ended; the line stays for the next."""
+        self._shares = {}
 
-    def _open_bars(self) -> None:
-        console = require("rich.console", extra="train", purpose="live progress").Console(
-            stderr=True
-        )
-        bars = require("rich.progress", extra="train", purpose="live progress")
-        columns = (bars.BarColumn(bar_width=24), bars.TaskProgressColumn())
-        text = bars.TextColumn("{task.description}", markup=False)
-        self._bars = bars.Progress(*columns, text, console=console, transient=True)
-        self._all = self._bars.add_task("", total=self._total, completed=self._done)
-        self._run = self._bars.add_task("starting", total=None)
-        self._overall(0.0)
-        self._bars.start()
+    def stop(self) -> None:
+        """No more runs: take the line away."""
+        if self._bar is not None:
+            self._bar.stop()
 
-    def _overall(self, seconds_left: float, fraction: float = 0.0) -> None:
-        if self._bars is None:
-            return
+    def _show(self) -> None:
+        share = sum(self._shares.values())
         text = f"{self._done} of {self._total} runs done"
-        if self._took or fraction:
-            text += f", {self._left(seconds_left)} left"
-        self._bars.update(self._all, completed=self._done + fraction, description=text)
+        if self._shares:
+            text += f", {len(self._shares)} under way"
+        if self._done + share > 0.05:
+            took = time.monotonic() - self._began
+            left = took * (self._total - self._done - share) / (self._done + share)
+            text += f", {roughly(left)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done + share, description=text)
+        elif time.monotonic() - self._told >= PLAIN_SECONDS:
+            self._told = time.monotonic()
+            self.message(text)
 
-    def _left(self, seconds_left: float) -> str:
-        """Time for the rest of this run and for those to come, each like the mean so far."""
-        from spem.training.log import duration
 
-        running = time.monotonic() - self._started + seconds_left
-        each = sum(self._took) / len(self._took) if self._took else running
-        within = 1 if seconds_left else 0  # the current run is counted by its own estimate
-        return duration(seconds_left + each * (self._total - self._done - within))
+def carry_out(
+    planned: Mapping[RunConfig, Sequence[str]],
+    runs: Path,
+    out: Path,
+    *,
+    baseline: str | None = None,
+    workers: int = 1,
+    address: str | None = None,
+    per_gpu: int = 1,
+    budget: float | None = None,
+    retry_diverged: bool = False,
+    json: bool = False,
+) -> None:
+    """Train what is missing, write tables and report, and show the answer.
+
+    Raises:
+        FloatingPointError: Runs failed or diverged; the others are trained and in the tables.
+        Interrupted: A signal stopped the runs; what is finished is in the tables.
+        OSError: A file cannot be written.
+        ValueError: A file of the results folder is damaged.
+    """
+    for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
+        require(module, extra="reproduce", purpose="tables and report")
+    from spem.reproduce.report import build_report
+    from spem.reproduce.run import FAILED, STOPPED, Ended, forget_diverged, missing, run_missing
+    from spem.reproduce.tables import record, require_tables
+
+    out.mkdir(parents=True, exist_ok=True)
+    require_tables(out)
+    if retry_diverged:
+        forget_diverged(planned, runs)
+    todo = missing(planned, runs)
+    _announce(planned, todo, workers)
+    progress, ended = Several(len(todo)), list[Ended]()
+    interrupted: KeyboardInterrupt | None = None
+    try:
+        ended = run_missing(
+            todo,
+            runs,
+            progress,
+            workers=workers,
+            address=address,
+            per_gpu=per_gpu,
+            budget=budget,
+        )
+    except KeyboardInterrupt as stop:
+        interrupted = stop
+    finally:
+        progress.stop()
+    failed = {one.config: one.error for one in ended if one.status == FAILED}
+    problems = record(planned, runs, out, failed=failed, baseline=baseline)
+    report = build_report(out)
+    if interrupted is not None:
+        raise interrupted
+    show(report, json=json)
+    left = sum(one.status == STOPPED for one in ended)
+    if left and not json:
+        print(f"{left} runs are left; the same command goes on from their checkpoints.")
+    if problems:
+        sys.stdout.flush()
+        many = f"{len(problems)} run" + ("s" if len(problems) > 1 else "")
+        lines = "\n".join(f"  {text}" for text in problems)
+        text = f"{many} did not end well; the others are kept.\n{lines}"
+        raise FloatingPointError(text)
+
+
+def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], workers: int) -> None:
+    """How many runs there are to train, and about how long that takes."""
+    if not todo:
+        print(f"All {len(planned)} runs are finished; nothing is trained.", file=sys.stderr)
+        return
+    from spem.reproduce.run import estimate_seconds
+
+    seconds = estimate_seconds(todo)
+    took = "" if seconds is None else f", {roughly(seconds / min(workers, len(todo)))}"
+    there = len(planned) - len(todo)
+    done = f" ({there} more are finished)" if there else ""
+    print(f"{len(todo)} runs to train{done}{took} on this machine.", file=sys.stderr, flush=True)
+
+
+def show(report: Report, *, json: bool = False) -> None:
+    """Print the table and the answer of a report's first screen, and where the report lies."""
+    table = report.headline
+    if json:
+        print_json(_document(report))
+        return
+    if table is None:
+        print(f"No run is finished yet.\nreport: {report.page}")
+        return
+    print_report_table(table)
+    print(f"\n{table.answer}\n")
+    if len(report.tables) > 1:
+        print(f"{len(report.tables) - 1} more tables are in the report.")
+    print(f"report: {report.page}")
+
+
+def print_report_table(table: Table) -> None:
+    """Print one table, without the columns that only a page has room for."""
+    from spem.reproduce.report import MINUS, notes, shown
+
+    text = shown(table).rename(columns=lambda name: name.replace(MINUS, "-"))
+    text = text.drop(columns=[n for n in ("note", "p", "parameters, paper") if n in text])
+    rows = [[str(cell).replace(MINUS, "-") for cell in row] for row in text.to_numpy().tolist()]
+    right = {"verdict", "paper's number", ""}
+    align = "".join("l" if name in right else "r" for name in text.columns)
+    print_table(list(text.columns), rows, align=align, title=f"{table.title}: {table.where}")
+    for note in notes(table):
+        print(note)
+
+
+def _document(report: Report) -> dict[str, Any]:
+    return {
+        "report": str(report.page),
+        "tables": [
+            {
+                "name": table.name,
+                "question": table.question,
+                "answer": table.answer,
+                "where": table.where,
+                "reference": table.reference,
+                "rows": records(table.frame),
+            }
+            for table in report.tables
+        ],
+    }
+
+
+def records(frame: Any) -> list[dict[str, Any]]:
+    """The rows of a table for JSON, None where there is nothing."""
+    import pandas as pd
+
+    return [
+        {key: None if pd.isna(value) else value for key, value in row.items()}
+        for row in frame.astype(object).to_dict("records")
+    ]
+
+
+def roughly(seconds: float) -> str:
+    """A time as people say it.
+
+    >>> [roughly(s) for s in (4, 80, 4000, 90_000, 146_403_278)]
+    ['about 4 s', 'about 1 min', 'about 1 h', 'about 25 h', 'about 5 years']
+    """
+    units = (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48), ("days", 86_400, 730))
+    for name, size, most in units:
+        if seconds < most * size:
+            return f"about {max(1, round(seconds / size))} {name}"
+    return f"about {round(seconds / 31_557_600)} years"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that "3" (0, 1, 2) or "0,4,7" stand for.
+
+    Raises:
+        ValueError: The text is neither.
+
+    >>> parse_seeds("3"), parse_seeds("0,4,7"), parse_seeds("5,")
+    ([0, 1, 2], [0, 4, 7], [5])
+    """
+    if text.isascii() and text.isdigit():
+        return list(range(int(text[:7])))
+    parts = text.removesuffix(",").split(",")
+    if all(part.isascii() and part.isdigit() for part in parts):
+        return [int(part[:18]) for part in parts]
+    raise ValueError(f"{text!r} is no number of seeds (3) and no list of them (0,4,7).")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as 90s, 30m, 1.5h or 45 (seconds).
+
+    Raises:
+        ValueError: The text is no such time.
+
+    >>> parse_duration("30m"), parse_duration("1.5h"), parse_duration("45")
+    (1800.0, 5400.0, 45.0)
+    """
+    number = text.strip().removesuffix("s").removesuffix("m").removesuffix("h").strip()
+    unit = text.strip()[-1:]
+    if not number.replace(".", "", 1).isdigit() or not float(number):
+        raise ValueError(f"{text!r} is no time. Write 90s, 30m or 8h.")
+    return float(number) * {"m": 60, "h": 3600}.get(unit, 1)

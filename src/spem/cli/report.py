@@ -1,31 +1,26 @@
 """`spem report`: rebuild the report of a results folder from its CSV files alone."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
-from spem.cli.output import print_json
+from spem.cli.options import Options
+from spem.cli.progress import show
 
 
-def run(args: list[str]) -> None:
-    """Run `spem report` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "report",
+        "Rebuild the report of a results folder: a page, tables (CSV, LaTeX, Markdown), figures.",
+        more="Nothing is trained and no run is read: runs.csv and the tables beside it are enough.",
+    )
+    o.add("results", "FOLDER", "a folder that `spem reproduce` or `spem compare` wrote", kind=Path)
+    return o.json()
 
-    def report(results: Positional[Path], /, *, json: bool = False) -> None:
-        """Rebuild the report of a results folder: HTML, Markdown, LaTeX, CSV and PDF.
 
-        Nothing is trained and no run is read: plan.csv, runs.csv and the tables beside them are
-        enough. The same files give the same bytes.
+def run(*, results: Path, json: bool) -> None:
+    """Write the report, and show its first screen."""
+    from spem.reproduce.report import build_report
 
-        Args:
-            results: Folder that `spem reproduce --results` wrote.
-            json: Print the files written as JSON.
-        """
-        from spem.reproduce.report import build_report
-
-        files = build_report(results)
-        if json:
-            print_json({"files": [str(path) for path in files]})
-            return
-        print(f"wrote {results / 'report.html'} and {len(files) - 1} files beside it")
-
-    tyro.cli(report, prog="spem report", args=args)
+    show(build_report(results), json=json)

@@ -1,162 +1,132 @@
-"""`spem stats`: paired statistics of anybody's results, from any tidy CSV."""
+"""`spem stats`: paired statistics of anybody's results, from any CSV."""
 
-import dataclasses
-from collections.abc import Mapping
+from __future__ import annotations
+
+import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spem.cli.output import decimals_for, p_text, print_json, print_table
+from spem.cli.options import Options, number
+from spem.cli.output import decimals_for, print_json, print_table
 
 if TYPE_CHECKING:
-    from spem.reproduce.inference import Compared, PairedTest
-    from spem.reproduce.tidy import Answer, Question
+    import pandas as pd
 
 
-def run(args: list[str]) -> None:
-    """Run `spem stats` with these arguments."""
-    import tyro
-    from tyro.conf import Positional
-
-    def stats(
-        file: Positional[Path],
-        /,
-        *,
-        by: tuple[str, ...] = (),
-        value: str | None = None,
-        pair: str | None = None,
-        baseline: str | None = None,
-        within: tuple[str, ...] | None = None,
-        equivalence: float | None = None,
-        level: float = 0.95,
-        json: bool = False,
-    ) -> None:
-        """Paired differences of any results: one run a row, in CSV with a heading.
-
-        Runs of two groups that have the same seed are a pair; what is compared is the mean of the
-        differences of pairs, with the interval and the test that their number allows.
-
-        Args:
-            file: The CSV file, for example runs.csv of `spem compare`.
-            by: Columns that name a group (default attention, or the usual name there is).
-            value: Column of the number compared (default accuracy, or the usual name there is).
-            pair: Column of what makes a pair (default seed, or the usual name there is).
-            baseline: Group that the others are compared with (default none, else the first).
-            within: Columns that split the file into tables (default those of dataset, depth).
-            equivalence: Margin, fixed beforehand: also test whether differences are smaller.
-            level: Level of the intervals.
-            json: Print JSON.
-        """
-        from spem.reproduce.statistics import check_level
-        from spem.reproduce.tidy import answer, ask, read_rows, split
-
-        check_level("stats", level)
-        rows = read_rows(file)
-        question = ask(rows, by=by, value=value, pair=pair, within=within)
-        parts, left_out = split(rows, question)
-        answers = answer(parts, baseline=baseline, margin=equivalence, level=level)
-        notes = [*question.notes, *left_out]
-        if json:
-            print_json(_document(file, question, answers, notes))
-        else:
-            _print(question, answers, notes, level)
-
-    tyro.cli(stats, prog="spem stats", args=args)
-
-
-def _print(question: "Question", answers: "list[Answer]", notes: list[str], level: float) -> None:
-    for note in notes:
-        print(_plain(note))
-    if notes:
-        print()
-    for answer in answers:
-        _print_table(question, answer, level)
-    print("n: values; pairs: those the difference is over.")
-    print("r: correlation of the pairs, with its interval from four pairs on (Fisher).")
-    print("p: of no difference, paired t test below six pairs and sign-flip test from six on.")
-    print("Holm p: the same, corrected for all comparisons of the table.")
-
-
-def _print_table(question: "Question", answer: "Answer", level: float) -> None:
-    decimals = _decimals(answer)
-    columns = [question.by[0], "n", "mean", "sd", "pairs", f"to {_plain(answer.baseline)}"]
-    columns += [f"{100 * level:g} % interval", "method", "p", "Holm p", "r"]
-    rows = [_cells(line, decimals) for line in answer.lines]
-    title = ", ".join(f"{name}={cell}" for name, cell in answer.part.within.items())
-    title = _plain(": ".join(filter(None, [title, question.value])))
-    print_table(columns, rows, align="lrrrrrllrrl", title=title)
-    print()
-    for text in [*_reading(question, answer, decimals), *answer.part.notes]:
-        print(_plain(text))
-    print()
-
-
-def _cells(line: "Compared", decimals: int) -> list[str]:
-    test, sd = line.test, line.summary.sd
-    cells = [_plain(line.name), str(line.summary.n), f"{line.summary.mean:.{decimals}f}"]
-    cells.append("-" if sd is None else f"{sd:.{decimals}f}")
-    if test is None:
-        return cells + ["-"] * 7
-    return [
-        *cells,
-        str(test.n),
-        "-" if test.mean is None else f"{test.mean:+.{decimals}f}",
-        test.interval_in(decimals),
-        test.interval or "-",
-        p_text(test.p),
-        p_text(line.adjusted_p),
-        _correlation(test),
-    ]
-
-
-def _correlation(test: "PairedTest") -> str:
-    from spem.reproduce.inference import correlation_interval
-
-    if test.correlation is None:
-        return "-"
-    ends = correlation_interval(test.correlation, test.n, test.level)
-    return f"{test.correlation:+.2f}" + (
-        "" if ends is None else f" [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+def options() -> Options:
+    """What the command takes."""
+    o = Options(
+        "stats",
+        "Paired differences of any results: a CSV with one run a row, or with a column a seed.",
+        more="Runs of two groups that have the same seed are a pair. Below three pairs nothing is "
+        "concluded; p is of the paired t test, from six pairs on also of flipping signs.",
     )
+    o.add("file", "FILE", "for example runs.csv of `spem compare`", kind=Path)
+    o.add("--by", "COLUMN", "columns that name a group", count="*", default=())
+    o.add("--value", "COLUMN", "column of the number that is compared")
+    o.add("--pair", "COLUMN", "column that makes two runs a pair")
+    o.add("--baseline", "GROUP", "what the others are compared with; none, or else the first")
+    o.add("--within", "COLUMN", "columns that split the file into tables", count="*")
+    o.add("--level", "X", "of the intervals", kind=number(0), default=0.95, rare=True)
+    return o.json()
 
 
-def _decimals(answer: "Answer") -> int:
-    spreads = [line.summary.sd for line in answer.lines]
-    spreads += [line.test.sd for line in answer.lines if line.test is not None]
-    return decimals_for(spreads)
+def run(
+    *,
+    file: Path,
+    by: list[str],
+    value: str | None,
+    pair: str | None,
+    baseline: str | None,
+    within: list[str] | None,
+    level: float,
+    json: bool,
+) -> None:
+    """Compare the groups of a file, and show how they differ."""
+    from spem.stats import choose_columns, compare, read_table
 
-
-def _unit(question: "Question", answer: "Answer") -> str:
-    """Points, where the numbers are accuracies in percent."""
-    percent = max(abs(line.summary.mean) for line in answer.lines) > 1.5
-    return "points" if "acc" in question.value and percent else ""
-
-
-def _reading(question: "Question", answer: "Answer", decimals: int) -> list[str]:
-    """What a table shows and what it does not, in sentences."""
-    from spem.reproduce.inference import equivalence_sentence, reach_sentence, sentence
-
-    unit = _unit(question, answer)
-    compared = [(line, line.test) for line in answer.lines if line.test is not None]
-    if not compared:
-        return [f"Nothing is compared with {answer.baseline} here: there are no two such groups."]
-    texts = [
-        sentence(
-            line.name,
-            answer.baseline,
-            test,
-            line.adjusted_p if len(compared) > 1 else None,
-            unit=unit,
-            decimals=decimals,
-            pair=question.pair,
+    rows = read_table(file)
+    try:
+        rows, chosen = choose_columns(rows, by=by, value=value, pair=pair, within=within)
+        named = (rows[[chosen["by"][0], chosen["pair"]]] != "").all(axis=1)
+        table = compare(rows[named], **chosen, baseline=baseline, level=level)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file}: {str(error.args[0]).removeprefix('compare: ')}") from error
+    left = len(rows) - int(table["n"].sum())
+    notes = (
+        [f"{left} of {len(rows)} rows have no number or no name and are left out."] if left else []
+    )
+    parts = (
+        table.groupby(chosen["within"], sort=False, dropna=False)
+        if chosen["within"]
+        else [((), table)]
+    )
+    tables = [(dict(zip(chosen["within"], key, strict=True)), part) for key, part in parts]
+    if json:
+        print_json(_document(file, chosen, notes, tables))
+        return
+    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show is no error
+        with contextlib.suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    split = f", within {' and '.join(chosen['within'])}" if chosen["within"] else ""
+    print(
+        _plain(
+            f"{chosen['value']} by {' and '.join(chosen['by'])}, paired by {chosen['pair']}{split}."
         )
-        for line, test in compared
-    ]
-    reach = reach_sentence(answer.lines)
-    texts += [reach] if reach else []
-    return texts + [
-        equivalence_sentence(name, answer.baseline, test, unit=unit, decimals=decimals)
-        for name, test in answer.equivalences.items()
-    ]
+    )
+    for note in notes:
+        print(note)
+    for where, part in tables:
+        print()
+        _print(chosen, where, part, level)
+
+
+def _print(chosen: dict[str, Any], where: dict[str, Any], part: pd.DataFrame, level: float) -> None:
+    from spem.stats import p_text
+
+    decimals = decimals_for([s for s in (*part["sd"], *part["difference_sd"]) if s == s])
+    columns = [chosen["by"][0], "n", "mean", "sd", "pairs", f"to {part['baseline'].iloc[0]}"]
+    columns += [f"{100 * level:g} % interval", "p", "sign-flip p", "Holm p", "verdict"]
+    rows: list[list[str]] = []
+    for line in part.to_dict("records"):
+        own = line["group"] == line["baseline"]
+        cells = [
+            line["group"],
+            str(line["n"]),
+            _text(line["mean"], decimals),
+            _text(line["sd"], decimals),
+        ]
+        cells += ["" if own else str(line["pairs"]), _text(line["difference"], decimals, sign=True)]
+        there = line["low"] == line["low"]
+        ends = [_text(line[name], decimals, sign=True) for name in ("low", "high")]
+        cells.append(f"[{', '.join(ends)}]" if there else "")
+        cells += [p_text(line[name]) for name in ("p", "p_flip", "p_holm")]
+        rows.append([_plain(cell) for cell in [*cells, line["verdict"]]])
+    title = _plain(", ".join(f"{name}={cell}" for name, cell in where.items()))
+    print_table([_plain(name) for name in columns], rows, align="lrrrrrlrrrl", title=title)
+    for text in _reading(chosen, part, decimals):
+        print(_plain(text))
+
+
+def _reading(chosen: dict[str, Any], part: pd.DataFrame, decimals: int) -> list[str]:
+    """What a table shows and what it does not, a sentence for each comparison."""
+    from spem.stats import REFERENCE, sentence
+
+    percent = "acc" in chosen["value"].lower() and part["mean"].abs().max() > 1.5
+    unit = "points" if percent else ""
+    lines = [line for line in part.to_dict("records") if line["verdict"] != REFERENCE]
+    if not lines:
+        return ["There is one group only: nothing is compared."]
+    return [sentence(line, unit=unit, decimals=decimals, pair=chosen["pair"]) for line in lines]
+
+
+def _text(value: float, decimals: int, *, sign: bool = False) -> str:
+    """A number in so many decimals, or by its digits where it is very large or very small."""
+    if value != value:
+        return ""
+    plain = value == 0 or 1e-9 <= abs(value) < 1e12
+    return f"{value:{'+' if sign else ''}{f'.{decimals}f' if plain else '.6g'}}"
 
 
 def _plain(text: str) -> str:
@@ -165,44 +135,17 @@ def _plain(text: str) -> str:
 
 
 def _document(
-    file: Path, question: "Question", answers: "list[Answer]", notes: list[str]
+    file: Path,
+    chosen: dict[str, Any],
+    notes: list[str],
+    tables: list[tuple[dict[str, Any], pd.DataFrame]],
 ) -> dict[str, Any]:
-    return {
-        "file": str(file),
-        "by": list(question.by),
-        "value": question.value,
-        "pair": question.pair,
-        "notes": notes,
-        "tables": [_table(question, answer) for answer in answers],
-    }
+    from spem.cli.progress import records
 
-
-def _table(question: "Question", answer: "Answer") -> Mapping[str, Any]:
-    return {
-        "within": dict(answer.part.within),
-        "baseline": answer.baseline,
-        "groups": [_group(line, answer) for line in answer.lines],
-        "notes": list(answer.part.notes),
-        "reading": _reading(question, answer, _decimals(answer)),
-    }
-
-
-def _group(line: "Compared", answer: "Answer") -> Mapping[str, Any]:
-    from spem.reproduce.inference import correlation_interval, smallest_visible
-
-    test, visible, ends = line.test, None, None
-    if test is not None and test.sd:
-        visible = smallest_visible(test.sd, test.n, level=test.level)
-    if test is not None and test.correlation is not None:
-        ends = correlation_interval(test.correlation, test.n, test.level)
-    margin = answer.equivalences.get(line.name)
-    return {
-        "name": line.name,
-        **dataclasses.asdict(line.summary),
-        "difference": None if test is None else dataclasses.asdict(test),
-        "correlation_interval": ends,
-        "adjusted_p": line.adjusted_p,
-        "shown": line.shows,
-        "smallest_visible": visible,
-        "equivalence": None if margin is None else dataclasses.asdict(margin),
-    }
+    found: list[dict[str, Any]] = []
+    for where, part in tables:
+        decimals = decimals_for([s for s in (*part["sd"], *part["difference_sd"]) if s == s])
+        groups = records(part.drop(columns=list(where)))
+        reading = _reading(chosen, part, decimals)
+        found.append({"within": where, "groups": groups, "reading": reading})
+    return {"file": str(file), **chosen, "notes": notes, "tables": found}

@@ -1,21 +1,5 @@
-"""Several runs together: run what is missing, collect tables, CSV and a picture, read them."""
+"""Experiments: lists of runs, what runs them, their tables, figures and report."""
 
-from spem.reproduce.compare import Observer, plan, run_missing
-from spem.reproduce.inference import PairedTest, paired_test
-from spem.reproduce.results import Line, Run, collect, table, write_csv
-from spem.reproduce.statistics import Summary, summarise
+from spem.reproduce.tables import load_runs
 
-__all__ = [
-    "Line",
-    "Observer",
-    "PairedTest",
-    "Run",
-    "Summary",
-    "collect",
-    "paired_test",
-    "plan",
-    "run_missing",
-    "summarise",
-    "table",
-    "write_csv",
-]
+__all__ = ["load_runs"]

@@ -1,0 +1,235 @@
+"""Paired comparison: against scipy and by simulation, and tables that people have."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from spem.stats import (
+    answer,
+    choose_columns,
+    compare,
+    hardly_trained_below,
+    holm,
+    prediction_interval,
+    read_table,
+    sentence,
+    sign_flip,
+)
+
+
+def table(**groups: list[float]) -> pd.DataFrame:
+    rows = [
+        {"module": name, "seed": seed, "accuracy": value}
+        for name, values in groups.items()
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+def line(found: pd.DataFrame, group: str) -> pd.Series:
+    return found[found["group"] == group].iloc[0]
+
+
+NONE = [91.0, 92.1, 90.7, 91.9, 91.2, 92.4]
+SE = [91.9, 92.2, 91.6, 92.0, 92.3, 92.6]
+SPEM = [90.1, 91.7, 91.0, 91.2, 90.2, 92.0]
+
+
+def test_numbers_are_those_of_scipy():
+    found = compare(table(none=NONE, se=SE, spem=SPEM))
+    assert list(found["group"]) == ["none", "se", "spem"]
+    p = []
+    for name, values in (("se", SE), ("spem", SPEM)):
+        one, test = line(found, name), scipy_stats.ttest_rel(values, NONE)
+        low, high = test.confidence_interval(0.95)
+        assert one[["low", "high"]].tolist() == pytest.approx([low, high], rel=1e-9)
+        assert one["p"] == pytest.approx(test.pvalue, rel=1e-9)
+        assert (one["n"], one["pairs"]) == (6, 6)
+        assert one["difference"] == pytest.approx(np.mean(values) - np.mean(NONE))
+        assert one[["mean", "sd"]].tolist() == pytest.approx(
+            [np.mean(values), np.std(values, ddof=1)]
+        )
+        p.append(test.pvalue)
+    small, large = sorted(p)
+    assert sorted(found["p_holm"].dropna()) == pytest.approx([2 * small, max(2 * small, large)])
+    wide = compare(table(none=NONE, se=SE), level=0.99)
+    low, high = scipy_stats.ttest_rel(SE, NONE).confidence_interval(0.99)
+    assert line(wide, "se")[["low", "high"]].tolist() == pytest.approx([low, high])
+
+
+@pytest.mark.parametrize("n", [6, 8])
+def test_sign_flips_are_counted(n: int):
+    d = np.random.default_rng(n).normal(0.5, 1, n)
+    signs = np.array(list(itertools.product((-1, 1), repeat=n)))
+    means = np.abs((signs * d).mean(1))
+    assert sign_flip(d) == pytest.approx((means >= abs(d.mean()) - 1e-12).mean())
+    assert sign_flip(np.zeros(n)) == 1
+
+
+@pytest.mark.parametrize("n", [3, 5, 8])
+def test_every_interval_covers_what_it_says(n: int):
+    """Normal differences about a known mean, and one more run of the same kind."""
+    rng, times = np.random.default_rng(n), 1500
+    base, differences = rng.normal(90, 3, n), rng.normal(0.7, 0.4, (times, n))
+    groups = {str(trial): list(base + d) for trial, d in enumerate(differences)}
+    found = compare(table(none=list(base), **groups)).iloc[1:]
+    covered = ((found["low"] <= 0.7) & (found["high"] >= 0.7)).mean()
+    runs = rng.normal(0.7, 0.4, times)
+    ends = np.array([prediction_interval(list(values)) for values in differences])
+    predicted = ((ends[:, 0] <= runs) & (runs <= ends[:, 1])).mean()
+    for share in (covered, predicted):  # four standard errors of a share of 0.95
+        assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / times)
+
+
+def test_two_pairs_say_nothing():
+    found = compare(table(none=[90.0, 91.0], se=[95.0, 96.01]))
+    one = line(found, "se")
+    assert one["verdict"] == "too few seeds"
+    assert one[["low", "high", "p", "p_holm"]].isna().all()
+    assert "too few seeds" in sentence(one)
+    assert "too few seeds" in answer(found).lower()
+    assert "above" not in answer(found)
+
+
+def test_a_verdict_needs_p_after_holm():
+    gain = [1.0, 1.6, 0.7, 1.3]
+    base = [90.0, 91.0, 92.0, 90.5]
+    groups = {"se": [b + g for b, g in zip(base, gain, strict=True)]}
+    assert line(compare(table(none=base, **groups)), "se")["verdict"] == "above"
+    noise = np.random.default_rng(0).normal(0, 1, (60, 4))
+    many = {f"m{i}": list(np.array(base) + noise[i]) for i in range(60)}
+    found = compare(table(none=base, **groups, **many))
+    assert line(found, "se")["p"] < 0.05 < line(found, "se")["p_holm"]
+    assert line(found, "se")["verdict"] == "no difference shown"
+    together = pd.concat([table(none=base, **groups).assign(part=p) for p in range(40)])
+    apart = compare(together, within="part")
+    assert set(apart[apart["group"] == "se"]["verdict"]) == {"above"}
+    assert set(compare(together, within="part", together=True)["verdict"]) == {
+        "reference",
+        "no difference shown",
+    }
+
+
+def test_near_guessing_nothing_is_concluded():
+    assert [hardly_trained_below(n) for n in (2, 10, 100)] == [62.5, 20, 2]
+    low = table(none=[15.0, 16.0, 15.5], se=[18.0, 19.1, 18.4]).assign(classes=10)
+    assert line(compare(low), "se")["verdict"] == "hardly trained"
+    assert "Hardly trained" in answer(compare(low))
+    assert line(compare(low.assign(classes=100)), "se")["verdict"] == "above"
+    fractions = low.assign(accuracy=low["accuracy"] / 100)
+    assert line(compare(fractions), "se")["verdict"] == "hardly trained"
+
+
+def test_small_differences_of_large_numbers_are_differences():
+    base = [1_073_741_824.0, 1_073_741_952.0, 1_073_742_080.0, 1_073_741_900.0]
+    one = line(
+        compare(
+            table(none=base, se=[b + 588 + d for b, d in zip(base, (1, -1, 2, 0), strict=True)])
+        ),
+        "se",
+    )
+    assert one["difference"] == pytest.approx(588.5)
+    assert one["p"] < 1e-5
+    assert one["verdict"] == "above"
+    equal = line(compare(table(none=[0.1, 0.2, 0.3], se=[0.4, 0.5, 0.6])), "se")
+    assert equal["verdict"] == "all differences equal"  # but for the rounding of 0.1 + 0.3
+    assert math.isnan(equal["low"])
+
+
+@pytest.mark.parametrize("scale", [1e-308, 1e-300, 1e300])
+def test_very_small_and_large_numbers(scale: float):
+    found = compare(table(none=[v * scale for v in NONE], se=[v * scale for v in SE]))
+    usual = line(compare(table(none=NONE, se=SE)), "se")
+    assert line(found, "se")["p"] == pytest.approx(usual["p"], rel=1e-3)
+    assert line(found, "se")["low"] == pytest.approx(usual["low"] * scale, rel=1e-3)
+
+
+def test_what_cannot_be_subtracted_is_said():
+    with pytest.raises(ValueError, match="cannot be subtracted"):
+        compare(table(none=[-1.7e308] * 3, se=[1.7e308] * 3))
+
+
+def test_mistakes_are_one_sentence():
+    rows = table(none=NONE, se=SE)
+    with pytest.raises(ValueError, match=r"none has seed 0 2 times.*differ in lr"):
+        compare(pd.concat([rows.assign(lr=1), rows.assign(lr=2)]))
+    with pytest.raises(ValueError, match="no group 'spme'"):
+        compare(rows, baseline="spme")
+    with pytest.raises(KeyError, match=r"no column 'modul'. Nearest: module"):
+        compare(rows, by="modul")
+    with pytest.raises(ValueError, match="level=1 is no level"):
+        compare(rows, level=1)
+    with pytest.raises(ValueError, match="no row holds a finite number"):
+        compare(rows.assign(accuracy=float("nan")))
+
+
+def test_runs_without_a_number_or_a_partner_are_left_out():
+    rows = table(none=NONE[:4], se=[*SE[:3], float("inf")], spem=[float("nan")] * 4)
+    found = compare(
+        pd.concat([rows, pd.DataFrame([{"module": "eca", "seed": 9, "accuracy": 90.0}])])
+    )
+    assert list(found["group"]) == ["none", "se", "eca"]
+    assert line(found, "se")["pairs"] == 3
+    assert line(found, "eca")["pairs"] == 0
+    assert "share no seed" in sentence(line(found, "eca"))
+
+
+def test_holm_by_hand():
+    adjusted = holm([0.01, float("nan"), 0.04, 0.03])
+    assert adjusted[[0, 2, 3]] == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isnan(adjusted[1])
+    assert np.isnan(holm([float("nan")])).all()
+
+
+READABLE = {
+    "usual": "attention,seed,accuracy\n{0}",
+    "capitals": "Model,Seed,Top1\n{0}",
+    "semicolons and decimal commas": "Model;Seed;Accuracy\n{1}",
+    "per cent signs": "model,seed,acc\n{2}",
+    "a column a seed": "model,seed0,seed1,seed2\nnone,90.0,91.5,90.7\nse,91.0,92.0,91.9\n",
+    "numbers as columns": "Method,0,1,2\nnone,90.0%,91.5%,90.7%\nse,91.0%,92.0%,91.9%\n",
+}
+VALUES = {"none": (90.0, 91.5, 90.7), "se": (91.0, 92.0, 91.9)}
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_tables_that_people_have(kind: str, tmp_path: Path):
+    cells = [
+        (name, seed, value) for name, values in VALUES.items() for seed, value in enumerate(values)
+    ]
+    texts = (
+        "".join(f"{n},{s},{v}\n" for n, s, v in cells),
+        "".join(f"{n};{s};{v}\n".replace(".", ",") for n, s, v in cells),
+        "".join(f"{n},{s},{v} %\n" for n, s, v in cells),
+    )
+    path = tmp_path / "runs.csv"
+    path.write_text(READABLE[kind].format(*texts), encoding="utf-8-sig")
+    rows, chosen = choose_columns(read_table(path))
+    one = line(compare(rows, **chosen), "se")
+    assert one["difference"] == pytest.approx(0.9)
+    assert one["pairs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("model,seed,acc\n", "no rows"),
+        ("a,b\n1,2\n", "there is no column 'module'. Name one with --by: a, b"),
+        ("model,acc\nnone,1\n", "there is no column 'seed'"),
+        ("model,seed,acc\nnone,0,high\n", "'high' in column 'acc' is not a number"),
+        ('model,seed,acc\n"none,0,1\n', "no CSV file"),
+    ],
+)
+def test_files_that_are_no_table(text: str, says: str, tmp_path: Path):
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=says):
+        choose_columns(read_table(path))
