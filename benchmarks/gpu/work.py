@@ -171,7 +171,7 @@ def train(out: Path, attention: str, images: Path) -> int:
     from spem.training import recipes
     from spem.training import train as train_run
     from spem.training.config import RuntimeConfig
-    from spem.training.log import PlainLines
+    from spem.training.progress import PlainLines
 
     archive = out / f"train-{attention}.tar"
     kinds = typing.get_args(typing.get_type_hints(RuntimeConfig)["step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from training.tiny import shortened, tiny
 
 from spem import initialise
 from spem.data import load_images
-from spem.training import Silent, read_run, train
+from spem.training import ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
 from spem.training.folder import build_network
+from spem.training.sets import load_sets
 from spem.training.signals import StopSignals
-from spem.training.step import make_optimizer, make_step
+from spem.training.step import decay, make_optimizer, make_step
 
 
 def test_a_device_that_is_not_there_can_be_corrected(tmp_path: Path):
@@ -76,6 +78,53 @@ def test_attention_that_starts_as_the_identity_changes_no_output():
     assert sum(p.numel() for p in build_network(own, 10).parameters()) == sum(
         p.numel() for p in build_network(config, 10).parameters()
     )
+
+
+@pytest.mark.parametrize("attention", ["none", "se", "spem"])
+@pytest.mark.parametrize("start", [None, "identity"])
+def test_a_run_starts_from_the_weights_of_another_backbone(
+    attention: str, start: str | None, tmp_path: Path
+):
+    config = shortened(tiny("none", epochs=1), 40)
+    train(config, tmp_path / "first", progress=Silent())
+    path = tmp_path / "first" / "model.safetensors"
+    given = {"weights": str(path), "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    still = replace(config, optim=replace(config.optim, lr=0.0))
+    model = replace(config.model, attention=attention, start=start, **given)
+    train(replace(still, model=model), tmp_path / "second", progress=Silent())
+    first, second = (read_run(tmp_path / name).network() for name in ("first", "second"))
+    weights = {name: w for name, w in first.named_parameters() if not name.startswith("fc.")}
+    found = {k.replace(".norm.", "."): w for k, w in second.named_parameters()}
+    assert len(weights) == 39
+    assert all(torch.equal(found[name], w) for name, w in weights.items())
+    assert not torch.equal(first.fc.weight, second.fc.weight)
+    other = replace(model, weights_sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"SHA-256 of .*model.safetensors is"):
+        train(replace(still, model=other), tmp_path / "third", progress=Silent())
+    deeper = replace(still, model=replace(model, depth=20))
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit the network: it lacks"):
+        train(deeper, tmp_path / "fourth", progress=Silent())
+
+
+def test_weights_are_known_by_their_sum():
+    a, b = (ModelConfig(weights=where, weights_sha256="0" * 64) for where in ("a", "b/a"))
+    assert RunConfig(model=a).id == RunConfig(model=b).id != RunConfig().id
+    with pytest.raises(ValueError, match=r"model.weights needs model.weights_sha256"):
+        ModelConfig(weights="a")
+
+
+def test_the_limited_images_can_be_drawn_anew_for_every_seed():
+    data = replace(tiny().data, limit=30, limit_seed=True)
+    sums = [load_sets(data, seed).train.sha256 for seed in (0, 1, 1)]
+    assert sums[0] != sums[1] == sums[2]
+    assert sums[0] == load_sets(replace(data, limit_seed=False), 5).train.sha256
+
+
+def test_the_cosine_starts_at_the_rate_and_falls_to_nothing():
+    optim = OptimConfig(epochs=4, schedule="cosine", milestones=())
+    expected = [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]
+    assert [decay(optim, epoch) for epoch in range(4)] == pytest.approx(expected)
+    assert RunConfig(optim=optim).id != RunConfig(optim=replace(optim, schedule=None)).id
 
 
 def test_a_signal_after_the_last_epoch_speaks_of_no_checkpoint():

@@ -67,7 +67,7 @@ def test_a_choice_has_to_serve_training_and_evaluation(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("step", "impl"), [("eager", "reference"), ("compile", "formula"), ("graph", "formula")]
+    ("step", "impl"), [("eager", "reference"), ("compile", "formula"), ("graph", "reference")]
 )
 def test_on_cuda_what_is_compiled_gets_the_formula_until_triton_is_proven(
     step: str, impl: str, monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,10 @@ SCHEMA = 1
 
 _NOT_IN_ID = ("root", "sha256", "test_sha256")
 """Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
-_LATER = ("branch_start", "start", "test", "test_limit", "skip_broken")
+_LATER = (
+    *("branch_start", "start", "weights_sha256", "test", "test_limit", "limit_seed", "skip_broken"),
+    "schedule",
+)
 """Fields younger than the first runs: left out of the id while they are not used."""
 
 
@@ -49,6 +52,9 @@ class ModelConfig:
         start: "identity" puts the attention into the plain network as `spem.attach` does: its
             output is unchanged at the start, and a learned alpha from 0 lets the gate in. "module"
             and None leave the module its own start.
+        weights: file of weights that the network starts from, but for its head and its attention;
+            where it lies is not part of the id.
+        weights_sha256: SHA-256 of that file, which is; needed with `weights`.
     """
 
     depth: int = 164
@@ -57,6 +63,8 @@ class ModelConfig:
     init_scope: Literal["backbone", "all"] = "backbone"
     branch_start: float | None = None
     start: Literal["module", "identity"] | None = None
+    weights: str | None = None
+    weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("model.block", self.block, ("bottleneck", "basic"))
@@ -76,6 +84,11 @@ class ModelConfig:
 
             object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
         _number(self, "model", "branch_start")
+        if (self.weights is None) != (self.weights_sha256 is None):
+            raise ValueError(
+                "model.weights needs model.weights_sha256, by which the run is known, and the "
+                "reverse. Give both (`sha256sum FILE`)."
+            )
 
     @property
     def spec(self) -> AttentionSpec | None:
@@ -102,6 +115,7 @@ class DataConfig:
             is a fifth.
         skip_broken: leave out image files that cannot be read.
         limit: train on this many images only (a fixed subset, the same for every seed).
+        limit_seed: draw that subset anew for every seed, the same for all networks of a seed.
         test_limit: test on this many images only (likewise).
         augment: random crop after padding and, with `flip`, horizontal flip.
         flip: flip half of the images; wrong for digits and letters.
@@ -119,6 +133,7 @@ class DataConfig:
     test: float | None = None
     skip_broken: bool = False
     limit: int | None = None
+    limit_seed: bool = False
     test_limit: int | None = None
     augment: bool = True
     flip: bool = True
@@ -163,6 +178,8 @@ class OptimConfig:
         rules: "host" decays every parameter (the paper), "declared" follows each module's own
             rules (`spem.param_groups`).
         mix_lr: rate of the learned mixes under `rules="declared"`; None means `lr`.
+        schedule: "cosine" lets the rate fall as half a cosine, epoch by epoch, and passes over the
+            milestones; "steps" and None follow them.
     """
 
     epochs: int = 164
@@ -175,6 +192,7 @@ class OptimConfig:
     penalty: float = 0.1
     rules: Literal["host", "declared"] = "host"
     mix_lr: float | None = None
+    schedule: Literal["steps", "cosine"] | None = None
 
     def __post_init__(self) -> None:
         _whole("optim.epochs", self.epochs, 1)
@@ -182,6 +200,8 @@ class OptimConfig:
         for name in ("lr", "momentum", "weight_decay", "factor", "penalty", "mix_lr"):
             _number(self, "optim", name)
         _one_of("optim.rules", self.rules, ("host", "declared"))
+        if self.schedule is not None:
+            _one_of("optim.schedule", self.schedule, ("steps", "cosine"))
         for milestone in self.milestones:
             _whole("optim.milestones", milestone, 1)
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -267,7 +287,8 @@ class RunConfig:
         """
         _ = self.model.spec
         full = self.to_dict()
-        for section in ("model", "data"):
+        del full["model"]["weights"]
+        for section in ("model", "data", "optim"):
             for name in _LATER:
                 if full[section].get(name) in (None, False):
                     full[section].pop(name, None)

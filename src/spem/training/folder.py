@@ -529,6 +529,33 @@ def build_network(config: RunConfig, classes: int) -> ResNet:
     return resnet(model.depth, classes, attention=spec, block=model.block)
 
 
+def start_from(model: ResNet, path: str, sha256: str | None) -> None:
+    """Load the weights of a network of the same backbone; head and attention stay as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another file, or of another backbone.
+    """
+    safetensors = require("safetensors.torch", extra="train", purpose="model.weights")
+    content = read_regular(Path(path))
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(f"train: the SHA-256 of {path} is {found}, expected {sha256}.")
+    try:
+        tensors = cast("dict[str, Tensor]", safetensors.load(content))
+        kept = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
+        missing, unexpected = model.load_state_dict(kept, strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"train: {path} does not fit the network: {reason}") from error
+    lacking = [k for k in missing if not k.startswith("fc.") and ".attention." not in k]
+    if lacking or unexpected:
+        raise ValueError(
+            f"train: {path} does not fit the network: it "
+            + (f"lacks {lacking[0]}." if lacking else f"has {unexpected[0]} beside.")
+        )
+
+
 def save_weights(
     model: ResNet,
     config: RunConfig,
@@ -557,6 +584,8 @@ def save_weights(
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     published = config.to_dict()
     published["data"] |= {"root": None, "name": Path(config.data.name).name}
+    if config.model.weights is not None:
+        published["model"]["weights"] = Path(config.model.weights).name
     about: dict[str, Any] = {"impl": impl, "data": None}
     if data is not None:
         about["data"] = {**dataclasses.asdict(data), "name": Path(data.name).name}

@@ -43,6 +43,7 @@ from spem.training.folder import (
     require_same_run,
     save_checkpoint,
     save_weights,
+    start_from,
     unpack_checkpoint,
     write_error,
     write_metrics,
@@ -115,7 +116,7 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
         if result is not None:
             return result
         # Before the folder is made: where the images lack there is nothing to train.
-        sets = load_sets(config.data)
+        sets = load_sets(config.data, config.seed)
         team.require_same("images", [sets.train.sha256, sets.test.sha256])
         team.alone(lambda: until.enter_context(held(folder)))
         result = _finished(config, folder, team, progress)  # by another process, meanwhile
@@ -282,6 +283,8 @@ class _Training:
         self.sets = sets.to(device)
         model = build_network(config, classes=len(sets.train.classes))
         initialise(model, config.seed, scope=config.model.init_scope)
+        if config.model.weights is not None:
+            start_from(model, config.model.weights, config.model.weights_sha256)
         if config.model.branch_start is not None:
             start_branches(model, config.model.branch_start)
         self.format = torch.channels_last if runtime.channels_last else torch.contiguous_format

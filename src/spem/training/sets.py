@@ -66,16 +66,16 @@ def images_kept(sets: int = 4) -> Generator[None]:
         _loader.reset(before)
 
 
-def load_sets(data: DataConfig) -> Sets:
+def load_sets(data: DataConfig, seed: int = 0) -> Sets:
     """Load the images of a run, with validation images and limit taken off.
 
-    Both are fixed choices that do not depend on the run's seed.
+    Both are fixed choices that do not depend on the run's seed, unless `limit_seed` asks for it.
     """
     train = _loaded(data, "train", data.sha256)
     validation = None
     if data.val:
         train, validation = hold_out(train, data.val)
-    train = _limited(train, data.limit, "limit")
+    train = _limited(train, data.limit, "limit", seed if data.limit_seed else 0)
     test = load_test(data)
     if test.classes != train.classes:
         raise ValueError(
@@ -102,10 +102,10 @@ def _loaded(data: DataConfig, split: Split, sha256: str | None) -> ImageSet:
     )
 
 
-def _limited(images: ImageSet, limit: int | None, purpose: str) -> ImageSet:
+def _limited(images: ImageSet, limit: int | None, purpose: str, seed: int = 0) -> ImageSet:
     if limit is None or limit >= len(images):
         return images
-    order = torch.randperm(len(images), generator=keyed_generator(0, purpose), device="cpu")
+    order = torch.randperm(len(images), generator=keyed_generator(seed, purpose), device="cpu")
     return images.take(order[:limit])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Callable, Generator
@@ -51,7 +52,7 @@ def make_step(
         model: in training mode, on its device.
         optimizer: of `make_optimizer`.
         optim: gives the coefficient of the penalty.
-        runtime: gives precision, and whether forward and loss are compiled and the whole step is
+        runtime: gives precision, and whether forward and loss are compiled, or the whole step is
             captured as a CUDA graph.
 
     Raises:
@@ -62,24 +63,19 @@ def make_step(
         runtime = replace(runtime, step="graph" if device.type == "cuda" else "eager")
     forward = make_forward(model, runtime)
 
-    def read_lambdas() -> Tensor:
-        return lambdas(model)
-
-    if runtime.step in ("compile", "graph"):
+    if runtime.step == "compile":
         # Every run compiles this function anew; without a reset the compilations of a comparison's
         # networks add up to dynamo's limit for one function.
         torch.compiler.reset()
         # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
-    if runtime.step == "graph":
-        read_lambdas = torch.compile(read_lambdas, fullgraph=True, dynamic=False)
 
     def step(images: Tensor, labels: Tensor) -> StepOutput:
         optimizer.zero_grad(set_to_none=True)
         loss, extra, correct = forward(images, labels)
         (loss + optim.penalty * extra).backward()
         optimizer.step()
-        return StepOutput(loss.detach(), extra.detach(), correct, read_lambdas())
+        return StepOutput(loss.detach(), extra.detach(), correct, lambdas(model))
 
     if runtime.step != "graph":
         return step
@@ -147,6 +143,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
 
 def decay(optim: OptimConfig, epoch: int) -> float:
     """What the starting rates are multiplied by in an epoch, counted from 0."""
+    if optim.schedule == "cosine":
+        return (1 + math.cos(math.pi * epoch / optim.epochs)) / 2
     return optim.factor ** sum(epoch >= milestone for milestone in optim.milestones)
 
 
@@ -214,7 +212,7 @@ def choose_impl(runtime: RuntimeConfig, device: str) -> Choice:
     # One that takes training's maps but not evaluation's, or the reverse, cannot serve the run.
     differing = [choice for choice in choices if choice.impl == "reference"]
     choice = differing[0] if differing else choices[0]
-    if choice.impl == "reference" and device == "cuda" and runtime.step in ("compile", "graph"):
+    if choice.impl == "reference" and device == "cuda" and runtime.step == "compile":
         return Choice("formula", "compiled")
     return choice
 
