@@ -187,6 +187,6 @@ class Countdown:
 
 
 def _duration(seconds: float) -> str:
-    from spem.training.log import duration
+    from spem.training.progress import duration
 
     return duration(seconds)

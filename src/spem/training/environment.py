@@ -54,6 +54,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except OSError:
         return None
     return asked.stdout.strip() if asked.returncode == 0 else None
-
-
-ENVIRONMENT = "environment.json"

@@ -154,10 +154,6 @@ class Result:
     files: dict[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of each file that stays in the folder."""
 
-    @property
-    def metrics_sha256(self) -> str | None:
-        return self.files.get(METRICS)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
         """Build a result from plain values.
