@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spem.attention import AttentionSpec, ChannelAttention, as_spec
 from spem.attention.options import positive_int
 from spem.attention.placement import PLACES, Ending, Places, begin
-from spem.ops import bn_gate_tail
+from spem.ops import bn_gate_tail, norm_relu
 
 BlockName = Literal["bottleneck", "basic"]
 
@@ -80,8 +80,8 @@ class Bottleneck(nn.Module):
         ``shared`` is the attention that the blocks of a stage have in common.
         """
         residual = x if self.downsample is None else self.downsample(x)
-        out = self.bn1(self.conv1(x)).relu_()
-        out = self.bn2(self.conv2(out)).relu_()
+        out = norm_relu(self.conv1(x), self.bn1)
+        out = norm_relu(self.conv2(out), self.bn2)
         attention = self.attention if shared is None else shared
         return residual_tail(self.conv3(out), residual, self.bn3, attention)
 
@@ -116,7 +116,7 @@ class Basic(nn.Module):
     def forward(self, x: Tensor, shared: Ending | None = None) -> Tensor:
         """[N, inputs, H, W] -> [N, planes, H/stride, W/stride]; ``shared`` as in `Bottleneck`."""
         residual = x if self.downsample is None else self.downsample(x)
-        out = self.bn1(self.conv1(x)).relu_()
+        out = norm_relu(self.conv1(x), self.bn1)
         attention = self.attention if shared is None else shared
         return residual_tail(self.conv2(out), residual, self.bn2, attention)
 
@@ -227,7 +227,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, [N, 3, H, W] -> [N, classes]; any H, W >= 1."""
-        x = self.bn1(self.conv1(x)).relu_()
+        x = norm_relu(self.conv1(x), self.bn1)
         x = self.layer3(self.layer2(self.layer1(x)))
         # A mean, not an adaptive pool: any input size, deterministic, and it exports as a plain
         # reduction.

@@ -36,8 +36,9 @@ def norm_relu(z: Tensor, norm: nn.Module) -> Tensor:
     """
     if not _fusible(z, norm):
         y = norm(z)
-        # What a hook was shown keeps its values; what nobody else has need not.
-        return torch.relu(y) if y is z or has_hooks(norm) else torch.relu_(y)
+        # A plain norm's output is its own and nobody has seen it. A hook may have; others may be z.
+        own = type(norm) in _NORMS and not has_hooks(norm)
+        return torch.relu_(y) if own else torch.relu(y)
     view = batch_norm_of(norm, z)
     if view.mean is None:
         view = view._replace(running=running_of(norm))
