@@ -7,7 +7,7 @@ A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -256,8 +256,13 @@ class SquaresMix(LearnedMix):
     def lam(self) -> Tensor:
         """lambda, exact for any |p| above the smallest normal float32, 0.5 below."""
         p = self.p.to(compute_dtype(self.p.dtype))
-        if not torch.is_grad_enabled() and p.device.type == "cpu" and runs_eagerly(p):
-            return torch.tensor(_share(*p.tolist(), narrow=p.dtype == torch.float32), dtype=p.dtype)
+        if p.device.type == "cpu" and runs_eagerly(p):
+            return _Share.apply(p)
+        return self.formula(p)
+
+    @staticmethod
+    def formula(p: Tensor) -> Tensor:
+        """lambda of p in torch operations."""
         scale = p.detach().abs().amax(0)  # with its axis, which ONNX asks for
         # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is
         # 1/2 with gradient 0. Written so that a NaN in p is not taken for zero.
@@ -282,8 +287,9 @@ class SquaresMix(LearnedMix):
         return "anchored" if self.anchored else "squares"
 
 
-def _share(a: float, b: float, *, narrow: bool) -> float:
-    """lambda of p = (a, b) to the bit, without a dozen operators for two numbers."""
+def _share(p: Tensor) -> float:
+    """`SquaresMix.lam` to the bit, without a dozen operators for two numbers."""
+    a, b = p.tolist()
     if math.isnan(a) or math.isnan(b):
         return math.nan
     scale = max(abs(a), abs(b))
@@ -291,10 +297,34 @@ def _share(a: float, b: float, *, narrow: bool) -> float:
         return 0.5
 
     def rounded(x: float) -> float:  # of one operation in double, as float32 has it
-        return ctypes.c_float(x).value if narrow else x
+        return ctypes.c_float(x).value if p.dtype == torch.float32 else x
 
     a, b = (rounded(rounded(x / scale) ** 2) for x in (a, b))
     return rounded(a / rounded(a + b))
+
+
+class _Share(torch.autograd.Function):
+    """lambda and its gradient with two numbers instead of two dozen operators; on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor) -> Tensor:
+        """lambda, 0-dim."""
+        ctx.save_for_backward(p)
+        return p.new_tensor(_share(p))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """dlambda/dp = 2 p0 p1 (p1, -p0) / |p|^4; differentiable in turn, by the formula."""
+        (p,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.autograd.grad(SquaresMix.formula(p), p, grad, create_graph=True)[0]
+        a, b = p.tolist()
+        scale = max(abs(a), abs(b))
+        if scale < torch.finfo(torch.float32).tiny:
+            return torch.zeros_like(p)
+        a, b = a / scale, b / scale
+        slope = 2.0 * a * b / (a * a + b * b) ** 2 / scale
+        return grad * p.new_tensor((slope * b, -slope * a))
 
 
 class SigmoidMix(LearnedMix):

@@ -1,17 +1,18 @@
 """SPEM: self-adaptive pooling enhanced attention, three published forms, all reweight variants."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
 from spem.attention.options import one_of
-from spem.attention.pooling import Mix, PoolSpec
+from spem.attention.pooling import FixedMix, Mix, PoolSpec, SigmoidMix, SquaresMix
 from spem.attention.precision import cast
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
+from spem.ops.library import has_hooks, runs_eagerly
 
 Form = Literal["text", "figure", "code"]
 Reweight = Literal[
@@ -27,6 +28,8 @@ Reweight = Literal[
     "min_only",
     "none",
 ]
+
+_POOLS = (SquaresMix, SigmoidMix, FixedMix)
 
 
 @register_attention(
@@ -124,6 +127,10 @@ class SPEM(ChannelAttention):
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
+        if self._has_text_gate(stats):
+            lam = self.pool.lam.to(stats.max.dtype)
+            weights = (cast(w, lam) for w in (self.w_e, self.b_e, self.w_r, self.b_r))
+            return _TextGate.apply(lam, stats.max, stats.min, *weights)
         u = self.pool(stats)
         w_e, b_e = cast(self.w_e, u), cast(self.b_e, u)
         if self.reweight == "none":
@@ -145,9 +152,57 @@ class SPEM(ChannelAttention):
         embedded = torch.addcmul(b_r, w_r, u) if self.form == "code" else u
         return torch.sigmoid(torch.addcmul(b_e, w_e, embedded)) * factor
 
+    def _has_text_gate(self, stats: PlaneStats) -> bool:
+        """Whether `_TextGate` computes the gate: where a gradient is recorded, eagerly."""
+        known = self.form == "text" and self.reweight == "shared_sum"
+        if not known or not torch.is_grad_enabled() or type(self.pool) not in _POOLS:
+            return False
+        return stats.max is not None and runs_eagerly(stats.max) and not has_hooks(self.pool)
+
     def extra_repr(self) -> str:
         """Form and reweight variant."""
         return f"{self.channels}, form={self.form}, reweight={self.reweight}"
+
+
+def _text_gate(
+    lam: Tensor, high: Tensor, low: Tensor, w_e: Tensor, b_e: Tensor, w_r: Tensor, b_r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s(e) and R of the text form with a shared sum."""
+    u = torch.addcmul(lam * high, 1.0 - lam, low)
+    factor = torch.sigmoid(torch.addcmul(b_r + b_r, w_r, high + low))
+    return u, torch.sigmoid(torch.addcmul(b_e, w_e, u)), factor
+
+
+class _TextGate(torch.autograd.Function):
+    """The gate with its gradients by hand: 27 operators where autograd needs 60."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        """v = s(e) R of lambda, the extrema, w_e, b_e, w_r, b_r."""
+        found = _text_gate(*inputs)
+        ctx.save_for_backward(*inputs, *found)
+        return found[1] * found[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of all seven inputs; differentiable in turn, by way of the formula."""
+        lam, high, low, w_e, b_e, w_r, b_r, u, excited, factor = ctx.saved_tensors
+        inputs = (lam, high, low, w_e, b_e, w_r, b_r)
+        needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=True) if needs]
+        if torch.is_grad_enabled():
+            _, excited, factor = _text_gate(*inputs)
+            found = torch.autograd.grad(excited * factor, needed, grad, create_graph=True)
+            rest = iter(found)
+            return tuple(next(rest) if needs else None for needs in ctx.needs_input_grad)
+        dv = grad * excited * factor
+        de = torch.addcmul(dv, dv, excited, value=-1)
+        dr = torch.addcmul(dv, dv, factor, value=-1)
+        du, shared = de * w_e, dr * w_r
+        to_high = lam * du
+        d_lam = (du * (high - low)).sum() if ctx.needs_input_grad[0] else None
+        d_high, d_low = shared + to_high, (shared + du).sub_(to_high)
+        of_exc = (de * u).sum(0), de.sum(0)
+        return d_lam, d_high, d_low, *of_exc, (dr * (high + low)).sum(0), 2.0 * dr.sum(0)
 
 
 def _combine(reweight: Reweight, a: Tensor, b: Tensor) -> Tensor:
