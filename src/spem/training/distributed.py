@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
-import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +36,6 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=1)
 """How long a process waits for what the first one does alone, such as an evaluation. One that has
 ended is noticed at once, since its connections close."""
-_GONE_SECONDS = 3.0
-"""How long the system may take to show that a process whose connection closed has ended."""
 _DONE, _FAILED = b"+", b"-"
 
 
@@ -81,13 +77,6 @@ def process_group(device: str = "auto") -> Generator[bool]:
     dist.destroy_process_group()
 
 
-class _Peer(NamedTuple):
-    """A process of a run."""
-
-    host: str
-    pid: int
-
-
 @dataclass(frozen=True)
 class Team:
     """The processes that train one run together; without a process group, this one alone.
@@ -96,13 +85,11 @@ class Team:
         rank: number of this process, from 0.
         size: how many there are.
         control: the process group of what they tell one another; None if there is but one.
-        peers: all of them, by rank.
     """
 
     rank: int = 0
     size: int = 1
     control: ProcessGroup | None = None
-    peers: tuple[_Peer, ...] = ()
 
     @property
     def leads(self) -> bool:
@@ -225,7 +212,7 @@ class Team:
 
     @contextlib.contextmanager
     def watched(self, checkpoint: Path) -> Generator[None]:
-        """Turn what a broken connection raises in a `with` block into a sentence on who is gone.
+        """Turn what a broken connection raises in a `with` block into a sentence on what to do.
 
         Raises:
             LostProcessError: another process has ended or cannot be reached.
@@ -235,28 +222,15 @@ class Team:
         except RuntimeError as error:
             if self.size == 1 or not _of_a_connection(error):
                 raise
-            raise LostProcessError(self._loss(checkpoint)) from error
-
-    def _loss(self, checkpoint: Path) -> str:
-        deadline = time.monotonic() + _GONE_SECONDS
-        while not (gone := self._gone()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        ranks = ", ".join(f"rank {rank} (process {self.peers[rank].pid})" for rank in gone)
-        who = f"{ranks or 'one'} of the {self.size} processes of this run"
-        again = "There is no checkpoint yet; run the same command again."
-        if checkpoint.exists():
-            again = f"The checkpoint is {checkpoint}; run the same command again to go on from it."
-        return (
-            f"train: {who} is gone: killed, out of memory, or ended by an error that it has told "
-            f"itself. {again}"
-        )
-
-    def _gone(self) -> list[int]:
-        """The ranks on this machine whose processes have ended."""
-        here = socket.gethostname()
-        return [
-            rank for rank, peer in enumerate(self.peers) if peer.host == here and _ended(peer.pid)
-        ]
+            again = "There is no checkpoint yet; run the same command again."
+            if checkpoint.exists():
+                again = (
+                    f"The checkpoint is {checkpoint}; run the same command again to go on from it."
+                )
+            raise LostProcessError(
+                f"train: another of the {self.size} processes of this run is gone: killed, out of "
+                f"memory, or ended by an error that it has told itself. {again}"
+            ) from error
 
     def _broadcast(self, content: bytes) -> bytes:
         """The first process's bytes, in all processes."""
@@ -276,14 +250,7 @@ def gather_team() -> Generator[Team]:
         yield Team()
         return
     control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    me = _Peer(socket.gethostname(), os.getpid())
-    mine = torch.zeros(512, dtype=torch.uint8)
-    text = json.dumps(me).encode()
-    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine, group=control)
-    peers = tuple(_Peer(*json.loads(p.numpy().tobytes().rstrip(b"\0"))) for p in everyone)
-    yield Team(dist.get_rank(), dist.get_world_size(), control, peers)
+    yield Team(dist.get_rank(), dist.get_world_size(), control)
     dist.destroy_process_group(control)
 
 
@@ -293,24 +260,6 @@ def _of_a_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         sign in text for sign in ("gloo", "NCCL", "Connection closed", "Connection reset")
     )
-
-
-def _ended(pid: int) -> bool:
-    """Whether a process of this machine runs no more; one that nobody has waited for counts too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return True
-    except ProcessLookupError:
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 # ---- the step

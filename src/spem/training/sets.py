@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Generator
-from contextvars import ContextVar
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,37 +31,6 @@ class Sets:
         return Sets(self.train.to(device), self.test.to(device), validation)
 
 
-_loader: ContextVar[Callable[..., ImageSet]] = ContextVar("loader", default=load_images)
-
-
-@contextlib.contextmanager
-def images_kept(sets: int = 4) -> Generator[None]:
-    """Decode each set of images once for all runs of a `with` block, keeping the last few.
-
-    For processes that train one run after the other: runs read their images and never write them.
-    What could not be read is not tried again either, since each try may wait for a network.
-    """
-
-    @functools.lru_cache(maxsize=sets)
-    def tried(name: str, split: Split, **options: Any) -> ImageSet | Exception:
-        try:
-            return load_images(name, split, **options)
-        except (OSError, ValueError, ImportError) as error:
-            return error
-
-    def load(name: str, split: Split, **options: Any) -> ImageSet:
-        found = tried(name, split, **options)
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    before = _loader.set(load)
-    try:
-        yield
-    finally:
-        _loader.reset(before)
-
-
 def load_sets(data: DataConfig, seed: int = 0) -> Sets:
     """Load the images of a run, with validation images and limit taken off.
 
@@ -91,7 +56,7 @@ def load_test(data: DataConfig) -> ImageSet:
 
 
 def _loaded(data: DataConfig, split: Split, sha256: str | None) -> ImageSet:
-    return _loader.get()(
+    return load_images(
         data.name,
         split,
         root=data.root,
