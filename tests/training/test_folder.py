@@ -151,6 +151,13 @@ def test_files_beside_those_of_a_run_are_left_alone(tmp_path: Path):
     assert not (tmp_path / ".checkpoint.pt.0123abcd.tmp").exists()
 
 
+def test_a_process_that_is_killed_as_it_begins_leaves_nothing_in_the_way(tmp_path: Path):
+    for name in (".lock", ".config.json.0123abcd.tmp"):
+        (tmp_path / name).write_text("{")
+    train(SMALL, tmp_path, progress=Silent())
+    assert not (tmp_path / ".config.json.0123abcd.tmp").exists()
+
+
 def test_where_the_images_lack_no_folder_is_made(tmp_path: Path):
     lacking = replace(SMALL, data=replace(SMALL.data, name=str(tmp_path / "images")))
     with pytest.raises(FileNotFoundError, match="nor a folder"):

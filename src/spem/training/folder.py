@@ -49,6 +49,8 @@ from spem.training.config import SCHEMA, RunConfig, RuntimeConfig, differing_fie
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
 WEIGHTS, RESULT, LOCK = "model.safetensors", "result.json", ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, RESULT, LOCK)
+_LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp")
+"""Of a process that was killed while it wrote (`spem.files.write_atomic`)."""
 
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
@@ -168,26 +170,63 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder as it was read.
+class Plan:
+    """What `config.json` holds.
 
     Args:
-        folder: where it lies.
         config: what was asked for.
         runtime: how it is carried out: the device, implementation, step and threads that were
             resolved when it was planned.
         data: what it is trained on.
-        starts: versions, hardware, commit and date of each process that took it up.
+        starts: date, hardware, versions and commit of each process that took it up.
+    """
+
+    config: RunConfig
+    runtime: RuntimeConfig
+    data: DataIdentity
+    starts: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        return {
+            "schema": SCHEMA,
+            "id": self.config.id,
+            "config": self.config.to_dict(),
+            "runtime": dataclasses.asdict(self.runtime),
+            "data": {**dataclasses.asdict(self.data), "classes": list(self.data.classes)},
+            "starts": self.starts,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Build a plan from `to_dict`'s values.
+
+        Raises:
+            ValueError: they are not those of a plan.
+        """
+        try:
+            config = RunConfig.from_dict(values["config"])
+            # A run's own section, read by the rules of a whole config.
+            whole = RunConfig.from_dict({"runtime": values["runtime"]})
+            data = dacite.from_dict(DataIdentity, values["data"], dacite.Config(cast=[tuple]))
+            starts = [{**start} for start in values["starts"]]
+            return cls(config, whole.runtime, data, starts)
+        except (dacite.DaciteError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"config: {error!r} (a file of another kind or version)") from error
+
+
+@dataclass(frozen=True)
+class Run(Plan):
+    """A run folder as it was read.
+
+    Args:
+        folder: where it lies.
         result: None while it is unfinished, and of a run that failed.
         error: why it cannot be finished (it diverged), or None.
         epochs: the lines of `metrics.jsonl`.
     """
 
     folder: Path
-    config: RunConfig
-    runtime: RuntimeConfig
-    data: DataIdentity
-    starts: list[dict[str, Any]]
     result: Result | None
     error: str | None
     epochs: list[dict[str, Any]]
@@ -250,27 +289,25 @@ def held(folder: Path) -> Generator[None]:
     filelock = require("filelock", extra="train", purpose="training")
     require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    lock = filelock.FileLock(path)
+    note = folder / LOCK
+    lock = filelock.FileLock(note)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise HeldError(
-            f"train: {folder} is in use by {_holder(path)}. Wait for it to end, stop it, or train "
+            f"train: {folder} is in use by {_holder(note)}. Wait for it to end, stop it, or train "
             "into another folder."
         ) from None
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
-        path.write_text(json.dumps(me))
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            if re.fullmatch(
-                rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp", leftover.name
-            ):
-                leftover.unlink()
+        note.write_text(json.dumps(me))
+        for path in folder.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                path.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.write_text("")
+            note.write_text("")
         lock.release()
 
 
@@ -303,7 +340,7 @@ def require_own(folder: Path) -> None:
             require_regular(entries[name])
     ours = entries.keys() & {CONFIG, CHECKPOINT, RESULT}
     if not any(_is_ours(entries[name]) for name in ours):
-        foreign = sorted(name for name in entries if name != LOCK)
+        foreign = sorted(n for n in entries if n != LOCK and not _LEFTOVER.fullmatch(n))
         if foreign:
             few = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
             raise ValueError(
@@ -326,44 +363,6 @@ def now() -> str:
 
 
 # ---- config.json
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `config.json` holds; its fields are those of `Run`."""
-
-    config: RunConfig
-    runtime: RuntimeConfig
-    data: DataIdentity
-    starts: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return {
-            "schema": SCHEMA,
-            "id": self.config.id,
-            "config": self.config.to_dict(),
-            "runtime": dataclasses.asdict(self.runtime),
-            "data": {**dataclasses.asdict(self.data), "classes": list(self.data.classes)},
-            "starts": self.starts,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """Build a plan from `to_dict`'s values.
-
-        Raises:
-            ValueError: they are not those of a plan.
-        """
-        try:
-            config = RunConfig.from_dict(values["config"])
-            # A run's own section, read by the rules of a whole config.
-            whole = RunConfig.from_dict({"runtime": values["runtime"]})
-            data = dacite.from_dict(DataIdentity, values["data"], dacite.Config(cast=[tuple]))
-            starts = [{**start} for start in values["starts"]]
-            return cls(config, whole.runtime, data, starts)
-        except (dacite.DaciteError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"config: {error!r} (a file of another kind or version)") from error
 
 
 def write_plan(plan: Plan, folder: Path) -> None:
@@ -757,13 +756,5 @@ def read_run(folder: str | Path) -> Run:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing. Delete the folder to train the run again.")
         _require_sum(path, read_regular(path), sums)
-    return Run(
-        folder=folder,
-        config=plan.config,
-        runtime=plan.runtime,
-        data=plan.data,
-        starts=plan.starts,
-        result=result,
-        error=error,
-        epochs=read_metrics(folder),
-    )
+    epochs = read_metrics(folder)
+    return Run(**vars(plan), folder=folder, result=result, error=error, epochs=epochs)
