@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -123,47 +121,6 @@ def test_half_precision_keeps_the_outputs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y, expected, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("host", ["timm:resnet18", "torchvision:resnet18"])
-def test_compiled_in_one_graph(host: str, fuse: bool) -> None:
-    if fuse and not TRACES_TAILS:
-        pytest.skip("fused tails are compiled from torch 2.11 on")
-    network = scattered(build(host))
-    x = images(2, 32)
-    spem.attach(network, "spem", fuse=fuse)
-    with torch.no_grad():
-        for attention in attentions(network):
-            attention.alpha.fill_(0.5)
-        expected = network(x)
-        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), expected, **TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"fuse": True}, {"start": "module"}], ids=["plain", "fused", "module"]
-)
-@pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_copies_pickles_and_files(library: str, options: dict[str, object]) -> None:
-    network = (timm.create_model("test_resnet") if library == "timm" else small()).eval()
-    spem.attach(network, "spem", **options)
-    scattered(network)
-    x = images(1, 32)
-    expected = network(x)
-    file = io.BytesIO()
-    torch.save(network.state_dict(), file)
-    file.seek(0)
-    fresh = (timm.create_model("test_resnet") if library == "timm" else small()).eval()
-    spem.attach(fresh, "spem", **options)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), fresh):  # noqa: S301
-        assert torch.equal(other(x), expected)
-        names = spem.detach(other)
-        assert len(names) == 4
-        assert not attentions(other)
-        # The copy stands by itself.
-        assert torch.equal(network(x), expected)
-
-
 def test_a_copy_loads_and_names_missing_keys() -> None:
     network = copy.deepcopy(small())
     spem.attach(network, "spem")
@@ -190,16 +147,6 @@ def test_weights_load_before_and_after() -> None:
     # And after detach the plain network's stand under the plain keys.
     spem.detach(after)
     assert list(after.state_dict()) == list(source.state_dict())
-
-
-def test_synchronised_norms_keep_the_attention() -> None:
-    network = small().eval()
-    spem.attach(network, "spem")
-    keys = list(network.state_dict())
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    assert isinstance(converted.get_submodule("layer1.0").bn2, AfterNorm)
-    assert isinstance(converted.get_submodule("layer1.0").bn2.norm, nn.SyncBatchNorm)
-    assert list(converted.state_dict()) == keys
 
 
 def test_a_taken_slot_keeps_its_layer_and_ours_follows() -> None:
@@ -330,30 +277,3 @@ def test_costs_are_counted_with_attention() -> None:
     added = sum(4 * c + 2 + 1 for c in (64, 128, 256, 512))  # alpha is one more
     assert cost.attention_parameters == added
     assert cost.parameters == plain + added
-
-
-def test_torchvisions_feature_extraction() -> None:
-    from torchvision.models.feature_extraction import create_feature_extractor
-
-    network = scattered(small()).eval()
-    x = images(1, 32)
-    expected = network.layer4(
-        network.layer3(network.layer2(network.layer1(network.maxpool(stem(network, x)))))
-    )
-    spem.attach(network, "spem")
-    leaves = {"leaf_modules": [spem.ChannelAttention]}
-    extractor = create_feature_extractor(network, ["layer4"], tracer_kwargs=leaves)
-    torch.testing.assert_close(extractor(x)["layer4"], expected, **TOLERANCE[torch.float32])
-    assert len(attentions(extractor)) == 4
-
-
-def stem(network: nn.Module, x: Tensor) -> Tensor:
-    return network.relu(network.bn1(network.conv1(x)))
-
-
-def test_torch_export() -> None:
-    network = scattered(small()).eval()
-    spem.attach(network, "spem", fuse=TRACES_TAILS)
-    x = images(2, 32)
-    program = torch.export.export(network, (x,))
-    torch.testing.assert_close(program.module()(x), network(x), **TOLERANCE[torch.float32])

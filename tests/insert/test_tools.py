@@ -241,8 +241,6 @@ LOOSE = {"bfloat16": 0.1, "half": 0.02}
     [pytest.param(h, marks=[pytest.mark.slow] if "resnet50" in h else []) for h in HOSTS],
 )
 def test_tool(host: str, tool: str) -> None:
-    if tool in ("fx.symbolic_trace", "create_feature_extractor"):
-        pytest.xfail("modules cannot be traced yet")
     case = case_of(host)
     with torch.no_grad():
         for attention in attentions(case.network):

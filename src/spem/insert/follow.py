@@ -224,18 +224,18 @@ def follow(model: nn.Module, run: Callable[[], object]) -> Forward:
     return forward
 
 
-def ends_of_branches(forward: Forward) -> list[End]:
-    """The ends of branches with two convolutions or more; without any, those with one.
+def ends_of_branches(forward: Forward) -> tuple[list[End], list[End]]:
+    """The ends of branches with two convolutions or more, and of those with one.
 
     An activation that a block uses more than once is no place for attention: what is before it is.
     """
-    deep = [end for end in forward.ends if end.convolutions > 1] or forward.ends
-    return [
+    ends = [
         end._replace(call=end.earlier)
         if end.earlier is not None and forward.calls[id(end.call.module), id(end.call.parent)] > 1
         else end
-        for end in deep
+        for end in forward.ends
     ]
+    return [e for e in ends if e.convolutions > 1], [e for e in ends if e.convolutions == 1]
 
 
 def seen(forward: Forward) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.insert.families import How, Rule, Stage, is_norm, rule_of
-from spem.insert.follow import Call, ends_of_branches, follow, seen, suggestion
+from spem.insert.follow import Call, End, ends_of_branches, follow, seen, suggestion
 from spem.insert.start import channels_of_layer, existing_layer
 
+_LOG = logging.getLogger("spem.insert")
 Where = Callable[[nn.Module], nn.Module | None]
 Place = tuple[nn.Module, str]
 """A module and the attribute of it that holds another one."""
@@ -194,7 +196,7 @@ def trace(model: nn.Module, spots: Iterable[Spot], input_shape: tuple[int, ...] 
     """
     spots = list(spots)
     shapes: dict[int, tuple[int, ...]] = {}
-    parts: dict[int, str] = {}
+    parts: dict[int, tuple[str, tuple[int, ...]]] = {}
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(module: nn.Module, see: Callable[[object, object], None]) -> None:
@@ -208,7 +210,7 @@ def trace(model: nn.Module, spots: Iterable[Spot], input_shape: tuple[int, ...] 
 
     def see_part(spot: Spot, part: str, _: object, after: object) -> None:
         if isinstance(after, Tensor):
-            parts[id(spot)] = part
+            parts[id(spot)] = part, tuple(after.shape)
 
     try:
         for spot in spots:
@@ -223,7 +225,8 @@ def trace(model: nn.Module, spots: Iterable[Spot], input_shape: tuple[int, ...] 
             handle.remove()
     for spot in spots:
         if id(spot) not in shapes and id(spot) in parts:
-            _move(spot, parts[id(spot)])
+            part, shapes[id(spot)] = parts[id(spot)]
+            _move(spot, part)
         _take_shape(spot, shapes.get(id(spot)))
 
 
@@ -472,20 +475,22 @@ def _followed(
         )
     forward = follow(model, lambda: run_once(model, input_shape))
     names = {id(node.module): node.name for node in nodes}
-    ends = ends_of_branches(forward)
-    found: list[tuple[Call, Stage, str]] = [
-        (end.call, "name", f"ends a residual branch of {end.convolutions} convolutions")
-        for end in ends
+    norms = forward.norms if forward.convolutions > 1 else {}
+    ranked: list[list[tuple[Call, Stage, str]]] = [
+        *(
+            [(end.call, "name", f"ends a residual branch of {_convs(end)}") for end in ends]
+            for ends in ends_of_branches(forward)
+        ),
+        [
+            (call, "site", f"last norm at {' x '.join(map(str, extents))}, no residual branches")
+            for extents, call in norms.items()
+        ],
     ]
-    if not found and forward.convolutions > 1:
-        found = [
-            (
-                call,
-                "site",
-                f"the last norm at {' x '.join(map(str, extents))}; no residual branches",
-            )
-            for extents, call in forward.norms.items()
-        ]
+    found = next((rank for rank in ranked if rank), [])
+    for number, rank in enumerate(ranked, 1):
+        for call, _, reason in rank:
+            taken = "taken" if rank is found else "not taken"
+            _LOG.info("rank %d, %s: %s, %s", number, taken, names[id(call.module)], reason)
     for (layer, parent), kind, reason in found:
         key = next((key for key, child in parent.named_children() if child is layer), None)
         if key is None:
@@ -502,6 +507,10 @@ def _followed(
             f"attach: no site found in {type(model).__name__} ({seen(forward)}). Name the layers "
             f"to follow, for example spem.attach(model, 'spem', {line or 'where=...'})."
         )
+
+
+def _convs(end: End) -> str:
+    return f"{end.convolutions} convolution{'s' if end.convolutions > 1 else ''}"
 
 
 def _existing(nodes: list[Node]) -> Iterator[Spot]:

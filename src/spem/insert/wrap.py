@@ -109,9 +109,17 @@ def true_keys(model: nn.Module, state: Mapping[str, _V]) -> dict[str, _V]:
     model has stay as they are.
     """
     found = dict(state)
+    own = model.state_dict()
     for name, module in list(model.named_modules()):
-        if isinstance(module, Around):
-            _rename(module, found, f"{name}." if name else "")
+        if not isinstance(module, Around):
+            continue
+        _rename(module, found, f"{name}." if name else "")
+        # Once, attention after a whole block was a child of the block, not of the layer ending it.
+        block = f"{name.rpartition('.')[0]}.attention."
+        for key in [key for key in found if key.startswith(block) and key not in own]:
+            moved = f"{name}.attention.{key.removeprefix(block)}"
+            if moved in own:
+                found[moved] = found.pop(key)
     return found
 
 
@@ -133,9 +141,3 @@ def _rename(module: Around, state: MutableMapping[str, Any], prefix: str) -> Non
     for key in [key for key in state if key.startswith(prefix) and not key.startswith(added)]:
         if key not in own:
             state[inner + key.removeprefix(prefix)] = state.pop(key)
-    # Before, attention after a whole block was a child of the block, not of the layer that ends it.
-    above = f"{prefix.rstrip('.').rpartition('.')[0]}.attention."
-    for key in [key for key in state if prefix and key.startswith(above)]:
-        moved = f"{prefix}attention.{key.removeprefix(above)}"
-        if moved in own and moved not in state:
-            state[moved] = state.pop(key)
