@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import spem
 from spem import cli
@@ -254,3 +257,62 @@ def test_weights_that_are_no_numbers_have_no_accuracy(
     told = capsys.readouterr()
     assert told.out == ""
     assert "infinite or NaN" in told.err
+
+
+def test_images_of_other_classes_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten classes are not ten classes: those of the old weights are known by the set's name."""
+    old = REPOSITORY / "results" / "cifar10-depth11" / "weights" / "spem-seed0.safetensors"
+    for args in (["eval", str(old), "--data", "digits", "--size", "32"],):
+        assert cli.main(args) == 2
+        assert "other classes (airplane, automobile, bird ...)" in capsys.readouterr().err
+    fold = ["export", str(old), "--fold", "digits", "--out", "x.onnx"]
+    assert cli.main(fold) == 2
+    assert "other classes" in capsys.readouterr().err
+    assert not Path("x.onnx").exists()
+
+
+def test_a_folded_export_has_no_attention_and_says_what_it_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    assert cli.main(["train", *TINY_RUN, "--epochs", "1", "--folder", "run"]) == 0
+    capsys.readouterr()
+    whole = answer(capsys, ["export", "run", "--out", "whole.onnx"])
+    folded = answer(capsys, ["export", "run", "--fold", "digits", "--out", "folded.onnx"])
+    assert whole["folded"] is None
+    assert whole["operators"]["Sigmoid"] == 6
+    assert {"Sigmoid", "ReduceMax", "Mul"}.isdisjoint(folded["operators"])
+    report = folded["folded"]
+    assert len(report["sites"]) == 3
+    assert 0 <= report["agreement"] <= 1
+    assert report["accuracy_before"] is not None
+
+
+@pytest.mark.parametrize("name", ["spem.cli.options", "spem.cli.cost", "torch", "numpy"])
+def test_ctrl_c_in_the_first_seconds_ends_in_one_line(name: str) -> None:
+    """The signal comes as a module is being imported."""
+    program = (
+        "import os, signal, sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {name!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from spem.cli import main\n"
+        "sys.exit(main(['cost', 'cifar:11']))\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    assert done.stderr in ("spem cost: stopped.\n", "spem: stopped.\n")
+
+
+def test_a_closed_pipe_is_no_fault(tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-m", "spem", "--help"], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert running.stdout is not None
+    running.stdout.close()
+    _, told = running.communicate(timeout=60)
+    assert told == b""

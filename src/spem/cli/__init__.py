@@ -5,13 +5,18 @@ mistake in the call or its files; 130 and 143 stopped by Ctrl-C or SIGTERM, afte
 needed to go on.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from spem.cli.options import Options, UsageError, unknown
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spem.cli.options import Options
 
 COMMANDS = {
     "demo": ("spem.cli.demo", "compare none, se and spem on a small data set, in about a minute"),
@@ -46,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
     name, options = "", None
-    try:
+    try:  # around the imports too: Ctrl-C in the first seconds is no fault
+        from spem.cli.options import UsageError, unknown
+
         if not args or args[0] in ("-h", "--help", "--help-all"):
             print(usage())
         elif args[0] == "--version":

@@ -124,15 +124,13 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
         config = found.config
         if data is not None and found.size != config.data.size and config.data.size is None:
             config = replace(config, data=replace(config.data, size=found.size))
-        return load_test_images(config, found.data, name=data, root=root)
+        images = load_test_images(config, found.data, name=data, root=root)
+        found.require_classes(images)
+        return images
     if data is None:
         raise UsageError(f"{network} does not say which images it was trained on. Give --data.")
     images = load_images(data, "test", root=root, size=found.size)
-    if found.classes is not None and found.classes != images.classes:
-        raise ValueError(
-            f"{network} has classes of other names than {data}, so an accuracy would mean nothing. "
-            f"Use images of the same classes."
-        )
+    found.require_classes(images)
     return images
 
 

@@ -12,7 +12,11 @@ from spem.cli.options import Options, UsageError, integer, one_of
 from spem.cli.output import print_json
 
 if TYPE_CHECKING:
+    from spem.cli.network import Network
     from spem.export import Exported
+    from spem.insert.fold import FoldReport
+
+_FOLDED_OVER = 512
 
 
 def options() -> Options:
@@ -21,6 +25,7 @@ def options() -> Options:
     add_network(o)
     add_start(o)
     o.add("--out", "FILE", "the ONNX file to write", kind=Path)
+    o.add("--fold", "SET", "make gates constants: their mean over training images of this set")
     o.flag("--dynamic-size", "let height and width of the input change")
     o.flag("--fixed-batch", "keep the batch at one")
     kind = one_of("fp32", "fp16")
@@ -38,6 +43,7 @@ def run(
     classes: int | None,
     size: int | None,
     out: Path | None,
+    fold: str | None,
     dynamic_size: bool,
     fixed_batch: bool,
     precision: Literal["fp32", "fp16"],
@@ -47,6 +53,10 @@ def run(
     """Write the file, and say what is in it and how far it is from the network."""
     if out is None:
         raise UsageError("nowhere to write. Give --out FILE, such as --out network.onnx.")
+    if fold is not None:  # before torch is loaded
+        from spem.data import check_images
+
+        check_images(fold, size=size)
     from spem.export import to_onnx
 
     found = load_network(
@@ -64,6 +74,7 @@ def run(
             print(f"note: attention {what}, it is random", file=sys.stderr)
     if found.random:
         print(f"note: {network} has random weights", file=sys.stderr)
+    report = None if fold is None else _folded(found, fold)
     about: dict[str, str] = {}
     if found.config is not None:
         model, data = found.config.model, found.config.data
@@ -82,9 +93,30 @@ def run(
         metadata={**about, "spem_mean": str(found.mean), "spem_std": str(found.std)},
     )
     if json:
-        print_json({**dataclasses.asdict(exported), "path": str(exported.path)})
-    else:
-        _print(exported)
+        folded = None if report is None else dataclasses.asdict(report)
+        print_json({**dataclasses.asdict(exported), "path": str(exported.path), "folded": folded})
+        return
+    if report is not None:
+        print(f"folded over training images of {fold}, no attention is left:\n{report}\n")
+    _print(exported)
+
+
+def _folded(found: Network, name: str) -> FoldReport:
+    """Makes the gates of a network constants, by a few hundred training images."""
+    import torch
+
+    from spem.data import load_images, normalise
+    from spem.insert import fold
+    from spem.seeding import keyed_generator
+
+    images = load_images(name, "train", size=found.size)
+    found.require_classes(images)
+    order = torch.randperm(len(images), generator=keyed_generator(0, "fold"))[:_FOLDED_OVER]
+    few = images.take(order)
+    shown = normalise(few.images, found.mean, found.std).split(32)
+    outputs = found.model(shown[0][:1])
+    labelled = isinstance(outputs, torch.Tensor) and outputs.shape[1:] == (len(images.classes),)
+    return fold(found.model, shown, few.labels if labelled else None)
 
 
 def _print(exported: Exported) -> None:

@@ -14,6 +14,7 @@ from spem.extras import require
 if TYPE_CHECKING:
     from torch import nn
 
+    from spem.data import ImageSet
     from spem.training import DataIdentity, RunConfig
 
 NETWORK_HELP = (
@@ -70,6 +71,21 @@ class Network:
             )
         side = side or 224
         return (batch, self.channels, side, side)
+
+    def require_classes(self, images: ImageSet) -> None:
+        """Refuse images whose labels mean something else than the network's outputs.
+
+        Raises:
+            ValueError: The classes are others.
+        """
+        if self.data is not None:
+            self.data.require_classes(images)
+        elif self.classes is not None and self.classes != images.classes:
+            raise ValueError(
+                f"the network was trained on other classes ({', '.join(self.classes[:3])} ...) "
+                f"than those of {images.name} ({', '.join(images.classes[:3])} ...). Use images of "
+                f"the same classes."
+            )
 
 
 def add_network(options: Options, *, attention: bool = True, weights: bool = True) -> None:

@@ -59,8 +59,8 @@ def _train(config: RunConfig, folder: Path, *, json: bool) -> None:
     import torch
 
     from spem.training import Interrupted, process_group, train
-    from spem.training.folder import build_network
     from spem.training.distributed import FollowerError
+    from spem.training.folder import build_network
     from spem.training.step import keep_freed_memory
 
     with torch.device("meta"):  # what cannot be built leaves no folder behind
