@@ -49,10 +49,7 @@ docs: $(READY)
 check: test-all lint
 
 bench: $(READY)
-	$(BIN)/spem bench ops --out benchmarks/results
-	$(BIN)/spem bench step --out benchmarks/results
-	$(BIN)/spem bench network --out benchmarks/results
-	$(BIN)/spem bench memory --out benchmarks/results
+	$(BIN)/spem bench
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/attention

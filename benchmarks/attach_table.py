@@ -23,14 +23,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from record import Row, read, write
 from torch import Tensor, nn
 
 import spem
-from spem.bench.facts import commit
-from spem.bench.table import Row, read, write
 from spem.export import difference, tensors, to_onnx
 from spem.insert import IdentityStart
 from spem.insert.architectures import build
+from spem.training.environment import commit
 
 RESULTS = Path(__file__).parent / "results"
 ATTENTIONS = ("spem", "se", "eca")
@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "note": "failed" if failed else "",
                     **{name: version(name) for name in ("torch", "timm", "torchvision", "onnx")},
                     "onnxruntime": version("onnxruntime"),
-                    "commit": commit(),
+                    "commit": commit() or "installed",
                     "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 }
             )

@@ -5,7 +5,8 @@
 
 The operators are those of the module alone. The errors are those of a whole ResNet-11 with it on
 32 x 32 images, of which every parameter and running statistic is drawn at random: the largest
-difference to PyTorch in float32 over the largest output. Latency is that network's in onnxruntime at batch 1 over the plain one's, the
+difference to PyTorch in float32 over the largest output. Latency is that network's in onnxruntime at
+batch 1 over the plain one's, the
 two called in turns; the median of the ratios.
 """
 # ruff: noqa: BLE001  # an error of any type is a cell: the other rows are measured all the same
@@ -23,13 +24,13 @@ from pathlib import Path
 
 import torch
 from attach_table import Plain, origin, scattered, told
+from record import Row, read, write
 from torch import nn
 
 import spem
 from spem.attention import PLACES, as_spec
-from spem.bench.facts import commit, facts
-from spem.bench.table import Row, read, write
 from spem.export import Session, to_onnx
+from spem.training.environment import commit, hardware
 
 RESULTS = Path(__file__).parent / "results"
 FORMS = (
@@ -118,7 +119,7 @@ def latencies(rows: list[Row], rounds: int) -> None:
             plain, other = seconds(sessions["none"], x), seconds(session, x)
             if number >= 3:
                 ratios[spec].append(other / plain)
-    on = facts(torch.device("cpu"))["hardware"] + ", 1 thread"
+    on = hardware(torch.device("cpu"), 1)
     for row in rows:
         low, *_, high = statistics.quantiles(ratios[row["spec"]], n=5)
         median = statistics.median(ratios[row["spec"]])
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 **dict.fromkeys(TIMES, ""),
                 "note": "failed" if failed(cells) else "",
                 **{name: version(name) for name in packages},
-                "commit": commit(),
+                "commit": commit() or "installed",
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
         )

@@ -14,28 +14,37 @@ momentum. All nine networks are held at once, gradients and maps of one alone.
 
 import argparse
 import copy
+import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attach_table import Plain
+from record import Row, facts, in_turns, time_columns, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spem
-from spem.bench.facts import facts, machine
-from spem.bench.ratios import ratio_columns, time_columns
-from spem.bench.settings import COMPOSED, FUSED, Settings, Subject, full_precision, fused_impl
-from spem.bench.table import Row, write
-from spem.bench.timing import Countdown, Sample, round_robin, timed
 from spem.insert import IdentityStart
 
 RESULTS = Path(__file__).parent / "results"
-TIMM, ATTACHED = "timm", "attached"
+COMPOSED, TIMM, ATTACHED, FUSED = "composed", "timm", "attached", "fused"
+
+
+class Subject(NamedTuple):
+    """An attention, and how it came into the network."""
+
+    attention: str
+    way: str
+
+    def __str__(self) -> str:
+        return f"{self.attention}, {self.way}"
+
+
 SUBJECTS = (
     Subject("none", COMPOSED),
     *(Subject(name, TIMM) for name in ("se", "eca")),
@@ -78,34 +87,24 @@ def compare(networks: dict[Subject, nn.Module]) -> None:
                 raise SystemExit(f"resnet50: {subject} differs from attached by {apart:.2g}.")
 
 
-class Turn:
-    """One network in one mode.
+def call(model: nn.Module, x: Tensor, mode: str) -> Callable[[], object]:
+    """What is timed: a forward pass, or a step whose gradients are given back at its end."""
+    labels = torch.arange(len(x))
+    groups = spem.param_groups(model, lr=1e-6, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
 
-    Args:
-        model: The network; others share it in other modes.
-        x: Images.
-        optimizer: Its optimizer where a training step is timed, None for inference.
-    """
-
-    def __init__(self, model: nn.Module, x: Tensor, optimizer: torch.optim.SGD | None) -> None:
-        self.model, self.x, self.optimizer = model, x, optimizer
-        self.labels = torch.arange(len(x))
-
-    def sample(self) -> Sample:
-        """Milliseconds of one call."""
-        self.model.train(self.optimizer is not None)
-        (elapsed,) = timed(self.x.device, self.infer if self.optimizer is None else self.step)
-        return {"call": elapsed}
-
-    def infer(self) -> None:
+    def infer() -> None:
+        model.eval()
         with torch.no_grad():
-            self.model(self.x)
+            model(x)
 
-    def step(self) -> None:
-        assert self.optimizer is not None
-        F.cross_entropy(self.model(self.x), self.labels).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # gives the memory back before the next network's turn
+    def step() -> None:
+        model.train()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step if mode == "training" else infer
 
 
 def measured(
@@ -113,16 +112,9 @@ def measured(
 ) -> list[Row]:
     """The rows of one mode and batch."""
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
-    turns: dict[str, Turn] = {}
-    for subject, model in networks.items():
-        groups = spem.param_groups(model, lr=1e-6, weight_decay=1e-4)
-        optimizer = torch.optim.SGD(groups, momentum=0.9) if mode == "training" else None
-        turns[str(subject)] = Turn(model, x, optimizer)
-    countdown = Countdown(1)
-    countdown.start(f"{mode}, batch {batch}")
-    samples = round_robin(turns, rounds, 2, tell=countdown.tell)
-    countdown.finish()
-    times = {s: [sample["call"] for sample in samples[str(s)]] for s in networks}
+    calls = {str(subject): call(model, x, mode) for subject, model in networks.items()}
+    times = in_turns(calls, rounds)
+    plain = times[str(Subject("none", COMPOSED))]
     told = {**facts(torch.device("cpu")), "timm": version("timm")}
     return [
         {
@@ -132,8 +124,7 @@ def measured(
             "batch": str(batch),
             "image": str(size),
             "parameters": str(sum(p.numel() for p in model.parameters())),
-            **time_columns(times[subject]),
-            **ratio_columns(subject, times, ("to_plain",)),
+            **time_columns(times[str(subject)], plain),
             "rounds": str(rounds),
             **told,
         }
@@ -171,21 +162,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.quick:
         size, batches, rounds = 64, [2], 2
     need_memory(max(batches), size)
-    impl, reason = fused_impl(Settings(device="cpu"), torch.float32)
-    if impl is None:
-        raise SystemExit(f"resnet50: nothing here is fused: {reason}.")
-    path: Path = given.out / f"resnet50_{machine(torch.device('cpu'))}.csv"
+    if importlib.util.find_spec("numba") is None:
+        raise SystemExit("resnet50: nothing here is fused: numba is not installed.")
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    path: Path = given.out / "resnet50_cpu.csv"
     rows: list[Row] = []
-    with full_precision(given.threads):
-        networks = {subject: network(subject) for subject in SUBJECTS}
-        compare(networks)
-        for mode in MODES:
-            for batch in batches:
-                rows += measured(networks, mode, batch, size, rounds)
-                write(rows, path)
-                for row in rows[-len(networks) :]:
-                    cells = [row[k] for k in ("attention", "way", "mode", "batch")]
-                    print(*cells, row["time_ms_median"], row["to_plain_rounds_median"], flush=True)
+    networks = {subject: network(subject) for subject in SUBJECTS}
+    compare(networks)
+    for mode in MODES:
+        for batch in batches:
+            rows += measured(networks, mode, batch, size, rounds)
+            write(rows, path)
+            for row in rows[-len(networks) :]:
+                cells = [row[k] for k in ("attention", "way", "mode", "batch")]
+                print(*cells, row["time_ms_median"], row["to_plain_rounds_median"], flush=True)
     return 0
 
 

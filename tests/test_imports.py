@@ -60,8 +60,6 @@ ARROWS: dict[str, set[str]] = {
     "reproduce": {"seeding", "attention", "training", "stats", "files", "reproduce"},
     "cost": {"ops", "attention", "models", "insert"},
     "export": {"ops", "attention", "models", "insert", "files"},
-    # what a row was measured on is told as a training run tells it
-    "bench": {"seeding", "ops", "attention", "models", "cost", "training", "bench"},
     "explain": {"attention", "gates", "insert", "ops", "files"},
     # networks of others are rebuilt with what was attached to them
     "share": {"ops", "attention", "models", "insert", "data", "export", "files"},
@@ -80,10 +78,8 @@ ARROWS: dict[str, set[str]] = {
         "reproduce",
         "cost",
         "export",
-        "bench",
         "explain",
         "share",
-        "files",
         "cli",
     },
 }
@@ -103,7 +99,6 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "reproduce": {"torch", "numpy"},
     "cost": {"torch"},
     "export": {"torch"},
-    "bench": {"torch"},
     "explain": {"torch"},
     "share": {"torch"},
     "cli": {"tyro"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +146,10 @@ def test_compare_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         names = [row["module"] for row in csv.DictReader(file)]
     assert [name.partition("_")[0] for name in names] == ["none", "mine", "none", "mine"]
     assert "mine_" in capsys.readouterr().out
+    # what it trained is read by other commands, in other processes, once they are told the class
+    folder = next(p.parent for p in (tmp_path / "r").rglob("model.safetensors") if "mine" in str(p))
+    for more, code, says in ((["--module", f"{path}:Mine"], 0, "test images"), ([], 2, "mine_")):
+        command = [sys.executable, "-m", "spem", "eval", str(folder), *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert says in (done.stderr if code else done.stdout)

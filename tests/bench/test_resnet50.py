@@ -14,9 +14,9 @@ pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("numba", reason="numba is not installed")
 
 import resnet50
+from resnet50 import Subject
 
 import spem
-from spem.bench.settings import Subject
 
 
 def test_quick(

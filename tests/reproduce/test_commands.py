@@ -166,8 +166,9 @@ def test_dry_run_is_quick_and_writes_nothing(
 
 @pytest.mark.slow
 def test_reproduce_from_nothing_to_a_report(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("spem.reproduce.experiments.SMOKE_EPOCHS", 1)
     args = ["reproduce", "table1", "table2", "table3", "table4", "figure2", "--scale", "smoke"]
     args += ["--seeds", "1", "--results", "out"]
     assert call(args) == 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spem.cli.options import Options
 
 COMMANDS = {
-    "demo": ("spem.cli.demo", "compare none, se and spem on a small data set, in about a minute"),
+    "demo": ("spem.cli.demo", "compare none, control, se and spem on digits, in about three minutes"),
     "list": ("spem.cli.listing", "the attention modules: parameters, gate at start, needs, paper"),
     "cost": ("spem.cli.cost", "parameters and FLOPs of a network, stage by stage"),
     "attach": ("spem.cli.attach", "where attention goes in a network, and what it costs there"),
@@ -35,7 +35,7 @@ COMMANDS = {
         "the tables and figures of the paper: runs, CSV files, report",
     ),
     "report": ("spem.cli.report", "rebuild the report of a results folder from its CSV files"),
-    "bench": ("spem.cli.bench", "what attention costs and fusing brings: time and memory here"),
+    "bench": ("spem.cli.bench", "what attention costs on this machine, in training and inference"),
 }
 
 
@@ -69,8 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module.run(args[1:])
                 return 0
             options = module.options()
-            values = options.read(args[1:])
+            own, rest = ([], args[1:]) if name == "compare" else _own_modules(args[1:])
+            values = options.read(rest)
             if values is not None:
+                _register(own)
                 module.run(**values)
         sys.stdout.flush()  # here, where a closed pipe can still be answered
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: all are told
@@ -80,6 +82,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _own_modules(args: list[str]) -> tuple[list[str], list[str]]:
+    """What `--module` names, in any command, and the other arguments.
+
+    >>> _own_modules(["runs/x", "--module", "mine.py:Mine", "--json"])
+    (['mine.py:Mine'], ['runs/x', '--json'])
+    """
+    own, rest = list[str](), list[str]()
+    words = iter(args)
+    for word in words:
+        name, sign, value = word.partition("=")
+        if name != "--module":
+            rest.append(word)
+        elif sign or (value := next(words, "")):
+            own.append(value)
+        else:
+            raise UsageError("--module needs a value, FILE:CLASS.")
+    return own, rest
+
+
+def _register(own: Sequence[str]) -> None:
+    """Attention modules of the user's own, so that what was trained with them can be read."""
+    for where in own:
+        from spem.cli.user_module import register_from_file
+
+        register_from_file(where)
+
+
 def usage() -> str:
     """The text of `spem --help`: one line per command."""
     lines = ["usage: spem COMMAND [OPTIONS]", "", "commands:"]
@@ -87,6 +116,7 @@ def usage() -> str:
     lines += [
         "",
         "`spem COMMAND --help` shows a command's options, `spem --version` the version.",
+        "--module FILE:CLASS, in any command, is an attention of your own, as compare trains it.",
         "--debug, at any place in the line, shows the whole traceback of an error.",
     ]
     return "\n".join(lines)

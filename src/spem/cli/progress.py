@@ -131,7 +131,7 @@ def carry_out(
         ValueError: A file of the results folder is damaged.
     """
     for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
-        require(module, extra="reproduce", purpose="tables and report")
+        require(module, extra="train", purpose="tables and report")
     from spem.reproduce.report import build_report
     from spem.reproduce.run import FAILED, STOPPED, Ended, forget_diverged, missing, run_missing
     from spem.reproduce.tables import record, require_tables

@@ -112,7 +112,7 @@ def build_report(folder: Path) -> Report:
         OSError: A file cannot be written.
         ValueError: A file of the folder is damaged.
     """
-    require("jinja2", extra="reproduce", purpose="the report")
+    require("jinja2", extra="train", purpose="the report")
     frames = read_results(folder)
     tables = build_tables(frames["runs"])
     tables.sort(key=lambda table: (not len(table.frame), HEADLINES.index(table.experiment)))
