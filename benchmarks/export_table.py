@@ -5,9 +5,8 @@
 
 The operators are those of the module alone. The errors are those of a whole ResNet-11 with it on
 32 x 32 images, of which every parameter and running statistic is drawn at random: the largest
-difference to PyTorch in float32 over the largest output. Latency is that network's in onnxruntime at
-batch 1 over the plain one's, the
-two called in turns; the median of the ratios.
+difference to PyTorch in float32 over the largest output. Latency is that network's in onnxruntime
+at batch 1 over the plain one's, the two called in turns; the median of the ratios.
 """
 # ruff: noqa: BLE001  # an error of any type is a cell: the other rows are measured all the same
 

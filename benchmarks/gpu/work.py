@@ -97,7 +97,6 @@ def kernel_tests(record: Path) -> dict[str, int]:
 def first_maps() -> tuple[list["Case"], list["Case"]]:
     """What of the operators is timed before all else: maps, and maps with compiled tails too."""
     import torch
-
     from spem.bench.ops import cases
     from spem.bench.tails import Case
 
@@ -137,7 +136,6 @@ def ops(out: Path, part: str = "") -> int:
 def step(out: Path) -> int:
     """Training steps of several kinds, in one table; kinds that it has are not timed again."""
     import torch
-
     from spem.bench import table
     from spem.bench.facts import facts
     from spem.bench.ops import SAME_RUN

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from spem.cli.options import Options
 
 COMMANDS = {
-    "demo": ("spem.cli.demo", "compare none, control, se and spem on digits, in about three minutes"),
+    "demo": (
+        "spem.cli.demo",
+        "compare none, control, se and spem on digits, in three minutes",
+    ),
     "list": ("spem.cli.listing", "the attention modules: parameters, gate at start, needs, paper"),
     "cost": ("spem.cli.cost", "parameters and FLOPs of a network, stage by stage"),
     "attach": ("spem.cli.attach", "where attention goes in a network, and what it costs there"),
