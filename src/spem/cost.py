@@ -176,8 +176,13 @@ def block_tails(
         attention: object = shared.get(id(block), getattr(block, "attention", False))
         if isinstance(block, FusedTail):
             parts = block.tail_parts()
-            if isinstance(parts, tuple):
-                norm, attention = parts
+            if isinstance(parts, str):
+                inside = [m for m in block.modules() if isinstance(m, ChannelAttention)]
+                counted.update(inside)
+                kind = inside[0].name if inside else "none"
+                found.append(TailCost(name, kind, "reference", parts))
+                continue
+            norm, attention = parts
         if isinstance(norm, nn.Module) and (
             attention is None or isinstance(attention, ChannelAttention)
         ):

@@ -30,6 +30,19 @@ class Permuted(nn.Module):
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
+class OneDimensional(nn.Sequential):
+    """x + branch(x)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + super().forward(x)
+
+
+def one_dimensional() -> nn.Module:
+    conv = lambda: nn.Conv1d(8, 8, 3, padding=1)  # noqa: E731
+    branch = OneDimensional(conv(), nn.ReLU(), conv(), nn.BatchNorm1d(8))
+    return nn.Sequential(nn.Conv1d(2, 8, 3), branch)
+
+
 def norm_of(module: nn.Module) -> nn.Module | None:
     return module if isinstance(module, nn.LayerNorm) else None
 
@@ -59,6 +72,25 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     ),
     (network, "spem", {"where": lambda module: "bn2"}, "where= gave 'bn2' for the network"),
     (network, "spem", {"where": lambda module: nn.ReLU()}, "that is no part of the network"),
+    (network, spem.SE(64), {}, "got one SE, and every site needs its own. .* such as 'se'"),
+    (network, 64, {}, "attention=64 is no spec"),
+    (network, None, {}, "'none' is the plain network"),
+    (network, type("Mine", (spem.ChannelAttention,), {}), {}, "Mine has no name. Register"),
+    (network, "spem", {"where": "layer1"}, r"where='layer1' is no function.*include='layer1\*'"),
+    (
+        one_dimensional,
+        "cbam(reduction=2)",
+        {},
+        r"cbam takes maps .* at 1.3 after a B",
+    ),
+    (one_dimensional, "coord", {}, "coord takes maps .* has 3 axes. Use a module"),
+    (lambda: nn.DataParallel(models.video.r3d_18()), "cbam", {}, "cbam takes maps .* has 5 axes"),
+    (
+        lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()),
+        "spem",
+        {"where": lambda m: m if isinstance(m, nn.LazyBatchNorm2d) else None},
+        "1 is a LazyBatchNorm2d that has seen no data.*Run one batch",
+    ),
     (network, "fca", {"input_shape": (1, 4, 64, 64)}, r"does not run on .*\[1, 4, 64, 64\].*Pass"),
     (
         Permuted,
@@ -122,3 +154,68 @@ def test_layers_a_forward_pass_does_not_come_by() -> None:
 
     with pytest.raises(ValueError, match=r"did not come by model.inception3b.* include="):
         find_sites(Aside(), input_shape=(1, 3, 64, 64))
+
+
+def test_a_network_that_processes_share_is_refused() -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(network()))
+        with pytest.raises(ValueError, match=r"is in a DistributedDataParallel.* Attach first"):
+            spem.attach(wrapped, "spem")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_class_is_taken_as_its_spec() -> None:
+    model = network()
+    assert len(spem.attach(model, spem.SPEM)) == 4
+    assert isinstance(model.layer1[0].bn2.attention.inner, spem.SPEM)
+
+
+class Picky(nn.Module):
+    """Takes images of one size, which nothing tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = network(), nn.Linear(1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] == 48
+        return self.body(x)
+
+
+def test_find_sites_takes_what_attach_takes() -> None:
+    """A guess at the input that does not fit is no fault; maps are not told then."""
+    sites = find_sites(Picky(), "se", start="module", fuse=True)
+    assert [site.shape for site in sites] == [None] * 4
+    assert sites[0].parameters
+    assert find_sites(Picky(), "se", input_shape=(1, 3, 48, 48))[0].shape == (1, 64, 12, 12)
+    model = Picky()
+    assert spem.attach(model, "se", fuse=True) == [site.name for site in sites]
+    with pytest.raises(ValueError, match=r"does not run on an input of \[1, 3, 32, 32\]"):
+        find_sites(Picky(), "se", input_shape=(1, 3, 32, 32))
+
+
+def test_new_modules_take_the_mode_of_their_place_and_old_ones_that_of_the_network() -> None:
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    model.stages[0].train() if hasattr(model, "stages") else model.layer1.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    spem.attach(model, "spem")
+    for name, module in model.named_modules():
+        if name not in modes:
+            assert module.training == modes[name.rpartition(".se")[0]]
+    replaced = timm.create_model("seresnext26t_32x4d", num_classes=3).train()
+    with pytest.warns(UserWarning, match="do not go over"):
+        spem.attach(replaced, "spem", replace=True)
+    replaced.eval()
+    spem.detach(replaced)
+    assert not [name for name, module in replaced.named_modules() if module.training]
+    frozen = network().train()
+    for module in frozen.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    spem.attach(frozen, "spem")
+    assert frozen.layer1[0].bn2.attention.training
+    assert not frozen.layer1[0].bn2.norm.training
