@@ -19,7 +19,7 @@ from spem import cli
 from spem.insert.architectures import build
 from spem.training import load_weights, save_weights
 
-WEIGHTS = REPOSITORY / "results" / "cifar10-depth11" / "weights" / "spem-seed0.safetensors"
+WEIGHTS = REPOSITORY / "tests" / "data" / "weights" / "spem-seed0.safetensors"
 
 
 def call(args: list[str]) -> int:

@@ -16,7 +16,7 @@ from spem import cli
 from spem.explain import evenly, explain, number
 from spem.ops import use_impl
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "results" / "cifar10-depth11" / "weights"
+WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights"
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 

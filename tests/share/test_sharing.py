@@ -19,7 +19,7 @@ from spem.share import formula, read_shared
 from spem.training import ModelConfig, Silent, load_weights, read_result, recipes, train
 
 hub = pytest.importorskip("huggingface_hub")
-WEIGHTS = Path(__file__).resolve().parents[2] / "results" / "cifar10-depth11" / "weights"
+WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights"
 
 
 class Recorder:

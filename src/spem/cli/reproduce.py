@@ -18,10 +18,21 @@ if TYPE_CHECKING:
 
 PAPER = ("table1", "table2", "table3", "table4", "figure2")
 OWN = (
-    *("controls", "forms", "parametrisations", "mixes", "penalty", "gradients", "equivalence"),
+    *(
+        "scratch",
+        "finetune-1000",
+        "finetune-5000",
+        "controls",
+        "forms",
+        "parametrisations",
+        "mixes",
+        "penalty",
+        "gradients",
+        "equivalence",
+    ),
     "family",
 )
-SCALES = ("paper", "short", "smoke")
+SCALES = ("paper", "study", "short", "smoke")
 
 
 def options() -> Options:

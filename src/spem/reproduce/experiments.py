@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -30,6 +30,11 @@ BRANCH_START = 0.0320586
 """SPEM's gate at the start, which is the size it gives every branch."""
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SHORT_IMAGES, SHORT_EPOCHS, SMOKE_EPOCHS = 5000, 5, 4
+STUDY_EPOCHS = 20
+FIRST = "results/finetune/plain-cifar100.safetensors"
+"""The network that `finetune` starts from: plain, depth 11, 12 epochs of CIFAR-100 (43.95 %)."""
+FIRST_SHA256 = "e3cdb1c42b66d212a9193415a6471350f86ffcda295e4f4882a7dac94da3ed40"
+TUNING_RATE = 0.02
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,17 @@ def _smoke(dataset: str) -> RunConfig:
     return _settled(recipes.smoke("none", epochs=SMOKE_EPOCHS))
 
 
+def _study(dataset: str) -> RunConfig:
+    full = recipes.fast(dataset, depth=11, attention="none")
+    return replace(
+        full,
+        optim=OptimConfig(
+            epochs=STUDY_EPOCHS, milestones=(STUDY_EPOCHS // 2, 3 * STUDY_EPOCHS // 4)
+        ),
+        runtime=replace(full.runtime, precision="bf16", step="auto", threads=1),
+    )
+
+
 def _settled(config: RunConfig) -> RunConfig:
     """One thread a run, since a grid has many, and tails composed of torch's own operations."""
     # Fused kernels round differently; they may enter a table of the paper only after the experiment
@@ -109,6 +125,16 @@ SCALES = {
             _SMALL,
             ("cifar10", "cifar100"),
             (0, 1, 2),
+            tuple(range(8)),
+        ),
+        Scale(
+            "study",
+            "another recipe than the paper's, in bfloat16",
+            _study,
+            11,
+            _SMALL,
+            ("cifar10",),
+            tuple(range(6)),
             tuple(range(8)),
         ),
         Scale(
@@ -230,7 +256,8 @@ def experiment(name: str, scale: str, *, seeds: Sequence[int] | None = None) -> 
     """
     title, question, cells = _EXPERIMENTS[_known("experiment", name, EXPERIMENTS)]
     size = SCALES[_known("scale", scale, SCALES)]
-    own = size.control_seeds if name in ("controls", "equivalence") else size.seeds
+    many = name in ("controls", "equivalence", "finetune-1000", "finetune-5000")
+    own = size.control_seeds if many else size.seeds
     chosen = own if seeds is None else tuple(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"reproduce: seeds {chosen} must be some, each named once.")
@@ -294,7 +321,8 @@ def module_name(model: ModelConfig) -> str:
     special = [
         f"{f.name}={getattr(model, f.name)}"
         for f in fields(model)
-        if getattr(model, f.name) != getattr(usual, f.name)
+        if not f.name.startswith("weights")  # where it began is the same for all arms
+        and getattr(model, f.name) != getattr(usual, f.name)
     ]
     return ", ".join([model.attention, *special])
 
@@ -336,6 +364,7 @@ def _config(
     *,
     depth: int | None = None,
     branch_start: float | None = None,
+    start: Literal["identity"] | None = None,
     penalty: float | None = None,
 ) -> RunConfig | None:
     """The run of seed 0; None for a data set that the scale leaves out."""
@@ -343,7 +372,9 @@ def _config(
         return None
     base = replace(scale.base(data), experiment=scale.name)
     depth = scale.depth if depth is None else depth
-    model = replace(base.model, depth=depth, attention=attention, branch_start=branch_start)
+    model = replace(
+        base.model, depth=depth, attention=attention, branch_start=branch_start, start=start
+    )
     optim = base.optim if penalty is None else replace(base.optim, penalty=penalty)
     return replace(base, model=model, optim=optim)
 
@@ -428,6 +459,51 @@ def _controls(scale: Scale) -> Iterator[Cell]:
     yield Cell("SE", data, _config(scale, data, "se"))
     yield Cell("SPEM (text)", data, _config(scale, data, "spem"))
     yield Cell("SPEM (code)", data, _config(scale, data, "spem(form=code)"))
+
+
+def _scratch(scale: Scale) -> Iterator[Cell]:
+    data = "cifar10"
+    yield Cell("plain", data, _config(scale, data, "none"), True)
+    small = _config(scale, data, "none", branch_start=BRANCH_START)
+    yield Cell("plain, branches start at 0.032", data, small)
+    yield Cell("SE", data, _config(scale, data, "se"))
+    yield Cell("SPEM", data, _config(scale, data, "spem"))
+    yield Cell("SPEM, identity start", data, _config(scale, data, "spem", start="identity"))
+
+
+def _finetune(images: int, epochs: int) -> Callable[[Scale], Iterator[Cell]]:
+    """From CIFAR-100 to so many images of CIFAR-10, attached as the identity unless a row says."""
+    arms = (
+        ("plain", "none", None, TUNING_RATE),
+        ("scale", "scale", "identity", TUNING_RATE),
+        ("SE", "se", "identity", TUNING_RATE),
+        ("ECA", "eca", "identity", TUNING_RATE),
+        ("SPEM", "spem", "identity", TUNING_RATE),
+        ("SPEM, module start", "spem", None, TUNING_RATE),
+        ("plain, 3 times the rate", "none", None, 3 * TUNING_RATE),
+        ("plain, a quarter of the rate", "none", None, TUNING_RATE / 4),
+    )
+
+    def cells(scale: Scale) -> Iterator[Cell]:
+        for row, attention, start, rate in arms:
+            config = _config(scale, "cifar10", attention, start=start)
+            if config is not None:
+                config = replace(
+                    config,
+                    model=replace(config.model, weights=FIRST, weights_sha256=FIRST_SHA256),
+                    data=replace(config.data, limit=images, limit_seed=True),
+                    optim=OptimConfig(
+                        epochs=epochs,
+                        batch=64,
+                        lr=rate,
+                        milestones=(),
+                        schedule="cosine",
+                        rules="declared",
+                    ),
+                )
+            yield Cell(row, "cifar10", config, row == "plain")
+
+    return cells
 
 
 def _specs(*rows: tuple[str, str], reference: str) -> Callable[[Scale], Iterator[Cell]]:
@@ -527,6 +603,21 @@ _EXPERIMENTS: dict[str, tuple[str, str, Callable[[Scale], Iterator[Cell]]]] = {
         "Figure 2: SE with a fixed mix",
         "Does a mix of max and min match or beat the average?",
         _figure2,
+    ),
+    "scratch": (
+        "Trained from scratch",
+        "Do SE and SPEM help a network that is trained from scratch?",
+        _scratch,
+    ),
+    "finetune-1000": (
+        "Fine-tuned on 1,000 images",
+        "Does attention help a trained network that is fine-tuned on 1,000 images?",
+        _finetune(1000, epochs=40),
+    ),
+    "finetune-5000": (
+        "Fine-tuned on 5,000 images",
+        "Does attention help a trained network that is fine-tuned on 5,000 images?",
+        _finetune(5000, epochs=12),
     ),
     "controls": (
         "Controls",
