@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from spem.attention.base import ChannelAttention
 from spem.attention.options import number, odd_int
-from spem.attention.pooling import PoolSpec
+from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call, cast
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
-from spem.ops.library import is_exporting
+from spem.ops.inference import CompiledGate, compiled_by
+from spem.ops.library import has_hooks, is_exporting
 
 _FEW = 1 << 12
 """Values of a descriptor below which a call counts more than what it does."""
@@ -73,6 +74,14 @@ class ECA(ChannelAttention):
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
         self._draw_start()
 
+    def _compiled(self) -> CompiledGate | None:
+        layer, pool = self._modules["conv"], self._modules["pool"]
+        if not is_average(pool) or not _is_ours(layer) or has_hooks(layer):
+            return None
+        weight = layer.weight
+        return CompiledGate("eca", (None, None, weight, None, None), width=weight.shape[2])
+
+    @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
@@ -80,6 +89,15 @@ class ECA(ChannelAttention):
         fast = torch.compiler.is_compiling() or large
         with _Products() if fast and not is_exporting() else nullcontext():
             return torch.sigmoid(call(self.conv, z[:, None, :])[:, 0, :])
+
+
+def _is_ours(layer: nn.Module | None) -> bool:
+    """Whether it is the layer that was built; somebody may have put another one in its place."""
+    if type(layer) is not nn.Conv1d or layer.bias is not None:
+        return False
+    taps = layer.weight.shape[2]
+    same = layer.padding_mode == "zeros" and layer.padding == (taps // 2,)
+    return same and layer.stride == layer.dilation == (1,) and layer.weight.shape[:2] == (1, 1)
 
 
 class _Products(TorchFunctionMode):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spem.attention.options import number, one_of, positive_int
 from spem.ops import PlaneStats
-from spem.ops.library import runs_eagerly
+from spem.ops.library import has_hooks, runs_eagerly
 from spem.ops.stats import compute_dtype
 from spem.seeding import keyed_generator
 
@@ -167,6 +167,11 @@ class Single(Pool):
     def extra_repr(self) -> str:
         """The pool's name."""
         return self.name
+
+
+def is_average(pool: nn.Module) -> bool:
+    """Whether a pool is the average and nothing else, without hooks."""
+    return type(pool) is Single and pool.name == "avg" and not has_hooks(pool)
 
 
 class MixPool(Pool):

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
 from spem.attention.options import flag, hidden_units
-from spem.attention.pooling import PoolSpec
+from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
+from spem.ops.inference import CompiledGate, compiled_by
+from spem.ops.library import has_hooks
 
 
 @register_attention(
@@ -61,6 +63,15 @@ class SE(ChannelAttention):
         self.fc2 = nn.Linear(hidden, channels, bias=bias, **factory)
         self._draw_start()
 
+    def _compiled(self) -> CompiledGate | None:
+        one, two, pool = (self._modules[name] for name in ("fc1", "fc2", "pool"))
+        ours = type(one) is nn.Linear and type(two) is nn.Linear and is_average(pool)
+        if not ours or has_hooks(one) or has_hooks(two):
+            return None
+        weights = (one.weight, one.bias, two.weight, two.bias, None)
+        return CompiledGate("se", weights, width=one.out_features)
+
+    @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(W2 relu(W1 z + b1) + b2), [N, C]."""
         z = self.pool(stats)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
 from spem.attention.options import one_of
-from spem.attention.pooling import FixedMix, Mix, PoolSpec, SigmoidMix, SquaresMix
+from spem.attention.pooling import FixedMix, Mix, MixPool, PoolSpec, SigmoidMix, SquaresMix
 from spem.attention.precision import cast
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
+from spem.ops.inference import CompiledGate, compiled_by
 from spem.ops.library import has_hooks, runs_eagerly
 
 Form = Literal["text", "figure", "code"]
@@ -125,6 +126,18 @@ class SPEM(ChannelAttention):
             return _sigmoid(-1.0 if factor is None else -float(factor))
         return _sigmoid(-1.0) * (1.0 if factor is None else float(factor))
 
+    def _compiled(self) -> CompiledGate | None:
+        pool = self.pool
+        if self.reweight != "shared_sum" or has_hooks(pool):
+            return None
+        weights = (self.w_e, self.b_e, self.w_r, self.b_r)
+        if type(pool) is SquaresMix:
+            return CompiledGate(f"spem_{self.form}", (*weights, pool.p))
+        if not isinstance(pool, MixPool):
+            return None
+        return CompiledGate(f"spem_{self.form}", (*weights, None), float(pool.lam))
+
+    @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
         if self._has_text_gate(stats):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spem.ops import formula, synchronised
 from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, affine, constants
-from spem.ops.library import is_direct, kernels_of, laid_out_as, passes
+from spem.ops.library import laid_out_as, passes
 from spem.ops.stats import compute_dtype
 
 if TYPE_CHECKING:
@@ -83,16 +83,7 @@ def close(gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str) -> 
 def _gather_values(
     z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str
 ) -> Gathered:
-    """`gather` where no gradient is recorded: no tokens, and no positions where none are needed."""
-    constant = norm is None or norm.mean is not None
-    if constant and is_direct(impl):
-        mu, a, beta, _ = constants(norm, z, copy=False)
-        none = mu.new_empty(0)
-        mean = var = high = low = none
-        if moments or extrema:
-            kernels = kernels_of(impl)
-            mean, var, high, low = kernels.normal_stats(z, a, mu, beta, moments, extrema)
-        return Gathered(z, none, none, none, mean, var, high, low, mu, a, beta, none, none)
+    """`gather` where no gradient is recorded: no tokens."""
     m = _measure(z, norm, moments, extrema, impl)
     none = m.mu.new_empty(0)
     of_x, of_channels = m.normal[:4], (m.mu, m.a, m.beta, m.channel_var, m.values)

@@ -105,6 +105,8 @@ def agree(a: Tensor, b: Tensor) -> bool:
 
     The stride of an axis of length 1 means nothing, and torch sets it in several ways.
     """
+    if a.stride() == b.stride():
+        return True
     pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(size == 1 or mine == other for size, mine, other in pairs)
 
@@ -122,8 +124,7 @@ def is_exporting() -> bool:
         exporting = lambda: compiler.is_compiling() and not compiler.is_dynamo_compiling()  # noqa: E731
     if exporting():
         return True
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return tracing or torch.onnx.is_in_onnx_export()
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def runs_eagerly(t: Tensor) -> bool:
@@ -140,9 +141,10 @@ def is_direct(impl: str) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs more than its class's forward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    own = "forward" in module.__dict__ or any(getattr(module, kind) for kind in kinds)
-    return own or any_global_hook()
+    own = module.__dict__
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    hooks = hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own or any_global_hook()
 
 
 def any_global_hook() -> bool:

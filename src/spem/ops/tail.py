@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 
+import torch
 from torch import Tensor, nn
 
 from spem.ops import reference
 from spem.ops.autograd import Gathered, close, gather
 from spem.ops.dispatch import Choice, choose, log_choice
 from spem.ops.formula import Norm, move_running
+from spem.ops.inference import gate_values, infer
 from spem.ops.library import has_hooks, is_dense, is_direct, is_plain, laid_out_as
-from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
+from spem.ops.stats import STATISTICS, PlaneStats
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
 Gate = Callable[[PlaneStats], Tensor]
@@ -52,6 +54,10 @@ def gate_tail(
 
     Differences: second derivatives raise, except in ``"reference"``.
     """
+    if not torch.is_grad_enabled():
+        y = infer("gate_tail", x, residual, None, gate, statistics, impl)
+        if y is not None:
+            return y
     _check("gate_tail", x, residual, statistics)
     choice = _choose("gate_tail", x, residual, None, gate, impl)
     if choice.impl == "reference":
@@ -97,6 +103,10 @@ def bn_gate_tail(
 
     Differences: second derivatives raise, except in ``"reference"``.
     """
+    if not torch.is_grad_enabled():
+        y = infer("bn_gate_tail", z, residual, norm, gate, statistics, impl)
+        if y is not None:
+            return y
     _check("bn_gate_tail", z, residual, statistics)
     choice = _choose("bn_gate_tail", z, residual, norm, gate, impl)
     if choice.impl == "reference":
@@ -193,12 +203,7 @@ def _fused(
         mean, var, high, low = (
             s if name in read else None for name, s in zip(STATISTICS, found, strict=True)
         )
-        v = gate(PlaneStats(mean, var, high, low, size, z.shape[0]))
-        if v.device != z.device:
-            raise ValueError(f"tail: the map is on {z.device}, the gate's value on {v.device}.")
-        v = v.to(compute_dtype(z.dtype))
-        if v.shape != z.shape[:2]:
-            v = v.expand(z.shape[:2])
+        v = gate_values(gate, PlaneStats(mean, var, high, low, size, z.shape[0]), z)
     return close(gathered, v, residual, impl), gathered
 
 

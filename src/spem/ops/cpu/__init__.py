@@ -1,6 +1,6 @@
 """The passes and the scalar stages on a CPU, compiled by numba; the package's only way to numba.
 
-Every function here but `normal_stats`, two of them in one, does what the one of the same name does
+Every function here does what the one of the same name does
 in ``spem.ops.formula``. It checks shapes, allocates the outputs, writes addresses and sizes into a
 table and has the kernel run on it. A kernel is compiled when first used, for one dtype, and kept on
 disk where numba can write.
@@ -16,6 +16,8 @@ from torch import Tensor
 from spem.ops.cpu import channels as by_channel
 from spem.ops.cpu import planes as by_plane
 from spem.ops.cpu import scalars
+from spem.ops.cpu.inference import fused_tail as fused_tail
+from spem.ops.cpu.inference import norm_stats as norm_stats
 from spem.ops.cpu.launch import SUPPORTED, run
 from spem.ops.cpu.table import (
     BIAS,
@@ -26,7 +28,6 @@ from spem.ops.cpu.table import (
     LOW,
     MEAN,
     MOMENTS,
-    NORMALISED,
     POSITIONS,
     RECTIFIED,
     RUNNING,
@@ -133,28 +134,6 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     if not moments:
         mean, var = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
     return RawStats(mean, var, high, low, first, at_high, at_low)
-
-
-def normal_stats(
-    z: Tensor, a: Tensor, mu: Tensor, beta: Tensor, moments: bool, extrema: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pass F1 where no gradient is recorded: mean, var, max and min of x = a (z - mu) + beta.
-
-    As ``plane_stats`` and ``formula.normalised`` in one pass, for constant mu and a, [C].
-    """
-    wide = _maps(z)
-    shape = tuple(z.shape[:2])
-    a, mu, beta = (_scalars(shape[1:], wide, t) for t in (a, mu, beta))
-    none = mu.new_empty(0)
-    mean = var = high = low = none
-    if moments or not z.is_contiguous():  # channels_last gathers the sums in them
-        mean, var = mu.new_empty(shape), mu.new_empty(shape)
-    if extrema:
-        high, low = mu.new_empty(shape), mu.new_empty(shape)
-    flags = MOMENTS * moments | EXTREMA * extrema | NORMALISED
-    absent = (None,) * 3
-    _pass("plane_stats", z, flags, z, mean, var, high, low, *absent, a, mu, beta)
-    return (mean, var, high, low) if moments else (none, none, high, low)
 
 
 def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:

@@ -35,8 +35,6 @@ from spem.ops.cpu.table import (
     CHANNELS,
     EXTREMA,
     FLAGS,
-    MOMENTS,
-    NORMALISED,
     POSITIONS,
     RECTIFIED,
     SIZE,
@@ -94,9 +92,6 @@ def plane_stats(block: Any) -> None:
     first = numbers_at(block, table[ARGS + 5])
     at_high = positions_at(table[ARGS + 6])
     at_low = positions_at(table[ARGS + 7])
-    slopes = numbers_at(block, table[ARGS + 8])
-    centres = numbers_at(block, table[ARGS + 9])
-    starts = numbers_at(block, table[ARGS + 10])
     flags = table[FLAGS]
     lanes = lanes_of(block)
     zero = number(block, 0)
@@ -188,22 +183,6 @@ def plane_stats(block: Any) -> None:
                         if flags & POSITIONS:
                             at_high[p + u] = 0
                             at_low[p + u] = 0
-            if flags & NORMALISED:
-                slope = read(slopes, c, n, zero)
-                centre = read(centres, c, n, zero)
-                start = read(starts, c, n, zero)
-                if flags & MOMENTS:
-                    write(mean, p, n, slope * (read(mean, p, n, zero) - centre) + start)
-                    write(var, p, n, slope * slope * read(var, p, n, zero))
-                if flags & EXTREMA:
-                    h = read(high, p, n, zero)
-                    w = read(low, p, n, zero)
-                    # A NaN if anything in the plane is not finite, also where the slope is 0.
-                    row = read(x, c, n, zero) + (zeros * h + zeros * w)
-                    top = where_equal(slope, zeros, row, where_above(zeros, slope, w, h))
-                    bottom = where_equal(slope, zeros, row, where_above(zeros, slope, h, w))
-                    write(high, p, n, slope * (top - centre) + start)
-                    write(low, p, n, slope * (bottom - centre) + start)
 
 
 def affine_tail(block: Any) -> None:

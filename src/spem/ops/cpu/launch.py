@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from numba import types
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 from torch import Tensor
 
@@ -48,17 +48,27 @@ def _sources() -> str:
 
 
 class _Cache(FunctionCache):
-    """Kernels on disk; numba alone would look at a kernel's own file only for changes."""
+    """Kernels on disk, in files of their own for each state of the sources.
 
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (*super()._index_key(sig, codegen), _sources())
+    numba alone would look at a kernel's own file only for changes, and stumble over types in older
+    files that are called otherwise now.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        impl = cast("Any", self)._impl
+        self._cache_file = IndexDataCacheFile(
+            cast("Any", self)._cache_path,
+            f"{impl.filename_base}-{_sources()[:16]}",
+            impl.locator.get_source_stamp(),
+        )
 
 
 _addresses: dict[tuple[Any, torch.dtype, int], int] = {}
 
 
-def _address_of(kernel: Any, dtype: torch.dtype, lines: int) -> int:
-    """The address of a kernel for maps of this dtype."""
+def address_of(kernel: Any, dtype: torch.dtype, lines: int) -> int:
+    """The address of a kernel for maps of this dtype and vectors of so many cache lines."""
     key = (kernel, dtype, lines)
     address = _addresses.get(key)
     if address is not None:
@@ -115,7 +125,7 @@ def run(
     start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
     values = [*head, regions, *map(_entry, args)]
     table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
-    address = _address_of(kernel, dtype, lines)
+    address = address_of(kernel, dtype, lines)
     threads.launch(address, table.buffer_info()[0] + 8 * start, regions)
 
 

@@ -44,7 +44,7 @@ def _widen(builder: Any, raw: Any, kind: Vector) -> Any:
     return builder.bitcast(builder.shl(whole, shift), ir.VectorType(ir.FloatType(), kind.lanes))
 
 
-def _narrow(builder: Any, value: Any, kind: Any) -> Any:
+def narrow(builder: Any, value: Any, kind: Any) -> Any:
     """Numbers as memory holds them: to bfloat16 by rounding to the nearest, ties to even."""
     if kind.dtype != types.uint16:
         return value
@@ -195,7 +195,7 @@ def set_element(context: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Stores a number as one element of a map."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = _narrow(builder, spread(builder, args[2], 2), pointer)
+        raw = narrow(builder, spread(builder, args[2], 2), pointer)
         raw = builder.extract_element(raw, ir.Constant(I32, 0))
         builder.store(raw, _address(builder, args[0], pointer, args[1]))
         return context.get_dummy_value()
@@ -301,7 +301,7 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
     """Stores all lanes from ``index`` on."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = _narrow(builder, args[2], pointer)
+        raw = narrow(builder, args[2], pointer)
         place = _address(builder, args[0], pointer, args[1])
         place = builder.bitcast(place, raw.type.as_pointer())
         builder.store(raw, place, align=pointer.dtype.bitwidth // 8)
@@ -315,7 +315,7 @@ def store_part(context: Any, pointer: Any, index: Any, count: Any, value: Any) -
     """Stores the first ``count`` lanes; nothing behind them is touched."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        raw = _narrow(builder, args[3], pointer)
+        raw = narrow(builder, args[3], pointer)
         mask = _first_lanes(builder, args[2], value.lanes)
         place = _address(builder, args[0], pointer, args[1])
         place = builder.bitcast(place, raw.type.as_pointer())

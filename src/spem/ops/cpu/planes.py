@@ -34,8 +34,6 @@ from spem.ops.cpu.table import (
     EXTREMA,
     FLAGS,
     MOMENTS,
-    NORMALISED,
-    POSITIONS,
     RECTIFIED,
     SIZE,
     STEP,
@@ -44,7 +42,6 @@ from spem.ops.cpu.table import (
 )
 from spem.ops.cpu.vectors import (
     every,
-    fused,
     helper,
     highest,
     larger,
@@ -95,7 +92,7 @@ def plane_stats(block: Any) -> None:
     """F1. The sums say for free whether a plane may hold a NaN, which no maximum would show."""
     table = table_of(block)
     planes, size, step = table[BATCH] * table[CHANNELS], table[SIZE], table[STEP]
-    channels, flags = table[CHANNELS], table[FLAGS]
+    flags = table[FLAGS]
     z = map_at(block, table[ARGS])
     mean = numbers_at(block, table[ARGS + 1])
     var = numbers_at(block, table[ARGS + 2])
@@ -104,9 +101,6 @@ def plane_stats(block: Any) -> None:
     first = numbers_at(block, table[ARGS + 5])
     at_high = positions_at(table[ARGS + 6])
     at_low = positions_at(table[ARGS + 7])
-    slopes = numbers_at(block, table[ARGS + 8])
-    centres = numbers_at(block, table[ARGS + 9])
-    starts = numbers_at(block, table[ARGS + 10])
     lanes = lanes_of(block)
     zero = number(block, 0)
     share = number(block, 1) / number(block, size)
@@ -115,7 +109,6 @@ def plane_stats(block: Any) -> None:
         chunk = next_chunk(table, region)
         if chunk < 0:
             return
-        c = chunk * step % channels
         for p in range(chunk * step, min(planes, (chunk + 1) * step)):
             x = offset(z, p * size)
             z0 = element(x, 0)
@@ -160,17 +153,11 @@ def plane_stats(block: Any) -> None:
                 q0 = q0 + a * a
                 k += lanes
             s = total(s0 + s1)
-            slope = centre = start = zero
-            if flags & NORMALISED:
-                slope, centre, start = slopes[c], centres[c], starts[c]
             if flags & MOMENTS:
                 m = s * share
                 v = (total(q0 + q1) - s * m) * share
                 v = zero if v < zero else v
-                m = shift + m
-                if flags & NORMALISED:
-                    m, v = fused(slope, m - centre, start), slope * slope * v
-                mean[p] = m
+                mean[p] = shift + m
                 var[p] = v
             if flags & EXTREMA:
                 top = highest(larger(h0, h1))
@@ -178,20 +165,11 @@ def plane_stats(block: Any) -> None:
                 nan = s - s != zero and _has_nan(x, size)
                 if nan:
                     top = bottom = s - s
-                if flags & POSITIONS:
-                    first[p] = z0
-                    at_high[p] = 0 if nan else _first_equal(x, size, top)
-                    at_low[p] = 0 if nan else _first_equal(x, size, bottom)
-                if flags & NORMALISED:
-                    if slope == zero:  # and a NaN if anything in the plane is not finite
-                        top = bottom = z0 + (zero * top + zero * bottom)
-                    elif slope < zero:
-                        top, bottom = bottom, top
-                    top = fused(slope, top - centre, start)
-                    bottom = fused(slope, bottom - centre, start)
+                first[p] = z0
+                at_high[p] = 0 if nan else _first_equal(x, size, top)
+                at_low[p] = 0 if nan else _first_equal(x, size, bottom)
                 high[p] = top
                 low[p] = bottom
-            c = c + 1 if c + 1 < channels else 0
 
 
 def affine_tail(block: Any) -> None:

@@ -12,12 +12,10 @@ ARGS = 15  # from here on: addresses
 COUNTERS = 48  # from here on: how many chunks of each region are taken
 LINE = 8  # int64 in a cache line
 
-# What the first pass gathers: the extrema also with their positions and the first value, or the
-# statistics of what a norm with constant statistics makes of the map.
+# What the first pass gathers: the extrema with their positions and the first value.
 MOMENTS = 1
 EXTREMA = 2
 POSITIONS = 4
-NORMALISED = 8
 # What the last pass reads.
 WITH_Z = 1
 WITH_SPIKES = 2
