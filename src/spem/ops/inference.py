@@ -114,6 +114,8 @@ def infer(
         for observer in tuple(observers.values()):
             observer(v, shape[0])
         return y
+    if any(name not in STATISTICS for name in statistics):
+        return None
     found = kernels.norm_stats(z, constants, statistics)
     size = z.numel() // (shape[0] * shape[1])
     read = (s if name in statistics else None for name, s in zip(STATISTICS, found, strict=True))

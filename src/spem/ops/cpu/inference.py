@@ -58,6 +58,7 @@ from spem.ops.cpu.vectors import (
     BYTES,
     compiled_inline,
     every,
+    fused,
     helper,
     highest,
     larger,
@@ -436,7 +437,7 @@ def _mixed(block: Any, table: Any, image: int, begin: int, end: int) -> None:
             else:
                 s = zero
                 for k in range(max(0, reach - c), min(width, channels + reach - c)):
-                    s = s + weight[k] * x[c + k - reach]
+                    s = fused(weight[k], x[c + k - reach], s)
                 v[c] = s
                 c += 1
     else:
