@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -15,6 +15,9 @@ from spem.data.names import DIGITS_SIZE, HUB_IDS, known_name
 from spem.extras import require
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from spem.data.folder import Progress
     from spem.data.images import ImageSet, Split
 
@@ -26,15 +29,12 @@ _LABEL_COLUMNS = ("fine_label", "label")  # CIFAR-100 has a coarse one beside th
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
-class _Options(NamedTuple):
-    """How the images of any source are read."""
+class _Read(NamedTuple):
+    """What a reader found: image files or their bytes with what to call them, or pixels."""
 
-    split: Split
-    name: str
-    size: int | None
-    test: float | None
-    skip_broken: bool
-    progress: Progress | None
+    images: Iterable[tuple[str, bytes | Path]] | NDArray[np.uint8]
+    labels: list[int]
+    classes: tuple[str, ...]
 
 
 def check_images(
@@ -119,18 +119,27 @@ def load_images(
         OSError: a file is there and cannot be opened.
         ImportError: an extra is missing; the message ends in the line that installs it.
     """
-    from spem.data.images import check_split
+    import torch
+
+    from spem.data.images import ImageSet, check_split
 
     check_split(split)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256={sha256!r} is not a SHA-256 sum. Give its 64 hex digits.")
-    if known_name(name_or_path) == "digits":
-        images = _digits(split, size)
+    short = known_name(name_or_path)
+    if short == "digits":
+        pixels, labels, classes = _digits(split, size)
     else:
         where = _where(name_or_path, root)
-        name = known_name(name_or_path) or Path(name_or_path).expanduser().resolve().name
-        options = _Options(split, name, size, test, skip_broken, progress)
-        images = _hub(HUB_IDS[name], options) if where is None else _load(where, options)
+        if where is None:
+            read = _hub(HUB_IDS[short or ""], split)
+        else:
+            read = _READERS[_kind(where)](where, split, test or TEST_SHARE)
+        pixels, labels = _decoded(read, size, skip_broken, progress)
+        classes = read.classes
+    name = short or Path(name_or_path).expanduser().resolve().name
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), classes, name)
     if sha256 is not None and images.sha256 != sha256.lower():
         raise ValueError(
             f"{name_or_path}: the SHA-256 of the {split} images is {images.sha256}, expected "
@@ -192,21 +201,13 @@ def _splits_at(kind: str, folder: Path) -> bool:
     return kind == "folder" and "all" in image_folder.look(folder).files
 
 
-def _load(folder: Path, options: _Options) -> ImageSet:
-    kind = _kind(folder)
-    if kind == "folder":
-        return _image_folder(folder, options)
-    return _parquet(folder, options) if kind == "parquet" else _cifar(folder, kind, options)
-
-
-def _image_folder(folder: Path, options: _Options) -> ImageSet:
+def _image_folder(folder: Path, split: Split, share: float) -> _Read:
     listing = image_folder.look(folder)
-    files = listing.files.get(options.split)
+    files = listing.files.get(split)
     if files is None:
-        files = _held_out(folder, listing, options.split, options.test or TEST_SHARE)
-    sources = ((str(path), path) for path, _ in files)
-    labels = [label for _, label in files]
-    return _decoded(sources, labels, listing.classes, options)
+        files = _held_out(folder, listing, split, share)
+    images = ((str(path), path) for path, _ in files)
+    return _Read(images, [label for _, label in files], listing.classes)
 
 
 def _held_out(
@@ -236,11 +237,11 @@ def _held_out(
     return kept
 
 
-def _parquet(folder: Path, options: _Options) -> ImageSet:
+def _parquet(folder: Path, split: Split, share: float) -> _Read:
     """Read a folder in the hub's layout with pyarrow, which `datasets` brings."""
     parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
     datasets = require("datasets", extra="train", purpose="reading parquet files")
-    shards = _shards(folder, options.split)
+    shards = _shards(folder, split)
     tables: list[Any] = []
     for path in shards:
         # Damaged bytes make pyarrow raise its own errors, OSError, ValueError, MemoryError ...
@@ -265,7 +266,7 @@ def _parquet(folder: Path, options: _Options) -> ImageSet:
         tables.append(_columns(str(path), table, features))
     if len({classes for _, _, classes in tables}) > 1:
         raise ValueError(
-            f"{folder}: the files of {options.split} disagree on the classes. Fetch the set again."
+            f"{folder}: the files of {split} disagree on the classes. Fetch the set again."
         )
     blobs = (
         (f"{path}, row {row}", blob)
@@ -275,7 +276,7 @@ def _parquet(folder: Path, options: _Options) -> ImageSet:
     labels = [label for _, found, _ in tables for label in found]
     if not labels:
         raise ValueError(f"{shards[0]}: there are no images. Fetch the set again.")
-    return _decoded(blobs, labels, tables[0][2], options)
+    return _Read(blobs, labels, tables[0][2])
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
@@ -306,22 +307,22 @@ def _shards(folder: Path, split: str) -> list[Path]:
     return shards
 
 
-def _hub(hub_id: str, options: _Options) -> ImageSet:
+def _hub(hub_id: str, split: Split) -> _Read:
     """Fetch a set with `datasets`, which keeps a copy and checks its own sums."""
     datasets = require("datasets", extra="train", purpose=f"fetching {hub_id}")
     try:
-        data = datasets.load_dataset(hub_id, split=options.split)
+        data = datasets.load_dataset(hub_id, split=split)
         table = data.with_format("arrow")[:]
     # What a missing network raises depends on where it is noticed, and on four libraries.
     except Exception as error:
         raise FileNotFoundError(
-            f"{options.name}: no local folder, and {hub_id} could not be fetched from the hub "
+            f"no local folder, and {hub_id} could not be fetched from the hub "
             f"({type(error).__name__}: {error}). Point SPEM_DATA or --data.root at a folder that "
-            f"holds {options.name}/."
+            "holds the set."
         ) from error
     blobs, labels, classes = _columns(hub_id, table, data.features)
     named = ((f"{hub_id}, row {row}", blob) for row, blob in enumerate(blobs))
-    return _decoded(named, labels, classes, options)
+    return _Read(named, labels, classes)
 
 
 def _columns(
@@ -359,58 +360,49 @@ def _columns(
     return blobs, labels, tuple(classes)
 
 
-def _cifar(folder: Path, kind: str, options: _Options) -> ImageSet:
+def _cifar(folder: Path, split: Split, share: float) -> _Read:
     """Let torchvision read its folder; what is not the published file is never unpickled."""
     datasets = require("torchvision.datasets", extra="train", purpose="reading CIFAR's own files")
+    kind = _kind(folder)
     base = getattr(datasets, kind)
     reader = type(kind, (base,), {"base_folder": folder.resolve().name})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's names have moved since the files were written
-            found = reader(str(folder.resolve().parent), train=options.split == "train")
+            found = reader(str(folder.resolve().parent), train=split == "train")
     except RuntimeError as error:
         raise ValueError(
             f"{folder}: a file of {kind} is missing or its MD5 sum is not that of the published "
             "one. Unpack the whole archive again."
         ) from error
-    import numpy as np
-    import torch
+    return _Read(found.data, found.targets, tuple(found.classes))
 
-    from spem.data.images import ImageSet
 
-    pixels = found.data
-    if options.size is not None and options.size != pixels.shape[1]:
-        pixels = np.stack([image_folder.fit(image, options.size) for image in pixels])
-    return ImageSet(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(found.targets, dtype=torch.int64),
-        tuple(found.classes),
-        options.name,
-    )
+_READERS = {
+    "folder": _image_folder,
+    "parquet": _parquet,
+    "CIFAR10": _cifar,
+    "CIFAR100": _cifar,
+}
 
 
 def _decoded(
-    sources: Iterator[tuple[str, Any]],
-    labels: list[int],
-    classes: tuple[str, ...],
-    options: _Options,
-) -> ImageSet:
-    import torch
+    read: _Read, size: int | None, skip_broken: bool, progress: Progress | None
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Pixels [n, H, W, 3] and labels, of the asked size and without what is to be skipped."""
+    import numpy as np
 
-    from spem.data.images import ImageSet
-
+    if isinstance(read.images, np.ndarray):
+        if size is None or size == read.images.shape[1]:
+            return read.images, read.labels
+        return np.stack([image_folder.fit(image, size) for image in read.images]), read.labels
     pixels, kept = image_folder.decode_all(
-        sources,
-        len(labels),
-        size=options.size,
-        skip_broken=options.skip_broken,
-        progress=options.progress,
+        read.images, len(read.labels), size=size, skip_broken=skip_broken, progress=progress
     )
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(labels, dtype=torch.int64)[kept], classes, options.name)
+    return pixels, [read.labels[i] for i in kept]
 
 
-def _digits(split: Split, size: int | None) -> ImageSet:
+def _digits(split: Split, size: int | None) -> tuple[NDArray[np.uint8], list[int], tuple[str, ...]]:
     """The 1797 handwritten digits that come with scikit-learn, as colour images.
 
     They are 8x8 grey pixels, scaled up and repeated to three channels. The first 1437 images are
@@ -423,21 +415,14 @@ def _digits(split: Split, size: int | None) -> ImageSet:
     CIFAR network.
     """
     import numpy as np
-    import torch
-
-    from spem.data.images import ImageSet
 
     size = _check_digits(size)
     bunch = require("sklearn.datasets", extra="train", purpose="the digits").load_digits()
     chosen = slice(None, 1437) if split == "train" else slice(1437, None)
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # from 0 .. 16
-    large = torch.from_numpy(pixels.repeat(size // 8, axis=1).repeat(size // 8, axis=2))
-    return ImageSet(
-        images=large[:, None].repeat(1, 3, 1, 1),
-        labels=torch.from_numpy(np.asarray(bunch.target)[chosen].astype(np.int64)),
-        classes=tuple(str(name) for name in bunch.target_names),
-        name="digits",
-    )
+    large = pixels.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
+    labels = [int(label) for label in bunch.target[chosen]]
+    return np.stack([large] * 3, axis=-1), labels, tuple(str(n) for n in bunch.target_names)
 
 
 def _check_digits(size: int | None) -> int:
