@@ -51,11 +51,12 @@ _NAMES = {
     "signals": ("Interrupted",),
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names}
-__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 _MODULES = (*_NAMES, "capture", "environment", "inside", "sets", "step")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted(_HOME)
     if name in _HOME:
         return getattr(import_module(f"spem.training.{_HOME[name]}"), name)
     if name in _MODULES:
@@ -64,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*_HOME, *_MODULES})
