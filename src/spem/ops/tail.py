@@ -171,7 +171,7 @@ def _choose(
         composed = f"takes maps of one dtype, got {z.dtype} and a residual of {residual.dtype}"
     choice = choose(
         op,
-        z.device.type,
+        z.device,
         z.dtype,
         dense=is_dense(z),
         values=z.numel(),

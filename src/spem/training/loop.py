@@ -197,7 +197,8 @@ def _plan(
         if processes > 1 and config.runtime.step in ("auto", "eager"):
             runtime = replace(runtime, step="eager", device=runtime.device.partition(":")[0])
     try:
-        runtime = _resolved(runtime, processes)
+        attention = config.model.attention != "none"
+        runtime = _resolved(runtime, processes, attention=attention)
     except ValueError as error:
         if not begun:
             raise
@@ -215,7 +216,7 @@ def _plan(
     return plan.to_dict()
 
 
-def _resolved(runtime: RuntimeConfig, processes: int) -> RuntimeConfig:
+def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) -> RuntimeConfig:
     """Fill in what was left open, and refuse what cannot be had."""
     device = runtime.device
     if device == "auto":
@@ -244,7 +245,7 @@ def _resolved(runtime: RuntimeConfig, processes: int) -> RuntimeConfig:
         require_cuda(kind)
     threads = runtime.threads or torch.get_num_threads()
     settled = replace(runtime, device=device, threads=threads, step=step)
-    return replace(settled, impl=choose_impl(settled, kind).impl)
+    return replace(settled, impl=choose_impl(settled, kind, attention=attention).impl)
 
 
 @dataclass

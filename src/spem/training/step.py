@@ -196,17 +196,21 @@ def map_dtypes(runtime: RuntimeConfig) -> tuple[torch.dtype, ...]:
     return (torch.float32,)
 
 
-def choose_impl(runtime: RuntimeConfig, device: str) -> Choice:
+def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) -> Choice:
     """Decide the implementation of all tails of a run, in training and evaluation alike.
 
     Args:
         runtime: gives precision and step, and the wish.
         device: type of the run's device.
+        attention: whether the network has any.
 
     Raises:
         ValueError: a wish that cannot be met for every dtype that will occur.
     """
-    choices = [choose("train", device, d, impl=runtime.impl) for d in map_dtypes(runtime)]
+    graph = attention and runtime.step == "graph"
+    choices = [
+        choose("train", device, d, impl=runtime.impl, graph=graph) for d in map_dtypes(runtime)
+    ]
     if requested(runtime.impl, "train") is not None:
         return choices[0]
     # One that takes training's maps but not evaluation's, or the reverse, cannot serve the run.
