@@ -1,104 +1,96 @@
-"""Writes the generated parts of the documentation, each between two markers of its page.
+"""The generated parts of README and documentation: tables and pictures made from committed rows.
 
-python .ci/docs_tables.py            # rewrites them
-python .ci/docs_tables.py --check    # says which are not current, and ends with status 1
+A page names a part by a line `<!-- generated: NAME -->`; mkdocs calls this file as a hook and puts
+the part there. In the README, which is read where it lies, parts stand between such a line and
+`<!-- end -->`:
+
+    python .ci/docs_tables.py            # rewrites them
+    python .ci/docs_tables.py --check    # names those that are not current, and ends with status 1
 """
 
-import contextlib
 import csv
 import inspect
-import io
-import json
+import re
 import statistics
 import sys
 import textwrap
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spem.attention import attention_class, create_attention
-from spem.cli import main as spem_command
-
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "benchmarks" / "results"
-PLACES = {
-    "modules": "docs/modules.md",
-    "lambda": "docs/lambda.md",
-    "attach": "docs/insert.md",
-    "export": "docs/export.md",
-}
+PICTURES = ("results/*/figures/*.svg", "benchmarks/results/*.svg")
+"""Files outside of the pages' folder that pages show, each by its name under pictures/."""
+MARK = re.compile(r"<!-- generated: (\w+) -->\n(?:((?:(?!<!--).)*?)<!-- end -->\n)?", re.DOTALL)
+SHOWN = ("none", "se", "eca", "spem")
 FORMS = ("ge(form=theta)", "ge(form=theta_plus)", "ge(extent=2)", "gct(placement=conv)")
 """Forms of modules that differ from the default in what they need."""
-SAME = ("depth", "batch", "image", "dtype", "layout", "device", "hardware", "threads")
-"""What rows must agree in to stand beside one another."""
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a measured table; none where it has not been measured."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a measured table."""
+    with (MEASURED / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def said(*arguments: str) -> str:
-    """What a command prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        if spem_command(list(arguments)):
-            sys.exit(f"docs_tables: spem {' '.join(arguments)} failed")
-    return out.getvalue()
+def table(columns: str, rows: list[list[Any]]) -> str:
+    """A table in Markdown; a column whose title ends in ":" holds numbers."""
+    titles = [title.strip() for title in columns.split("|")]
+    lines = [[title.rstrip(":") for title in titles]]
+    lines += [["---:" if title.endswith(":") else "---" for title in titles], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+# Modules
 
 
 def modules() -> str:
-    """A table of the registry, and for each module its formula, source, counts and cost."""
-    facts: list[dict[str, Any]] = json.loads(said("list", "--json"))
-    lines = said("list", "--markdown").splitlines()[2:]
-    rows = {row[0].strip("| `"): row for row in (line.split(" | ") for line in lines)}
-    costs = costs_by_name()
-    parts = [
-        "| module | what it is | C=64 | C=256 | gate at start | fused | step / plain |",
-        "|---|---|---:|---:|---:|---|---:|",
-    ]
-    for name, row in rows.items():
-        measured = costs.get(name)
-        step = "not measured" if measured is None else measured["short"]
-        cells = [f"[`{name}`](#{name})", row[1], row[3], row[5], row[6], row[7], step]
-        parts.append(f"| {' | '.join(cells)} |")
-    for module in facts:
-        parts += ["", *section(module, rows[module["name"]], costs.get(module["name"]))]
+    """Every module in a short row."""
+    from spem.attention import attention_class, list_attention
+    from spem.cli.listing import describe
+
+    steps = composed_steps()
+    rows: list[list[str]] = []
+    for name in list_attention():
+        told = describe(name)
+        doc = (inspect.getdoc(attention_class(name)) or "").partition("\n")[0]
+        gate = told["start_gate"]
+        start = f"about {mean_gate(name):.2f}" if gate is None else f"{gate:.3g}"
+        fused = "yes" if told["fusable"] else "no"
+        count = f"{told['parameters']['256']:,}"
+        kind = re.split("[:,.]", doc)[0]
+        rows.append([f"[`{name}`](#{name})", kind, count, start, fused, steps.get(name, "-")])
+    return table("module | kind | C=256: | start: | fused | step:", rows)
+
+
+def modules_full() -> str:
+    """For every module a section: formula, source, counts, what it needs."""
+    from spem.attention import attention_class, list_attention
+    from spem.cli.listing import describe
+
+    parts: list[str] = []
+    for name in list_attention():
+        told = describe(name)
+        doc = inspect.getdoc(attention_class(name)) or ""
+        title, _, link = told["paper"].partition(", http")
+        counts = [f"{n:,} at C={c}" for c, n in told["parameters"].items() if n is not None]
+        facts = [f"[{title}](http{link})" if link else title, f"parameters: {', '.join(counts)}"]
+        if told["place"] != "blocks":
+            facts.append(f"stands in: {told['place']}")
+        facts += [f"needs: {', '.join(told['needs'])}"] if told["needs"] else []
+        facts += (
+            [f"without weight decay: {', '.join(told['no_decay'])}"] if told["no_decay"] else []
+        )
+        lines = [f"### {name} {{ #{name} }}", "", doc.partition("\n")[0], "", "```text"]
+        parts += [*lines, formula(name), "```", "", *(f"- {fact}" for fact in facts), ""]
     return "\n".join(parts)
-
-
-def section(module: dict[str, Any], row: list[str], cost: dict[str, str] | None) -> list[str]:
-    """One module: formula, source, parameters, start, needs, cost."""
-    name = module["name"]
-    counts = ", ".join(
-        f"{'-' if n is None else f'{n:,}'} at C={channels}"
-        for channels, n in module["parameters"].items()
-    )
-    source = row[9].removesuffix(" |")
-    decay = f" Trained without weight decay: {row[8]}." if row[8] != "-" else ""
-    return [
-        f"### `{name}` {{ #{name} }}",
-        "",
-        f"{row[1]}.",
-        "",
-        "```text",
-        formula(name),
-        "```",
-        "",
-        f"- Source: {source if source != '-' else 'none, the control of this package'}",
-        f"- Parameters: {counts}",
-        f"- Gate at start: {row[6]}; stands in: {row[2]}; fused tail: {row[7]}.{decay}",
-        f"- Needs: {'; '.join(module['needs']) or 'nothing in particular'}",
-        f"- Measured: {'not measured' if cost is None else cost['long']}",
-    ]
 
 
 def formula(name: str) -> str:
     """The formula of a module, from the docstring of its class."""
+    from spem.attention import attention_class
+
     doc = inspect.getdoc(attention_class(name)) or ""
     lines: list[str] = []
     for line in doc.partition("Formula:\n")[2].splitlines():
@@ -111,124 +103,247 @@ def formula(name: str) -> str:
     return text.replace("``", "")
 
 
-def costs_by_name() -> dict[str, dict[str, str]]:
-    """What has been measured of each module: the ratio of a training step to the plain network's.
+def mean_gate(name: str) -> float:
+    """The mean gate of a new module in training, on normal maps under a fixed seed."""
+    import torch
+    from torch import nn
 
-    `family_cpu.csv` holds every module; without it `step_cpu.csv` those of the paper.
-    """
-    told: defaultdict[str, list[str]] = defaultdict(list)
-    work = ""
-    short: dict[str, str] = {}
-    added: dict[str, str] = {}
-    rows = read(MEASURED / "family_cpu.csv") or read(MEASURED / "step_cpu.csv")
-    if mixed := [name for name in SAME if len({row.get(name) for row in rows}) > 1]:
-        sys.exit(f"docs_tables: rows of different {', '.join(mixed)} in one table of costs")
-    for row in rows:
-        work = f"ResNet-{row['depth']}, batch {row['batch']}, {row['device'].upper()}"
-        name = row["attention"]
-        if row["way"] not in ("composed", "fused") or not row["to_plain"] or name == "none":
-            continue
-        ratio = f"{float(row['to_plain']):.2f}"
-        told[name].append(f"{row['way']} {ratio}")
-        if row["way"] == "composed":
-            short[name] = ratio
-        if row.get("attention_mflops"):
-            number, mflops = int(row["attention_parameters"]), float(row["attention_mflops"])
-            added[name] = f"; {number:+,} parameters, {mflops:+.2f} MFLOPs"
-    return {
-        name: {
-            "short": short.get(name, "-"),  # only the fused step could be measured
-            "long": f"training step / plain PyTorch ({work}): "
-            f"{', '.join(parts)}{added.get(name, '')}",
-        }
-        for name, parts in told.items()
-    }
+    from spem.attention import create_attention
+    from spem.seeding import initialise, keyed_generator
+
+    module = create_attention(name, 64, size=16)
+    initialise(nn.Sequential(module), 0)
+    x = torch.randn(32, 64, 16, 16, generator=keyed_generator(0, "list"))
+    with torch.no_grad():
+        return float(module.gate(x).mean())
 
 
-def lambda_moves() -> str:
-    """The record of `examples/lambda_moves.py`, one row for each arm."""
-    rows = read(ROOT / "docs" / "data" / "lambda_moves.csv")
+def composed_steps() -> dict[str, str]:
+    """The time of a training step of composed modules over that of the plain network."""
+    rows = [row for row in read("family_cpu.csv") if row["way"] == "composed"]
+    return {row["attention"]: f"{float(row['to_plain']):.2f}" for row in rows if row["to_plain"]}
+
+
+def readme_modules() -> str:
+    """What `spem list --markdown` prints."""
+    from spem.cli.listing import markdown_table
+
+    return markdown_table()
+
+
+def mixes() -> str:
+    """The record of `benchmarks/lambda_moves.py`, a row for each arm."""
+    rows = read("lambda_moves.csv")
     last = max(int(row["step"]) for row in rows)
-    parts = [
-        f"| arm | network: lambda of the blocks after {last} steps, by seed "
-        "| travelled a step | smallest size | clear pull: lambda | faint pull: lambda |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    found: list[list[str]] = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == arm]
-        network = [row for row in own if row["record"] == "network"]
-        ends = [row for row in network if int(row["step"]) == last]
-        seeds = dict.fromkeys(row["seed"] for row in ends)
-        lambdas = "; ".join(
-            ", ".join(f"{float(row['lambda']):.2f}" for row in ends if row["seed"] == seed)
-            for seed in seeds
-        )
-        travelled = statistics.mean(float(row["travelled"]) for row in ends) / last
-        size = min(float(row["size"]) for row in network)
-        pulled = {
-            float(row["strength"]): row["lambda"]
-            for row in own
-            if row["record"] == "pull" and int(row["step"]) == last
-        }
+        ends = [row for row in rows if row["arm"] == arm and int(row["step"]) == last]
+        network = [row for row in ends if row["record"] == "network"]
+        lambdas = ", ".join(f"{float(r['lambda']):.2f}" for r in network if r["seed"] == "0")
+        travelled = statistics.mean(float(row["travelled"]) for row in network) / last
+        pulled = {float(r["strength"]): r["lambda"] for r in ends if r["record"] == "pull"}
         clear, faint = (
-            "diverged" if pulled[strength] == "nan" else f"{float(pulled[strength]):.3f}"
+            "diverged" if pulled[strength] == "nan" else f"{float(pulled[strength]):.2f}"
             for strength in (1.0, 0.01)
         )
-        parts.append(f"| {arm} | {lambdas} | {travelled:.2g} | {size:.2g} | {clear} | {faint} |")
-    return "\n".join(parts)
+        found.append([arm, lambdas, f"{travelled:.2g}", clear, faint])
+    return table("arm | in a network | change a step: | clear pull: | faint pull:", found)
 
 
-def attach() -> str:
-    """The table of `benchmarks/attach_table.py`."""
-    from attach_table import markdown
+# Networks
 
-    rows = read(MEASURED / "attach.csv")
-    return markdown(rows).rstrip() if rows else "Not measured."
+
+def architectures() -> str:
+    """What `attach` adds to thirty networks (`benchmarks/attach_table.py`)."""
+    rows = read("attach.csv")
+    found: list[list[str]] = []
+    for name in dict.fromkeys(row["architecture"] for row in rows):
+        own = {row["attention"]: row for row in rows if row["architecture"] == name}
+        added = [own[a]["added_parameters"] for a in ("spem", "se", "eca")]
+        cells = [f"{int(cell):,}" if cell.isdigit() else "too narrow" for cell in added]
+        plain = int(own["spem"]["plain_parameters"])
+        found.append([f"`{name}`", own["spem"]["sites"], f"{plain:,}", *cells])
+    return table("network | sites: | parameters: | `spem` adds: | `se` adds: | `eca` adds:", found)
 
 
 def export() -> str:
-    """The modules of one size, and the table of `benchmarks/export_table.py`."""
-    from export_table import markdown
-
-    names: list[str] = sorted(
-        [*(module["name"] for module in json.loads(said("list", "--json"))), *FORMS]
-    )
-    fixed = [f"`{name}`" for name in names if of_one_size(name)]
-    rows = read(MEASURED / "export.csv")
-    return "\n".join(
-        [
-            f"Built for maps of one size: {', '.join(fixed)}. All other modules take any.",
-            "",
-            markdown(rows).rstrip() if rows else "Not measured.",
-        ]
-    )
+    """Errors and latency of every module as ONNX (`benchmarks/export_table.py`)."""
+    found: list[list[str]] = []
+    for row in read("export.csv"):
+        size = "one" if "one size" in row["dynamic_size"] else "any"
+        found.append(
+            [f"`{row['spec']}`", size, row["fp32"], row["fp16"], row["latency_over_plain"]]
+        )
+    return table("module | size | fp32: | fp16: | latency / plain:", found)
 
 
 def of_one_size(spec: str) -> bool:
     """Whether `dynamic_size=True` refuses a module."""
+    from spem.attention import create_attention
+
     needs = create_attention(spec, 64, size=8).needs
     return needs.size or needs.fixed_size
 
 
+# Speed
+
+
+def gpu() -> str:
+    """Training steps on a GPU, recorded as CUDA graphs (`python benchmarks/gpu`)."""
+    rows = read("steps_h200.csv")
+    found: list[list[str]] = []
+    for depth in ("29", "164"):
+        for name in SHOWN:
+            own = [r for r in rows if r["depth"] == depth and r["attention"] == name]
+            by = {r["impl"]: r for r in own}
+            cells = [f"{float(by[i]['time_ms']):.1f} ms" for i in ("reference", "triton")]
+            ratio = min(float(r["to_plain"]) for r in own)
+            found.append([depth, f"`{name}`", *cells, f"{ratio:.2f}"])
+    return table("depth: | module | composed: | Triton: | best / plain:", found)
+
+
+def speed() -> str:
+    """Training step and inference over plain PyTorch without attention, and a GPU's step."""
+    step, network = (
+        {(r["attention"], r["way"]): r for r in read(f"{name}_cpu.csv") if r["batch"] == "128"}
+        for name in ("step", "network")
+    )
+    steps = [row for row in read("steps_h200.csv") if row["depth"] == "29"]
+    on_gpu = {(row["attention"], row["impl"]): row["to_plain"] for row in steps}
+
+    def pair(rows: dict[tuple[str, str], dict[str, str]], name: str) -> str:
+        return " / ".join(f"{float(rows[name, w]['to_plain']):.2f}" for w in ("composed", "fused"))
+
+    rows = [
+        [
+            f"`{name}`",
+            pair(step, name),
+            pair(network, name),
+            f"{float(on_gpu[name, 'reference']):.2f} / {float(on_gpu[name, 'triton']):.2f}",
+        ]
+        for name in SHOWN
+    ]
+    return table(
+        "time / plain network, composed / fused | CPU training: | CPU inference: | H200 training:",
+        rows,
+    )
+
+
+# Results
+
+
+def compared(folder: str, name: str) -> str:
+    """A table of differences, from `spem report`."""
+    with (ROOT / "results" / folder / "tables" / f"{name}.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows: list[list[str]] = []
+    for line in lines:
+        cells = [line["row"], f"{float(line['mean']):.2f} ± {float(line['sd']):.2f}"]
+        if line["difference"]:
+            low, high = (f"{float(line[end]):+.2f}" for end in ("low", "high"))
+            holm = float(line["p_holm"])
+            cells += [f"{float(line['difference']):+.2f}", f"[{low}, {high}]"]
+            cells.append("<0.001" if holm < 0.001 else f"{holm:.3f}")
+        else:
+            cells += ["", "", ""]
+        rows.append(cells)
+    return table("network | accuracy, %: | difference: | 95 % interval: | Holm p:", rows)
+
+
+def results_rows(folder: str, name: str) -> list[dict[str, str]]:
+    with (ROOT / "results" / folder / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def gates() -> str:
+    """Mean gate and its spread between images, by block, over the seeds."""
+    rows = results_rows("cifar10", "gates.csv")
+    found: list[list[str]] = []
+    for name in dict.fromkeys(row["module"] for row in rows):
+        for block in dict.fromkeys(row["block"] for row in rows):
+            own = [row for row in rows if (row["module"], row["block"]) == (name, block)]
+            if not own:
+                continue
+            means = [float(row["mean"]) for row in own]
+            spreads = [float(row["sd_images"]) / abs(float(row["mean"])) for row in own]
+            if max(spreads) == 0:
+                continue
+            between = f"{100 * min(spreads):.0f} to {100 * max(spreads):.0f} %"
+            cells = [f"`{name}`", block.partition(".attention")[0]]
+            found.append([*cells, f"{statistics.mean(means):.2f}", between])
+    return table("module | block | mean gate: | varies between images:", found)
+
+
+def lambdas() -> str:
+    """Lambda of SPEM's three blocks at the end, a column a seed."""
+    rows = [row for row in results_rows("cifar10", "mixes.csv") if row["module"] == "spem"]
+    last = max(int(row["epoch"]) for row in rows)
+    rows = [row for row in rows if int(row["epoch"]) == last]
+    seeds = sorted({int(row["seed"]) for row in rows})
+    found: list[list[str]] = []
+    for mix in dict.fromkeys(row["mix"] for row in rows):
+        by = {int(row["seed"]): float(row["lambda"]) for row in rows if row["mix"] == mix}
+        found.append([mix.partition(".attention")[0], *(f"{by[seed]:.2f}" for seed in seeds)])
+    return table("block | " + " | ".join(f"seed {seed}:" for seed in seeds), found)
+
+
+def scratch() -> str:
+    """Trained from scratch on CIFAR-10."""
+    return compared("cifar10", "scratch-cifar10-study")
+
+
+README_PARTS: dict[str, Callable[[], str]] = {
+    "modules": readme_modules,
+    "scratch": scratch,
+    "speed": speed,
+}
+PARTS: dict[str, Callable[[], str]] = {
+    "modules": modules,
+    "modules_full": modules_full,
+    "mixes": mixes,
+    "architectures": architectures,
+    "export": export,
+    "gpu": gpu,
+    "speed": speed,
+    "scratch": scratch,
+    "finetune_5000": lambda: compared("finetune", "finetune-5000-cifar10-study"),
+    "finetune_1000": lambda: compared("finetune", "finetune-1000-cifar10-study"),
+    "gates": gates,
+    "lambdas": lambdas,
+}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs: the text of a page with its generated parts."""
+    return MARK.sub(lambda found: f"{PARTS[found[1]]()}\n", markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs: pictures that lie beside the rows they are drawn from."""
+    from mkdocs.structure.files import File
+
+    for pattern in PICTURES:
+        for path in sorted(ROOT.glob(pattern)):
+            uri = f"pictures/{path.name}"
+            if files.get_file_from_path(uri) is None:
+                files.append(File.generated(config, uri, abs_src_path=str(path)))
+    return files
+
+
 def main() -> None:
-    made = {"modules": modules, "lambda": lambda_moves, "attach": attach, "export": export}
-    stale: list[str] = []
-    for name, place in PLACES.items():
-        page = ROOT / place
-        text = page.read_text(encoding="utf-8")
-        start, end = f"<!-- generated: {name} -->\n", "\n<!-- end -->"
-        before, found, rest = text.partition(start)
-        old, closed, after = rest.partition(end)
-        if not found or not closed:
-            sys.exit(f"docs_tables: {place} has no part {name}")
-        new = made[name]()
-        if new != old:
-            stale.append(place)
-            if "--check" not in sys.argv[1:]:
-                page.write_text(before + start + new + end + after, encoding="utf-8")
-    if stale and "--check" in sys.argv[1:]:
-        sys.exit(f"not current: {', '.join(stale)}. Run: make docs")
-    print(f"{'rewritten' if stale else 'current'}: {', '.join(stale or PLACES.values())}")
+    page = ROOT / "README.md"
+    text = page.read_text(encoding="utf-8")
+    new = MARK.sub(
+        lambda found: f"<!-- generated: {found[1]} -->\n{README_PARTS[found[1]]()}\n<!-- end -->\n",
+        text,
+    )
+    if new == text:
+        print("current: README.md")
+    elif "--check" in sys.argv[1:]:
+        sys.exit("not current: README.md. Run: python .ci/docs_tables.py")
+    else:
+        page.write_text(new, encoding="utf-8")
+        print("rewritten: README.md")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spem.share import push_to_hub as push_to_hub
     from spem.share import save_pretrained as save_pretrained
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where the public names live that are not those of `spem.attention`.
 _HOME = {

@@ -17,10 +17,15 @@ from spem.attention.spec import _REGISTRY
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
 LOOPS = ("plain_loop", "timm_loop", "lightning_loop")
-# run with arguments by tests of their own, or by test_adding.py
-OTHERS = {"finetune", "finetune_study", "lambda_moves", "my_attention"}
+SHORT = (
+    *("start", "module", "weights", "own_network", "tail", "tail_by_hand", "fold"),
+    *("look_inside", "share", "to_onnx"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("detector", "int8")),
+)
+NEEDS = {"share": "huggingface_hub", "to_onnx": "onnxruntime", "int8": "onnxruntime"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,24 +38,10 @@ def _as_it_was() -> Iterator[None]:
     _REGISTRY.update(registry)
 
 
-def losses(text: str) -> list[float]:
-    return [float(value) for value in re.findall(r"loss ([0-9.]+)", text)]
-
-
 def test_every_example_is_run_by_a_test() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    short = set(SHORT) | set(LOOPS)
-    assert names == short | OTHERS
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    for name in OTHERS:  # where a test runs it, not where it stands in OTHERS
-        assert re.search(rf'(example\(|examples" / |EXAMPLES / )"{name}(\.py)?"', tests), name
-
-
-SHORT = (
-    *("start", "module", "weights", "detector", "tail_by_hand"),
-    *("look_inside", "share", "to_onnx"),
-)
-NEEDS = {"share": "huggingface_hub", "to_onnx": "onnxruntime"}
+    short = {str(name if isinstance(name, str) else name.values[0]) for name in SHORT}
+    assert names == short | set(LOOPS) | {"finetune", "my_attention"}  # test_adding.py
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -62,6 +53,7 @@ def test_short_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # Lightning uses what torch has deprecated, and names loaders without worker processes.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*logging interval")
@@ -70,11 +62,38 @@ def test_a_loop_lowers_its_loss(name: str, capsys: pytest.CaptureFixture[str]) -
     if name == "lightning_loop":
         pytest.importorskip("lightning")
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
-    told = losses(capsys.readouterr().out)
-    assert len(told) == 3
-    assert told[-1] < 0.6 * told[0]
+    losses = [float(value) for value in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
+    assert len(losses) == 3
+    assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
+def test_fine_tuning_a_folder_of_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 6), ("test", 2)):
+        for tint, name in enumerate(("dark", "light")):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                colour = (200 * tint + number, 20, 40)
+                Image.new("RGB", (60, 40 + number), colour).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    words = ["--images", "photos", "--model", "test_resnet", "--epochs", "1", "--batch", "4"]
+    for attention in ("none", "eca"):
+        arguments = [*words, "--attention", attention, "--save", "tuned.safetensors"]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
+        runpy.run_path(str(EXAMPLES / "finetune.py"), run_name="__main__")
+    assert "of 4 test images" in capsys.readouterr().out
+    with (tmp_path / "finetune.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["attention"], row["seed"]) for row in rows] == [("none", "0"), ("eca", "0")]
+    assert (tmp_path / "tuned.safetensors").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_the_record_of_lambda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,20 +101,17 @@ def test_the_record_of_lambda(
     arguments = ["lambda_moves.py", "--steps", "2", "--every", "1", "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(out)])
     threads = torch.get_num_threads()
-    runpy.run_path(str(EXAMPLES / "lambda_moves.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "benchmarks" / "lambda_moves.py"), run_name="__main__")
     torch.set_num_threads(threads)
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    assert arms[0] == "squares, published settings"
     # steps 0 to 2: of the three blocks of the network, and of the two pulls
     assert len(rows) == len(arms) * 3 * (3 + 2)
-    assert all(row["lambda"] == "0.5" and row["travelled"] == "0.0" for row in rows[:3])
     clear = [r for r in rows if r["record"] == "pull" and r["strength"] == "1.0"]
     assert all(float(row["lambda"]) > 0.5 for row in clear if row["step"] == "2")
     # The committed record has the same columns, and all of its steps.
-    committed = EXAMPLES.parent / "docs" / "data" / "lambda_moves.csv"
-    with committed.open(newline="") as file:
+    with (ROOT / "benchmarks" / "results" / "lambda_moves.csv").open(newline="") as file:
         kept = list(csv.DictReader(file))
     assert list(kept[0]) == list(rows[0])
     assert {row["arm"] for row in kept} == set(arms)

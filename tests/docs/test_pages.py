@@ -1,23 +1,24 @@
-"""The pages name files, commands and options that exist, and their tables are current."""
+"""README and pages name files, commands and options that exist, and show what is current."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("tyro")
 
 from spem.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-TEXTS = {page.relative_to(ROOT / "docs").as_posix(): page.read_text("utf-8") for page in PAGES}
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'--8<-- "([^":]+)"\n')
+TABLES = runpy.run_path(str(ROOT / ".ci" / "docs_tables.py"))
 
 
 def test_python_on_a_page_is_an_example_that_is_run() -> None:
@@ -27,99 +28,100 @@ def test_python_on_a_page_is_an_example_that_is_run() -> None:
             if language == "python":
                 found = SNIPPET.fullmatch(code)
                 assert found, f"{page}: Python that no test runs:\n{code}"
-                assert (ROOT / found[1]).is_file(), f"{page}: {found[1]}"
                 shown.add(found[1])
-    told = "".join(TEXTS.values())
-    for path in (ROOT / "examples").glob("*.py"):
-        name = f"examples/{path.name}"
-        assert name in shown or name in told, f"no page tells of {name}"
+    assert shown == {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_python_of_the_readme_runs() -> None:
+    pytest.importorskip("torchvision")
+    names: dict[str, object] = {}
+    blocks = [code for language, code in BLOCK.findall(README) if language == "python"]
+    assert len(blocks) >= 2
+    for code in blocks:
+        exec(code.replace('weights="DEFAULT"', "weights=None"), names)
+
+
+def test_the_readme_is_short_and_its_tables_current(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(README.splitlines()) <= 150
+    monkeypatch.setattr("sys.argv", ["docs_tables.py", "--check"])
+    TABLES["main"]()
+    assert "current" in capsys.readouterr().out
+
+
+def test_every_generated_part_is_made() -> None:
+    named = {name for text in TEXTS.values() for name in re.findall(r"generated: (\w+)", text)}
+    assert named == set(TABLES["PARTS"])
+    for make in TABLES["PARTS"].values():
+        assert "|" in make()
+    text = TABLES["on_page_markdown"]("a\n<!-- generated: gpu -->\nb")
+    assert text.startswith("a\n| depth | module |")
+    assert text.endswith("|\nb")
+
+
+def test_a_formula_is_shown_whole() -> None:
+    assert "y = x * s(W2 relu(W1 z + b1) + b2)" in TABLES["formula"]("se")
 
 
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert listed == set(TEXTS)
+    assert {f"docs/{name}" for name in listed} == set(TEXTS)
 
 
-def test_links_lead_to_files() -> None:
-    """Those of the site are checked when it is built; these are the README's and the like."""
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / name).read_text("utf-8")):
-            if "://" not in target:
-                assert (ROOT / target).exists(), f"{name}: {target}"
+def test_every_page_says_first_what_it_is_for() -> None:
     for page, text in TEXTS.items():
+        if "reference/" not in page:
+            assert text.split("\n\n")[1].startswith("After this page you"), page
+
+
+def test_links_of_the_readme_lead_to_files() -> None:
+    """Those of the site are checked when it is built."""
+    for name in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text("utf-8")
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if "://" not in target:
-                assert (ROOT / "docs" / page).parent.joinpath(target).exists(), f"{page}: {target}"
+                assert (ROOT / target).exists(), f"{name}: {target}"
 
 
 def commands() -> list[tuple[str, str]]:
-    """The `spem` commands in the code of the pages, continued lines joined."""
+    """The `spem` commands in README and pages, continued lines joined."""
     found: list[tuple[str, str]] = []
-    for page, text in TEXTS.items():
+    for page, text in {**TEXTS, "README.md": README}.items():
         for language, code in BLOCK.findall(text):
             if language == "":
                 lines = code.replace("\\\n", " ").splitlines()
                 found += [(page, line.strip()) for line in lines if line.strip().startswith("spem")]
+        inline = re.findall(r"`(spem [a-z]+(?: [^`]*)?)`", text)
+        found += [(page, " ".join(line.split())) for line in inline]
     return found
 
 
 def test_commands_and_their_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     helps: dict[str, str] = {}
-    assert len(commands()) > 8
+    assert len(commands()) > 20
     for page, line in commands():
-        words = line.partition(" #")[0].split()
+        words = shlex.split(line, comments=True)
         name, options = words[1], [word for word in words if word.startswith("--")]
         assert name in COMMANDS, f"{page}: {line}"
         if name not in helps:
             with contextlib.suppress(SystemExit):
-                main([name, "--help", "--help-all"])
+                main([name, "--help-all"])
             helps[name] = capsys.readouterr().out
         for option in options:
             known = re.search(rf"{re.escape(option)}(?![\w-])", helps[name])
             assert known, f"{page}: {line}: {name} has no {option}"
 
 
-def test_generated_tables_are_current(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`make docs` writes them: the registry's, and those of committed measurements."""
-    monkeypatch.setattr("sys.argv", ["docs_tables.py", "--check"])
-    runpy.run_path(str(ROOT / ".ci" / "docs_tables.py"), run_name="__main__")
-    assert "current" in capsys.readouterr().out
+OUTPUT = re.compile(r"```\n(spem [^\n]*)\n```\n\n```\{ \.text \.output \}\n(.*?)```", re.DOTALL)
 
 
-def test_modules_are_told_with_or_without_measurements(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tables = runpy.run_path(str(ROOT / ".ci" / "docs_tables.py"))
-    costs = tables["costs_by_name"]
-    monkeypatch.setitem(costs.__globals__, "MEASURED", tmp_path)
-    assert costs() == {}
-    text = tables["modules"]()
-    assert "| [`se`](#se) |" in text
-    assert text.count("- Measured: not measured") == text.count("### `")
-    for part in ("attach", "export"):
-        assert "Not measured." in tables[part]()
-    header = "attention,way,to_plain,attention_parameters,attention_mflops,depth,batch,device\n"
-    rows = "se,composed,1.125,1234,0.678,11,64,cpu\nse,fused,0.9,1234,0.678,11,64,cpu\n"
-    rows += "bam,composed,,1,2,11,64,cpu\neca,fused,0.8,1,2,11,64,cpu\n"
-    (tmp_path / "family_cpu.csv").write_text(header + rows)
-    assert "(ResNet-11, batch 64, CPU): composed" in costs()["se"]["long"]
-    assert costs()["eca"]["short"] == "-"
-    assert costs()["se"]["short"] == "1.12"
-    assert "composed 1.12, fused 0.90; +1,234 parameters, +0.68 MFLOPs" in costs()["se"]["long"]
-    assert "bam" not in costs()
-    (tmp_path / "family_cpu.csv").write_text(header + rows + "ela,fused,0.8,1,2,29,64,cpu\n")
-    with pytest.raises(SystemExit, match="rows of different depth"):
-        costs()
-    assert "y = x * s(W2 relu(W1 z + b1) + b2)" in tables["formula"]("se")
-
-
-def test_modules_of_one_size() -> None:
-    """As the exporter's own tests have them."""
-    text = runpy.run_path(str(ROOT / ".ci" / "docs_tables.py"))["export"]()
-    fixed = "`fca`, `ge(form=theta)`, `ge(form=theta_plus)`"
-    assert text.startswith(f"Built for maps of one size: {fixed}. All other")
+def test_shown_output_of_attach_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    found = dict(OUTPUT.findall(TEXTS["docs/insert.md"]))
+    line = "spem attach resnet18 spem --dry-run"
+    assert main(line.split()[1:]) == 0
+    assert capsys.readouterr().out.startswith(found[line])
 
 
 def test_a_resource_of_another_host_is_found(tmp_path: Path) -> None:

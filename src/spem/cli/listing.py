@@ -1,6 +1,5 @@
 """`spem list`: every registered attention module and what there is to know about it."""
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from spem.cli.options import Options, unknown
@@ -45,45 +44,13 @@ def run(*, pattern: str, markdown: bool, bibtex: bool, json: bool) -> None:
 
 def markdown_table(pattern: str = "*") -> str:
     """The README's table of the modules whose names match, one row each, from the registry."""
-    from spem.attention import attention_class
-
-    rows = [
-        "| name | what it is | where | C=64 | C=128 | C=256 | start | fused | no decay | source |",
-        "|---|---|---|---:|---:|---:|---|---|---|---|",
-    ]
+    rows = ["| module | paper | fused |", "|---|---|---|"]
     for name in _names(pattern):
-        module = _describe(name)
-        doc = inspect.getdoc(attention_class(name)) or ""
-        gate = module["start_gate"]
-        start = f"about {_mean_gate(name):.2f}" if gate is None else f"{gate:.7g}"
+        module = describe(name)
         title, _, link = module["paper"].partition(", http")
-        cells = [
-            f"`{name}`",
-            doc.partition("\n")[0].rstrip("."),
-            module["place"],
-            *_counts(module, "-"),
-            start,
-            "yes" if module["fusable"] else "no",
-            ", ".join(module["no_decay"]) or "-",
-            f"[{title}](http{link})" if link else "-",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+        source = f"[{title}](http{link})" if link else title
+        rows.append(f"| `{name}` | {source} | {'yes' if module['fusable'] else 'no'} |")
     return "\n".join(rows)
-
-
-def _mean_gate(name: str) -> float:
-    """The mean gate of a new module in training, on normal maps under a fixed seed."""
-    import torch
-    from torch import nn
-
-    from spem.attention import create_attention
-    from spem.seeding import initialise, keyed_generator
-
-    module = create_attention(name, 64, size=16)
-    initialise(nn.Sequential(module), 0)
-    x = torch.randn(32, 64, 16, 16, generator=keyed_generator(0, "list"))
-    with torch.no_grad():
-        return float(module.gate(x).mean())
 
 
 def _names(pattern: str) -> list[str]:
@@ -96,7 +63,7 @@ def _names(pattern: str) -> list[str]:
 
 
 def _list(pattern: str, json: bool) -> None:
-    modules = [_describe(name) for name in _names(pattern)]
+    modules = [describe(name) for name in _names(pattern)]
     if json:
         print_json(modules)
         return
@@ -120,7 +87,7 @@ def _list(pattern: str, json: bool) -> None:
         )
 
 
-def _describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> dict[str, Any]:
     """What the registry and a fresh instance say about a module."""
     from spem.attention import create_attention
 

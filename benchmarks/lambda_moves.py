@@ -1,6 +1,6 @@
 """How far each parametrisation lets lambda move: 300 steps, written as CSV.
 
-    python examples/lambda_moves.py --out lambda_moves.csv
+    python benchmarks/lambda_moves.py --out benchmarks/results/lambda_moves.csv
 
 Two records. `network`: a ResNet of depth 11 with SPEM in its three blocks, on scikit-learn's
 digits, SGD with momentum 0.9 and rate 0.1, penalty 0.1. `pull`: a mix alone whose loss is
