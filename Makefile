@@ -69,7 +69,7 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 		hypothesis pytest pytest-randomly pytest-timeout pytest-xdist
 	touch $@
 
-# An environment that a former run left unfinished has no working pip and is made anew.
+# An environment that a former run left unfinished has no working pip and is created again.
 define environment
 @$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11") if sys.version_info < (3, 11) else None'
 $(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)

@@ -1,4 +1,4 @@
-"""A network with attention as an ONNX file that was run beside it."""
+"""A network with attention as an ONNX file that onnxruntime has run."""
 
 import tempfile
 from pathlib import Path

@@ -118,9 +118,10 @@ def count(
         ValueError: `input_shape` is empty or holds a number below 1, or an implementation that was
             asked for (`spem.ops.use_impl`) cannot run there.
 
-    >>> cost = count(nn.Sequential(nn.Linear(3, 5)), (2, 3))
-    >>> cost.parameters, cost.flops
-    (20, 60)
+    Examples:
+        >>> cost = count(nn.Sequential(nn.Linear(3, 5)), (2, 3))
+        >>> cost.parameters, cost.flops
+        (20, 60)
     """
     if not input_shape or min(input_shape) < 1:
         raise ValueError(
@@ -203,8 +204,9 @@ def block_tails(
 def tails_text(tails: Sequence[TailCost]) -> str:
     """One phrase for people: how many tails there are, and what runs them.
 
-    >>> tails_text([TailCost("layer1.0", "spem", "numba", "")])
-    '1 block tail: numba (fused batch norm + spem + add + ReLU)'
+    Examples:
+        >>> tails_text([TailCost("layer1.0", "spem", "numba", "")])
+        '1 block tail: numba (fused batch norm + spem + add + ReLU)'
     """
     kinds = Counter((tail.impl, tail.attention, tail.reason) for tail in tails)
     parts: list[str] = []

@@ -187,12 +187,13 @@ def inspect(model: nn.Module) -> Inspection:
     Raises:
         ValueError: There is no attention in it, or it is compiled.
 
-    >>> import spem
-    >>> model = spem.resnet(11, attention="spem").eval()
-    >>> with spem.inspect(model) as inside:
-    ...     answer = model(torch.zeros(2, 3, 32, 32))
-    >>> {name: tuple(gate.shape) for name, gate in inside.gates.items()}
-    {'layer1.0.attention': (2, 64), 'layer2.0.attention': (2, 128), 'layer3.0.attention': (2, 256)}
+    Examples:
+        >>> import spem
+        >>> model = spem.resnet(11, attention="spem").eval()
+        >>> with spem.inspect(model) as inside:
+        ...     answer = model(torch.zeros(2, 3, 32, 32))
+        >>> [tuple(gate.shape) for gate in inside.gates.values()]
+        [(2, 64), (2, 128), (2, 256)]
     """
     return Inspection(model)
 

@@ -49,7 +49,7 @@ def _projection(inputs: int, outputs: int, stride: int, places: Places) -> nn.Se
 class Bottleneck(nn.Module):
     """1x1, 3x3 (stride here) and 1x1 convolutions; attention on the last norm's output.
 
-    Attention of other kinds stands elsewhere; `Places` answers at each slot what is there.
+    Attention of other kinds stands elsewhere; `Places` returns what each slot holds.
     """
 
     expansion: ClassVar[int] = 4
@@ -295,8 +295,9 @@ def resnet(
         ValueError: A depth that the blocks cannot make, an unknown block or attention, or an
             attention that does not fit the block's channels.
 
-    >>> sum(p.numel() for p in resnet(164, attention="spem").parameters())
-    1736518
+    Examples:
+        >>> sum(p.numel() for p in resnet(164, attention="spem").parameters())
+        1736518
     """
     from spem.seeding import initialise
 

@@ -28,9 +28,10 @@ def keyed_generator(seed: int, *purpose: str | int) -> torch.Generator:
         seed: The seed of the run.
         purpose: What is drawn, for example ``("epoch", 3)`` or a parameter's name.
 
-    >>> a, b = keyed_generator(0, "epoch", 1), keyed_generator(0, "epoch", 1)
-    >>> bool(torch.rand(1, generator=a) == torch.rand(1, generator=b))
-    True
+    Examples:
+        >>> a, b = keyed_generator(0, "epoch", 1), keyed_generator(0, "epoch", 1)
+        >>> bool(torch.rand(1, generator=a) == torch.rand(1, generator=b))
+        True
     """
     text = "\x00".join([str(int(seed)), *(f"{type(part).__name__}:{part}" for part in purpose)])
     digest = hashlib.sha256(text.encode()).digest()

@@ -72,8 +72,9 @@ def attention_class(name: str) -> type[ChannelAttention]:
 def list_attention(pattern: str = "*") -> list[str]:
     """Registered names that match a wildcard pattern, sorted.
 
-    >>> list_attention("s[eg]*")
-    ['se', 'sge']
+    Examples:
+        >>> list_attention("s[eg]*")
+        ['se', 'sge']
     """
     return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
 
@@ -91,8 +92,9 @@ _POOLS: dict[str, tuple[type[Mix] | type[SRP], tuple[str, ...]]] = {
 class AttentionSpec:
     """A registered module with options, checked against its constructor.
 
-    >>> str(AttentionSpec.parse("se(reduction=8, pool='mix(0.3)')"))
-    'se(pool=mix(0.3), reduction=8)'
+    Examples:
+        >>> str(AttentionSpec.parse("se(reduction=8, pool='mix(0.3)')"))
+        'se(pool=mix(0.3), reduction=8)'
 
     Args:
         name: Registry key.
@@ -201,8 +203,9 @@ def create_attention(
 ) -> ChannelAttention:
     """Builds an attention module from its text form.
 
-    >>> create_attention("se(reduction=8)", 64).channels
-    64
+    Examples:
+        >>> create_attention("se(reduction=8)", 64).channels
+        64
 
     Args:
         spec: A spec or its text.
@@ -337,8 +340,9 @@ def bibtex(name: str) -> str:
     Raises:
         ValueError: No module of this name.
 
-    >>> print(bibtex("se").splitlines()[0])
-    @misc{se,
+    Examples:
+        >>> print(bibtex("se").splitlines()[0])
+        @misc{se,
     """
     paper = attention_class(name).paper
     entry = _entries().get(name)

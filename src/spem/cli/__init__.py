@@ -28,11 +28,11 @@ COMMANDS = {
     "attach": ("spem.cli.attach", "where attention goes in a network, and what it costs there"),
     "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
     "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
-    "export": ("spem.cli.export", "a network as an ONNX file that was run beside it"),
+    "export": ("spem.cli.export", "a network as an ONNX file, checked against PyTorch"),
     "explain": ("spem.cli.explain", "what attention keeps of an image: gates, maps, a picture"),
     "share": ("spem.cli.share", "a finished run as a folder that others load, or on the hub"),
     "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),
-    "stats": ("spem.cli.stats", "paired differences of anybody's results, from any tidy CSV"),
+    "stats": ("spem.cli.stats", "paired differences of any results in a CSV file"),
     "reproduce": (
         "spem.cli.reproduce",
         "the tables and figures of the paper: runs, CSV files, report",
@@ -100,6 +100,8 @@ def _own_modules(args: list[str]) -> tuple[list[str], list[str]]:
         elif sign or (value := next(words, "")):
             own.append(value)
         else:
+            from spem.cli.options import UsageError
+
             raise UsageError("--module needs a value, FILE:CLASS.")
     return own, rest
 

@@ -89,7 +89,7 @@ class Network:
 
 
 def add_network(options: Options, *, attention: bool = True, weights: bool = True) -> None:
-    """Adds the argument NETWORK and what `load_network` takes beside it."""
+    """Adds the argument NETWORK and what else `load_network` takes."""
     options.add("network", "NETWORK", NETWORK_HELP)
     if attention:
         options.add("--attention", "ATTENTION", 'put into it, such as spem or "se(reduction=8)"')

@@ -1,4 +1,4 @@
-"""`spem stats`: paired statistics of anybody's results, from any CSV."""
+"""`spem stats`: paired statistics of any results in a CSV file."""
 
 from __future__ import annotations
 

@@ -32,8 +32,9 @@ def known_name(name: str) -> str | None:
 
     A folder is not known by what it is called, since anything may lie in it.
 
-    >>> known_name("uoft-cs/cifar10"), known_name("mine/cifar10")
-    ('cifar10', None)
+    Examples:
+        >>> known_name("uoft-cs/cifar10"), known_name("mine/cifar10")
+        ('cifar10', None)
     """
     short = {hub_id: key for key, hub_id in HUB_IDS.items()}.get(name, name)
     return short if short == "digits" or short in HUB_IDS else None
@@ -42,8 +43,9 @@ def known_name(name: str) -> str | None:
 def native_size(name: str) -> int | None:
     """Height and width of a set's images where a training asks for none; None if not known.
 
-    >>> native_size("cifar100"), native_size("digits"), native_size("mine/cifar100")
-    (32, 16, None)
+    Examples:
+        >>> native_size("cifar100"), native_size("digits"), native_size("mine/cifar100")
+        (32, 16, None)
     """
     short = known_name(name)
     return None if short is None else DIGITS_SIZE if short == "digits" else 32
@@ -52,8 +54,9 @@ def native_size(name: str) -> int | None:
 def class_names(name: str, count: int) -> tuple[str, ...] | None:
     """The names of a set's classes in the order of their labels; None if they are not known.
 
-    >>> class_names("cifar10", 10)[3]
-    'cat'
+    Examples:
+        >>> class_names("cifar10", 10)[3]
+        'cat'
     """
     names = tuple(_CLASSES.get(known_name(name) or "", "").split())
     return names if len(names) == count else None

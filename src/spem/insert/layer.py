@@ -36,8 +36,9 @@ def attn_layer(
         ValueError: The spec is unreadable, unknown or "none", or names a module that does not stand
             in the tail of a block.
 
-    >>> attn_layer("se(reduction=8)")(64).channels
-    64
+    Examples:
+        >>> attn_layer("se(reduction=8)")(64).channels
+        64
     """
     return AttnLayer(tail_spec(spec, "attn_layer"))
 

@@ -50,7 +50,7 @@ class Around(nn.Module):
                 raise
             here = vars(self).get("_place") or type(self).__name__
             raise AttributeError(
-                f"{here} is a {type(layer).__name__} and attention beside it since spem.attach, "
+                f"{here} is a {type(layer).__name__} with attention after it since spem.attach, "
                 f"and has no {name!r}. Use {here}.{self.inner}.{name}."
             ) from None
 

@@ -178,8 +178,9 @@ def shown(table: Table) -> pd.DataFrame:
 def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str:
     """A number as it is printed, with a true minus sign; nothing where there is none.
 
-    >>> number(1.5, 1, sign=True), number(None), number(-0.001)
-    ('+1.5', '', '0.00')
+    Examples:
+        >>> number(1.5, 1, sign=True), number(None), number(-0.001)
+        ('+1.5', '', '0.00')
     """
     if value is None or value != value:
         return ""

@@ -205,7 +205,7 @@ def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) 
         attention: whether the network has any.
 
     Raises:
-        ValueError: a wish that cannot be met for every dtype that will occur.
+        ValueError: an implementation was asked for that cannot run for every dtype that will occur.
     """
     graph = attention and runtime.step == "graph"
     choices = [
@@ -233,7 +233,7 @@ def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
         tails = block_tails(model, device=device, dtype=dtype)
     with use_impl(None):
         unasked = block_tails(model, device=device, dtype=dtype)
-    # What planning chose is a wish by now; if it is what is chosen unasked, that has the reason.
+    # Planning has asked for this implementation; if it would be chosen anyway, give that reason.
     same = [tail.impl for tail in tails] == [tail.impl for tail in unasked]
     return tails_text(unasked if same else tails)
 
@@ -244,8 +244,8 @@ def stored_impl(
 ) -> Generator[None]:
     """Run a `with` block under the implementation a run was trained with, if it can run here.
 
-    Else the library's choice for float32 maps is taken, and `message` told so once. A wish by
-    `spem.ops.use_impl` or the environment goes before both.
+    Else the library's choice for float32 maps is taken, and `message` says so once. What
+    `spem.ops.use_impl` or the environment ask for goes before both.
     """
     stored = evaluation_impl(runtime.impl)
     if stored is None or requested(None, "eval") is not None:
