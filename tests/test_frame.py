@@ -1,4 +1,4 @@
-"""The frame around the code: versions, pinned packages, README and docstring examples."""
+"""The frame around the code: versions, pinned packages and docstring examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import spem
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = sorted(m.name for m in pkgutil.walk_packages(spem.__path__, "spem."))
 
 
@@ -57,31 +56,6 @@ def test_every_dependency_is_pinned() -> None:
 
 def test_oldest_torch_is_the_lower_bound() -> None:
     assert "torch==2.6.0" in pins("constraints-oldest.txt")
-
-
-def test_readme_example_runs() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
-def test_readme_table_is_true() -> None:
-    """The paper's modules have rows with their formulas; parameters and start are the code's."""
-    rows = re.findall(r"^\| `([^`]+)`[^|]*\|[^|]*\|([^|]*)\|([^|]*)\|$", README, re.M)
-    named = {spec.partition("(")[0] for spec, _, _ in rows}
-    assert named == {"spem", "se", "cbam", "eca", "srm", "sge", "scale"}
-    for spec, formula, start in rows:
-        for channels in (64, 128, 256):
-            module = spem.create_attention(spec, channels)
-            k = 3 if channels == 64 else 5  # ECA's kernel
-            expression = formula.strip().replace("4C", "4*C").replace("^", "**")
-            expected = eval(expression, {"C": channels, "k": k})
-            assert sum(p.numel() for p in module.parameters()) == expected, spec
-            if module.start_gate is None:
-                assert "about" in start, spec
-            else:
-                assert module.start_gate == pytest.approx(float(start), abs=1e-6), spec
 
 
 @pytest.mark.parametrize("name", MODULES)
