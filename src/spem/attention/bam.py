@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import hidden_units, one_of, positive_int
+from spem.attention.options import Device, Dtype, hidden_units, one_of, positive_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
@@ -42,14 +42,10 @@ class BAM(ChannelAttention):
         reduction: r, the hidden width is C // r.
         dilation: Of the 3x3 convolutions.
         pool: How a plane becomes a number in Mc.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An unknown ``placement`` or ``fusion``, a ``dilation`` below 1, or a
             ``reduction`` that leaves no hidden unit.
-
-    Paper: BAM (2018), https://arxiv.org/abs/1807.06514.
 
     Differences: the paper adds the two maps, the official code multiplies them; ``"mul"`` is the
     default, and norms stand where the code has them. Any map may be non-square, which fails there.
@@ -64,8 +60,8 @@ class BAM(ChannelAttention):
         reduction: int = 16,
         dilation: int = 4,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
+from spem.attention.options import Device, Dtype, positive_int
 from spem.attention.options import Size as Size
-from spem.attention.options import positive_int
 from spem.attention.pooling import LearnedMix, MapStats, Pool, PoolSpec, learned_mixes, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
@@ -108,8 +107,8 @@ class ChannelAttention(nn.Module):
         channels: int,
         *,
         pool: PoolSpec | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         """Checks the channel count and builds the pool, if the module has one."""
         super().__init__()
@@ -240,13 +239,7 @@ class ChannelAttention(nn.Module):
             return gate_tail(z, residual, gate, statistics=self.statistics)
         return bn_gate_tail(z, residual, norm, gate, statistics=self.statistics)
 
-    def _make_pool(
-        self,
-        pool: PoolSpec,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> Pool:
+    def _make_pool(self, pool: PoolSpec, *, device: Device, dtype: Dtype) -> Pool:
         """Builds a pool and adds what it reads to ``statistics``."""
         try:
             built = make_pool(pool, device=device, dtype=dtype)

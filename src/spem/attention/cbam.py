@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import hidden_units, odd_int
+from spem.attention.options import Device, Dtype, hidden_units, odd_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
@@ -36,13 +36,11 @@ class CBAM(ChannelAttention):
         reduction: r, the hidden width is C // r.
         pools: The pools of the channel gate.
         kernel: k, odd, side of the spatial kernel.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``reduction`` leaves no hidden unit, ``kernel`` is even, or ``pools`` is empty.
 
-    Paper: CBAM (2018), https://arxiv.org/abs/1807.06521, eqs. (2), (3).
+    Paper: eqs. (2), (3).
 
     Differences: the paper does not mention the spatial batch norm; this is the official code's,
     with its start at zero, which that code does not explain.
@@ -57,8 +55,8 @@ class CBAM(ChannelAttention):
         reduction: int = 16,
         pools: tuple[PoolSpec, ...] = ("avg", "max"),
         kernel: int = 7,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

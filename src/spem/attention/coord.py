@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import positive_int
+from spem.attention.options import Device, Dtype, positive_int
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -34,25 +34,16 @@ class CoordAtt(ChannelAttention):
     Args:
         channels: C.
         reduction: r; the hidden width is C // r, but at least 8.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``reduction`` is no positive integer.
-
-    Paper: Coordinate Attention (2021), https://arxiv.org/abs/2103.02907.
 
     Differences: its authors use it in MobileNetV2, after the depthwise convolution; here it stands
     where any attention stands. timm's layer of this name has other widths and no biases.
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        reduction: int = 32,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, reduction: int = 32, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import hidden_units
+from spem.attention.options import Device, Dtype, hidden_units
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
@@ -38,13 +38,9 @@ class DIA(ChannelAttention):
         channels: C.
         reduction: Of the hidden layers, 4 in the paper.
         pool: How a plane becomes a number.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``reduction`` leaves no hidden unit.
-
-    Paper: DIANet (2020), https://arxiv.org/abs/1905.10671.
 
     Differences: none; h' has a sigmoid of c' where an LSTM has tanh, as in the official code, whose
     dropout acts on nothing and is left out.
@@ -56,8 +52,8 @@ class DIA(ChannelAttention):
         *,
         reduction: int = 4,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

@@ -26,13 +26,9 @@ class EAN(SE):
         reduction: r, the hidden width is C // r.
         bias: Whether both layers have biases.
         pool: How a plane becomes a number.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``reduction`` leaves no hidden unit.
-
-    Paper: Efficient Attention Network (2020), https://arxiv.org/abs/2011.14058.
 
     Differences: it stands in every block; which blocks keep it is searched there, by policy
     gradient. The shared module is SE; the official code has others too.

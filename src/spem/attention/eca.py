@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from spem.attention.base import ChannelAttention
-from spem.attention.options import number, odd_int
+from spem.attention.options import Device, Dtype, number, odd_int
 from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call, cast
 from spem.attention.spec import register_attention
@@ -45,13 +45,11 @@ class ECA(ChannelAttention):
         gamma: Divisor in the rule for k.
         b: Offset in the rule for k.
         pool: How a plane becomes a number.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``kernel`` is even or not positive, or ``gamma`` is not positive.
 
-    Paper: ECA-Net (2020), https://arxiv.org/abs/1910.03151, eqs. (9), (12).
+    Paper: eqs. (9), (12).
 
     Differences: the official code never computes k (it is 3 everywhere); this is the paper's rule.
     C = 128 lies halfway between 3 and 5 and gets 5, as the rule written in code gives.
@@ -65,8 +63,8 @@ class ECA(ChannelAttention):
         gamma: float = 2,
         b: float = 1,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         size = _adaptive_kernel(channels, gamma, b) if kernel is None else kernel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import one_of, positive_int
+from spem.attention.options import Device, Dtype, one_of, positive_int
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -42,13 +42,9 @@ class ELA(ChannelAttention):
         channels: C; in S and L a multiple of 8.
         form: ``"T"``, ``"B"``, ``"S"`` or ``"L"``.
         norm_groups: Groups of the norm, must divide C; None is the form's.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An unknown ``form``, or channels that its groups do not divide.
-
-    Paper: ELA (2024), https://arxiv.org/abs/2403.01123.
 
     Differences: there is no official code; this is the widely copied listing. timm's layer of this
     name has a convolution for each axis and another norm.
@@ -60,8 +56,8 @@ class ELA(ChannelAttention):
         *,
         form: Form = "B",
         norm_groups: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

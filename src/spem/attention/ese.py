@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
+from spem.attention.options import Device, Dtype
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
@@ -27,21 +28,12 @@ class ESE(ChannelAttention):
     Args:
         channels: C.
         pool: How a plane becomes a number.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
-
-    Paper: CenterMask (2020), https://arxiv.org/abs/1911.06667.
 
     Differences: the paper writes a sigmoid; this is the official code's hard sigmoid.
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, pool: PoolSpec = "avg", device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         self.fc = nn.Linear(channels, channels, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import Size, divides, hidden_units, is_int, map_size
+from spem.attention.options import Device, Dtype, Size, divides, hidden_units, is_int, map_size
 from spem.attention.precision import call
 from spem.attention.spa import averaging
 from spem.attention.spec import register_attention
@@ -43,14 +43,10 @@ class FCA(ChannelAttention):
         size: H = W, or (H, W), that the filters are made for; at least 7.
         frequencies: F, 1 to 16, must divide C.
         reduction: r, the hidden width is C // r.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: No ``size``, or one below 7; ``frequencies`` is not in 1 to 16 or does not
             divide ``channels``; ``reduction`` leaves no hidden unit.
-
-    Paper: FcaNet (2021), https://arxiv.org/abs/2012.11879.
 
     Differences: none in value; (0, 0) is sqrt(H W) times the average, as there. The filters are
     computed from F pairs of integers, where the official code saves C H W numbers. A size below 7,
@@ -64,8 +60,8 @@ class FCA(ChannelAttention):
         size: Size | None = None,
         frequencies: int = 16,
         reduction: int = 16,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

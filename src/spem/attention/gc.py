@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import hidden_units, one_of
+from spem.attention.options import Device, Dtype, hidden_units, one_of
 from spem.attention.precision import call, without_autocast
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -20,12 +20,7 @@ class Transform(nn.Module):
     """W2 relu(LN(W1 c + b1)) + b2, [N, C] -> [N, C]."""
 
     def __init__(
-        self,
-        channels: int,
-        hidden: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, hidden: int, *, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__()
         factory: Any = {"device": device, "dtype": dtype}
@@ -66,13 +61,9 @@ class GC(ChannelAttention):
         fusion: ``"add"``, ``"mul"`` or ``"both"``.
         reduction: r, the hidden width is C // r; at least 2, since the norm of one value is a
             constant. The paper has 16 and 4.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An unknown ``fusion``, or ``reduction`` leaves less than two hidden units.
-
-    Paper: GCNet (2019), https://arxiv.org/abs/1904.11492.
 
     Differences: none; of timm's layers of this family, one starts away from the identity and the
     other is mul.
@@ -86,8 +77,8 @@ class GC(ChannelAttention):
         *,
         fusion: Fusion = "add",
         reduction: int = 16,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels)
         one_of("GC", get_args(Fusion), fusion=fusion)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import one_of
+from spem.attention.options import Device, Dtype, one_of
 from spem.attention.precision import cast
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
@@ -40,13 +40,9 @@ class GCT(ChannelAttention):
             sum x^2 = K (var + mean^2), K positions.
         placement: At the ``"tail"`` of every block, or before every ``"conv"``, as in the official
             networks.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An unknown ``mode`` or ``placement``.
-
-    Paper: Gated Channel Transformation (2020), https://arxiv.org/abs/1909.11519.
 
     Differences: the official networks put it before every convolution (stem and shortcuts too),
     ``placement="conv"``; the default stands where any attention stands. In l2 an infinite value
@@ -60,8 +56,8 @@ class GCT(ChannelAttention):
         *,
         mode: Mode = "l2",
         placement: Placement = "tail",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spem.attention.base import ChannelAttention
-from spem.attention.options import Size, hidden_units, is_int, map_size, one_of
+from spem.attention.options import Device, Dtype, Size, hidden_units, is_int, map_size, one_of
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
@@ -56,14 +56,10 @@ class GE(ChannelAttention):
             port in SRM's repository has one.
         size: H = W, or (H, W), of the maps; theta and theta_plus need it.
         pool: How a plane becomes a number in theta_minus of global extent.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: An unknown ``form`` or ``extent``, options that do not belong together, or no
             ``size`` for a form that needs it.
-
-    Paper: Gather-Excite (2018), https://arxiv.org/abs/1810.12348.
 
     Differences: theta and theta_plus only with global extent. Windows over the edge average what
     lies inside the map. Its authors train biases and norms of theta and theta_plus without weight
@@ -80,8 +76,8 @@ class GE(ChannelAttention):
         bias: bool = False,
         size: Size | None = None,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         self._refuse(form, extent, pool)
         if not isinstance(bias, bool) or (bias and form == "theta_minus"):
@@ -111,14 +107,7 @@ class GE(ChannelAttention):
                 f"got form={form!r} and extent={extent!r}."
             )
 
-    def _build(
-        self,
-        reduction: int,
-        size: tuple[int, int],
-        *,
-        bias: bool,
-        factory: Any,
-    ) -> None:
+    def _build(self, reduction: int, size: tuple[int, int], *, bias: bool, factory: Any) -> None:
         """The layers of theta and theta_plus, and what these forms declare."""
         c, self.size = self.channels, size
         self.gather = nn.Conv2d(c, c, size, groups=c, bias=bias, **factory)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import positive_int
+from spem.attention.options import Device, Dtype, positive_int
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -36,13 +36,9 @@ class GSoP(ChannelAttention):
         dims: D.
         stride: Stride of the reducing convolution; None is the official rule, 2 up to 256 channels,
             1 above.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``dims`` or ``stride`` is no positive integer.
-
-    Paper: GSoP (2019), https://arxiv.org/abs/1811.12006.
 
     Differences: the channel mode only, of which this is the official code.
     """
@@ -53,8 +49,8 @@ class GSoP(ChannelAttention):
         *,
         dims: int = 128,
         stride: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import number
+from spem.attention.options import Device, Dtype, number
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import batch_norm, cast
 from spem.attention.spec import register_attention
@@ -34,13 +34,9 @@ class IEBN(ChannelAttention):
         pool: How a plane becomes a number.
         momentum: Weight of a batch in the running statistics.
         eps: Added to the variance.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``momentum`` or ``eps`` lies outside (0, 1].
-
-    Paper: Instance Enhancement Batch Normalization (2020), https://arxiv.org/abs/1908.04008.
 
     Differences: none. Weight, bias and running statistics have the names they have in torch's
     norms, so a plain network's weights load; processes do not share statistics.
@@ -57,8 +53,8 @@ class IEBN(ChannelAttention):
         pool: PoolSpec = "avg",
         momentum: float = 0.1,
         eps: float = 1e-5,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         number("IEBN", momentum=momentum, eps=eps)

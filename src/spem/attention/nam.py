@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import Device, Dtype
 from spem.attention.precision import call, cast
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -26,23 +27,13 @@ class NAM(ChannelAttention):
 
     Args:
         channels: C.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
-
-    Paper: NAM (2021), https://arxiv.org/abs/2111.12419.
 
     Differences: only the channel part has official code, and only it is here. As there, no gradient
     flows through w (`Needs.stops_gradients`). The official L1 term on gamma is the training loop's
     matter.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, channels: int, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
         self._draw_start()

@@ -1,8 +1,12 @@
-"""Checks of the options that modules share; each raises one sentence that names the module."""
+"""Options that modules share, and their checks: each raises one sentence that names the module."""
 
 import math
 from typing import TypeGuard
 
+import torch
+
+Device = torch.device | str | None
+Dtype = torch.dtype | None
 Size = int | tuple[int, int]
 """H = W, or (H, W)."""
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.options import number, one_of, positive_int
+from spem.attention.options import Device, Dtype, number, one_of, positive_int
 from spem.ops import PlaneStats
 from spem.ops.library import has_hooks, runs_eagerly
 from spem.ops.stats import compute_dtype
@@ -242,11 +242,7 @@ class SquaresMix(LearnedMix):
     """lambda = p0^2 / (p0^2 + p1^2); with ``anchored`` the penalty holds |p|^2 at 1/2."""
 
     def __init__(
-        self,
-        *,
-        anchored: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, *, anchored: bool = False, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__()
         self.anchored = anchored
@@ -335,9 +331,7 @@ class _Share(torch.autograd.Function):
 class SigmoidMix(LearnedMix):
     """lambda = sigmoid(logit), logit = 0 at the start."""
 
-    def __init__(
-        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
@@ -377,7 +371,7 @@ class RegionPool(Pool):
     needs_map = True
     draws: Tensor
 
-    def __init__(self, spec: SRP, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, spec: SRP, *, device: Device = None) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("draws", torch.zeros(2, dtype=torch.int64, device=device))
@@ -445,12 +439,7 @@ def _hash(value: Tensor) -> Tensor:
     return value ^ (value >> 16)
 
 
-def make_pool(
-    pool: PoolSpec,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Pool:
+def make_pool(pool: PoolSpec, *, device: Device = None, dtype: Dtype = None) -> Pool:
     """Builds the module a pool specification describes.
 
     Raises:

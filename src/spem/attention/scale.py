@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
-from spem.attention.options import number
+from spem.attention.options import Device, Dtype, number
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
@@ -30,8 +30,6 @@ class Scale(ChannelAttention):
     Args:
         channels: C.
         start: Value all factors start from.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -39,8 +37,8 @@ class Scale(ChannelAttention):
         channels: int,
         *,
         start: float = SPEM_START,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         number("Scale", start=start)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
-from spem.attention.options import flag, hidden_units
+from spem.attention.options import Device, Dtype, flag, hidden_units
 from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
@@ -33,13 +33,11 @@ class SE(ChannelAttention):
         reduction: r, the hidden width is C // r.
         bias: Whether both layers have biases, as in the paper; several ports leave them out.
         pool: How a plane becomes a number; ``Mix(0.3)`` is the paper's Fig. 2.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``reduction`` leaves no hidden unit.
 
-    Paper: Squeeze-and-Excitation Networks (2018), https://arxiv.org/abs/1709.01507, eqs. (2)-(4).
+    Paper: eqs. (2)-(4).
 
     Differences: none; weights start as torch's Linear does, at any h (timm rounds h to a multiple
     of 8).
@@ -52,8 +50,8 @@ class SE(ChannelAttention):
         reduction: int = 16,
         bias: bool = True,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

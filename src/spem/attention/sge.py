@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import divides
+from spem.attention.options import Device, Dtype, divides
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import cast
 from spem.attention.spec import register_attention
@@ -33,13 +33,11 @@ class SGE(ChannelAttention):
         channels: C.
         groups: G, must divide C. 64 is the official value; with C = 64 each group is one channel.
         pool: How a plane becomes a number.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``groups`` does not divide ``channels``.
 
-    Paper: Spatial Group-wise Enhance (2019), https://arxiv.org/abs/1905.09646, eqs. (1)-(5).
+    Paper: eqs. (1)-(5).
 
     Differences: computed in float32 for half-precision maps, where the official code overflows. On
     a plane of equal q the deviation's gradient is taken as 0.
@@ -51,8 +49,8 @@ class SGE(ChannelAttention):
         *,
         groups: int = 64,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import number
+from spem.attention.options import Device, Dtype, number
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
@@ -28,25 +28,16 @@ class SimAM(ChannelAttention):
         channels: C.
         lam: lambda, the regulariser. 1e-4 is the official class's default; the official ImageNet
             commands pass 0.1.
-        device: Taken for the contract's sake; there are no parameters.
-        dtype: The same.
 
     Raises:
         ValueError: ``lam`` is not a positive number.
-
-    Paper: SimAM (2021), https://proceedings.mlr.press/v139/yang21o.html.
 
     Differences: the official CIFAR networks put it before the norm of the middle convolution; here
     it stands where any attention stands. Computed in float32 for half-precision maps.
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        lam: float = 1e-4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, lam: float = 1e-4, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         number("SimAM", lam=lam)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import divides, positive_int
+from spem.attention.options import Device, Dtype, divides, positive_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call, without_autocast
 from spem.attention.spec import register_attention
@@ -38,13 +38,9 @@ class SK(ChannelAttention):
         reduction: r of the width d.
         least: The smallest d.
         pool: How a plane of U1 + U2 becomes a number.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``groups`` does not divide ``channels``, or an option is no positive integer.
-
-    Paper: Selective Kernel Networks (2019), https://arxiv.org/abs/1903.06586.
 
     Differences: the paper's networks have 32 groups; narrower layers here have a group a channel.
     Two branches, which then also hold the norm and the ReLU after the convolution they replace.
@@ -65,8 +61,8 @@ class SK(ChannelAttention):
         reduction: int = 16,
         least: int = 32,
         pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

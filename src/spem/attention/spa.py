@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
-from spem.attention.options import hidden_units
+from spem.attention.options import Device, Dtype, hidden_units
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -32,13 +32,9 @@ class SPA(ChannelAttention):
     Args:
         channels: C.
         reduction: r, the hidden width is C // r.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``reduction`` leaves no hidden unit.
-
-    Paper: SPANet (2020), its authors' code at https://github.com/13952522076/SPANet.
 
     Differences: z comes from the map that is gated; the official network takes it from the block's
     input, through a convolution where the width changes. An infinite value makes all gates of its
@@ -46,12 +42,7 @@ class SPA(ChannelAttention):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        reduction: int = 16,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, reduction: int = 16, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

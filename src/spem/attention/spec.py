@@ -12,10 +12,8 @@ from importlib.resources import files
 from keyword import iskeyword
 from typing import Any, TypeVar, get_args
 
-import torch
-
 from spem.attention.base import ChannelAttention, Needs, Place
-from spem.attention.options import one_of
+from spem.attention.options import Device, Dtype, one_of
 from spem.attention.pooling import SRP, Mix
 
 _A = TypeVar("_A", bound=type[ChannelAttention])
@@ -156,8 +154,8 @@ class AttentionSpec:
         *,
         size: int | tuple[int, int] | None = None,
         stride: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> ChannelAttention:
         """Builds the module for a number of channels.
 
@@ -198,8 +196,8 @@ def create_attention(
     channels: int,
     *,
     size: int | tuple[int, int] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> ChannelAttention:
     """Builds an attention module from its text form.
 
@@ -212,8 +210,6 @@ def create_attention(
         channels: C.
         size: H = W, or (H, W), of the maps it will meet; only modules that must know it, and whose
             spec does not say it, read this.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: The spec is unreadable or unknown, or is ``"none"``, which is a network without

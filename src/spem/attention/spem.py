@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention
-from spem.attention.options import one_of
+from spem.attention.options import Device, Dtype, one_of
 from spem.attention.pooling import FixedMix, Mix, MixPool, PoolSpec, SigmoidMix, SquaresMix
 from spem.attention.precision import cast
 from spem.attention.spec import register_attention
@@ -64,8 +64,6 @@ class SPEM(ChannelAttention):
         form: Which of the three published formulas.
         pool: What u is; the paper's learned mix by default, ``Mix(0.3)`` for a constant lambda.
         reweight: Which R; ``form="code"`` has ``shared_sum`` only.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: Unknown form or reweight variant, or a variant that the form does not have.
@@ -86,8 +84,8 @@ class SPEM(ChannelAttention):
         form: Form = "text",
         pool: PoolSpec = Mix(),  # noqa: B008  # frozen
         reweight: Reweight = "shared_sum",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         one_of("SPEM", get_args(Form), form=form)

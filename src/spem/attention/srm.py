@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
+from spem.attention.options import Device, Dtype
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call, cast
 from spem.attention.spec import register_attention
@@ -37,22 +38,15 @@ class SRM(ChannelAttention):
     Args:
         channels: C.
         pool: What stands in place of the mean.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
-    Paper: SRM (2019), https://arxiv.org/abs/1903.10829, eqs. (1)-(4).
+    Paper: eqs. (1)-(4).
 
     Differences: none. Its authors train all four parameters without weight decay
     (`Needs.no_decay`).
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        pool: PoolSpec = "avg",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, pool: PoolSpec = "avg", device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory: Any = {"device": device, "dtype": dtype}

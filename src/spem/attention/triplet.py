@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import odd_int
+from spem.attention.options import Device, Dtype, odd_int
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
@@ -15,13 +15,7 @@ from spem.ops.stats import compute_dtype
 class Plane(nn.Module):
     """The gate of one plane: s(BN(conv_k([max; mean]))) over the axis that is pooled away."""
 
-    def __init__(
-        self,
-        kernel: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, kernel: int, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         factory: Any = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False, **factory)
@@ -53,24 +47,13 @@ class Triplet(ChannelAttention):
     Args:
         channels: C.
         kernel: k, odd, side of the kernels.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: ``kernel`` is even or not positive.
-
-    Paper: Rotate to Attend (2021), https://arxiv.org/abs/2010.03045.
-
-    Differences: none.
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        kernel: int = 7,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, channels: int, *, kernel: int = 7, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels)
         odd_int("Triplet", kernel=kernel)
