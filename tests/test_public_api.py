@@ -92,7 +92,7 @@ PARTS = {
         "RuntimeConfig",
     },
     "cost": {"count", "Cost"},
-    "export": {"to_onnx", "quantize_onnx"},
+    "export": {"to_onnx"},
 }
 
 # name -> (options with their defaults) after the leading positional arguments

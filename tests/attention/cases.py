@@ -335,6 +335,20 @@ WIDE: list[Case] = [
     ),
 ]
 
+
+def _with_pools() -> list[Case]:
+    """Every module with a pool: the average, the learned mix, and one of the others in turn."""
+    others = [pool for pool in POOLS if pool not in ("avg", "squares")]
+    found: dict[str, Case] = {}
+    for pool in ("avg", "squares"):
+        found |= {case.label: case for case in _pooling(pool)}
+    for number, pool in enumerate(others * 2):
+        rest = [case for case in _pooling(pool) if not case.label.startswith(("bam", "sk"))]
+        if number < len(rest):
+            found[rest[number].label] = rest[number]
+    return list(found.values())
+
+
 CASES: list[Case] = [
     *(_spem(form, variant, "squares") for form in ("text", "figure") for variant in REWEIGHTS),
     *(
@@ -344,7 +358,7 @@ CASES: list[Case] = [
         if pool != "squares"
     ),
     *(_spem("code", "shared_sum", pool) for pool in POOLS),
-    *(case for pool in POOLS for case in _pooling(pool)),
+    *_with_pools(),
     Case(
         "se-no-bias",
         lambda: spem.SE(CHANNELS, reduction=4, bias=False),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from attention.drawing import feature_map, randomise
@@ -52,3 +57,21 @@ def refused(name: str, *, batch: int, pixels: int, training: bool) -> bool:
     if pixels < declared.pixels:
         return True
     return training and (batch < declared.batch or batch * pixels < declared.values)
+
+
+def sampled(names: Sequence[Any], *axes: Sequence[Any], each: int) -> list[tuple[Any, ...]]:
+    """For every name some combinations of the axes; always the same ones, spread over all values.
+
+    Every value of an axis is met with about the same number of names, so that a fault of a dtype, a
+    layout or a mode is found by many modules, and one of a module by several of these.
+    """
+    every = list(product(*axes))
+    order = random.Random(len(every))
+    queue: list[tuple[Any, ...]] = []
+    found: list[tuple[Any, ...]] = []
+    for name in names:
+        for _ in range(each):
+            if not queue:
+                queue = order.sample(every, len(every))
+            found.append((name, *queue.pop()))
+    return found

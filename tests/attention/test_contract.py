@@ -12,7 +12,6 @@ from attention.drawing import randomise
 from attention.registered import (
     ALL,
     EVERY,
-    GATES,
     MODES,
     PRECISE,
     REPLACES,
@@ -20,23 +19,27 @@ from attention.registered import (
     drawn,
     fresh,
     maps,
+    sampled,
 )
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 
 import spem
 
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float16],
-    ids=lambda d: str(d).split(".")[1],
-)
-HALVES = pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1]
-)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+PRECISE_NAMES = [name for name in ALL if REPLACES[name] != "conv"]
+
+
+ALTERNATING = sampled(ALL, (True, False), each=1)
+ALTERNATING_GATES = [(name, training) for name, training in ALTERNATING if REPLACES[name] is None]
+
+
+def said(value: object) -> str:
+    """What a test is called."""
+    modes = {True: "train", False: "eval"}
+    return modes[value] if isinstance(value, bool) else str(value).removeprefix("torch.")
 
 
 def test_the_registry_holds_the_published_modules() -> None:
@@ -61,6 +64,9 @@ def test_class_facts(name: str) -> None:
         for p in parameters[1:]
     )
     assert {"device", "dtype"} <= {p.name for p in parameters}
+    float64_gate(name)
+    dtype_and_device_are_honoured(name)
+    views_and_expanded_maps_are_taken(name)
 
 
 def composed(module: spem.ChannelAttention, x: Tensor) -> Tensor:
@@ -71,10 +77,11 @@ def composed(module: spem.ChannelAttention, x: Tensor) -> Tensor:
     return y + module.shift(x) if module.needs.adds else y
 
 
-@EVERY
-@DTYPES
-@LAYOUTS
-@MODES
+@pytest.mark.parametrize(
+    ("name", "dtype", "layout", "training"),
+    sampled(ALL, DTYPES, LAYOUTS, (True, False), each=4),
+    ids=said,
+)
 def test_shape_dtype_and_memory_format(
     name: str, dtype: torch.dtype, layout: torch.memory_format, training: bool
 ) -> None:
@@ -91,8 +98,7 @@ def test_shape_dtype_and_memory_format(
     assert torch.equal(x.detach(), before)
 
 
-@EVERY
-@MODES
+@pytest.mark.parametrize(("name", "training"), ALTERNATING, ids=said)
 def test_channels_last_equals_contiguous(name: str, training: bool) -> None:
     x = maps(torch.float64)
     results = []
@@ -106,8 +112,7 @@ def test_channels_last_equals_contiguous(name: str, training: bool) -> None:
         torch.testing.assert_close(actual, expected, **TOLERANCE[torch.float64])
 
 
-@EVERY
-def test_views_and_expanded_maps_are_taken(name: str) -> None:
+def views_and_expanded_maps_are_taken(name: str) -> None:
     module = drawn(name, torch.float64, training=False)
     base = maps(torch.float64, 4, C, 10, 14)
     strided = base[:, :, ::2, 1::2]
@@ -120,9 +125,11 @@ def test_views_and_expanded_maps_are_taken(name: str) -> None:
     )
 
 
-@PRECISE
-@HALVES
-@MODES
+@pytest.mark.parametrize(
+    ("name", "dtype", "training"),
+    sampled(PRECISE_NAMES, HALVES, (True, False), each=2),
+    ids=said,
+)
 def test_pure_half(name: str, dtype: torch.dtype, training: bool) -> None:
     """Parameters and map in half precision: the gate is the float32 gate of the rounded numbers."""
     half = drawn(name, dtype, training=training)
@@ -140,8 +147,7 @@ def test_pure_half(name: str, dtype: torch.dtype, training: bool) -> None:
         torch.testing.assert_close(statistic.float(), wanted.float(), **TOLERANCE[dtype])
 
 
-@PRECISE
-@HALVES
+@pytest.mark.parametrize(("name", "dtype"), sampled(PRECISE_NAMES, HALVES, each=1), ids=said)
 def test_gradients_in_pure_half(name: str, dtype: torch.dtype) -> None:
     half = drawn(name, dtype)
     full = copy.deepcopy(half).float()
@@ -156,11 +162,11 @@ def test_gradients_in_pure_half(name: str, dtype: torch.dtype) -> None:
         assert (actual.float() - expected).abs().max() / size < 0.05
 
 
-@PRECISE
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16], ids=["float32 map", "bfloat16 map"]
+    ("name", "dtype", "training"),
+    sampled(PRECISE_NAMES, (torch.float32, torch.bfloat16), (True, False), each=2),
+    ids=said,
 )
-@MODES
 def test_autocast(name: str, dtype: torch.dtype, training: bool) -> None:
     """Under autocast the gate is still computed in float32, and the map keeps its dtype."""
     module = drawn(name, training=training)
@@ -182,8 +188,7 @@ def test_autocast(name: str, dtype: torch.dtype, training: bool) -> None:
         assert torch.isfinite(parameter.grad).all()
 
 
-@PRECISE
-def test_half_map_through_a_float32_module(name: str) -> None:
+def half_map_through_a_float32_module(name: str) -> None:
     module = drawn(name, training=False)
     x = maps(torch.bfloat16)
     out = module(x)
@@ -196,15 +201,14 @@ def test_large_float16_values_do_not_overflow(name: str) -> None:
     module = drawn(name, torch.float16, training=False)
     x = (maps().clamp(-3, 3) * 6e3).half()
     assert torch.isfinite(module(x)).all()
+    half_map_through_a_float32_module(name)
 
 
-@EVERY
-def test_float64_gate(name: str) -> None:
+def float64_gate(name: str) -> None:
     assert drawn(name, torch.float64).gate(maps(torch.float64)).dtype == torch.float64
 
 
-@GATES
-@MODES
+@pytest.mark.parametrize(("name", "training"), ALTERNATING_GATES, ids=said)
 def test_forward_is_the_map_times_the_gate(name: str, training: bool) -> None:
     """And plus the shift, for a module that declares one."""
     module = drawn(name, torch.float64, training=training)
@@ -234,8 +238,7 @@ def test_a_convolution_in_half_precision(training: bool) -> None:
         assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-@EVERY
-@MODES
+@pytest.mark.parametrize(("name", "training"), ALTERNATING, ids=said)
 def test_tail(name: str, training: bool) -> None:
     """tail(z, residual, norm) = relu(module(norm(z)) + residual)."""
     module = drawn(name, torch.float64, training=training)
@@ -252,8 +255,7 @@ def test_tail(name: str, training: bool) -> None:
     torch.testing.assert_close(module.tail(z, residual), without_norm, **TOLERANCE[torch.float64])
 
 
-@EVERY
-@MODES
+@pytest.mark.parametrize(("name", "training"), ALTERNATING, ids=said)
 def test_state_dict_round_trip(name: str, training: bool) -> None:
     module = drawn(name, training=training)
     other = fresh(name).train(training)
@@ -268,8 +270,7 @@ def test_state_dict_round_trip(name: str, training: bool) -> None:
         assert not torch.equal(out, fresh(name).train(training)(x))
 
 
-@EVERY
-@MODES
+@pytest.mark.parametrize(("name", "training"), ALTERNATING, ids=said)
 def test_two_calls_are_bitwise_equal(name: str, training: bool) -> None:
     results = []
     for _ in range(2):
@@ -291,9 +292,9 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@EVERY
-@MODES
-@LAYOUTS
+@pytest.mark.parametrize(
+    ("name", "layout", "training"), sampled(ALL, LAYOUTS, (True, False), each=1), ids=said
+)
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_algorithms(name: str, layout: torch.memory_format, training: bool) -> None:
     module = drawn(name, training=training)
@@ -318,8 +319,7 @@ def compiled_equals_eager(module: nn.Module, x: Tensor, backend: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@EVERY
-@MODES
+@pytest.mark.parametrize(("name", "training"), ALTERNATING, ids=said)
 def test_compiles_without_a_graph_break(name: str, training: bool) -> None:
     compiled_equals_eager(drawn(name, training=training), maps(), "aot_eager")
 
@@ -331,8 +331,7 @@ def test_compiles_to_code(name: str) -> None:
     )
 
 
-@EVERY
-def test_dtype_and_device_are_honoured(name: str) -> None:
+def dtype_and_device_are_honoured(name: str) -> None:
     module = fresh(name, dtype=torch.float64)
     assert all(p.dtype == torch.float64 for p in module.parameters())
     empty = fresh(name, device="meta")

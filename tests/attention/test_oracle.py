@@ -18,7 +18,6 @@ SHAPES = {
     "plane": (3, CHANNELS, 4, 5),
     "volume": (3, CHANNELS, 2, 3, 4),
 }
-MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 by_label = {case.label: case for case in CASES}
 
@@ -48,29 +47,34 @@ def check(case: Case, x: Tensor, *, training: bool) -> None:
     )
 
 
-@MODES
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_equals_the_formula(case: Case, training: bool) -> None:
-    check(case, feature_map(*SHAPES["plane"], key=case.label), training=training)
+def test_equals_the_formula(case: Case) -> None:
+    """In both modes, on maps of every rank that it takes; others it refuses by name."""
+    for rank, shape in SHAPES.items():
+        x = feature_map(*shape, key=case.label)
+        if rank != "plane" and not case.any_rank:
+            with pytest.raises(
+                ValueError, match=type(random_module(case, training=False)).__name__
+            ):
+                random_module(case, training=False)(x)
+            continue
+        for training in (True, False):
+            check(case, x, training=training)
+
+    # without batch statistics the mode is nothing to it; of plane statistics, where a value stands
+    module = random_module(case, training=True)
+    x = feature_map(3, CHANNELS, 4, 5, key=case.label)
+    if not case.batch_statistics:
+        assert torch.equal(module(x), copy.deepcopy(module).eval()(x))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(5))
+    moved = x.flatten(2)[..., order].reshape(x.shape)
+    assert not torch.equal(moved, x)
+    if case.any_rank:
+        torch.testing.assert_close(module.gate(moved), module.gate(x), **TOLERANCE[torch.float64])
+    not_a_number_and_infinity_spread_as_in_the_formula(case)
 
 
-@MODES
-@pytest.mark.parametrize("rank", ["line", "volume"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.any_rank], ids=lambda case: case.label)
-def test_equals_the_formula_on_lines_and_volumes(case: Case, rank: str, training: bool) -> None:
-    check(case, feature_map(*SHAPES[rank], key=case.label), training=training)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if not c.any_rank], ids=lambda case: case.label)
-@pytest.mark.parametrize("rank", ["line", "volume"])
-def test_spatial_modules_refuse_other_ranks_by_name(case: Case, rank: str) -> None:
-    module = random_module(case, training=False)
-    with pytest.raises(ValueError, match=type(module).__name__):
-        module(feature_map(*SHAPES[rank]))
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_not_a_number_and_infinity_spread_as_in_the_formula(case: Case) -> None:
+def not_a_number_and_infinity_spread_as_in_the_formula(case: Case) -> None:
     """A bad value is never hidden, and never leaves its own sample."""
     module = random_module(case, training=False)
     clean = feature_map(4, CHANNELS, 4, 5, key=case.label)
@@ -111,23 +115,3 @@ def test_running_statistics(label: str) -> None:
         expected = oracles.running(before[f"norm.{name}"], batch, momentum)
         np.testing.assert_allclose(after[f"norm.{name}"], expected, **TOLERANCE[torch.float64])
         assert not np.allclose(after[f"norm.{name}"], before[f"norm.{name}"])
-
-
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if not c.batch_statistics], ids=lambda case: case.label
-)
-def test_train_equals_eval_without_batch_statistics(case: Case) -> None:
-    module = random_module(case, training=True)
-    x = feature_map(3, CHANNELS, 4, 5, key=case.label)
-    trained = module(x)
-    assert torch.equal(trained, copy.deepcopy(module).eval()(x))
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.any_rank], ids=lambda case: case.label)
-def test_moving_pixels_about_leaves_the_gate(case: Case) -> None:
-    module = random_module(case, training=True)
-    x = feature_map(3, CHANNELS, 4, 5, key=case.label)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(5))
-    moved = x.flatten(2)[..., order].reshape(x.shape)
-    assert not torch.equal(moved, x)
-    torch.testing.assert_close(module.gate(moved), module.gate(x), **TOLERANCE[torch.float64])

@@ -2,58 +2,57 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
-from attention.registered import EVERY, MODES, SIZE, C, drawn, maps, refused
+from attention.registered import ALL, EVERY, SIZE, C, drawn, fresh, maps, refused, sampled
 from tolerance import TOLERANCE
 
 import spem
 
 
 @EVERY
-@pytest.mark.parametrize("shape", [(4, C), (C,), (4, C, 2, 2, 2, 2)], ids=["2", "1", "6"])
-def test_a_wrong_rank_is_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_what_is_no_map_of_its_channels_is_refused_in_one_sentence(name: str) -> None:
+    """The message names the module and what was found; nothing foreign comes from inside torch."""
     module = drawn(name)
-    with pytest.raises(
-        ValueError, match=rf"{type(module).__name__}.*[(\[]{', '.join(map(str, shape))}"
-    ):
-        module(torch.zeros(shape))
+    label = type(module).__name__
+    for shape in ((4, C), (C,), (4, C, 2, 2, 2, 2)):
+        with pytest.raises(ValueError, match=rf"{label}.*[(\[]{', '.join(map(str, shape))}"):
+            module(torch.zeros(shape))
+    for channels in (C // 2, C + 1, 1):
+        found = rf"{label}.*\b({C}\b.*\b{channels}|{channels}\b.*\b{C})\b"
+        with pytest.raises(ValueError, match=found):
+            module(torch.zeros(4, channels, 5, 7))
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        with pytest.raises((TypeError, ValueError), match=rf"{label}.*{dtype}"):
+            module(torch.zeros(4, C, 5, 7, dtype=dtype))
+    for size in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match=r"empty|at least"):
+            module(torch.zeros(4, C, *size))
+    x = maps()
+    for other in (None, x.tolist(), x.numpy(), 3.0, "map"):
+        with pytest.raises(TypeError, match=rf"{label}: needs a map .*{type(other).__name__}"):
+            module(other)
+    if list(module.parameters()):
+        with pytest.raises(ValueError, match=rf"{label}: the map is on the meta device"):
+            module(x.to("meta"))
+    assert fresh(name, device="meta")(x.to("meta")).shape == x.shape
+    for channels in (0, -4, True, 2.0):
+        with pytest.raises(ValueError, match=rf"channels={channels}"):
+            spem.create_attention(name, channels, size=SIZE)
 
 
-@EVERY
-@pytest.mark.parametrize("channels", [C // 2, C + 1, 1])
-def test_a_wrong_channel_count_is_refused(name: str, channels: int) -> None:
-    module = drawn(name)
-    with pytest.raises(
-        ValueError, match=rf"{type(module).__name__}.*\b({C}\b.*\b{channels}|{channels}\b.*\b{C})\b"
-    ):
-        module(torch.zeros(4, channels, 5, 7))
+def test_what_is_no_spec_is_refused_in_one_sentence() -> None:
+    for wrong in (64, None, spem.SE, spem.SE(64), ["se"]):
+        with pytest.raises(TypeError, match=r"the spec, a text.*comes first.*'se', 64"):
+            spem.create_attention(wrong, 64)
+    for wrong in (spem.SE, spem.SE(64), 3):
+        with pytest.raises(TypeError, match=r"attention is a text like.*Write 'se'"):
+            spem.resnet(11, attention=wrong)
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
-def test_a_wrong_dtype_is_refused(name: str, dtype: torch.dtype) -> None:
-    module = drawn(name)
-    with pytest.raises((TypeError, ValueError), match=rf"{type(module).__name__}.*{dtype}"):
-        module(torch.zeros(4, C, 5, 7, dtype=dtype))
-
-
-@EVERY
-@pytest.mark.parametrize("channels", [0, -4])
-def test_a_wrong_number_of_channels_is_refused_at_construction(name: str, channels: int) -> None:
-    with pytest.raises(ValueError, match=rf"{channels}"):
-        spem.create_attention(name, channels, size=SIZE)
-
-
-@EVERY
-@pytest.mark.parametrize("size", [(0, 4), (4, 0)], ids=str)
-def test_a_map_without_pixels_is_refused(name: str, size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"empty|at least"):
-        drawn(name)(torch.zeros(4, C, *size))
-
-
-@EVERY
-@MODES
+@pytest.mark.parametrize(("name", "training"), sampled(ALL, (True, False), each=1))
 def test_empty_batch(name: str, training: bool) -> None:
     module = drawn(name, training=training)
     before = [b.clone() for b in module.buffers()]
@@ -69,25 +68,21 @@ def test_empty_batch(name: str, training: bool) -> None:
             assert torch.equal(buffer, old), "no sample may move a running statistic"
 
 
-@EVERY
-@MODES
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1), (5, 7)], ids=str)
-def test_small_maps_and_single_samples(
-    name: str, batch: int, size: tuple[int, int], training: bool
-) -> None:
+@pytest.mark.parametrize(("name", "training"), sampled(ALL, (True, False), each=1))
+def test_small_maps_and_single_samples(name: str, training: bool) -> None:
     """They work, or are refused with the need that the module declares."""
-    module = drawn(name, training=training)
-    x = maps(torch.float32, batch, C, *size).requires_grad_()
-    if refused(name, batch=batch, pixels=size[0] * size[1], training=training):
-        with pytest.raises(ValueError, match=type(module).__name__):
-            module(x)
-        return
-    out = module(x)
-    assert out.shape == x.shape
-    assert torch.isfinite(out).all()
-    out.square().sum().backward()
-    assert torch.isfinite(x.grad).all()
+    for batch, size in product((1, 4), ((1, 1), (1, 5), (4, 1), (5, 7))):
+        module = drawn(name, training=training)
+        x = maps(torch.float32, batch, C, *size).requires_grad_()
+        if refused(name, batch=batch, pixels=size[0] * size[1], training=training):
+            with pytest.raises(ValueError, match=type(module).__name__):
+                module(x)
+            continue
+        out = module(x)
+        assert out.shape == x.shape
+        assert torch.isfinite(out).all()
+        out.square().sum().backward()
+        assert torch.isfinite(x.grad).all()
 
 
 def test_only_the_declared_modules_refuse_small_input() -> None:
@@ -117,14 +112,16 @@ def test_the_refusals_name_the_need() -> None:
 def test_extra_ranks(name: str) -> None:
     """A module that writes gate_from takes lines and volumes; the others refuse by name."""
     module = drawn(name, training=False)
-    takes = type(module).gate_from is not spem.ChannelAttention.gate_from
+    takes = 3 in module.ranks
+    assert module.ranks == ((3, 4, 5) if takes else (4,))
     for shape in ((2, C, 9), (2, C, 2, 3, 4)):
         x = maps(torch.float32, *shape)
-        if takes or name == "scale":
+        if takes:
             assert module(x).shape == shape
         else:
             with pytest.raises(ValueError, match=type(module).__name__):
                 module(x)
+    not_a_number_stays_in_its_sample_and_is_not_hidden(name)
 
 
 def test_which_modules_are_functions_of_plane_statistics() -> None:
@@ -141,8 +138,7 @@ def test_which_modules_are_functions_of_plane_statistics() -> None:
         )
 
 
-@EVERY
-def test_not_a_number_stays_in_its_sample_and_is_not_hidden(name: str) -> None:
+def not_a_number_stays_in_its_sample_and_is_not_hidden(name: str) -> None:
     module = drawn(name, torch.float64, training=False)
     clean = maps(torch.float64)
     x = clean.clone()

@@ -5,8 +5,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +18,7 @@ from spem.attention.pooling import LearnedMix, MapStats, Pool, PoolSpec, learned
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.dispatch import log_choice
-from spem.ops.library import has_hooks
+from spem.ops.library import has_hooks, may_show, without_hooks
 from spem.ops.stats import STATISTICS
 from spem.seeding import Initialiser
 
@@ -158,27 +159,31 @@ class ChannelAttention(nn.Module):
         """What a module that adds (`Needs.adds`) adds to x * gate(x), in at least float32."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing to the map.")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = x * gate(x).
+    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor:
+        """y = x * gate(x); ``gate`` is that of x where it is known already.
 
         Raises:
             TypeError: x is no floating-point tensor.
             ValueError: Wrong rank or channel count, or a map or batch smaller than `needs` says.
         """
         self._check(x)
-        return x * self.gate(x).to(x.dtype)
+        return x * (self.gate(x) if gate is None else gate).to(x.dtype)
 
     def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
         """The end of a residual branch: relu(self(norm(z)) + residual).
 
         A module whose gate is a function of plane statistics runs it in one operation with the
-        norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks. z and
-        residual keep their values.
+        norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks where
+        gradients are recorded. z and residual keep their values.
 
         Shape:
             z, residual, output: [N, C, ...].
         """
-        return self._tail(z, residual, norm, self.gate_from)
+
+        def show(x: Tensor, v: Tensor | None) -> Tensor:
+            return self(x) if v is None else self(x, gate=v)
+
+        return self._tail(z, residual, norm, lambda module: module.gate_from, show)
 
     def observe_gates(self, observer: GateObserver) -> RemovableHandle:
         """Calls ``observer(gate, N)`` with every gate that is computed; changes no result.
@@ -192,7 +197,15 @@ class ChannelAttention(nn.Module):
         return handle
 
     def why_composed(self) -> str | None:
-        """Why the tail of this module is composed of modules; None if its gate can be fused."""
+        """Why the tail of this module is composed of modules; None if its gate can be fused.
+
+        Without gradients hooks are no reason: they are called beside the fused tail.
+        """
+        hooked = f"cannot call the hooks of {type(self).__name__}" if has_hooks(self) else None
+        return self._why_no_gate() or hooked
+
+    def _why_no_gate(self) -> str | None:
+        """Why a tail cannot be fused, whoever looks on."""
         kind = type(self)
         if not self.takes_any_rank():
             return f"{self.name or kind.__name__} is no function of plane statistics"
@@ -200,7 +213,7 @@ class ChannelAttention(nn.Module):
             return f"{self.name or kind.__name__} pools random regions of the map in training"
         if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
             return f"{kind.__name__} has a forward of its own"
-        return f"cannot call the hooks of {kind.__name__}" if has_hooks(self) else None
+        return None
 
     def reset_parameters(self) -> None:
         """Sets what starts as a constant, norms at 1/0; a module with more of it extends this."""
@@ -228,16 +241,37 @@ class ChannelAttention(nn.Module):
         z: Tensor,
         residual: Tensor,
         norm: nn.Module | None,
-        gate: Callable[[PlaneStats], Tensor],
+        gate_of: Callable[[Self], Callable[[PlaneStats], Tensor]],
+        show: Callable[[Tensor, Tensor | None], Tensor],
     ) -> Tensor:
-        composed = self.why_composed() if isinstance(z, Tensor) else "traced"
+        traced = not isinstance(z, Tensor)
+        shown = not traced and may_show(self, z) and not getattr(norm, "training", False)
+        composed = "traced" if traced else self._why_no_gate() if shown else self.why_composed()
         if composed is not None:
             log_choice("tail", z, Choice("reference", composed))
-            return (self(z if norm is None else norm(z)) + residual).relu_()
+            x = z if norm is None else norm(z)
+            return (show(x, None) + residual).relu_()
         self._check(z)
+        gates: list[Tensor] = []
+        gate = gate_of(self._telling(gates) if shown else self)
         if norm is None:
-            return gate_tail(z, residual, gate, statistics=self.statistics)
-        return bn_gate_tail(z, residual, norm, gate, statistics=self.statistics)
+            y = gate_tail(z, residual, gate, statistics=self.statistics)
+        else:
+            y = bn_gate_tail(z, residual, norm, gate, statistics=self.statistics)
+        if not shown:
+            return y
+        # The hooks of this module look at maps that were made for them.
+        x = z if norm is None else without_hooks(norm)(z)
+        v = gates[0].reshape(*gates[0].shape, *[1] * (x.dim() - 2))
+        seen = show(x, v)
+        same = torch.equal(seen, x * v.to(x.dtype))
+        return y if same else (seen + residual).relu_()
+
+    def _telling(self, gates: list[Tensor]) -> Self:
+        """This module without hooks of its own, and a list for its gate."""
+        twin = without_hooks(self)
+        twin._observers = {**self._observers, -1: lambda gate, _images: gates.append(gate)}
+        return twin
 
     def _make_pool(self, pool: PoolSpec, *, device: Device, dtype: Dtype) -> Pool:
         """Builds a pool and adds what it reads to ``statistics``."""

@@ -1,5 +1,6 @@
 """DIANet: one recurrent attention unit for all blocks of a stage."""
 
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -11,7 +12,6 @@ from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
-from spem.ops.library import has_hooks
 
 State = tuple[Tensor, ...]
 """What a block hands to the next one, (h, c); () before the first block of a stage."""
@@ -86,11 +86,18 @@ class DIA(ChannelAttention):
     @overload
     def forward(self, x: Tensor) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]: ...
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
-        """x * gate(x) as in the first block; with a state, the state after it too."""
+    def forward(
+        self, x: Tensor, state: State, *, known: tuple[Tensor, State] | None = None
+    ) -> tuple[Tensor, State]: ...
+    def forward(
+        self, x: Tensor, state: State | None = None, *, known: tuple[Tensor, State] | None = None
+    ) -> Tensor | tuple[Tensor, State]:
+        """x * gate(x) as in the first block; with a state, the state after it too.
+
+        ``known`` is the gate and the state after it where they are computed already.
+        """
         self._check(x)
-        v, after = self._gate_and_state(x, () if state is None else state)
+        v, after = known or self._gate_and_state(x, () if state is None else state)
         y = x * v.to(x.dtype)
         return y if state is None else (y, after)
 
@@ -98,23 +105,28 @@ class DIA(ChannelAttention):
         self, z: Tensor, residual: Tensor, norm: nn.Module | None, state: State
     ) -> tuple[Tensor, State]:
         """`tail` of a block, with the state before it and after it."""
-        if not isinstance(z, Tensor) or self.why_composed() is not None:
-            y, state = self(z if norm is None else norm(z), state)
-            return (y + residual).relu_(), state
         after = state
 
-        def gate(stats: PlaneStats) -> Tensor:
+        def gate_of(module: DIA) -> Callable[[PlaneStats], Tensor]:
+            def gate(stats: PlaneStats) -> Tensor:
+                nonlocal after
+                v, after = module.step(stats, state)
+                return v
+
+            return gate
+
+        def show(x: Tensor, v: Tensor | None = None) -> Tensor:
             nonlocal after
-            v, after = self.step(stats, state)
-            return v
+            known = None if v is None else (v, after)
+            y, after = self(x, state, known=known)
+            return y
 
-        return self._tail(z, residual, norm, gate), after
+        return self._tail(z, residual, norm, gate_of, show), after
 
-    def why_composed(self) -> str | None:
-        """Why the tail of this module is composed of modules; None if its gate can be fused."""
+    def _why_no_gate(self) -> str | None:
         if self.reads_map and self.training:
             return f"{self.name} pools random regions of the map in training"
-        return f"cannot call the hooks of {type(self).__name__}" if has_hooks(self) else None
+        return None
 
     def _gate_and_state(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         v, after = self.step(self.stats_of(x), state)

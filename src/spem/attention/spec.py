@@ -218,8 +218,8 @@ def create_attention(
     """
     if not isinstance(spec, (str, AttentionSpec)):
         raise TypeError(
-            f"create_attention: the spec is a text like 'se(reduction=8)', got {spec!r}. "
-            f"Write create_attention('se', 64)."
+            f"create_attention: the spec, a text like 'se(reduction=8)', comes first; "
+            f"got {type(spec).__name__}. Write create_attention('se', 64)."
         )
     parsed = as_spec(spec)
     if parsed is None:

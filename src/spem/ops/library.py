@@ -5,11 +5,13 @@ and so on). They are functional, have no gradient of their own (that is `spem.op
 load their kernels when they are first called.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch.autograd import forward_ad
 from spem.ops import formula
 from spem.ops.stats import compute_dtype
 
+_M = TypeVar("_M", bound=nn.Module)
 _SCHEMAS = {
     "plane_stats": "(Tensor z, bool moments, bool extrema) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -80,13 +83,13 @@ def kernels_of(impl: str) -> ModuleType:
 def is_plain(z: Tensor) -> bool:
     """Whether a map has memory that kernels can work on, and autograd alone follows it.
 
-    Not so: fake tensors and other subclasses, the wrappers of `torch.func` transforms, and any
-    tensor while forward-mode derivatives are taken. A compiler sees plain tensors.
+    Not so: fake tensors and other subclasses, and any tensor within a `torch.func` transform or
+    while forward-mode derivatives are taken. A compiler sees plain tensors.
     """
     if torch.compiler.is_compiling():
         return True
-    wrapped = getattr(_FUNCTORCH, "is_functorch_wrapped_tensor", None)
-    if type(z) not in (Tensor, nn.Parameter) or (wrapped is not None and wrapped(z)):
+    transform = getattr(_FUNCTORCH, "peek_interpreter_stack", None)
+    if type(z) not in (Tensor, nn.Parameter) or (transform is not None and transform() is not None):
         return False
     return getattr(forward_ad, "_current_level", -1) < 0
 
@@ -139,12 +142,38 @@ def is_direct(impl: str) -> bool:
     return impl == "numba" and not torch.compiler.is_compiling()
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs more than its class's forward."""
     own = module.__dict__
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
     hooks = hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own or any_global_hook()
+
+
+def may_show(module: nn.Module, z: Tensor) -> bool:
+    """Whether a module's hooks can be called beside a fused tail: only they want its output.
+
+    Where gradients are recorded they may want to reach the graph, and the tail is composed.
+    """
+    if torch.is_grad_enabled() or not has_hooks(module) or any_global_hook():
+        return False
+    return "forward" not in module.__dict__ and runs_eagerly(z)
+
+
+def without_hooks(module: _M, *, inside: bool = False) -> _M:
+    """A second module of the same parameters and buffers that calls no hook of its own.
+
+    ``inside``: nor one of the modules that it holds.
+    """
+    twin = copy(module)
+    vars(twin).update({kind: OrderedDict() for kind in _HOOKS})
+    if inside:
+        held = {name: m and without_hooks(m, inside=True) for name, m in twin._modules.items()}
+        vars(twin)["_modules"] = held
+    return twin
 
 
 def any_global_hook() -> bool:

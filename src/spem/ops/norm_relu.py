@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from spem.ops.autograd import first_derivatives
 from spem.ops.dispatch import SMALL, requested, unsupported
 from spem.ops.formula import Norm, constants
-from spem.ops.library import has_hooks, is_dense, kernels_of, laid_out_as, runs_eagerly
-from spem.ops.tail import batch_norm_of, running_of
+from spem.ops.library import (
+    has_hooks,
+    is_dense,
+    kernels_of,
+    laid_out_as,
+    may_show,
+    runs_eagerly,
+)
+from spem.ops.tail import batch_norm_of, called, running_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -34,6 +41,9 @@ def norm_relu(z: Tensor, norm: nn.Module) -> Tensor:
 
     Differences: second derivatives raise where the passes run.
     """
+    if may_show(norm, z) and not norm.training:
+        y, plain = called(norm, z)
+        return torch.relu(y) if plain is None else norm_relu(z, plain)
     if not _fusible(z, norm):
         y = norm(z)
         # A plain norm's output is its own and nobody has seen it. A hook may have; others may be z.

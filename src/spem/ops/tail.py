@@ -13,7 +13,15 @@ from spem.ops.autograd import Gathered, close, gather
 from spem.ops.dispatch import Choice, choose, log_choice
 from spem.ops.formula import Norm, move_running
 from spem.ops.inference import gate_values, infer
-from spem.ops.library import has_hooks, is_dense, is_direct, is_plain, laid_out_as
+from spem.ops.library import (
+    has_hooks,
+    is_dense,
+    is_direct,
+    is_plain,
+    laid_out_as,
+    may_show,
+    without_hooks,
+)
 from spem.ops.stats import STATISTICS, PlaneStats
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
@@ -92,7 +100,8 @@ def bn_gate_tail(
         z: The norm's input.
         residual: As for `gate_tail`.
         norm: BatchNorm1d, 2d or 3d in training or evaluation, or SyncBatchNorm (also on the CPU).
-            Other norms, and norms with hooks, are composed.
+            Other norms are composed, and so are norms with hooks where gradients are recorded;
+            without gradients hooks are called with the norm's own output, and change no bit.
         gate: As for `gate_tail`.
         statistics: As for `gate_tail`.
         impl: As for `gate_tail`.
@@ -108,6 +117,11 @@ def bn_gate_tail(
         if y is not None:
             return y
     _check("bn_gate_tail", z, residual, statistics)
+    if may_show(norm, z) and not norm.training:
+        x, plain = called(norm, z)
+        if plain is not None:
+            return bn_gate_tail(z, residual, plain, gate, statistics=statistics, impl=impl)
+        return reference.tail(x, residual, None, gate, statistics)  # a hook put another one there
     choice = _choose("bn_gate_tail", z, residual, norm, gate, impl)
     if choice.impl == "reference":
         return reference.tail(z, residual, norm, gate, statistics)
@@ -122,6 +136,15 @@ def bn_gate_tail(
         if z.numel() or shared:  # an empty batch leaves them
             move_running(running, gathered.mu, gathered.channel_var, values)
     return y
+
+
+def called(norm: nn.Module, z: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """What a norm with hooks returns, and a norm without hooks that returns the same.
+
+    None if a hook put something else in its place.
+    """
+    x, plain = norm(z), without_hooks(norm)
+    return x, plain if torch.equal(x, plain(z)) else None
 
 
 def why_composed(norm: nn.Module | None) -> str | None:
