@@ -99,7 +99,9 @@ def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: s
     batch_moments = norm is not None and norm.mean is None
     # An output of an autograd function must not come twice: hence so many new tensors.
     if moments or extrema or batch_moments:
-        raw = RawStats(*work.plane_stats(z, moments or batch_moments, extrema))
+        # Where memory goes channel by channel, the last pass finds the extrema by their values.
+        positions = {"positions": z.is_contiguous()} if work.plain else {}
+        raw = RawStats(*work.plane_stats(z, moments or batch_moments, extrema, **positions))
     else:
         nothing, nowhere = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=torch.int32)
         raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
@@ -251,7 +253,9 @@ class _Stats(torch.autograd.Function):
             c = formula.coefficients(v, into, raw_mean, a, mu, size, shared)
         dz = None
         if needs_z:
-            spikes = (i, j) if c.s_i is not None else (None, None)
+            spikes = (None, None)
+            if c.s_i is not None:
+                spikes = (i, j) if i.dim() == 2 else (z_i, z_j)
             dz = work.stats_backward(d, z, mu, c.p, c.q, c.t, *spikes, c.s_i, c.s_j)
         weight = weight.to(ctx.dtypes[0]) if needs_weight else None
         bias = bias.to(ctx.dtypes[1]) if needs_bias else None

@@ -44,6 +44,8 @@ class Passes(NamedTuple):
     stats_backward: Callable[..., Tensor]
     stages: Any
     """`spem.ops.formula`, or a module of the same functions."""
+    plain: bool = False
+    """Whether they are Numba's own functions and nobody compiles or watches."""
 
 
 def passes(impl: str) -> Passes:
@@ -66,7 +68,7 @@ def _plain_calls(*, watched: bool) -> Passes:
     if watched:
         return _KERNELS["numba"]._replace(stages=kernels)
     names = ("plane_stats", "affine_tail", "affine_tail_backward", "stats_backward")
-    return Passes(*(getattr(kernels, name) for name in names), stages=kernels)
+    return Passes(*(getattr(kernels, name) for name in names), stages=kernels, plain=True)
 
 
 def _modes() -> int:

@@ -21,6 +21,7 @@ from spem.ops.cpu.inference import norm_stats as norm_stats
 from spem.ops.cpu.launch import SUPPORTED, run
 from spem.ops.cpu.table import (
     BIAS,
+    BY_VALUE,
     COEFFICIENTS,
     EXTREMA,
     GATED,
@@ -120,16 +121,20 @@ def _scalars(shape: tuple[int, ...], dtype: torch.dtype, t: Tensor) -> Tensor:
     return t
 
 
-def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
-    """Pass F1: statistics of every plane; see ``formula.plane_stats``."""
+def plane_stats(z: Tensor, moments: bool, extrema: bool, positions: bool = True) -> RawStats:
+    """Pass F1: statistics of every plane; see ``formula.plane_stats``.
+
+    Positions cost much where a map is channels_last, and `stats_backward` can do without them.
+    """
     wide = _maps(z)
     shape = tuple(z.shape[:2])
     # The moments' memory is used in any case: channels_last gathers the sums in it.
     mean, var = z.new_empty(shape, dtype=wide), z.new_empty(shape, dtype=wide)
     some = shape if extrema else (0,)
     high, low, first = (z.new_empty(some, dtype=wide) for _ in range(3))
-    at_high, at_low = (z.new_empty(some, dtype=torch.int32) for _ in range(2))
-    flags = MOMENTS * moments | (EXTREMA | POSITIONS) * extrema
+    found = shape if extrema and positions else (0,)
+    at_high, at_low = (z.new_empty(found, dtype=torch.int32) for _ in range(2))
+    flags = MOMENTS * moments | (EXTREMA | POSITIONS * positions) * extrema
     _pass("plane_stats", z, flags, z, mean, var, high, low, first, at_high, at_low)
     if not moments:
         mean, var = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
@@ -172,7 +177,11 @@ def stats_backward(
     s_i: Tensor | None,
     s_j: Tensor | None,
 ) -> Tensor:
-    """Pass B2: the gradient of z; see ``formula.stats_backward``."""
+    """Pass B2: the gradient of z; see ``formula.stats_backward``.
+
+    Of a channels_last map i and j may be the extrema themselves instead of their positions: a spike
+    then falls on the first value that equals it, and s_i and s_j are used up.
+    """
     wide = _maps(d, z)
     shape = tuple(d.shape[:2])
     p, mu = _scalars(shape, wide, p), _scalars(shape[1:], wide, mu)
@@ -182,7 +191,11 @@ def stats_backward(
         q, t = _scalars(shape, wide, q), _scalars(shape, wide, t)
     if i is not None and j is not None and s_i is not None and s_j is not None:
         flags |= WITH_SPIKES
-        i, j = _scalars(shape, torch.int32, i), _scalars(shape, torch.int32, j)
+        kind = torch.int32
+        if i.is_floating_point():
+            flags |= BY_VALUE
+            kind = wide
+        i, j = _scalars(shape, kind, i), _scalars(shape, kind, j)
         s_i, s_j = _scalars(shape, wide, s_i), _scalars(shape, wide, s_j)
     dz = torch.empty_like(d)
     _pass("stats_backward", d, flags, d, z, mu, p, q, t, i, j, s_i, s_j, dz)
@@ -261,7 +274,7 @@ def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> Batc
     wide = raw.mean.dtype
     shape = tuple(raw.mean.shape)
     per_channel = shape[1:]
-    flags = SHARED | MOMENTS * moments | EXTREMA * (raw.high.dim() == 2)
+    flags = SHARED | MOMENTS * moments | _of_extrema(raw)
     affine: list[Tensor | None] = []
     for flag, t in ((WEIGHT, norm.weight), (BIAS, norm.bias)):
         flags |= 0 if t is None else flag
@@ -287,9 +300,13 @@ def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> Batc
 
 def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStats:
     """Statistics of x = a (z - mu) + beta; see ``formula.normalised``."""
-    flags = MOMENTS * (raw.mean.dim() == 2) | EXTREMA * (raw.high.dim() == 2)
+    flags = MOMENTS * (raw.mean.dim() == 2) | _of_extrema(raw)
     a, mu, beta = (_scalars(mu.shape, mu.dtype, t) for t in (a, mu, beta))
     return _normalised(raw, flags, [None] * 2, [None] * 2, (mu, None, None, a, beta), (0, 0), 0)
+
+
+def _of_extrema(raw: RawStats) -> int:
+    return EXTREMA * (raw.high.dim() == 2) | POSITIONS * (raw.at_high.dim() == 2)
 
 
 def _normalised(
@@ -305,9 +322,10 @@ def _normalised(
     if not flags:
         return NormalStats(*[nothing] * 6, *[raw.at_high.new_empty(0)] * 2)
     like = raw.mean if flags & (MOMENTS | SHARED) else raw.high
-    two, six = (like.shape if flags & kind else (0,) for kind in (MOMENTS, EXTREMA))
-    outs = [like.new_empty(two) for _ in range(2)] + [like.new_empty(six) for _ in range(4)]
-    outs += [like.new_empty(six, dtype=torch.int32) for _ in range(2)]
+    kinds = (MOMENTS, EXTREMA, POSITIONS)
+    two, four, last = (like.shape if flags & kind else (0,) for kind in kinds)
+    outs = [like.new_empty(two) for _ in range(2)] + [like.new_empty(four) for _ in range(4)]
+    outs += [like.new_empty(last, dtype=torch.int32) for _ in range(2)]
     args = (*affine, *running, *norm, *raw, *outs, *numbers)
     _channel_stage(scalars.forward, like, flags, size, *args)
     return NormalStats(*outs)

@@ -32,6 +32,7 @@ from spem.ops.cpu.memory import (
 )
 from spem.ops.cpu.table import (
     ARGS,
+    BY_VALUE,
     CHANNELS,
     EXTREMA,
     FLAGS,
@@ -116,8 +117,9 @@ def plane_stats(block: Any) -> None:
             if flags & EXTREMA:
                 write(high, base + c, n, row)
                 write(low, base + c, n, row)
+                if not flags & NORMALISED:
+                    write(first, base + c, n, row)
             if flags & POSITIONS:
-                write(first, base + c, n, row)
                 store_part(at_high, base + c, n, every_position(block, 0))
                 store_part(at_low, base + c, n, every_position(block, 0))
         for k in range(0, size, GROUP):
@@ -295,7 +297,7 @@ def affine_tail_backward(block: Any) -> None:
 
 
 def stats_backward(block: Any) -> None:
-    """B2."""
+    """B2. Where spikes go by value, each is taken out of ``s_i`` and ``s_j`` where it has fallen."""
     table = table_of(block)
     channels, size, step = table[CHANNELS], table[SIZE], table[STEP]
     parts = (channels + step - 1) // step
@@ -307,6 +309,8 @@ def stats_backward(block: Any) -> None:
     t_at = numbers_at(block, table[ARGS + 5])
     i_at = positions_at(table[ARGS + 6])
     j_at = positions_at(table[ARGS + 7])
+    zi_at = numbers_at(block, table[ARGS + 6])
+    zj_at = numbers_at(block, table[ARGS + 7])
     si_at = numbers_at(block, table[ARGS + 8])
     sj_at = numbers_at(block, table[ARGS + 9])
     dz = map_at(block, table[ARGS + 10])
@@ -316,7 +320,7 @@ def stats_backward(block: Any) -> None:
     zeros = every(block, zero)
     nowhere = every_position(block, -1)
     with_z, spikes = table[FLAGS] & WITH_Z, table[FLAGS] & WITH_SPIKES
-    rectified = table[FLAGS] & RECTIFIED
+    rectified, by_value = table[FLAGS] & RECTIFIED, table[FLAGS] & BY_VALUE
     group, ahead = _at_a_time(block), AHEAD // bytes_of(block)
     region = region_of(table)
     while True:
@@ -333,7 +337,7 @@ def stats_backward(block: Any) -> None:
             for c in range(begin, end, lanes):
                 n = min(lanes, end - c)
                 p = read(p_at, base + c, n, zero)
-                q = t = centre = start = si = sj = zeros
+                q = t = centre = start = zi = zj = si = sj = zeros
                 i = j = nowhere
                 if with_z | rectified:
                     centre = read(mu, c, n, zero)
@@ -342,9 +346,13 @@ def stats_backward(block: Any) -> None:
                 if with_z:
                     q = read(q_at, base + c, n, zero)
                     t = read(t_at, base + c, n, zero)
-                if spikes:
+                if spikes and not by_value:
                     i = load_positions(block, i_at, base + c, n)
                     j = load_positions(block, j_at, base + c, n)
+                if by_value:
+                    zi = read(zi_at, base + c, n, zero)
+                    zj = read(zj_at, base + c, n, zero)
+                if spikes:
                     si = read(si_at, base + c, n, zero)
                     sj = read(sj_at, base + c, n, zero)
                 for u in range(rows):
@@ -352,17 +360,26 @@ def stats_backward(block: Any) -> None:
                     prefetch(d, o + ahead)
                     prefetch_to_write(dz, o + ahead)
                     v = read(d, o, n, zero)
-                    off = zeros
-                    if with_z | rectified:
+                    value = off = zeros
+                    if with_z | rectified | by_value:
                         prefetch(z, o + ahead)
-                        off = read(z, o, n, zero) - centre
+                        value = read(z, o, n, zero)
+                        off = value - centre
                     if rectified:
                         v = where_at_most(p * off + start, zeros, zeros, v)
                     v = p * v
                     if with_z:
                         v = t * off + (v + q)
-                    if spikes:
+                    if by_value:
+                        v = v + where_equal(value, zi, si, zeros)
+                        v = v + where_equal(value, zj, sj, zeros)
+                        si = where_equal(value, zi, zeros, si)
+                        sj = where_equal(value, zj, zeros, sj)
+                    elif spikes:
                         here = every_position(block, k + u)
                         v = v + where_equal(i, here, si, zeros)
                         v = v + where_equal(j, here, sj, zeros)
                     write(dz, o, n, v)
+                if by_value:
+                    write(si_at, base + c, n, si)
+                    write(sj_at, base + c, n, sj)

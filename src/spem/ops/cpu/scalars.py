@@ -34,6 +34,7 @@ from spem.ops.cpu.table import (
     LOW,
     MEAN,
     MOMENTS,
+    POSITIONS,
     RUNNING,
     SHARED,
     SIZE,
@@ -141,16 +142,17 @@ def forward(block: Any) -> None:
                 bottom = read(low, p, n, zero)
                 # A NaN if anything in the plane is not finite, also where a is 0.
                 origin = read(first, p, n, zero) + (zeros * top + zeros * bottom)
-                at_top = load_positions(block, at_high, p, n)
-                at_bottom = load_positions(block, at_low, p, n)
                 z_i = where_equal(a, zeros, origin, where_above(zeros, a, bottom, top))
                 z_j = where_equal(a, zeros, origin, where_above(zeros, a, top, bottom))
-                i = where_equal(a, zeros, start, where_above(zeros, a, at_bottom, at_top))
-                j = where_equal(a, zeros, start, where_above(zeros, a, at_top, at_bottom))
                 write(high_out, p, n, a * (z_i - mu) + beta)
                 write(low_out, p, n, a * (z_j - mu) + beta)
                 write(z_i_out, p, n, z_i)
                 write(z_j_out, p, n, z_j)
+            if flags & POSITIONS:
+                at_top = load_positions(block, at_high, p, n)
+                at_bottom = load_positions(block, at_low, p, n)
+                i = where_equal(a, zeros, start, where_above(zeros, a, at_bottom, at_top))
+                j = where_equal(a, zeros, start, where_above(zeros, a, at_top, at_bottom))
                 store_part(i_out, p, n, i)
                 store_part(j_out, p, n, j)
 

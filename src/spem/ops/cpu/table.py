@@ -22,6 +22,7 @@ WITH_SPIKES = 2
 # The tail without gate and residual, relu(norm(z)): its mask follows from z, its coefficients are
 # the channel's.
 RECTIFIED = 4
+BY_VALUE = 8  # spikes fall on the first value that is an extremum, not on its position
 # Of the norm: whether its statistics are the batch's, and what it has.
 SHARED = 16
 WEIGHT = 32
