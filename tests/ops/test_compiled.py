@@ -13,7 +13,6 @@ from torch import Tensor
 
 import spem
 from spem.ops import use_impl
-from spem.ops.library import passes
 
 LAYOUTS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
@@ -40,21 +39,25 @@ def arguments(layout: torch.memory_format, device: str = "cpu") -> dict[str, tup
     }
 
 
+def operator(impl: str, name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.spem, f"{impl}_{name}").default
+
+
 @KERNELS
 @LAYOUTS
 @pytest.mark.parametrize("name", arguments(torch.contiguous_format))
 def test_opcheck(impl: str, layout: torch.memory_format, name: str) -> None:
     needs(impl, torch.float32, home(impl))
-    torch.library.opcheck(getattr(passes(impl), name), arguments(layout, home(impl))[name])
+    torch.library.opcheck(operator(impl, name), arguments(layout, home(impl))[name])
 
 
 @KERNELS
 def test_opcheck_without_optional_parts(impl: str) -> None:
     needs(impl, torch.float32, home(impl))
     z, _, mu, p, *_ = arguments(torch.contiguous_format, home(impl))["affine_tail"]
-    torch.library.opcheck(passes(impl).plane_stats, (z, False, True))
-    torch.library.opcheck(passes(impl).plane_stats, (z, True, False))
-    torch.library.opcheck(passes(impl).stats_backward, (z, z, mu, p, *[None] * 6))
+    torch.library.opcheck(operator(impl, "plane_stats"), (z, False, True))
+    torch.library.opcheck(operator(impl, "plane_stats"), (z, True, False))
+    torch.library.opcheck(operator(impl, "stats_backward"), (z, z, mu, p, *[None] * 6))
 
 
 @pytest.mark.parametrize("impl", ["formula", "numba", "triton"])

@@ -12,8 +12,9 @@ from spem.attention.pooling import FixedMix, Mix, MixPool, PoolSpec, SigmoidMix,
 from spem.attention.precision import cast
 from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
+from spem.ops.dispatch import requested, unsupported
 from spem.ops.inference import CompiledGate, compiled_by
-from spem.ops.library import has_hooks, runs_eagerly
+from spem.ops.library import has_hooks, kernels_of, runs_eagerly
 
 Form = Literal["text", "figure", "code"]
 Reweight = Literal[
@@ -138,7 +139,7 @@ class SPEM(ChannelAttention):
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
-        if self._has_text_gate(stats):
+        if self._has_kernel(stats):
             lam = self.pool.lam.to(stats.max.dtype)
             weights = (cast(w, lam) for w in (self.w_e, self.b_e, self.w_r, self.b_r))
             return _TextGate.apply(lam, stats.max, stats.min, *weights)
@@ -163,57 +164,45 @@ class SPEM(ChannelAttention):
         embedded = torch.addcmul(b_r, w_r, u) if self.form == "code" else u
         return torch.sigmoid(torch.addcmul(b_e, w_e, embedded)) * factor
 
-    def _has_text_gate(self, stats: PlaneStats) -> bool:
-        """Whether `_TextGate` computes the gate: where a gradient is recorded, eagerly."""
-        known = self.form == "text" and self.reweight == "shared_sum"
-        if not known or not torch.is_grad_enabled() or type(self.pool) not in _POOLS:
+    def _has_kernel(self, stats: PlaneStats) -> bool:
+        """Whether kernels compute the gate: on a CPU, eagerly, where a gradient is recorded."""
+        known = self.form == "text" and self.reweight == "shared_sum" and type(self.pool) in _POOLS
+        high = stats.max
+        if not known or high is None or not torch.is_grad_enabled() or not high.numel():
             return False
-        return stats.max is not None and runs_eagerly(stats.max) and not has_hooks(self.pool)
+        if requested(None, "SPEM") not in (None, "numba") or not runs_eagerly(high):
+            return False
+        return not has_hooks(self.pool) and not unsupported("numba", high.device.type, high.dtype)
 
     def extra_repr(self) -> str:
         """Form and reweight variant."""
         return f"{self.channels}, form={self.form}, reweight={self.reweight}"
 
 
-def _text_gate(
-    lam: Tensor, high: Tensor, low: Tensor, w_e: Tensor, b_e: Tensor, w_r: Tensor, b_r: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """u, s(e) and R of the text form with a shared sum."""
-    u = torch.addcmul(lam * high, 1.0 - lam, low)
-    factor = torch.sigmoid(torch.addcmul(b_r + b_r, w_r, high + low))
-    return u, torch.sigmoid(torch.addcmul(b_e, w_e, u)), factor
-
-
 class _TextGate(torch.autograd.Function):
-    """The gate with its gradients by hand: 27 operators where autograd needs 60."""
+    """The gate and its gradients, a kernel each, where torch needs 84 operators."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        """v = s(e) R of lambda, the extrema, w_e, b_e, w_r, b_r."""
-        found = _text_gate(*inputs)
-        ctx.save_for_backward(*inputs, *found)
-        return found[1] * found[2]
+        """v of lambda, the extrema, w_e, b_e, w_r, b_r."""
+        v, *factors = kernels_of("numba").spem_gate(*inputs)
+        ctx.save_for_backward(*inputs, *factors)
+        return v
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of all seven inputs; differentiable in turn, by way of the formula."""
-        lam, high, low, w_e, b_e, w_r, b_r, u, excited, factor = ctx.saved_tensors
-        inputs = (lam, high, low, w_e, b_e, w_r, b_r)
+        *inputs, excited, factor = ctx.saved_tensors
+        lam, high, low, w_e, b_e, w_r, b_r = inputs
+        if not torch.is_grad_enabled():
+            backward = kernels_of("numba").spem_gate_backward
+            return backward(grad, lam, high, low, w_e, w_r, excited, factor)
+        u = torch.addcmul(lam * high, 1.0 - lam, low)
+        factor = torch.sigmoid(torch.addcmul(b_r + b_r, w_r, high + low))
+        v = torch.sigmoid(torch.addcmul(b_e, w_e, u)) * factor
         needed = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=True) if needs]
-        if torch.is_grad_enabled():
-            _, excited, factor = _text_gate(*inputs)
-            found = torch.autograd.grad(excited * factor, needed, grad, create_graph=True)
-            rest = iter(found)
-            return tuple(next(rest) if needs else None for needs in ctx.needs_input_grad)
-        dv = grad * excited * factor
-        de = torch.addcmul(dv, dv, excited, value=-1)
-        dr = torch.addcmul(dv, dv, factor, value=-1)
-        du, shared = de * w_e, dr * w_r
-        to_high = lam * du
-        d_lam = (du * (high - low)).sum() if ctx.needs_input_grad[0] else None
-        d_high, d_low = shared + to_high, (shared + du).sub_(to_high)
-        of_exc = (de * u).sum(0), de.sum(0)
-        return d_lam, d_high, d_low, *of_exc, (dr * (high + low)).sum(0), 2.0 * dr.sum(0)
+        found = iter(torch.autograd.grad(v, needed, grad, create_graph=True))
+        return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
 
 
 def _combine(reweight: Reweight, a: Tensor, b: Tensor) -> Tensor:

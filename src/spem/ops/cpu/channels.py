@@ -117,8 +117,7 @@ def plane_stats(block: Any) -> None:
             if flags & EXTREMA:
                 write(high, base + c, n, row)
                 write(low, base + c, n, row)
-                if not flags & NORMALISED:
-                    write(first, base + c, n, row)
+                write(first, base + c, n, row)
             if flags & POSITIONS:
                 store_part(at_high, base + c, n, every_position(block, 0))
                 store_part(at_low, base + c, n, every_position(block, 0))
@@ -297,7 +296,7 @@ def affine_tail_backward(block: Any) -> None:
 
 
 def stats_backward(block: Any) -> None:
-    """B2. Where spikes go by value, each is taken out of ``s_i`` and ``s_j`` where it has fallen."""
+    """B2. A spike that goes by value is taken out of ``s_i`` or ``s_j`` where it has fallen."""
     table = table_of(block)
     channels, size, step = table[CHANNELS], table[SIZE], table[STEP]
     parts = (channels + step - 1) // step
