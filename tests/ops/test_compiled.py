@@ -88,7 +88,8 @@ def test_a_network_compiled_by_inductor(impl: str) -> None:
     """One training step of a whole network, compiled to code, equals the eager one."""
     needs(impl, torch.float32, home(impl))
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    models = [spem.resnet(11, attention="spem") for _ in range(2)]
+    model = spem.resnet(11, attention="spem")
+    models = [model, copy.deepcopy(model)]
     with use_impl(impl):
         torch.compiler.reset()
         run = torch.compile(models[0], fullgraph=True)
