@@ -263,7 +263,7 @@ def test_images_of_other_classes_are_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ten classes are not ten classes: those of the old weights are known by the set's name."""
-    old = REPOSITORY / "results" / "cifar10-depth11" / "weights" / "spem-seed0.safetensors"
+    old = REPOSITORY / "tests" / "data" / "weights" / "spem-seed0.safetensors"
     for args in (["eval", str(old), "--data", "digits", "--size", "32"],):
         assert cli.main(args) == 2
         assert "other classes (airplane, automobile, bird ...)" in capsys.readouterr().err

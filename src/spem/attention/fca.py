@@ -99,7 +99,7 @@ class FCA(ChannelAttention):
         # One number holds all u as its digits: no buffer that a copy to another device could leave
         # without values, and no transfer in every forward pass.
         digits = sum(pair[axis] * 8**k for k, pair in enumerate(TOP))
-        u = (torch.div(digits, 8**i, rounding_mode="floor") % 8) * (side // GRID)
+        u = (torch.full_like(i, digits) // 8**i % 8) * (side // GRID)
         # The phase in units of pi / (2 T), as an exact integer within one period.
         phase = (u[:, None] * (2 * t + 1)) % (4 * side)
         basis = torch.cos(phase.to(dtype) * (math.pi / (2 * side))) / math.sqrt(side)

@@ -38,7 +38,7 @@ def options() -> Options:
     )
     add_config(o, leave_out=("seed", "model.attention"))
     o.add("--out", "DIR", "folder for tables and report", kind=Path, default=Path("comparison"))
-    o.add("--runs", "DIR", "folder of all runs", kind=Path, default=Path("runs"))
+    o.add("--runs", "DIR", "folder of all runs", kind=Path, default=Path("runs"), rare=True)
     add_workers(o)
     return o.json()
 

@@ -308,16 +308,25 @@ _REMEDY = "Name the network, --attention, --start and --classes that it was trai
 def _load(model: nn.Module, state: dict[str, Any], path: Path | None, plain: set[str]) -> set[str]:
     """Loads weights; all keys of the plain network must be there, those of attention may.
 
+    Args:
+        plain: The keys of the network before attention was put in.
+
     Returns:
         The keys of attention that are not there: all of them or none.
     """
+    from spem.insert.wrap import true_keys
+
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(f"--weights {path} do not fit: {reason}. {_REMEDY}") from error
+    plain = set(true_keys(model, dict.fromkeys(plain)))
     lacking = sorted(plain.intersection(missing))
     added = set(model.state_dict()) - plain
+    of_attention = next((key for key in unexpected if ".attention." in key), None)
+    if of_attention is not None:
+        raise ValueError(f"--weights {path} hold attention ({of_attention}). {_REMEDY}")
     if lacking or unexpected:
         what = f"lack {lacking[0]}" if lacking else f"hold {unexpected[0]} too"
         raise ValueError(f"--weights {path} {what}: they are another network's. {_REMEDY}")
