@@ -274,6 +274,27 @@ def gates() -> str:
     return table("module | block | mean gate: | varies between images:", found)
 
 
+def folded() -> str:
+    """What the trained networks of the study lose when their gates become constants."""
+    with (ROOT / "results" / "cifar10" / "fold.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = {"se": "SE", "spem": "SPEM", "spem-identity": "SPEM, identity start"}
+    found: list[list[str]] = []
+    for name, title in names.items():
+        own = [row for row in rows if row["module"] == name]
+
+        def mean(column: str, own: list[dict[str, str]] = own) -> float:
+            return statistics.mean(float(row[column]) for row in own)
+
+        spreads = ", ".join(f"{100 * mean(f'spread_{block}'):.1f}" for block in (1, 2, 3))
+        cells = [title, f"{mean('accuracy'):.2f}", f"{mean('accuracy_folded'):.2f}"]
+        found.append([*cells, f"{100 * mean('agreement'):.1f}", spreads])
+    return table(
+        "network | accuracy, %: | folded, %: | same class, %: | spread of the blocks' gates, %:",
+        found,
+    )
+
+
 def lambdas() -> str:
     """Lambda of SPEM's three blocks at the end, a column a seed."""
     rows = [row for row in results_rows("cifar10", "mixes.csv") if row["module"] == "spem"]
@@ -309,6 +330,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "finetune_5000": lambda: compared("finetune", "finetune-5000-cifar10-study"),
     "finetune_1000": lambda: compared("finetune", "finetune-1000-cifar10-study"),
     "gates": gates,
+    "folded": folded,
     "lambdas": lambdas,
 }
 
