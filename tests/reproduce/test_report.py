@@ -11,9 +11,11 @@ import pytest
 from reproduce.made_up import compared, reproduced, steady
 
 from spem.attention import list_attention
-from spem.reproduce.figures import KNOWN, _within, colour, differences
+from spem.reproduce.figures import KNOWN, MINUS, _within, colour, curves, differences
 from spem.reproduce.report import build_report, markdown, number, shown
-from spem.reproduce.tables import build_tables, load_runs
+from spem.reproduce.tables import build_tables, load_runs, read_results
+
+INTERVAL = "95 % interval"
 
 
 class Page(HTMLParser):
@@ -185,3 +187,46 @@ def test_numbers_and_markdown():
     assert [number(-0.004), number(1.256, sign=True), number(float("nan"))] == ["0.00", "+1.26", ""]
     text = markdown(pd.DataFrame({"": ["a|b"], "n": ["3"]}))
     assert text == "|  | n |\n| --- | --- |\n| a\\|b | 3 |\n"
+
+
+def test_the_papers_column_is_spoken_of_only_where_it_stands(tmp_path: Path):
+    """Studies of our own have no number in the paper, on its data sets neither."""
+    found = page(reproduced(tmp_path, "scratch", scale="study"))
+    assert "plain" in found.first
+    assert "paper's column" not in found.all
+    assert "In what this differs from the paper" not in found.all
+    (table,) = build_tables(load_runs(tmp_path))
+    assert "paper" not in table.frame
+    assert list(shown(table).columns[1:5]) == ["accuracy, %", f"{MINUS} plain", INTERVAL, "verdict"]
+
+
+def test_a_row_far_away_is_an_arrow_with_its_numbers(tmp_path: Path):
+    """One arm that is 25 points below would press all the others into one line."""
+    gains = {"se": 0.5, "eca": 0.3, "spem": -25.0}
+    out = compared(tmp_path, "none", "se", "eca", "spem", accuracy=steady(60, **gains))
+    (table,) = build_tables(load_runs(out))
+    drawing = differences(table)
+    assert drawing is not None
+    (axis,) = drawing.figure.axes
+    assert axis.get_xlim()[0] > -5
+    line = table.frame.set_index("row").loc["spem"]
+    (arrow,) = axis.texts
+    text = f"{line['difference']:+.1f} [{line['low']:+.1f}, {line['high']:+.1f}]"
+    assert arrow.get_text() == text.replace("-", MINUS)
+    assert "An arrow" in drawing.caption
+    near = differences(build_tables(load_runs(compared(tmp_path / "near", "none", "se")))[0])
+    assert near is not None
+    assert not near.figure.axes[0].texts
+    assert "An arrow" not in near.caption
+
+
+def test_rows_of_one_module_have_its_colour_and_lines_that_differ(tmp_path: Path):
+    out = reproduced(tmp_path, "scratch", scale="study", seeds=3)
+    (table,) = build_tables(load_runs(out))
+    drawn = curves(table, read_results(out)["epochs"])
+    assert drawn is not None
+    lines = {str(line.get_label()): line for line in drawn.figure.axes[0].lines}
+    first, second = lines["SPEM"], lines["SPEM, identity start"]
+    assert first.get_color() == second.get_color() == colour("spem")
+    assert first.get_linestyle() != second.get_linestyle()
+    assert lines["SE"].get_linestyle() == first.get_linestyle()

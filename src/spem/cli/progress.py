@@ -201,7 +201,8 @@ def show(report: Report, *, json: bool = False) -> None:
     print_report_table(table)
     print(f"\n{table.answer}\n")
     if len(report.tables) > 1:
-        print(f"{len(report.tables) - 1} more tables are in the report.")
+        others = len(report.tables) - 1
+        print(f"{others} more table{'s are' if others > 1 else ' is'} in the report.")
     print(f"report: {report.page}")
 
 

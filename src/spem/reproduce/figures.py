@@ -6,6 +6,7 @@ import colorsys
 import hashlib
 import io
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 WIDTH = 5.2
 """Inches of a figure: with its 11 point letters it can be read on a telephone too."""
 GREY = "#555555"
+MINUS = "\N{MINUS SIGN}"
 KNOWN = {
     # Okabe and Ito: people with any kind of colour blindness can tell them apart.
     "none": "#000000",
@@ -37,6 +39,12 @@ KNOWN = {
     "sge": "#56B4E9",
 }
 MARKERS = "osD^vPX<>hp"
+DASHES = ("-", "--", ":", "-.")
+"""Lines of rows that share a colour, since they have the same module."""
+DETAILED = ("compare", "table1", "controls", "scratch", "finetune-1000", "finetune-5000")
+"""Experiments whose curves, mixes and gates are drawn."""
+FAR = 6.0
+"""A row that reaches so many times as far as the middle one is told by an arrow at the edge."""
 ACCURACY = "test accuracy, last epoch, %"
 
 
@@ -68,7 +76,12 @@ class Drawing:
 
 
 def colour(module: str) -> str:
-    """The colour of a module, the same in every figure; also of those of the user's own."""
+    """The colour of a module, the same in every figure; also of those of the user's own.
+
+    >>> colour("se, start=identity") == colour("se") != colour("se(pool=max)")
+    True
+    """
+    module = _attention_of(module)
     if module in KNOWN:
         return KNOWN[module]
     others = [name for name in list_attention() if name not in KNOWN]
@@ -85,9 +98,25 @@ def colour(module: str) -> str:
 
 def marker(module: str) -> str:
     """The mark of a module, beside its colour."""
-    names = list(KNOWN)
+    names, module = list(KNOWN), _attention_of(module)
     place = names.index(module) if module in names else sum(module.encode())
     return MARKERS[place % len(MARKERS)]
+
+
+def _attention_of(module: str) -> str:
+    """The attention in the name of a module: what follows its text is how the network began."""
+    found = re.match(r".*\)|[^,]*", module)
+    return found.group() if found else module
+
+
+def _dashes(table: Table) -> dict[str, str]:
+    """The line of each row: whole for the first of a colour, broken for the others."""
+    seen: dict[str, int] = {}
+    lines: dict[str, str] = {}
+    for row, module in zip(table.frame["row"], table.frame["module"], strict=True):
+        number = seen[colour(module)] = seen.get(colour(module), -1) + 1
+        lines[row] = DASHES[number % len(DASHES)]
+    return lines
 
 
 def draw_all(tables: Sequence[Table], frames: dict[str, pd.DataFrame]) -> list[Drawing]:
@@ -106,32 +135,62 @@ def differences(table: Table) -> Drawing | None:
     if rows.empty:
         return None
     dots = _seed_differences(table)
-    figure, axis = _canvas(1.3 + 0.42 * len(rows))
+    figure, axis = _canvas(1.1 + 0.38 * len(rows))
     axis.axvline(0, color=GREY, linewidth=1.2)
+    lines = rows.to_dict("records")
+    reach = [_reach(table, line, dots[line["row"]]) for line in lines]
+    middle = statistics.median(max(abs(low), abs(high)) for low, high in reach)
+    near = [one for one in reach if max(map(abs, one)) <= FAR * middle]
+    least, most = min(0.0, *(low for low, _ in near)), max(0.0, *(high for _, high in near))
+    margin = 0.08 * ((most - least) or 1.0)
     told: list[str] = []
-    for place, line in enumerate(rows.to_dict("records")):
+    for place, line in enumerate(lines):
         tint, mean = colour(line["module"]), line["difference"]
         own = dots[line["row"]]
         told.append(f"{line['row']} {mean:+.2f}")
-        if line["low"] == line["low"]:
-            low, high = _within(table, line)
-            axis.plot([low, high], [place, place], color=tint, linewidth=2.4)
+        known = line["low"] == line["low"]
+        if known:
             told[-1] += f" [{line['low']:+.2f}, {line['high']:+.2f}]"
-        axis.plot(mean, place, marker="|", markersize=17, markeredgewidth=3, color=tint)
-        above = [place - 0.2] * len(own)
+        if reach[place] not in near:
+            edge, inner = (least, 1) if mean < 0 else (most, -1)
+            edge -= inner * margin
+            ends = f" [{line['low']:+.1f}, {line['high']:+.1f}]" if known else ""
+            axis.annotate(
+                f"{mean:+.1f}{ends}".replace("-", MINUS),
+                xy=(edge, place),
+                xytext=(26 * inner, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if inner > 0 else "right",
+                color=tint,
+                arrowprops={"arrowstyle": "-|>", "color": tint, "linewidth": 2.4},
+            )
+            continue
+        if known:
+            axis.plot(_within(table, line), [place, place], color=tint, linewidth=2.4)
+        axis.plot(mean, place, marker="|", markersize=15, markeredgewidth=3, color=tint)
+        above = [place - 0.24] * len(own)
         axis.scatter(own, above, s=22, color=tint, alpha=0.65, linewidths=0, zorder=3)
     axis.set_yticks(range(len(rows)), [_short(row) for row in rows["row"]])
     axis.set_ylim(len(rows) - 0.5, -0.6)
+    axis.set_xlim(least - margin, most + margin)
     axis.tick_params(axis="y", length=0)
-    axis.margins(x=0.08)
     reference = table.reference or "the reference of the same group"
     axis.set_xlabel(f"difference to {_short(reference)}, points of accuracy")
     few = rows["low"].isna().all()
     bars = "no intervals: too few seeds" if few else "bars are 95 % t intervals"
     caption = f"Dots are pairs of runs with the same seed, ticks their mean; {bars}."
+    if len(near) < len(reach):
+        caption += " An arrow with numbers stands for a row that lies beyond the figure."
     return Drawing(
         f"{table.name}-differences", figure, caption, f"{table.title}: {'; '.join(told)}."
     )
+
+
+def _reach(table: Table, line: dict[Any, Any], own: Sequence[float]) -> tuple[float, float]:
+    """From where to where a row is drawn: its seeds, and its interval where there is one."""
+    ends = _within(table, line) if line["low"] == line["low"] else ()
+    return min([line["difference"], *own, *ends]), max([line["difference"], *own, *ends])
 
 
 def _within(table: Table, line: dict[Any, Any]) -> tuple[float, float]:
@@ -233,7 +292,7 @@ def _with_seeds(
 
 def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
     """Test accuracy over epochs, the mean over seeds."""
-    if "test_accuracy" not in epochs or table.experiment not in ("compare", "table1", "controls"):
+    if "test_accuracy" not in epochs or table.experiment not in DETAILED:
         return None
     own = epochs.merge(
         table.runs[["config", "seed", "row", "module"]].rename(columns={"module": "_module"}),
@@ -243,6 +302,7 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
         return None
     figure, axis = _canvas(3.6)
     told: list[str] = []
+    dashes = _dashes(table)
     for row in table.frame["row"]:
         part = own[own["row"] == row]
         if part.empty:
@@ -250,9 +310,8 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
         module = part["_module"].iloc[0]
         mean = part.groupby("epoch")["test_accuracy"].mean()
         few = {"marker": marker(module), "markersize": 4} if len(mean) <= 12 else {}
-        axis.plot(
-            mean.index + 1, mean, color=colour(module), linewidth=1.6, label=_short(row), **few
-        )
+        style = {"color": colour(module), "linestyle": dashes[row], "linewidth": 1.6}
+        axis.plot(mean.index + 1, mean, label=_short(row), **style, **few)
         told.append(f"{row} {mean.iloc[-1]:.2f}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("test accuracy, %")
@@ -264,7 +323,7 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
 
 def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
     """Lambda and |p| of every block over epochs, of the first row with a learned mix."""
-    if mixes.empty or table.experiment not in ("compare", "table1", "controls", "penalty"):
+    if mixes.empty or table.experiment not in (*DETAILED, "penalty"):
         return None
     runs = table.runs[table.runs["config"].isin(mixes["config"])]
     if runs.empty:
@@ -303,7 +362,7 @@ def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
 
 def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
     """How large the gates of each block are, and how far they look at the image."""
-    if gates.empty or table.experiment not in ("compare", "table1", "controls"):
+    if gates.empty or table.experiment not in DETAILED:
         return None
     rows = dict(zip(table.runs["config"], table.runs["row"], strict=True))
     own = gates[gates["config"].isin(rows)]
@@ -312,6 +371,7 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
     own = own.assign(row=own["config"].map(rows), spread=100 * own["sd_images"] / own["mean"].abs())
     figure, (top, bottom) = _canvas(5.0, rows=2)
     told: list[str] = []
+    dashes = _dashes(table)
     for row in table.frame["row"]:
         part = own[own["row"] == row]
         if part.empty:
@@ -319,6 +379,7 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
         module = str(table.frame.loc[table.frame["row"] == row, "module"].iloc[0])
         means = part.groupby("index")[["q50", "spread"]].mean()
         style = {"color": colour(module), "marker": marker(module), "markersize": 5}
+        style["linestyle"] = dashes[row]
         top.plot(means.index + 1, means["q50"], label=_short(row), **style)
         bottom.plot(means.index + 1, means["spread"], **style)
         told.append(f"{row} {means['spread'].min():.1f} to {means['spread'].max():.1f} %")

@@ -15,13 +15,12 @@ from spem import stats
 from spem.extras import require
 from spem.files import write_atomic
 from spem.reproduce.experiments import EXPERIMENTS
-from spem.reproduce.figures import Drawing, draw_all
+from spem.reproduce.figures import MINUS, Drawing, draw_all
 from spem.reproduce.tables import FINISHED, Table, build_tables, read_results
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MINUS = "\N{MINUS SIGN}"
 HEADLINES = ("compare", "controls", "table1", *EXPERIMENTS)
 """What the first screen answers: the first of these that was asked."""
 
@@ -140,7 +139,6 @@ def shown(table: Table) -> pd.DataFrame:
         number(mean, decimals) + (f" ± {number(sd, decimals)}" if sd == sd else "")
         for mean, sd in zip(frame["mean"], frame["sd"], strict=True)
     ]
-    text["n"] = frame["n"].astype(str)
     if "best_mean" in frame:
         text["best epoch, %"] = [
             number(mean) + (f" ± {number(sd)}" if sd == sd else "")
@@ -154,11 +152,12 @@ def shown(table: Table) -> pd.DataFrame:
         else ""
         for low, high in zip(frame["low"], frame["high"], strict=True)
     ]
+    text["verdict"] = frame["verdict"]
+    text["Holm p"] = [stats.p_text(p).replace("-", "") for p in frame["p_holm"]]
+    text["n"] = frame["n"].astype(str)
     text["p"] = [stats.p_text(p).replace("-", "") for p in frame["p"]]
     if frame["p_flip"].notna().any():
         text["sign-flip p"] = [stats.p_text(p).replace("-", "") for p in frame["p_flip"]]
-    text["Holm p"] = [stats.p_text(p).replace("-", "") for p in frame["p_holm"]]
-    text["verdict"] = frame["verdict"]
     if "against_paper" in frame:
         text["paper's number"] = frame["against_paper"]
     if "paper_parameters" in frame and frame["paper_parameters"].notna().any():
@@ -244,6 +243,7 @@ def _page(tables: Sequence[Table], drawings: Sequence[Drawing], runs: pd.DataFra
         {
             "table": table,
             "text": shown(table),
+            "answer": table.answer.replace("(-", f"({MINUS}"),
             "notes": notes(table),
             "figures": [d for d in drawings if d.name.startswith(f"{table.name}-")],
         }

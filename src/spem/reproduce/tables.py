@@ -318,8 +318,9 @@ class Table:
         question: What was asked.
         where: What was trained, in one line.
         frame: A row for each row of the table that was run: the columns of `spem.stats.compare`
-            and `row`, `module`, `note`, `parameters`, `flops`; beside the paper's data set `paper`
-            and `paper_parameters`; with its recipe `best_mean`, `best_sd` and `against_paper`.
+            and `row`, `module`, `note`, `parameters`, `flops`; where the paper prints numbers of
+            these cells `paper` and `paper_parameters`; with its recipe `best_mean`, `best_sd` and
+            `against_paper`.
         runs: The runs behind it, with their `row`.
         not_run: Rows without a run.
         paper_recipe: Whether its runs follow the paper's recipe on the paper's data.
@@ -379,7 +380,7 @@ def _of_experiment(one: Experiment, runs: pd.DataFrame) -> list[Table]:
         dataset = str(own["dataset"].iloc[0])
         of_paper = dataset == data  # digits are not put beside CIFAR's numbers
         frame = _compared(own, cells)
-        if of_paper:
+        if of_paper and any(cell.paper is not None for cell in cells):
             frame = _beside_paper(frame, own, cells, verdict=scale == "paper")
         name = f"{one.name}-{dataset}" + (f"-{scale}" if of_paper and scale != "paper" else "")
         missing = tuple(cell.row for cell in cells if cell.row not in set(frame["row"]))

@@ -1,1 +1,0 @@
-"""All GPU work as one command; see `__main__.py`."""
