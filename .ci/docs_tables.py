@@ -189,7 +189,7 @@ def of_one_size(spec: str) -> bool:
 
 
 def gpu() -> str:
-    """Training steps on a GPU, recorded as CUDA graphs (`python benchmarks/gpu`)."""
+    """Training steps on a GPU, recorded as CUDA graphs (`python benchmarks/gpu.py`)."""
     rows = read("steps_h200.csv")
     found: list[list[str]] = []
     for depth in ("29", "164"):
