@@ -68,7 +68,7 @@ def test_cells_are_told_apart_and_can_be_built(name: str, scale: str):
     assert len({(cell.data, cell.row) for cell in one.cells}) == len(one.cells)
     for cell in one.cells:
         if cell.config is None:
-            assert cell.note or scale == "smoke"
+            assert cell.note or cell.data not in one.scale.datasets
             continue
         assert cell.config.experiment.partition("-")[0] == scale
         assert (cell.config.runtime.threads, cell.config.seed) == (1, 0)
@@ -86,7 +86,8 @@ def test_cells_are_told_apart_and_can_be_built(name: str, scale: str):
 
 
 def test_tables_of_the_paper_are_float32_and_composed():
-    for config in run_configs([experiment(n, s) for n in PAPER for s in SCALES]):
+    scales = [scale for scale in SCALES if scale != "study"]  # of our own questions
+    for config in run_configs([experiment(n, s) for n in PAPER for s in scales]):
         assert (config.runtime.precision, config.runtime.impl) == ("fp32", "reference")
 
 

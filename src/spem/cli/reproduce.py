@@ -32,7 +32,7 @@ OWN = (
     ),
     "family",
 )
-SCALES = ("paper", "study", "short", "smoke")
+SCALES = ("paper", "short", "study", "smoke")
 
 
 def options() -> Options:
@@ -55,7 +55,7 @@ def options() -> Options:
         "--recipe",
         "--scale",
         "RECIPE",
-        "paper (164 epochs, 50,000 images), short (hours) or smoke (minutes, digits)",
+        "paper (164 epochs), study (20 epochs), short (hours) or smoke (minutes, digits)",
         kind=scale,
         default="short",
     )
