@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ops.tails import error
+from ops.tails import error, pairwise
 from torch import nn
 
 import spem
@@ -84,11 +84,13 @@ def through_norm(dx: np.ndarray, z: np.ndarray, gamma: np.ndarray, eps: float) -
     }
 
 
-@pytest.mark.parametrize("form", ["text", "code", "figure"])
-@pytest.mark.parametrize("normed", [True, False], ids=["norm", "bare"])
-@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (6, 2, 1, 1), (2, 3, 8, 8)], ids=str)
-@pytest.mark.parametrize("coarse", [False, True], ids=["random", "ties"])
-@pytest.mark.parametrize("impl", ["formula", "numba"])
+@pairwise(
+    form=("text", "code", "figure"),
+    normed=(True, False),
+    shape=((3, 4, 5, 6), (6, 2, 1, 1), (2, 3, 8, 8)),
+    coarse=(False, True),
+    impl=("formula", "numba"),
+)
 def test_by_hand(
     form: str, normed: bool, shape: tuple[int, int, int, int], coarse: bool, impl: str
 ) -> None:

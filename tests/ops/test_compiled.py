@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ops.tails import error, home, tail
+from ops.tails import error, home, pairwise, tail
 from ops.test_tail import needs
 from tolerance import TAIL
 from torch import Tensor
@@ -60,10 +60,12 @@ def test_opcheck_without_optional_parts(impl: str) -> None:
     torch.library.opcheck(operator(impl, "stats_backward"), (z, z, mu, p, *[None] * 6))
 
 
-@pytest.mark.parametrize("impl", ["formula", "numba", "triton"])
-@LAYOUTS
-@pytest.mark.parametrize("gate", ["none", "spem", "se(reduction=1)", "srm"])
-@pytest.mark.parametrize("norm", ["train", "eval"])
+@pairwise(
+    impl=("formula", "numba", "triton"),
+    layout=(torch.contiguous_format, torch.channels_last),
+    gate=("none", "spem", "se(reduction=1)", "srm"),
+    norm=("train", "eval"),
+)
 def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm: str) -> None:
     needs(impl, torch.float32, home(impl))
     eager = tail(
@@ -83,6 +85,7 @@ def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm:
     torch.testing.assert_close(compiled.norm.running_var, eager.norm.running_var)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["formula", "numba"])
 def test_a_network_compiled_by_inductor(impl: str) -> None:
     """One training step of a whole network, compiled to code, equals the eager one."""

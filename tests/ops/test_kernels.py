@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from ops.tails import pairwise
 from tolerance import TOLERANCE
 
 if not torch.cuda.is_available():
@@ -25,17 +26,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (2, 3, 1, 1),
     (2, 5, 7, 7),
-    (2, 3, 8, 8),
     (1, 24, 14, 14),
     (2, 33, 16, 16),  # channels_last: parts
-    (1, 3, 33, 33),
     (1, 2, 56, 56),  # both layouts: a loop, in parts
     (2, 5, 9),
     (2, 3, 2, 3, 4),
 ]
 both_layouts = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -105,21 +102,22 @@ def assert_stats(stats: tuple[torch.Tensor, ...], z: torch.Tensor) -> None:
 # F1
 
 
-@both_layouts
-@every_dtype
-@every_shape
+@pairwise(shape=SHAPES, dtype=DTYPES, last=(False, True))
 def test_plane_stats(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
     for ties in (False, True):
         z = drawn(shape, dtype, last, ties=ties)
         assert_stats(kernels.plane_stats(z, True, True), z)
 
 
-@both_layouts
-@pytest.mark.parametrize("shape", [(2, 3, 7, 7), (1, 33, 16, 16), (1, 2, 56, 56)], ids=str)
-@pytest.mark.parametrize(("moments", "extrema"), [(True, False), (False, True), (False, False)])
+@pairwise(
+    shape=((2, 3, 7, 7), (1, 33, 16, 16), (1, 2, 56, 56)),
+    last=(False, True),
+    asked=((True, False), (False, True), (False, False)),
+)
 def test_statistics_that_are_not_asked_for_are_empty(
-    shape: tuple[int, ...], last: bool, moments: bool, extrema: bool
+    shape: tuple[int, ...], last: bool, asked: tuple[bool, bool]
 ) -> None:
+    moments, extrema = asked
     z = drawn(shape, torch.float32, last)
     found, full = kernels.plane_stats(z, moments, extrema), kernels.plane_stats(z, True, True)
     for name, some, every in zip(RawStats._fields, found, full, strict=True):
@@ -129,9 +127,7 @@ def test_statistics_that_are_not_asked_for_are_empty(
         assert not wanted or torch.equal(some, every)
 
 
-@both_layouts
-@every_dtype
-@pytest.mark.parametrize("side", [7, 16, 56])
+@pairwise(side=(7, 16, 56), dtype=DTYPES, last=(False, True))
 def test_planes_of_one_value_tie_at_the_first_position(
     side: int, dtype: torch.dtype, last: bool
 ) -> None:
@@ -176,9 +172,7 @@ def test_variance_survives_a_large_mean(last: bool) -> None:
 # F2, B1, B2
 
 
-@both_layouts
-@every_dtype
-@every_shape
+@pairwise(shape=SHAPES, dtype=DTYPES, last=(False, True))
 def test_affine_tail(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
     B, C = shape[:2]
     z, r = (drawn(shape, dtype, last, seed) for seed in (1, 2))
@@ -194,9 +188,7 @@ def test_affine_tail(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> 
     assert_rounded_once(y, expected, size)
 
 
-@both_layouts
-@every_dtype
-@every_shape
+@pairwise(shape=SHAPES, dtype=DTYPES, last=(False, True))
 def test_affine_tail_backward(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> None:
     g, y, z = (drawn(shape, dtype, last, seed) for seed in (1, 2, 3))
     y = y.clamp_min(0)
@@ -211,10 +203,7 @@ def test_affine_tail_backward(shape: tuple[int, ...], dtype: torch.dtype, last: 
     assert total.shape == moment.shape == shape[:2]
 
 
-@both_layouts
-@every_dtype
-@every_shape
-@pytest.mark.parametrize("affine", ["none", "planes", "channels"])
+@pairwise(shape=SHAPES, dtype=DTYPES, last=(False, True), affine=("none", "planes", "channels"))
 def test_stats_backward(
     shape: tuple[int, ...], dtype: torch.dtype, last: bool, affine: str
 ) -> None:
@@ -273,10 +262,12 @@ def test_lanes_beyond_a_plane_add_nothing(last: bool) -> None:
 # launching
 
 
-@both_layouts
-@pytest.mark.parametrize("shape", [(1, 33, 16, 16), (1, 2, 56, 56), (2, 5, 7, 7)], ids=str)
-@pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
-@pytest.mark.parametrize("apart", [False, True], ids=["whole", "in parts"])
+@pairwise(
+    shape=((1, 33, 16, 16), (1, 2, 56, 56), (2, 5, 7, 7)),
+    last=(False, True),
+    wide=(False, True),
+    apart=(False, True),
+)
 def test_offsets_and_parts_change_nothing(
     shape: tuple[int, ...], last: bool, wide: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

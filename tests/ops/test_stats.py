@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from ops.tails import pairwise
 from tolerance import TOLERANCE
 
 from spem.ops import plane_stats
@@ -20,9 +21,11 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, *, last: bool = False) -> 
     return x.to(memory_format=torch.channels_last) if last else x
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pairwise(
+    grad=(False, True),
+    dtype=(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    shape=SHAPES,
+)
 def test_equals_numpy(shape: tuple[int, ...], dtype: torch.dtype, grad: bool) -> None:
     for last in (False, True) if len(shape) == 4 else (False,):
         x = drawn(shape, dtype, last=last).requires_grad_(grad)

@@ -150,6 +150,7 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
         shifted = planes - torch.where(origin.isfinite(), origin, 0.0)
         mean_shifted = shifted.mean(2)
         var = (shifted - mean_shifted[:, :, None]).square().mean(2)
+        var = var.clamp(max=torch.finfo(wide).max)  # a norm's factor of 0 times infinity is a NaN
         mean = mean_shifted + torch.where(origin.isfinite(), origin, 0.0)[:, :, 0]
     if extrema:
         first = planes[:, :, 0].contiguous()

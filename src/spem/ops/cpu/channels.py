@@ -13,8 +13,9 @@ from typing import Any
 
 from spem.ops.cpu.memory import (
     bytes_of,
-    element,
+    has_nan,
     lanes_of,
+    large_variance,
     load_positions,
     map_at,
     next_chunk,
@@ -57,15 +58,6 @@ from spem.ops.cpu.vectors import (
 
 GROUP = 8  # positions for which sums are held in registers where maps are only read
 AHEAD = 4096  # bytes from what is worked on to what is asked for
-
-
-@helper
-def _has_nan(x: Any, size: int, stride: int) -> bool:
-    for k in range(size):
-        value = element(x, k * stride)
-        if value != value:
-            return True
-    return False
 
 
 @helper
@@ -175,9 +167,13 @@ def plane_stats(block: Any) -> None:
             v = (read(var, p, n, zero) - s * m) * share
             write(mean, p, n, _shift(read(x, c, n, zero), zeros) + m)
             write(var, p, n, where_above(zeros, v, zeros, v))
+            if where_equal_bits(v - v, zeros) != full:
+                for u in range(n):
+                    if var[p + u] - var[p + u] != zero:
+                        var[p + u] = large_variance(offset(x, c + u), size, channels, mean[p + u])
             if flags & EXTREMA and where_equal_bits(s - s, zeros) != full:
                 for u in range(n):
-                    if _has_nan(offset(x, c + u), size, channels):
+                    if has_nan(offset(x, c + u), size, channels):
                         nan = mean[p + u] - mean[p + u]
                         high[p + u] = nan
                         low[p + u] = nan

@@ -26,6 +26,7 @@ from torch import Tensor
 from spem.ops.cpu.launch import address_of
 from spem.ops.cpu.memory import (
     element,
+    has_nan,
     lanes_of,
     load,
     load_part,
@@ -169,15 +170,6 @@ def _optional(block: Any, address: int, c: int, n: int) -> Any:
 
 
 @helper
-def _has_nan(x: Any, size: int, stride: int) -> bool:
-    for k in range(size):
-        value = element(x, k * stride)
-        if value != value:
-            return True
-    return False
-
-
-@helper
 def _shift(row: Any, zeros: Any) -> Any:
     """The first position where it is finite, else 0."""
     return where_equal(row - row, zeros, row, zeros)
@@ -254,7 +246,7 @@ def _collect_channels(block: Any, table: Any, x: Any, base: int, begin: int, end
             write(_row(block, table, FIRST), p, n, row)
             if where_equal_bits(where_equal(s - s, zeros, zeros, ones), ones) != 0:
                 for u in range(n):
-                    if _has_nan(offset(x, c + u), size, channels):
+                    if has_nan(offset(x, c + u), size, channels):
                         high[p + u] = low[p + u] = zero / zero
 
 
@@ -317,7 +309,7 @@ def _collect_planes(block: Any, table: Any, x: Any, p: int, n: int) -> None:
         if flags & EXTREMA:
             top, bottom = highest(h), lowest(w)
             rest = total(s)
-            if rest - rest != zero and _has_nan(plane, size, 1):
+            if rest - rest != zero and has_nan(plane, size, 1):
                 top = bottom = zero / zero
             high[p + u] = top
             low[p + u] = bottom

@@ -349,6 +349,34 @@ def write(pointer: Any, index: Any, count: Any, value: Any) -> None:
 
 
 @helper
+def has_nan(x: Any, size: int, stride: int) -> bool:
+    """Whether a plane holds a NaN; its positions are ``stride`` elements apart."""
+    for k in range(size):
+        value = element(x, k * stride)
+        if value != value:
+            return True
+    return False
+
+
+@helper
+def large_variance(x: Any, size: int, stride: int, mean: Any) -> Any:
+    """The variance of a plane whose sum of squares overflows; a NaN if it holds one or an infinity.
+
+    A variance that overflows itself is the largest power of two instead, since the norm's factor
+    is 0 then, and 0 times infinity is no number.
+    """
+    share = number(x, 1) / number(x, size)
+    v = number(x, 0)
+    for k in range(size):
+        off = element(x, k * stride) - mean
+        v += off * share * off
+    most = number(x, 1)
+    while most + most < v:
+        most += most
+    return most if v - v != 0 and v == v else v
+
+
+@helper
 def region_of(table: Any) -> int:
     """The region in which the calling thread begins."""
     return take(table, COUNTER) % table[REGIONS]

@@ -10,7 +10,9 @@ from typing import Any
 
 from spem.ops.cpu.memory import (
     element,
+    has_nan,
     lanes_of,
+    large_variance,
     load,
     load_part,
     map_at,
@@ -77,15 +79,6 @@ def _first_equal(x: Any, size: int, value: Any) -> int:
         n = min(max(size - k - u * lanes, 0), lanes)
         bits |= where_equal_bits(load_part(x, k + u * lanes, n, value), wanted) << u * lanes
     return min(k + lowest_bit(bits), size - 1)
-
-
-@helper
-def _has_nan(x: Any, size: int) -> bool:
-    for k in range(size):
-        value = element(x, k)
-        if value != value:
-            return True
-    return False
 
 
 def plane_stats(block: Any) -> None:
@@ -158,11 +151,11 @@ def plane_stats(block: Any) -> None:
                 v = (total(q0 + q1) - s * m) * share
                 v = zero if v < zero else v
                 mean[p] = shift + m
-                var[p] = v
+                var[p] = v if v - v == zero else large_variance(x, size, 1, shift + m)
             if flags & EXTREMA:
                 top = highest(larger(h0, h1))
                 bottom = lowest(smaller(l0, l1))
-                nan = s - s != zero and _has_nan(x, size)
+                nan = s - s != zero and has_nan(x, size, 1)
                 if nan:
                     top = bottom = s - s
                 first[p] = z0
