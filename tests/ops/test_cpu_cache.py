@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.slow  # interpreters that start and compile
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 SCRIPT = """

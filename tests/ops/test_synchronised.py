@@ -50,7 +50,13 @@ def worker(rank: int, sizes: tuple[int, ...], impl: str, folder: str) -> None:
 
 @pytest.mark.parametrize(
     ("impl", "sizes"),
-    [("formula", (3, 2)), ("numba", (3, 2)), ("numba", (4, 0)), ("formula", (1, 1, 3))],
+    [
+        ("numba", (3, 2)),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (("formula", (3, 2)), ("numba", (4, 0)), ("formula", (1, 1, 3)))
+        ),
+    ],
     ids=str,
 )
 def test_several_processes_equal_one(impl: str, sizes: tuple[int, ...]) -> None:

@@ -215,6 +215,7 @@ assert same(passes(), expected)
         run_script(pool, script)
 
     @needs_fork
+    @pytest.mark.slow
     def test_fork_while_another_thread_computes(self, pool):
         script = """
 stop = threading.Event()
@@ -236,6 +237,7 @@ assert not wrong
         run_script(pool, script)
 
     @needs_fork
+    @pytest.mark.slow
     def test_data_loader_workers(self, pool):
         script = """
 def sums(found):  # numpy's: torch's depend on its number of threads, which is 1 in a worker
@@ -251,6 +253,7 @@ for got in loader:
         run_script(pool, script)
 
     @needs_fork
+    @pytest.mark.slow
     def test_fork_while_a_kernel_is_compiled(self, pool, tmp_path):
         script = """
 w = [t[:2].double() if t.dim() > 1 else t.double() for t in (z, r, c, p)] + [c.double()] * 2
@@ -306,3 +309,32 @@ assert in_child(work) == 0
 assert same(tails()[:2], wanted[:2])
 """
         run_script(pool, TAILS + script)
+
+
+WITHOUT = """
+import os, torch
+for name in ("sched_getaffinity", "RTLD_NOLOAD", "register_at_fork", "fork", "O_DIRECTORY"):
+    if hasattr(os, name):
+        delattr(os, name)
+import spem, spem.training
+from spem.ops import threads
+assert threads._parallel is None
+torch.set_num_threads(2)
+model = spem.resnet(11)
+spem.attach(model, "spem")
+x = torch.randn(20, 3, 32, 32)
+model(x).square().mean().backward()
+with torch.no_grad():
+    model.eval()(x)
+"""
+
+
+@pytest.mark.slow
+def test_without_what_only_linux_has():
+    """On macOS and Windows these names are missing: the pool runs the kernels."""
+    path = {"PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-c", WITHOUT]
+    done = subprocess.run(
+        command, env=os.environ | path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ _SCHEMAS = {
 }
 _TORCH_C = getattr(torch, "_C", None)  # what is behind it may change or go
 _FUNCTORCH = getattr(_TORCH_C, "_functorch", None)
-_MODES = ("dispatch", "function")
+_STACKS = [getattr(_TORCH_C, f"_len_torch_{kind}_stack", int) for kind in ("dispatch", "function")]
 _MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
 
 
@@ -73,7 +73,7 @@ def _plain_calls(*, watched: bool) -> Passes:
 
 def _modes() -> int:
     """The number of dispatch and function modes in force."""
-    return sum(getattr(_TORCH_C, f"_len_torch_{kind}_stack", int)() for kind in _MODES)
+    return sum(stack() for stack in _STACKS)
 
 
 @cache
