@@ -115,3 +115,15 @@ def test_the_seed_is_the_only_input() -> None:
         first.state_dict().items(), second.state_dict().items(), strict=True
     ):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_network_that_is_made_follows_the_generator_of_torch() -> None:
+    """As every other network does; `initialise` gives the keyed start."""
+    nets = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        nets.append(spem.resnet(11, attention="se").state_dict())
+    drawn = [key for key in nets[0] if key.endswith(("conv1.weight", "fc1.weight", "fc.weight"))]
+    assert len(drawn) >= 8
+    assert all(torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+    assert not any(torch.equal(nets[0][key], nets[2][key]) for key in drawn)

@@ -386,3 +386,11 @@ CASES: list[Case] = [
     Case("scale", lambda: spem.Scale(CHANNELS), oracles.scale, any_rank=True),
     *WIDE,
 ]
+
+
+def spread(each: int) -> list[Case]:
+    """Up to so many cases of every module, evenly from its list."""
+    of_module: dict[str, list[Case]] = {}
+    for case in CASES:
+        of_module.setdefault(case.label.split("-")[0], []).append(case)
+    return [case for own in of_module.values() for case in own[:: -(-len(own) // each)]]

@@ -10,8 +10,12 @@ from spem.attention import ChannelAttention, list_attention, register_attention
 from spem.attention.spec import attention_class, bibtex
 
 
-@pytest.mark.parametrize("name", list_attention())
-def test_entry_and_module_name_the_same_paper(name: str):
+def test_entries_and_modules_name_the_same_papers() -> None:
+    for name in list_attention():
+        entry_and_module_name_the_same_paper(name)
+
+
+def entry_and_module_name_the_same_paper(name: str) -> None:
     entry, paper = bibtex(name), attention_class(name).paper
     if name == "scale":
         assert entry == f"% scale: {paper}"

@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from attention.cases import CASES, CHANNELS, Case
+from attention.cases import CASES, CHANNELS, Case, spread
 from attention.drawing import distinct_map, feature_map, generator, randomise
-from attention.registered import sampled
+from attention.registered import ALL, sampled
 from tolerance import GRADCHECK
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -38,7 +38,7 @@ def gradcheck(module: nn.Module, x: Tensor, stopped: tuple[str, ...] = ()) -> No
     assert torch.autograd.gradcheck(forward, (x.requires_grad_(), *values), **GRADCHECK)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", spread(4), ids=lambda case: case.label)
 def test_gradcheck(case: Case) -> None:
     # without batch statistics evaluation is the same function as training
     for training in (True, False) if case.batch_statistics else (True,):
@@ -47,25 +47,8 @@ def test_gradcheck(case: Case) -> None:
     every_parameter_receives_a_gradient(case)
 
 
-@pytest.mark.parametrize("name", spem.list_attention())
-def test_every_registered_module_passes_gradcheck(name: str) -> None:
-    spec = {
-        "se": "se(reduction=8)",
-        "cbam": "cbam(reduction=8, kernel=3)",
-        "sge": "sge(groups=4)",
-        "fca": "fca(frequencies=8, reduction=4, size=7)",
-        "gc": "gc(reduction=4)",
-        "triplet": "triplet(kernel=3)",
-        "ela": "ela(norm_groups=4)",
-        "spa": "spa(reduction=8)",
-        "gsop": "gsop(dims=2)",
-        "bam": "bam(reduction=4)",
-        "ean": "ean(reduction=8)",
-    }.get(name, name)
-    module = randomise(
-        spem.create_attention(spec, CHANNELS, dtype=torch.float64), "registered", name
-    )
-    gradcheck(module, distinct_map(2, CHANNELS, 2, 2, key=name), module.needs.stops_gradients)
+def test_every_registered_module_has_cases() -> None:
+    assert {case.label.split("-")[0] for case in CASES} == set(ALL)
 
 
 def every_parameter_receives_a_gradient(case: Case) -> None:
@@ -156,7 +139,7 @@ def extremal_cases() -> list[Case]:
 
 @pytest.mark.parametrize(
     ("case", "kind", "layout"),
-    sampled(extremal_cases(), KINDS.args[1], LAYOUTS.args[1], each=1),
+    sampled(extremal_cases()[::2], KINDS.args[1], LAYOUTS.args[1], each=1),
     ids=lambda value: value.label if isinstance(value, Case) else value,
 )
 def test_modules_send_the_gradient_to_the_first_extremum(
@@ -184,7 +167,7 @@ def test_modules_send_the_gradient_to_the_first_extremum(
     assert torch.equal(gradient, gate_gradient(module, unique, layout))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", spread(2), ids=lambda case: case.label)
 def test_ties_and_layouts(case: Case) -> None:
     """Constant planes have finite gradients; at ties both layouts choose the same position."""
     module = randomise(case.module(5, 4).double(), "ties", case.label)

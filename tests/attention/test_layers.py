@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from attention.drawing import feature_map, randomise
-from attention.registered import ALL
+from attention.registered import ALL, sampled
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -47,8 +47,7 @@ def se_of(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return x.double() * torch.sigmoid(hidden @ w2.double().T + b2.double())[..., None, None]
 
 
-@pytest.mark.parametrize("name", ALL)
-@DTYPES
+@pytest.mark.parametrize(("name", "dtype"), sampled(ALL, DTYPES.args[1], each=1))
 def test_hooks_of_every_layer_fire(name: str, dtype: torch.dtype) -> None:
     spec = {"ge": "ge(form=theta_plus)", "gc": "gc(fusion=both)"}.get(name, name)
     module = spem.create_attention(spec, 64, size=(8, 8)).to(dtype).eval()

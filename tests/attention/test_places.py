@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from attention import oracles_wide
 from attention.drawing import arrays, feature_map, randomise
+from attention.registered import sampled
 from tolerance import PRINTED, TAIL, TOLERANCE
 from torch import Tensor, nn
 
@@ -70,8 +71,7 @@ def test_where_they_stand(spec: str, names: list[str]) -> None:
     assert len(blocks(model)) == 6
 
 
-@pytest.mark.parametrize("spec", ELSEWHERE)
-@pytest.mark.parametrize("block", ["bottleneck", "basic"])
+@pytest.mark.parametrize(("spec", "block"), sampled(ELSEWHERE, ["bottleneck", "basic"], each=1))
 def test_networks_run_in_training_and_evaluation(spec: str, block: str) -> None:
     depth = 20 if block == "bottleneck" else 14
     if spec == "sk" and block == "basic":
@@ -163,8 +163,7 @@ def test_weights_are_stored_once_and_load(spec: str) -> None:
     assert torch.equal(other(x), model(x))
 
 
-@pytest.mark.parametrize("impl", ["formula", "numba"])
-@pytest.mark.parametrize("spec", ELSEWHERE)
+@pytest.mark.parametrize(("spec", "impl"), sampled(ELSEWHERE, ["formula", "numba"], each=1))
 def test_tails_run_under_an_explicit_implementation(spec: str, impl: str) -> None:
     if impl == "numba":
         pytest.importorskip("numba")

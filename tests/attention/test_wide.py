@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention import oracles_wide
 from attention.drawing import arrays, feature_map, randomise
+from attention.registered import sampled
 from tolerance import TOLERANCE
 from torch import nn
 from torch.nn import functional as F
@@ -249,21 +250,20 @@ def test_which_forms_are_functions_of_plane_statistics() -> None:
     assert attention.GE(4, extent=2).statistics == ()
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "gct(mode=l1)",
-        "ge(form=theta)",
-        "ge(form=theta_plus)",
-        "ge(extent=2)",
-        "ge(pool=mix())",
-        "ese(pool=mix(0.3))",
-        "gc(fusion=mul)",
-        "gc(fusion=both)",
-        "ela(form=S)",
-    ],
+OTHER_FORMS = (
+    "gct(mode=l1)",
+    "ge(form=theta)",
+    "ge(form=theta_plus)",
+    "ge(extent=2)",
+    "ge(pool=mix())",
+    "ese(pool=mix(0.3))",
+    "gc(fusion=mul)",
+    "gc(fusion=both)",
+    "ela(form=S)",
 )
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+@pytest.mark.parametrize(("spec", "training"), sampled(OTHER_FORMS, (True, False), each=1))
 def test_tail_and_autocast_of_other_forms(spec: str, training: bool) -> None:
     module = randomise(spem.create_attention(spec, 32, size=(4, 5)), spec).train(training)
     norm = randomise(nn.BatchNorm2d(32), "norm").train(training)
@@ -278,8 +278,10 @@ def test_tail_and_autocast_of_other_forms(spec: str, training: bool) -> None:
     torch.testing.assert_close(out, wanted, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("spec", ["gct", "ese", "ese(pool=mix())", "ge", "ge(pool=mix())"])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("spec", "training"),
+    sampled(["gct", "ese", "ese(pool=mix())", "ge", "ge(pool=mix())"], (True, False), each=1),
+)
 def test_gradients_of_the_fused_tail(spec: str, training: bool) -> None:
     """In the fused operation they are those of the modules one after the other."""
     results = []
