@@ -101,7 +101,7 @@ class ChannelAttention(nn.Module):
         for method in ("gate", "gate_from", "map_gate", "step", "shift"):
             if method in cls.__dict__:
                 wrapped = without_autocast(cls.__dict__[method])
-                setattr(cls, method, wrapped if method == "shift" else _observed(wrapped))
+                setattr(cls, method, wrapped if method == "shift" else cls._observed(wrapped))
 
     def __init__(
         self,
@@ -267,6 +267,27 @@ class ChannelAttention(nn.Module):
         same = torch.equal(seen, x * v.to(x.dtype))
         return y if same else (seen + residual).relu_()
 
+    @staticmethod
+    def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
+        """Tells the observers what is computed; a gate that another one calls is part of it."""
+
+        @wraps(method)
+        def wrapped(self: ChannelAttention, x: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._observers:
+                return method(self, x, *args, **kwargs)
+            self._depth += 1
+            try:
+                result = method(self, x, *args, **kwargs)
+            finally:
+                self._depth -= 1
+            if self._depth == 0:
+                gate = result[0] if isinstance(result, tuple) else result
+                for observer in list(self._observers.values()):
+                    observer(gate, x.shape[0] if isinstance(x, Tensor) else x.batch)
+            return result
+
+        return wrapped
+
     def _telling(self, gates: list[Tensor]) -> Self:
         """This module without hooks of its own, and a list for its gate."""
         twin = without_hooks(self)
@@ -340,27 +361,6 @@ class ChannelAttention(nn.Module):
                 f"{label}: training needs a batch of at least {least}, since it normalises over "
                 f"the batch; got {list(x.shape)}. Use a larger batch, or eval()."
             )
-
-
-def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells a module's observers what it computed; a gate that another one calls is part of it."""
-
-    @wraps(method)
-    def wrapped(self: ChannelAttention, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._observers:
-            return method(self, x, *args, **kwargs)
-        self._depth += 1
-        try:
-            result = method(self, x, *args, **kwargs)
-        finally:
-            self._depth -= 1
-        if self._depth == 0:
-            gate = result[0] if isinstance(result, tuple) else result
-            for observer in list(self._observers.values()):
-                observer(gate, x.shape[0] if isinstance(x, Tensor) else x.batch)
-        return result
-
-    return wrapped
 
 
 def param_groups(

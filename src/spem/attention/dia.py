@@ -89,7 +89,7 @@ class DIA(ChannelAttention):
     def forward(
         self, x: Tensor, state: State, *, known: tuple[Tensor, State] | None = None
     ) -> tuple[Tensor, State]: ...
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the state beside the gate
         self, x: Tensor, state: State | None = None, *, known: tuple[Tensor, State] | None = None
     ) -> Tensor | tuple[Tensor, State]:
         """x * gate(x) as in the first block; with a state, the state after it too.

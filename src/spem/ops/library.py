@@ -173,7 +173,8 @@ def without_hooks(module: _M, *, inside: bool = False) -> _M:
     twin = copy(module)
     vars(twin).update({kind: OrderedDict() for kind in _HOOKS})
     if inside:
-        held = {name: m and without_hooks(m, inside=True) for name, m in twin._modules.items()}
+        parts: dict[str, nn.Module | None] = vars(twin)["_modules"]
+        held = {name: part and without_hooks(part, inside=True) for name, part in parts.items()}
         vars(twin)["_modules"] = held
     return twin
 
