@@ -14,8 +14,8 @@ from spem.data import load_images
 from spem.models import resnet
 from spem.seeding import initialise
 from spem.training import DataConfig, ModelConfig, RunConfig, Silent, evaluate, recipes, train
+from spem.training.evaluation import describe_gates, gradient_norms
 from spem.training.folder import load_weights, read_metrics, read_result
-from spem.training.inside import describe_gates, gradient_norms
 from spem.training.sets import load_sets
 
 

@@ -51,7 +51,7 @@ _NAMES = {
     "signals": ("Interrupted",),
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names}
-_MODULES = (*_NAMES, "capture", "environment", "inside", "sets", "step")
+_MODULES = (*_NAMES, "capture", "environment", "sets", "step")
 
 
 def __getattr__(name: str) -> Any:

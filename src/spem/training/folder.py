@@ -152,7 +152,7 @@ class Result:
     step: str
     """How its steps were taken: "eager", "compile" or "graph"."""
     gates: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """The gate of each module on the first test images (`spem.training.inside`)."""
+    """The gate of each module on the first test images (`spem.training.evaluation`)."""
     files: dict[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of each file that stays in the folder."""
 

@@ -25,7 +25,13 @@ from spem.training.capture import CapturedStep
 from spem.training.config import RunConfig, RuntimeConfig
 from spem.training.distributed import Team, gather_team, shared_step
 from spem.training.environment import commit, hardware, versions
-from spem.training.evaluation import Accuracy, evaluate
+from spem.training.evaluation import (
+    Accuracy,
+    describe_gates,
+    evaluate,
+    gradient_norms,
+    norm_report,
+)
 from spem.training.folder import (
     CHECKPOINT,
     WEIGHTS,
@@ -50,7 +56,6 @@ from spem.training.folder import (
     write_plan,
     write_result,
 )
-from spem.training.inside import describe_gates, gradient_norms, norm_report
 from spem.training.progress import Progress, Silent, Status, choose_progress
 from spem.training.sets import Sets, epoch_batches, load_sets, require_batches
 from spem.training.signals import Interrupted, StopSignals, stop_signals
