@@ -473,7 +473,7 @@ def _scratch(scale: Scale) -> Iterator[Cell]:
 
 def _finetune(images: int, epochs: int) -> Callable[[Scale], Iterator[Cell]]:
     """From CIFAR-100 to so many images of CIFAR-10, attached as the identity unless a row says."""
-    arms = (
+    arms: tuple[tuple[str, str, Literal["identity"] | None, float], ...] = (
         ("plain", "none", None, TUNING_RATE),
         ("scale", "scale", "identity", TUNING_RATE),
         ("SE", "se", "identity", TUNING_RATE),

@@ -1,0 +1,9 @@
+# For the type checker: what pandas annotates its own results with are unions of everything that a
+# cell can hold, under which no ordinary expression passes. Frames keep their names, their contents
+# are Any.
+from typing import Any
+
+class DataFrame(Any): ...
+class Series(Any): ...
+
+def __getattr__(name: str) -> Any: ...
