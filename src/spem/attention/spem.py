@@ -168,9 +168,11 @@ class SPEM(ChannelAttention):
         """Whether kernels compute the gate: on a CPU, eagerly, where a gradient is recorded."""
         known = self.form == "text" and self.reweight == "shared_sum" and type(self.pool) in _POOLS
         high = stats.max
-        if not known or high is None or not torch.is_grad_enabled() or not high.numel():
+        if not known or high is None or not torch.is_grad_enabled() or not runs_eagerly(high):
             return False
-        if requested(None, "SPEM") not in (None, "numba") or not runs_eagerly(high):
+        if requested(None, "SPEM") not in (None, "numba"):
+            return False
+        if not high.numel():  # asked last, since a tracer would record the question
             return False
         return not has_hooks(self.pool) and not unsupported("numba", high.device.type, high.dtype)
 
