@@ -228,8 +228,10 @@ class _Stats(torch.autograd.Function):
         work = passes(ctx.impl)
         if d is None:
             d = torch.zeros_like(z)
-        zero = mu.new_zeros(z.shape[:2])
-        v, total, moment = (zero if g is None else g for g in (v, total, moment))
+        zero: Tensor = mu.new_zeros(z.shape[:2])
+        v = zero if v is None else v
+        total = zero if total is None else total
+        moment = zero if moment is None else moment
         if not ctx.moments:
             mean = var = None  # compilers materialise zeros here
         if not ctx.extrema:

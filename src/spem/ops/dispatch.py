@@ -202,7 +202,7 @@ def _objection(device: str | torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "kernels have no CUDA device here to prove themselves on"
     place = torch.device(device)
-    if place.index is None:
+    if str(place) == "cuda":
         place = torch.device("cuda", torch.cuda.current_device())
     return import_module("spem.ops.cuda.proof").objection(place)
 

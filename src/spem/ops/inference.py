@@ -126,8 +126,10 @@ def infer(
         return None
     found = kernels.norm_stats(z, constants, statistics)
     size = z.numel() // (shape[0] * shape[1])
-    read = (s if name in statistics else None for name, s in zip(STATISTICS, found, strict=True))
-    stats = PlaneStats(*read, size, shape[0])
+    mean, var, high, low = (
+        s if name in statistics else None for name, s in zip(STATISTICS, found, strict=True)
+    )
+    stats = PlaneStats(mean, var, high, low, size, shape[0])
     v = gate_values(gate, stats, z)
     compiled = _beside_hooks(gate, stats, v, shape[1])
     if compiled is not None:
@@ -158,8 +160,9 @@ def _constant(norm: nn.Module, shape: torch.Size) -> Norm | None:
     if ranks is None or norm.training or len(shape) not in ranks or has_hooks(norm):
         return None
     # From where they lie: a module looks for each name in three places.
-    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-    mean, var = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+    parameters, buffers = vars(norm)["_parameters"], vars(norm)["_buffers"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if mean is None or var is None or (weight is None and norm.affine):
         return None
     for t in (weight, bias, mean, var):

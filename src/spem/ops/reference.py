@@ -24,7 +24,8 @@ def tail(
         v = gate(plane_stats(x, statistics))
         x = x * v.reshape(*v.shape, *[1] * (x.dim() - 2)).to(x.dtype)
     # What the gate scaled is a new map; what a norm returned may be held by its hooks.
-    plain = type(norm) in (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d) and not has_hooks(norm)
+    known = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
+    plain = norm is not None and type(norm) in known and not has_hooks(norm)
     return add_relu(x, residual, fresh=gate is not None or plain)
 
 

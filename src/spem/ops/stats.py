@@ -75,7 +75,8 @@ def plane_stats(x: Tensor, which: Collection[str] = STATISTICS) -> PlaneStats:
     # exports as a plain reduction. Values are the same.
     indexed = torch.is_grad_enabled() and x.requires_grad
     # torch.jit.trace runs twice, with gradients and without, and wants the same graph.
-    indexed = indexed or (torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export())
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    indexed = indexed or (traced and not torch.onnx.is_in_onnx_export())
     if "max" in which:
         highest = (planes.max(2).values if indexed else planes.amax(2)).to(dtype)
     if "min" in which:
