@@ -243,7 +243,8 @@ def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype, gate: str
         ones = torch.ones_like(t.z.detach())
         expected = gradients(t.forward(impl), ones, wanted)[0]
         (grad,) = torch.autograd.grad(t.forward(impl).sum(), wanted, create_graph=True)
-        torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+        # With a graph SPEM's gate is differentiated operation by operation, without one by hand.
+        torch.testing.assert_close(grad, expected)
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             grad.sum().backward()
 
