@@ -14,6 +14,7 @@ from reproduce.made_up import compared, reproduced, steady
 from spem import cli
 from spem.cli.progress import parse_duration, parse_seeds, roughly
 from spem.reproduce import load_runs, run
+from spem.training import Interrupted
 
 # digits at their own size, few of them: a run takes about a second
 TINY = ["--data", "digits", "--size", "8", "--data.pad", "1", "--limit", "96", "--epochs", "1"]
@@ -288,3 +289,25 @@ def test_demo(
     assert "digits cannot rank" in " ".join(told.split())
     assert (tmp_path / "shown" / "comparison.png").stat().st_size > 5000
     assert len(pd.read_csv(tmp_path / "shown" / "runs.csv")) == 12
+
+
+def test_a_stop_before_the_first_run_is_finished_is_told_as_such(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There is no table yet then, and that is no fault of the folder's."""
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise Interrupted("Training stopped by SIGTERM. Run the command again to go on.", 143)
+
+    args = ["compare", "none", "se", *TINY, "--seeds", "1", "--out", "out", "--runs", "runs"]
+    monkeypatch.setattr(run, "run_missing", stopped)
+    assert call(args) == 143
+    told = capsys.readouterr()
+    assert "stopped by SIGTERM" in told.err
+    assert "holds no runs.csv" not in told.err
+    monkeypatch.setattr(
+        run, "run_missing", lambda configs, *_, **__: [run.Ended(c, "stopped") for c in configs]
+    )
+    assert call(args) == 0
+    assert "No run is finished yet.\n2 runs are left" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "report.html").exists()

@@ -160,11 +160,14 @@ def carry_out(
         progress.stop()
     failed = {one.config: one.error for one in ended if one.status == FAILED}
     problems = record(planned, runs, out, failed=failed, baseline=baseline)
-    report = build_report(out)
+    report = build_report(out) if (out / "runs.csv").exists() else None
     if interrupted is not None:
         raise interrupted
-    show(report, json=json)
     left = sum(one.status == STOPPED for one in ended)
+    if report is not None:
+        show(report, json=json)
+    else:  # the budget was over before the first run was
+        print_json({"report": None, "tables": []}) if json else print("No run is finished yet.")
     if left and not json:
         print(f"{left} runs are left; the same command goes on from their checkpoints.")
     if problems:
