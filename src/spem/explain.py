@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -205,13 +206,21 @@ def draw(
     if not rows:
         raise ValueError("explain: no attention has run on the image, so there is nothing to draw.")
     figure = Figure(figsize=(6.6 + 1.9 * top, 1.5 + 1.55 * max(len(rows), 2)), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(_literal(title), fontsize=12)
+    classes = [_literal(name) for name in classes]
     halves = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.7, 3.9 + 1.9 * top))
     _answer(halves[0, 0], explanation.probabilities, image, classes, marked)
     _rows(halves[0, 1], rows, top)
     content = io.BytesIO()
-    figure.savefig(content, dpi=150, format=kind)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks it: it is a box then
+        figure.savefig(content, dpi=150, format=kind)
     write_atomic(path, content.getvalue())
+
+
+def _literal(text: str) -> str:
+    """Text as matplotlib shows it as it stands: no formulas, no control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace("$", r"\$")
 
 
 def evenly(blocks: Sequence[BlockView], count: int) -> list[BlockView]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
+from PIL import Image
 
 import spem
 from spem import cli
@@ -61,6 +62,9 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
         (["train", "smoke", "--optim.lr", "-1"], "--optim.lr -1.0 must be a number from 0 on."),
         (["eval", "gone.safetensors"], "spem eval: there is no file gone.safetensors."),
         (["eval", "cifar:11"], "does not say which images it was trained on. Give --data."),
+        (["train", "smoke", "--optim.mix-lr", "-1"], "--optim.mix-lr -1.0 must be a number from 0"),
+        (["explain", "cifar:11", "gone.png", "--attention", "se"], "there is no image gone.png."),
+        (["eval", "cifar:11", "--data", "digits", "--device", "gpu"], "Known: auto, cpu, cuda."),
         (["export", "cifar:11"], "nowhere to write. Give --out FILE"),
         (["share", "runs"], "nowhere to write. Give --folder DIR"),
     ],
@@ -72,6 +76,28 @@ def test_mistakes(args: list[str], says: str, capsys: pytest.CaptureFixture[str]
     assert told.out == ""
     assert told.err.startswith(f"spem {args[0]}: ")
     assert says in told.err
+
+
+def test_a_device_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """`eval` computes where it is told to, and nowhere else."""
+    given = ["eval", "cifar:11", "--data", "digits", "--size", "32", "--device"]
+    assert answer(capsys, [*given, "cpu"])["count"] == 360
+    if not torch.cuda.is_available():
+        assert cli.main([*given, "cuda"]) == 2
+        assert "--device cuda: this machine has none" in capsys.readouterr().err
+
+
+def test_a_picture_has_the_name_that_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (32, 32)).save("image.png")
+    Path("folder.png").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for out, says in (("folder.png", "folder.png"), (".", "no picture"), ("x.bmp", "no picture")):
+        given = ["explain", "cifar:11", "image.png", "--attention", "se", "--out", out]
+        assert cli.main(given) == 2
+        assert says in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_damaged_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +122,8 @@ def test_list_tells_what_the_registry_knows(capsys: pytest.CaptureFixture[str]) 
     assert modules["srm"]["needs"]
     assert "2208.10322" in modules["spem"]["paper"]
     assert [m["name"] for m in answer(capsys, ["list", "s?e*"])] == ["sge", "spem"]
+    assert cli.main(["list"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_outputs_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
         (["resnet5"], "attach: unknown architecture 'resnet5'. Did you mean resnet"),
         (["torchvision:resnest50d"], "unknown architecture 'torchvision:resnest50d'"),
         (["qqqq"], "timm.list_models() lists them"),
-        (["vit_tiny_patch16_224"], "no convolutional stages). Pass where="),
+        (["vit_tiny_patch16_224"], "none joins a branch of convolutions"),
         (["resnet18", "speem"], "unknown attention 'speem'"),
         (["mobilenetv2_050", "spem", "--fuse", "--dry-run", "--size", "32"], "Leave fuse out"),
     ],

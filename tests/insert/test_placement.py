@@ -133,7 +133,7 @@ def meta(name: str) -> nn.Module:
 def test_a_second_attention_in_our_own_networks(first: str) -> None:
     """It follows the one that is there: relu(second(first(norm(z))) + shortcut)."""
     network, x = scattered(spem.resnet(11, attention=first)).eval(), images(size=32)
-    with torch.no_grad():
+    with torch.no_grad(), spem.ops.use_impl("reference"):  # a fused tail rounds in another order
         before = network(x)
         assert len(spem.attach(network, "scale")) == 3
         torch.testing.assert_close(network(x), before, rtol=0, atol=0)

@@ -206,6 +206,16 @@ def test_the_config_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names == ["model.safetensors", "README.md", "config.json"]
 
 
+def test_equal_networks_give_equal_files(tmp_path: Path):
+    """Byte for byte; safetensors alone orders its metadata anew in each call."""
+    network = spem.resnet(11, attention="se")
+    for number in range(5):
+        spem.save_pretrained(network, tmp_path / f"{number}")
+    files = ("model.safetensors", "config.json", "README.md")
+    for name in files:
+        assert len({(tmp_path / f"{number}" / name).read_bytes() for number in range(5)}) == 1
+
+
 def test_no_random_numbers_are_drawn(tmp_path: Path):
     model = timm_host()
     before = torch.random.get_rng_state()
