@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from torch.utils.benchmark import Timer
 from spem.training.environment import commit, hardware, versions
 
 Row = dict[str, str]
+K = TypeVar("K")
 
 
 def facts(device: torch.device) -> Row:
@@ -49,33 +51,23 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    calls: Mapping[K, Callable[[], object]], rounds: int, *, least: float = 0.004
+) -> dict[K, list[float]]:
     """Milliseconds of one call in each round; all take turns, in an order drawn anew.
 
     What else the machine does then strikes all alike, so ratios within a round mean more than the
-    times.
+    times. A call that takes less than `least` seconds is repeated until it does.
     """
     threads = torch.get_num_threads()
-    timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=threads)
-        for name, call in calls.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for number in range(rounds + 2):
+    timers: dict[K, tuple[Timer, int]] = {}
+    for name, call in calls.items():
+        timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        timer.timeit(1)  # kernels are compiled, memory is there
+        timers[name] = timer, max(1, math.ceil(least / timer.timeit(1).mean))
+    times: dict[K, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
         for name in random.sample(list(timers), len(timers)):
-            taken = 1e3 * timers[name].timeit(1).mean
-            if number >= 2:  # kernels are compiled, memory is there
-                times[name].append(taken)
+            timer, number = timers[name]
+            times[name].append(1e3 * timer.timeit(number).mean)
     return times
-
-
-def time_columns(times: Sequence[float], plain: Sequence[float]) -> Row:
-    """Median and quantiles of milliseconds, and of the ratios to the plain network's of a round."""
-    ratios = [own / base for own, base in zip(times, plain, strict=True)]
-    return {
-        "time_ms_median": f"{statistics.median(times):.4g}",
-        "to_plain": f"{statistics.median(times) / statistics.median(plain):.3f}",
-        "to_plain_rounds_median": f"{statistics.median(ratios):.3f}",
-        "to_plain_rounds_low": f"{min(ratios):.3f}",
-        "to_plain_rounds_high": f"{max(ratios):.3f}",
-    }
