@@ -49,7 +49,7 @@ docs: $(READY)
 check: test-all lint
 
 bench: $(READY)
-	$(BIN)/spem bench
+	$(BIN)/python benchmarks/speed.py
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/attention

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import TypeVar
 
 import pandas as pd
 import torch
-from torch.utils.benchmark import Timer
 
 from spem.training.environment import commit, hardware, versions
 
@@ -59,15 +59,19 @@ def in_turns(
     What else the machine does then strikes all alike, so ratios within a round mean more than the
     times. A call that takes less than `least` seconds is repeated until it does.
     """
-    threads = torch.get_num_threads()
-    timers: dict[K, tuple[Timer, int]] = {}
+    times: dict[K, list[float]] = {name: [] for name in calls}
+    numbers: dict[K, int] = {}
     for name, call in calls.items():
-        timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        timer.timeit(1)  # kernels are compiled, memory is there
-        timers[name] = timer, max(1, math.ceil(least / timer.timeit(1).mean))
-    times: dict[K, list[float]] = {name: [] for name in timers}
+        call()  # kernels are compiled, memory is there
+        numbers[name] = max(1, math.ceil(least / _seconds(call, 1)))
     for _ in range(rounds):
-        for name in random.sample(list(timers), len(timers)):
-            timer, number = timers[name]
-            times[name].append(1e3 * timer.timeit(number).mean)
+        for name in random.sample(list(calls), len(calls)):
+            times[name].append(1e3 * _seconds(calls[name], numbers[name]))
     return times
+
+
+def _seconds(call: Callable[[], object], number: int) -> float:
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number

@@ -5,9 +5,9 @@
     python benchmarks/speed.py --list
 
 1.00 is plain PyTorch without attention at its fastest on this machine: for networks the fastest of
-{contiguous, channels_last} x {fp32, bf16} x {eager, compiled}, which the pieces named "plain" find
-and every other piece times again beside its own; for tails norm, addition and ReLU, the last two in
-place, in the layout and dtype of the row. All calls of a piece take turns, in an order drawn anew
+{contiguous, channels_last} x {fp32, bf16} x {eager, compiled}, which the pieces "plain" and
+"compiled" find and every other piece times again beside its own; for tails norm, addition and ReLU,
+the last two in place, in the layout and dtype of the row. All calls of a piece take turns, in an order drawn anew
 for every round; ratios are medians of those within a round.
 
 Steps are those that train (`make_step`); as `spem train` does, tails and steps in training keep
@@ -68,18 +68,23 @@ class Arm(NamedTuple):
 
 def pieces(threads: int) -> list[Piece]:
     """All of them; inference first, since training keeps freed memory from then on."""
-    networks = list(itertools.product(DTYPES, LAYOUTS))
     numbers = range(1, threads + 1)
     found: list[Piece] = []
     for n, batch, layout in itertools.product(numbers, ("1", "8"), LAYOUTS):
         found.append(Piece("inference_tails", batch, "fp32", layout, n))
     for batch in ("1", "8"):
-        found.append(Piece("inference", f"{batch} plain", "all", "all", threads))
-        found += [Piece("inference", batch, *given, threads) for given in networks]
-    kinds = [given for given in networks if given != ("bf16", "contiguous")]
+        found += network_pieces("inference", batch, threads)
+    kinds = (("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "channels_last"))
     found += [Piece("tails", "training", *given, n) for n in numbers for given in kinds]
-    found.append(Piece("steps", "128 plain", "all", "all", threads))
-    return found + [Piece("steps", "128", *given, threads) for given in networks]
+    return found + network_pieces("steps", "128", threads)
+
+
+def network_pieces(table: str, batch: str, threads: int) -> list[Piece]:
+    """The plain networks first, since all others need the fastest."""
+    kinds = list(itertools.product(DTYPES, LAYOUTS))
+    found = [Piece(table, f"{batch} plain", "all", "all", threads)]
+    found += [Piece(table, f"{batch} compiled", *kind, threads) for kind in kinds]
+    return found + [Piece(table, batch, *kind, threads) for kind in kinds]
 
 
 # Tails
@@ -186,15 +191,17 @@ def inference_call(arm: Arm, batch: int) -> Call:
 
 def network_rows(piece: Piece, rounds: int, kept: Sequence[Row]) -> list[Row]:
     """The plain networks, or those with attention beside the fastest plain one."""
-    batch, _, plain = piece.what.partition(" ")
+    batch, _, kind = piece.what.partition(" ")
     network = "cifar:29" if piece.table == "steps" else "resnet50"
     if piece.table == "steps":
         keep_freed_memory()
-    if plain:
-        ways = ("plain", "plain, compiled")
-        arms = [Arm("none", *way) for way in itertools.product(ways, DTYPES, LAYOUTS)]
+    if kind == "plain":
+        arms = [Arm("none", "plain", *way) for way in itertools.product(DTYPES, LAYOUTS)]
+    elif kind == "compiled":
+        arms = [fastest(piece, batch, kept, {"plain"})]
+        arms.append(Arm("none", "plain, compiled", piece.dtype, piece.layout))
     else:
-        arms = [fastest(piece, batch, kept)]
+        arms = [fastest(piece, batch, kept, {"plain", "plain, compiled"})]
         pair = ("composed", "fused") if piece.table == "steps" else ("attached", "fused")
         added = list(itertools.product(ATTENTION, pair))
         added += [("none", "fused")] if piece.table == "steps" else [("spem", "folded")]
@@ -203,25 +210,25 @@ def network_rows(piece: Piece, rounds: int, kept: Sequence[Row]) -> list[Row]:
         calls = {arm: step_call(arm) for arm in arms}
     else:
         calls = {arm: inference_call(arm, int(batch)) for arm in arms}
-    return rows_of(piece, network, calls, None if plain else arms[0], rounds, batch)
+    return rows_of(piece, network, calls, None if kind == "plain" else arms[0], rounds, batch)
 
 
-def fastest(piece: Piece, batch: str, kept: Iterable[Row]) -> Arm:
-    """The fastest plain network of this machine, from the piece that looks for it."""
+def fastest(piece: Piece, batch: str, kept: Iterable[Row], ways: set[str]) -> Arm:
+    """The fastest plain network of this machine, from the pieces that look for it."""
     machine = facts(torch.device("cpu"))["hardware"]
     known = [
         row
         for row in kept
         if (row["table"], row["batch"], row["hardware"]) == (piece.table, batch, machine)
-        and row["way"].startswith("plain")
-        and row["piece"] == str(piece._replace(what=f"{batch} plain", dtype="all", layout="all"))
+        and row["way"] in ways
+        and row["piece"].split()[2] in ("plain", "compiled")
     ]
     if not known:
         raise SystemExit(
             f"speed: no plain network has been timed on this machine for {piece}. First run "
             f"python benchmarks/speed.py --only {piece.table} {batch} plain"
         )
-    row = min(known, key=lambda row: float(row["time_ms"]))
+    row = min(known, key=lambda row: float(row["to_plain"]))
     return Arm(*(row[name] for name in Arm._fields))
 
 
