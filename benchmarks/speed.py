@@ -7,8 +7,8 @@
 1.00 is plain PyTorch without attention at its fastest on this machine: for networks the fastest of
 {contiguous, channels_last} x {fp32, bf16} x {eager, compiled}, which the pieces "plain" and
 "compiled" find and every other piece times again beside its own; for tails norm, addition and ReLU,
-the last two in place, in the layout and dtype of the row. All calls of a piece take turns, in an order drawn anew
-for every round; ratios are medians of those within a round.
+the last two in place, in the layout and dtype of the row. All calls of a piece take turns, in an
+order drawn anew for every round; ratios are medians of those within a round.
 
 Steps are those that train (`make_step`); as `spem train` does, tails and steps in training keep
 freed memory in the process. ResNet-50 is timm's, with the identity start and alpha = 0.5; in bf16
@@ -323,6 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of speed.csv, speed.svg")
     parser.add_argument("--only", nargs="+", default=[], help="words that a piece's name has")
+    parser.add_argument("--skip", nargs="+", default=[], help="words that it does not have")
     parser.add_argument("--list", action="store_true", help="show the pieces and end")
     parser.add_argument("--rounds", type=int, default=11, help="timed calls of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of networks")
@@ -330,9 +331,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.rounds < 2 or given.threads < 1:
         parser.error("--rounds must be at least 2, --threads at least 1")
-    chosen = [p for p in pieces(given.threads) if set(given.only) <= set(str(p).split())]
+    only, skip = set(given.only), set(given.skip)
+    words = {piece: set(str(piece).split()) for piece in pieces(given.threads)}
+    chosen = [piece for piece, own in words.items() if only <= own and not skip & own]
     if not chosen:
-        parser.error(f"no piece has all of: {' '.join(given.only)}. See --list")
+        parser.error("no piece has the words of --only and none of --skip. See --list")
     if given.list:
         print(*chosen, sep="\n")
         return 0
