@@ -22,6 +22,8 @@ from spem.ops.library import (
 from spem.ops.tail import batch_norm_of, called, running_of
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LEAST = {torch.float32: 1 << 21, torch.bfloat16: 1 << 18}
+"""Values of a map below which PyTorch's two operations are faster where no gradient is recorded."""
 
 
 def norm_relu(z: Tensor, norm: nn.Module) -> Tensor:
@@ -65,7 +67,8 @@ def _fusible(z: Tensor, norm: nn.Module) -> bool:
     if z.dim() < 3 or z.numel() == 0 or not runs_eagerly(z):
         return False
     wanted = requested(None, "norm_relu")
-    if wanted not in (None, "numba") or (wanted is None and z.numel() < SMALL):
+    least = SMALL if norm.training or torch.is_grad_enabled() else _LEAST.get(z.dtype, SMALL)
+    if wanted not in (None, "numba") or (wanted is None and z.numel() < least):
         return False
     return unsupported("numba", z.device.type, z.dtype, dense=is_dense(z)) is None
 
