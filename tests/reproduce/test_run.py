@@ -173,22 +173,24 @@ def test_on_ray_the_rows_are_the_same(tmp_path: Path, kill: bool):
         replace(c, optim=replace(c.optim, epochs=30 if kill else 2)) for c in tiny("none", "spem")
     ]
     run_missing(configs, tmp_path / "a", Told())
-    killed: list[int] = []
+    killed, over = list[int](), threading.Event()
     if kill:
-        threading.Thread(target=_kill_one, args=(tmp_path / "b", killed), daemon=True).start()
+        args = (tmp_path / "b", killed, over)
+        threading.Thread(target=_kill_one, args=args, daemon=True).start()
     told = Told()
     ended = run_missing(configs, tmp_path / "b", told, workers=2)
+    over.set()
     assert [one.status for one in ended] == ["finished"] * 2, ended
     assert bool(killed) == kill
     assert any(len(shares) == 2 for shares in told.shares)
     pd.testing.assert_frame_equal(same(tmp_path / "a"), same(tmp_path / "b"))
 
 
-def _kill_one(runs: Path, killed: list[int]) -> None:
+def _kill_one(runs: Path, killed: list[int], over: threading.Event) -> None:
     """End the process that holds the first run that has an epoch behind it."""
     import json
 
-    for _ in range(1200):
+    while not over.wait(0.05):
         for path in runs.rglob("metrics.jsonl"):
             try:
                 who = json.loads((path.parent / ".lock").read_text())
@@ -197,4 +199,3 @@ def _kill_one(runs: Path, killed: list[int]) -> None:
                 continue
             killed.append(who["pid"])
             return
-        time.sleep(0.05)
