@@ -12,10 +12,13 @@ import argparse
 import csv
 import random
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -24,7 +27,7 @@ import spem
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=Path, required=True, help="train/<class>/, test/<class>/")
     parser.add_argument("--model", default="resnet18", help="a name that timm knows")
     parser.add_argument("--pretrained", action="store_true", help="download timm's weights")
@@ -41,17 +44,17 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train = ImageFolder(str(options.images / "train"))
-    test = ImageFolder(str(options.images / "test"))
+    train: Any = ImageFolder(str(options.images / "train"))
+    test: Any = ImageFolder(str(options.images / "test"))
 
     # The plain network first: its head is the same whatever is attached.
     torch.manual_seed(options.seed)
     model = timm.create_model(
         options.model, pretrained=options.pretrained, num_classes=len(train.classes)
     )
-    prepared = timm.data.resolve_data_config(model=model)
-    train.transform = timm.data.create_transform(**prepared, is_training=True)
-    test.transform = timm.data.create_transform(**prepared)
+    prepared = resolve_data_config({}, model=model)
+    train.transform = create_transform(**prepared, is_training=True)
+    test.transform = create_transform(**prepared)
     if options.attention != "none":
         sites = spem.attach(model, options.attention)  # outputs are unchanged until you train
         print(f"attached to {len(sites)} sites, from {sites[0]} to {sites[-1]}")

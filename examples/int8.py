@@ -8,6 +8,7 @@ for calibration and others to compare.
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -28,7 +29,7 @@ class Calibration(CalibrationDataReader):
     def __init__(self) -> None:
         self.left = [{"input": batch.numpy()} for batch in images[:-1]]
 
-    def get_next(self) -> dict | None:
+    def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.left.pop() if self.left else None
 
 

@@ -11,4 +11,4 @@ expected = torch.relu(attention(norm(z)) + shortcut)
 print(f"largest difference {float((y - expected).abs().max().detach()):.1e}")
 
 # Any gate [N, C] that is a function of the statistics of a plane, with autograd:
-y = spem.ops.bn_gate_tail(z, shortcut, norm, lambda stats: torch.sigmoid(stats.max))
+y = spem.ops.bn_gate_tail(z, shortcut, norm, lambda stats: torch.sigmoid(stats.max))  # pyright: ignore[reportArgumentType]  # it is there

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -377,7 +377,10 @@ def _built(config: _Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
         if isinstance(host, _Ours):
             model: nn.Module = resnet(
-                host.depth, host.classes, attention=host.attention, block=host.block
+                host.depth,
+                host.classes,
+                attention=host.attention,
+                block=cast("Any", host.block),
             ).eval()
         else:
             model = build(f"{host.kind}:{host.arch}", host.options, asker="network")

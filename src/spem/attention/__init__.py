@@ -3,6 +3,7 @@
 A new module adds one import line here, which makes its class a name of `spem` as well.
 """
 # ruff: noqa: F401
+# pyright: reportUnusedImport=false
 
 from spem.attention.bam import BAM
 from spem.attention.base import ChannelAttention, Needs, attention_parameters, param_groups

@@ -73,7 +73,7 @@ class ECA(ChannelAttention):
         self._draw_start()
 
     def _compiled(self) -> CompiledGate | None:
-        layer, pool = self._modules["conv"], self._modules["pool"]
+        layer, pool = self.conv, self.pool
         if not is_average(pool) or not _is_ours(layer) or has_hooks(layer):
             return None
         weight = layer.weight

@@ -30,8 +30,11 @@ def odd_int(label: str, use: str = "3, 5 or 7", **options: object) -> None:
 def number(label: str, **options: object) -> None:
     """Raises ValueError unless every option is a finite number."""
     for name, value in options.items():
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not known or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
             raise ValueError(f"{label}: {name}={value!r} is not a finite number.")
 
 

@@ -62,7 +62,7 @@ class SE(ChannelAttention):
         self._draw_start()
 
     def _compiled(self) -> CompiledGate | None:
-        one, two, pool = (self._modules[name] for name in ("fc1", "fc2", "pool"))
+        one, two, pool = self.fc1, self.fc2, self.pool
         ours = type(one) is nn.Linear and type(two) is nn.Linear and is_average(pool)
         if not ours or has_hooks(one) or has_hooks(two):
             return None

@@ -1,6 +1,7 @@
 """SPEM: self-adaptive pooling enhanced attention, three published forms, all reweight variants."""
 
 import math
+import typing
 from typing import Any, Literal, get_args
 
 import torch
@@ -140,7 +141,8 @@ class SPEM(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
         if self._has_kernel(stats):
-            lam = self.pool.lam.to(stats.max.dtype)
+            assert stats.max is not None
+            lam = cast(typing.cast("Tensor", self.pool.lam), stats.max)
             weights = (cast(w, lam) for w in (self.w_e, self.b_e, self.w_r, self.b_r))
             return _TextGate.apply(lam, stats.max, stats.min, *weights)
         u = self.pool(stats)

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from spem.cli.options import Kind, Options, integer, number, one_of
 
@@ -155,7 +155,7 @@ def _kind(hint: Any) -> Kind:
         kind = one_of(*typing.get_args(inner))
     else:
         # What a field may be at least is said by the config itself.
-        kind = {int: integer(), float: number()}.get(inner, inner)
+        kind = cast("Kind", {int: integer(), float: number()}.get(inner, inner))
     if inner is hint or type(None) not in typing.get_args(hint):
         return kind
     return lambda text: None if text.lower() == "none" else kind(text)

@@ -304,7 +304,7 @@ def _apply(model: nn.Module, gates: list[_Gate], means: list[Tensor]) -> None:
     for module in parents:
         unfuse(module)
         if isinstance(getattr(module, "spec", None), AttentionSpec):
-            module.spec = None  # of spem.resnet: it is the plain network now
+            vars(module)["spec"] = None  # of spem.resnet: it is the plain network now
     forget(model)
 
 

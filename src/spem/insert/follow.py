@@ -152,7 +152,7 @@ class Forward(TorchFunctionMode):
         parents = [self._of(tensor) for tensor in inputs]
         shapes = [tensor.shape for tensor in inputs]
         if name in _ADDITIONS and len(inputs) == 2 and shapes[0] == shapes[1]:
-            self._added(*parents, shapes[0])
+            self._added(parents[0], parents[1], shapes[0])
         self.convolutions += conv
         output = func(*args, **kwargs)
         largest = max(range(len(shapes)), key=lambda i: prod(shapes[i]), default=None)

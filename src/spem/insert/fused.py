@@ -90,7 +90,7 @@ class FusedTail(nn.Module):
         if type(act) is not nn.ReLU or has_hooks(act):
             return _told(f"{end} is {_what(act)}")
         dropping = drop is not None and type(drop) is not nn.Identity
-        if dropping and (self.training or has_hooks(drop)):
+        if dropping and (self.training or has_hooks(cast("nn.Module", drop))):
             return _told(f"drop_path is {_what(drop)}")
         return cast("nn.Module", norm), attention
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ def find_spots(
 
 def is_lazy(module: object) -> bool:
     """Whether a module gets its parameters from the first batch, and has seen none."""
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+    return isinstance(module, LazyModuleMixin) and cast("Any", module).has_uninitialized_params()
 
 
 def trace(model: nn.Module, spots: Iterable[Spot], input_shape: tuple[int, ...] | None) -> None:

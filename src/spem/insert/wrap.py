@@ -54,7 +54,7 @@ class Around(nn.Module):
                 f"and has no {name!r}. Use {here}.{self.inner}.{name}."
             ) from None
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """Options and weights of the layer (``bn2.momentum = 0.1``) are set on the layer."""
         layer = vars(self).get("_modules", {}).get(self.inner)
         own = name in vars(self) or hasattr(type(self), name) or name.startswith("_")

@@ -288,7 +288,7 @@ def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> Batc
     )
     if norm.running is not None and own:
         flags |= RUNNING
-        *running, factor = norm.running
+        running[0], running[1], factor = norm.running
     mu = [raw.mean.new_empty(per_channel) for _ in range(5)]
     bits = struct.unpack("2q", struct.pack("2d", norm.eps, factor))
     outs = _normalised(raw, flags, affine, running, mu, bits, size)
@@ -296,7 +296,7 @@ def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> Batc
         torch.autograd.graph.increment_version([t for t in running if t is not None])
     elif norm.running is not None:
         move_running(norm.running, mu[0], mu[1], raw.mean.shape[0] * size)
-    return BatchStats(*mu, outs)
+    return BatchStats(mu[0], mu[1], mu[2], mu[3], mu[4], outs)
 
 
 def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStats:
