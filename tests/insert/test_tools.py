@@ -68,6 +68,10 @@ def case_of(host: str) -> Case:
     return Case(network, make, x)
 
 
+def doubled(case: Case) -> Case:
+    return case._replace(network=case.network.double(), x=case.x.double())
+
+
 def averaged(case: Case) -> Tensor:
     ema = AveragedModel(case.network, use_buffers=True)
     ema.update_parameters(case.network)
@@ -114,13 +118,14 @@ def synchronised(case: Case) -> Tensor:
 
 
 def features(case: Case) -> Tensor:
+    case = doubled(case)  # two ways to compute a tail round differently
     seen: list[Tensor] = []
     handle = case.network.layer3.register_forward_hook(lambda *a: seen.append(a[-1]))
     y = case.network(case.x)
     handle.remove()
     found = create_feature_extractor(case.network, ["layer3"])(case.x)["layer3"]
-    torch.testing.assert_close(found, seen[0], **TOLERANCE[torch.float32])
-    return y
+    torch.testing.assert_close(found, seen[0], **TOLERANCE[torch.float64])
+    return y.float()
 
 
 def checkpointed(case: Case) -> Tensor:
@@ -190,7 +195,7 @@ def rank(number: int, port: int, host: str, gradients: dict[int, list[Tensor]]) 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=number, world_size=2)
-    case = case_of(host)
+    case = doubled(case_of(host))
     replica = nn.parallel.DistributedDataParallel(case.network)
     replica(case.x[number : number + 1]).square().mean().backward()
     gradients[number] = [p.grad for p in case.network.parameters()]
@@ -208,7 +213,7 @@ def in_two_processes(case: Case, host: str) -> Tensor:
         case.network(case.x).square().mean().backward()
     for one, two, parameter in zip(first, second, case.network.parameters(), strict=True):
         assert torch.equal(one, two)
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-8, atol=1e-10)
     return case.network(case.x)
 
 
@@ -254,6 +259,6 @@ def test_tool(host: str, tool: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_two_processes(host: str) -> None:
-    case = case_of(host)
+    case = doubled(case_of(host))  # in float32 a ReLU that flips moves gradients by far more
     expected = case.network(case.x)
     torch.testing.assert_close(in_two_processes(case, host), expected)
