@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -88,7 +89,7 @@ def execute(command: Sequence[str], log: Path, seconds: float) -> int | None:
 def time_table(kinds: Sequence[Row], make: Callable[[Row, str, str], object], path: Path) -> None:
     """Time every way of every kind against the others of that kind; those in the table are kept."""
     import torch
-    from record import facts, in_turns, read, time_columns, write
+    from record import facts, in_turns, read, write
 
     rows = read(path)
     for kind in kinds:
@@ -104,7 +105,13 @@ def time_table(kinds: Sequence[Row], make: Callable[[Row, str, str], object], pa
         times = in_turns(calls, ROUNDS)
         for impl, step in WAYS:
             own, plain = times.get(f"{impl} {step}"), times.get("reference eager")
-            cells = time_columns(own, plain) if own and plain else {}
+            cells: Row = {}
+            if own and plain:
+                ratios = [a / b for a, b in zip(own, plain, strict=True)]
+                cells = {
+                    "time_ms": f"{statistics.median(own):.4f}",
+                    "to_plain": f"{statistics.median(ratios):.3f}",
+                }
             note = notes.get(f"{impl} {step}", "")
             device = facts(torch.device("cuda"))
             rows.append(kind | {"impl": impl, "way": step} | cells | {"note": note} | device)

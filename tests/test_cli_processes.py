@@ -118,4 +118,4 @@ def test_a_killed_comparison_gives_the_same_csv(tmp_path: Path) -> None:
     assert len(without_time(tmp_path / "first" / "runs.csv")) == 4
     assert (tmp_path / "first" / "comparison.png").stat().st_size > 10_000
     assert "none" in again.stdout
-    assert "too few seeds to compare with none: spem (" in again.stdout
+    assert "Too few seeds to compare with none: spem (" in again.stdout

@@ -61,7 +61,7 @@ def working(network: nn.Module) -> nn.Module:
 def test_reading_the_layers_attributes_names_where_they_are() -> None:
     network = detector(lambda block: block.cv2.bn)
     wrapper = network[1].cv2.bn
-    with pytest.raises(AttributeError, match=r"bn is a BatchNorm2d and .* Use bn\.norm\.weight"):
+    with pytest.raises(AttributeError, match=r"bn is a BatchNorm2d .* Use bn\.norm\.weight"):
         _ = wrapper.weight
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = wrapper.nothing

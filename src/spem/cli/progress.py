@@ -254,7 +254,7 @@ def roughly(seconds: float) -> str:
     """A time as people say it.
 
     >>> [roughly(s) for s in (4, 80, 4000, 90_000, 146_403_278)]
-    ['about 4 s', 'about 1 min', 'about 1 h', 'about 25 h', 'about 5 years']
+    ['about 4 s', 'about 80 s', 'about 67 min', 'about 25 h', 'about 5 years']
     """
     units = (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48), ("days", 86_400, 730))
     for name, size, most in units:

@@ -1,4 +1,4 @@
-"""The device code of `spem.ops.cuda`; the only module that imports Triton.
+"""The device code of `spem.ops.cuda`.
 
 One kernel serves both layouts: it works on tiles of P planes by KB positions, and only the address
 of a tile's cell depends on the layout (contiguous: plane K + k; channels_last: (image K + k) C +
