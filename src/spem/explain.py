@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from spem.attention import ChannelAttention
 from spem.extras import require
 from spem.files import write_atomic
-from spem.gates import GateRecord, Inspection, inspect
-from spem.insert import IdentityStart
+from spem.gates import GateRecord, Inspection, attentions_of, inspect
 from spem.ops import use_impl
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
     if image.dim() != 4 or image.shape[0] != 1:
         raise ValueError(f"explain: needs one image [1, 3, H, W], got {list(image.shape)}.")
     inside = inspect(model)
-    attentions = _attentions(model)
+    attentions = attentions_of(model).values()
     maps: list[tuple[ChannelAttention, Tensor]] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -137,13 +136,6 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
     ]
     logits = isinstance(output, Tensor) and output.dim() == 2 and output.shape[0] == 1
     return Explanation(blocks, output[0].float().softmax(0).cpu() if logits else None)
-
-
-def _attentions(model: nn.Module) -> list[ChannelAttention]:
-    """The attentions that the records are of: an identity start, not what it starts."""
-    found = [m for m in model.modules() if isinstance(m, ChannelAttention)]
-    started = {id(m.inner) for m in found if isinstance(m, IdentityStart)}
-    return [m for m in found if id(m) not in started]
 
 
 def _view(

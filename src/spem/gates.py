@@ -61,7 +61,7 @@ class Inspection:
                 "Inspect the network it was compiled from."
             )
         self._model = model
-        self._found = _attentions(model)
+        self._found = attentions_of(model)
         self._blocks: dict[str, int] = {}
         if not self._found:
             raise ValueError(
@@ -125,7 +125,7 @@ class Inspection:
         self._open = None
 
     def _listen(self, name: str, attention: ChannelAttention) -> RemovableHandle:
-        """Lets one attention tell its gates; where its forward is its own, they are computed."""
+        """Records the gates of one attention; where its forward is its own, they are computed."""
         inner = _inner(attention)
         if type(inner).forward not in (ChannelAttention.forward, DIA.forward):
             return inner.register_forward_pre_hook(partial(self._before, name, attention))
@@ -166,7 +166,7 @@ class Inspection:
         self.records.append(GateRecord(name, inner, full, own, shift))
 
     def _begin(self, name: str, *_: object) -> None:
-        """The blocks that share an attention are numbered anew in every pass of their stage."""
+        """The blocks that share an attention are numbered from 0 in every pass of their stage."""
         self._blocks[name] = 0
 
 
@@ -198,7 +198,7 @@ def inspect(model: nn.Module) -> Inspection:
     return Inspection(model)
 
 
-def _attentions(model: nn.Module) -> dict[str, ChannelAttention]:
+def attentions_of(model: nn.Module) -> dict[str, ChannelAttention]:
     """The attentions of a network by their names; what is part of another one is left out."""
     found: dict[str, ChannelAttention] = {}
     parts: set[int] = set()

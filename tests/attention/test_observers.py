@@ -6,6 +6,7 @@ The maps are large enough for the fused tail, whose bits differ from those of co
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from attention.registered import ALL, sampled
 from torch import Tensor, nn
 
 import spem
+from spem.insert import IdentityStart
 
 
 def network(name: str, layout: torch.memory_format) -> nn.Module:
@@ -117,3 +119,49 @@ def test_observers_are_told_every_gate_once(spec: str) -> None:
     handle.remove()
     module.gate(x)
     assert len(told) == 1
+
+
+def test_gates_that_two_threads_compute_at_once_are_both_observed() -> None:
+    """The second call begins, and ends, while the first one is inside its layer."""
+    module = randomise(spem.SE(32), "se")
+    x = feature_map(2, 32, 4, 4, dtype=torch.float32)
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert done.wait(10)
+
+    module.fc1.register_forward_pre_hook(wait)
+    seen: list[int] = []
+    module.observe_gates(lambda _, images: seen.append(images))
+    other = threading.Thread(target=module.gate, args=(x[:1],))
+    other.start()
+    assert inside.wait(10)
+    module.gate(x)
+    assert seen == [2]
+    done.set()
+    other.join()
+    assert seen == [2, 1]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("spec", ["spem", "se(reduction=4)", "srm"])
+def test_hooks_of_an_identity_start_change_no_bit(spec: str, grad: bool) -> None:
+    """Of the start itself and of what it starts; with gradients both mean a composed tail."""
+    start = randomise(IdentityStart(spem.create_attention(spec, 64)), spec).eval()
+    norm = randomise(torch.nn.BatchNorm2d(64), "norm").eval()
+    z = feature_map(8, 64, 16, 16, dtype=torch.float32)
+    with torch.set_grad_enabled(grad):
+        for module in (start, start.inner):
+            plain = start.tail(z, z, norm)
+            seen: list[Tensor] = []
+            handle = module.register_forward_hook(lambda _m, _a, out: seen.append(out))
+            hooked = start.tail(z, z, norm)
+            assert ("hooks" in str(start.why_composed())) == (grad or module is start)
+            handle.remove()
+            assert len(seen) == (module is start)
+            if grad:
+                torch.testing.assert_close(hooked, plain, rtol=1e-4, atol=1e-4)
+            else:
+                assert torch.equal(hooked, plain)

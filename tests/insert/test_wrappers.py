@@ -18,6 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import spem
 from spem.insert import AfterNorm, true_keys
+from spem.insert.start import CarriedSE
+from spem.insert.wrap import BeforeModule
 
 
 class Conv(nn.Module):
@@ -299,3 +301,15 @@ def test_low_rank_adapters_around_a_wrapped_layer_and_in_the_attention() -> None
     after.sum().backward()
     assert slot.fc1.gain.grad not in (None, 0)
     assert network.layer1[0].conv2.gain.grad not in (None, 0)
+
+
+def test_the_message_says_where_the_attention_stands() -> None:
+    norm, se = nn.BatchNorm2d(8), timm.layers.SEModule(8, rd_channels=2)
+    for module, words in (
+        (AfterNorm(norm, spem.SE(8, reduction=2), "bn2"), "attention after it"),
+        (BeforeModule(norm, spem.SE(8, reduction=2), "drop"), "attention before it"),
+        (CarriedSE(se, "avg", channels=8, exact=True, place="se"), "took over its weights"),
+    ):
+        name = "fc1" if isinstance(module, CarriedSE) else "weight"
+        with pytest.raises(AttributeError, match=f"{words}.*Use {module._place}.{module.inner}"):
+            getattr(module, name)

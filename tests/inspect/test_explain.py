@@ -223,3 +223,17 @@ def test_what_is_no_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     ):
         assert cli.main(["explain", weights, str(path), "--out", str(tmp_path / "o.png")]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_attention_inside_another_one_is_part_of_it():
+    class Outer(spem.SE):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels, reduction=2)
+            self.before = spem.ECA(channels)
+
+        def gate_from(self, stats: spem.ops.PlaneStats) -> torch.Tensor:
+            return super().gate_from(stats) * self.before.gate_from(stats)
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), Outer(8), nn.Flatten(), nn.LazyLinear(4))
+    shown = explain(network, torch.randn(1, 3, 8, 8))
+    assert [block.name for block in shown.blocks] == ["1"]

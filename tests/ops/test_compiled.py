@@ -123,3 +123,16 @@ def test_autocast(impl: str | None) -> None:
     for name, exact in found[2].items():
         fused, composed = (error(one[name], exact) for one in found[:2])
         assert fused <= 2 * composed + 2**-7, name
+
+
+def test_the_operator_of_spikes_by_value_writes_to_no_argument() -> None:
+    """Its kernel uses the spikes up, which its schema does not declare."""
+    pytest.importorskip("numba")
+    z = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last)
+    spikes = torch.randn(2, 2, 8).unbind()
+    values = (z.amax((2, 3)), z.amin((2, 3)))
+    case = (z, z, torch.randn(8), *torch.randn(3, 2, 8).unbind(), *values, *spikes)
+    before = [t.clone() for t in spikes]
+    op = operator("numba", "stats_backward")
+    assert torch.equal(op(*case), op(*case))
+    assert all(map(torch.equal, spikes, before))

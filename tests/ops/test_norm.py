@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -256,3 +257,29 @@ def test_half_precision_maps_and_mixed_residuals() -> None:
     assert module.tail(z, z.float(), norm).dtype == torch.float32
     with pytest.raises(ValueError, match="maps of one dtype"), use_impl("formula"):
         module.tail(z, z.float(), norm)
+
+
+def test_a_hooked_norm_runs_once_where_the_tail_is_composed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Small maps without a gate, and dtypes that no kernel takes."""
+    calls: list[torch.Tensor] = []
+    own = torch.nn.functional.batch_norm
+
+    def spy(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(x)
+        return own(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", spy)
+    seen: list[torch.Tensor] = []
+    for dtype, gate in ((torch.float32, None), (torch.float16, spem.SE(16).gate_from)):
+        norm = nn.BatchNorm2d(16).eval().to(dtype)
+        z = torch.randn(2, 16, 4, 4, dtype=dtype)
+        with torch.no_grad():
+            plain = bn_gate_tail(z, z, norm, gate)
+            norm.register_forward_hook(lambda _m, _a, out: seen.append(out))
+            calls.clear()
+            hooked = bn_gate_tail(z, z, norm, gate)
+        assert torch.equal(hooked, plain)
+        assert len(calls) == 1
+    assert len(seen) == 2

@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, Literal, Self, cast
@@ -26,6 +27,9 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)  # pyrigh
 Place = Literal["tail", "conv", "norm", "middle", "between", "stage"]
 GateObserver = Callable[[Tensor, int], None]
 """Called with a gate, broadcastable to [N, C, ...], and N."""
+
+_computing: ContextVar[frozenset[int]] = ContextVar("computing", default=frozenset())
+"""The modules whose gate is being computed, in this thread or task."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,6 @@ class ChannelAttention(nn.Module):
     """Rules for randomly drawn parameters (relative names) that differ from torch's default for
     their layer; an instance may have its own."""
     _observers: Mapping[int, GateObserver] = {}  # an instance that is observed has its own
-    _depth = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Makes the gates of every module run with autocast off and be observed, whoever calls."""
@@ -205,7 +208,7 @@ class ChannelAttention(nn.Module):
         return self._why_no_gate() or hooked
 
     def _why_no_gate(self) -> str | None:
-        """Why a tail cannot be fused, whoever looks on."""
+        """Why a tail cannot be fused, with hooks or without."""
         kind = type(self)
         if not self.takes_any_rank():
             return f"{self.name or kind.__name__} is no function of plane statistics"
@@ -253,14 +256,14 @@ class ChannelAttention(nn.Module):
             return (show(x, None) + residual).relu_()
         self._check(z)
         gates: list[Tensor] = []
-        gate = gate_of(self._telling(gates) if shown else self)
+        gate = gate_of(self._recording(gates) if shown else self)
         if norm is None:
             y = gate_tail(z, residual, gate, statistics=self.statistics)
         else:
             y = bn_gate_tail(z, residual, norm, gate, statistics=self.statistics)
         if not shown:
             return y
-        # The hooks of this module look at maps that were made for them.
+        # The hooks of this module are given maps that were made for them.
         x = z if norm is None else without_hooks(norm)(z)
         v = gates[0].reshape(*gates[0].shape, *[1] * (x.dim() - 2))
         seen = show(x, v)
@@ -269,27 +272,26 @@ class ChannelAttention(nn.Module):
 
     @staticmethod
     def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
-        """Tells the observers what is computed; a gate that another one calls is part of it."""
+        """Calls the observers with what is computed; a gate that another one calls is part of it."""
 
         @wraps(method)
         def wrapped(self: ChannelAttention, x: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._observers:
+            if not self._observers or id(self) in _computing.get():
                 return method(self, x, *args, **kwargs)
-            self._depth += 1
+            token = _computing.set(_computing.get() | {id(self)})
             try:
                 result = method(self, x, *args, **kwargs)
             finally:
-                self._depth -= 1
-            if self._depth == 0:
-                gate = result[0] if isinstance(result, tuple) else result
-                for observer in list(self._observers.values()):
-                    observer(gate, x.shape[0] if isinstance(x, Tensor) else x.batch)
+                _computing.reset(token)
+            gate = result[0] if isinstance(result, tuple) else result
+            for observer in list(self._observers.values()):
+                observer(gate, x.shape[0] if isinstance(x, Tensor) else x.batch)
             return result
 
         return wrapped
 
-    def _telling(self, gates: list[Tensor]) -> Self:
-        """This module without hooks of its own, and a list for its gate."""
+    def _recording(self, gates: list[Tensor]) -> Self:
+        """This module without hooks of its own; its gate is appended to the list."""
         twin = without_hooks(self)
         twin._observers = {**self._observers, -1: lambda gate, _images: gates.append(gate)}
         return twin

@@ -10,7 +10,6 @@ from spem.attention.pooling import Pool, PoolSpec
 from spem.attention.precision import call
 from spem.insert.wrap import Around
 from spem.ops import PlaneStats
-from spem.ops.library import has_hooks
 
 
 class IdentityStart(ChannelAttention):
@@ -72,10 +71,14 @@ class IdentityStart(ChannelAttention):
 
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused."""
+        # Hooks of the attention are not called for a gate, and without gradients change no bit.
+        inner = self.inner.why_composed() if torch.is_grad_enabled() else None
+        return super().why_composed() or inner
+
+    def _why_no_gate(self) -> str | None:
         if self._mixes_maps:
             return f"{self.name} is mixed with its map"
-        hooks = f"cannot call the hooks of {self.name}" if has_hooks(self) else None
-        return self.inner.why_composed() or hooks
+        return self.inner._why_no_gate()
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """1 + alpha (v - 1), [N, C]."""
@@ -85,10 +88,10 @@ class IdentityStart(ChannelAttention):
         """1 + alpha (v - 1), broadcastable to x."""
         return self._from_one(self.inner.gate(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y, as in the formula."""
+    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor:
+        """y, as in the formula; ``gate`` is 1 + alpha (v - 1) of x where it is known already."""
         if not self._mixes_maps:
-            return super().forward(x)
+            return super().forward(x, gate=gate)
         return x + self.alpha.to(x.dtype) * (self.inner(x) - x)
 
     def _from_one(self, v: Tensor) -> Tensor:
@@ -191,6 +194,7 @@ class CarriedSE(Around, ChannelAttention):
     """
 
     inner = "host"
+    role = "in an attention that took over its weights"
     name = "se"
 
     def __init__(

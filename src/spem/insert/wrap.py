@@ -15,8 +15,10 @@ _V = TypeVar("_V")
 class Around(nn.Module):
     """Base of the modules that hold a layer of a host.
 
-    It answers for nothing but itself: what reads ``bn2.weight`` is told to read ``bn2.norm.weight``
-    and cannot take the layer's numbers and leave the attention out. Its keys are its names,
+    It answers for nothing but itself: reading ``bn2.weight`` raises an error that names
+    ``bn2.norm.weight``, so that nothing takes the layer's numbers and leaves the attention out.
+    Writing reaches the layer: code that tunes a network by attribute (``bn2.momentum = 0.1``)
+    means the layer, and a value stored here would be ignored. Its keys are its names,
     ``bn2.norm.weight``; weights of the plain network load all the same (`true_keys`).
 
     Args:
@@ -26,6 +28,8 @@ class Around(nn.Module):
 
     inner: ClassVar[str] = "norm"
     """Name of the child that the host's layer is."""
+    role: ClassVar[str] = "with attention after it"
+    """Where the layer stands, for messages."""
 
     def __init__(self, layer: nn.Module, place: str = "") -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class Around(nn.Module):
                 raise
             here = vars(self).get("_place") or type(self).__name__
             raise AttributeError(
-                f"{here} is a {type(layer).__name__} with attention after it since spem.attach, "
+                f"{here} is a {type(layer).__name__} {self.role} since spem.attach, "
                 f"and has no {name!r}. Use {here}.{self.inner}.{name}."
             ) from None
 
@@ -92,6 +96,7 @@ class BeforeModule(Around):
     """
 
     inner = "after"
+    role = "with attention before it"
 
     def __init__(self, layer: nn.Module, attention: ChannelAttention, place: str = "") -> None:
         super().__init__(layer, place)

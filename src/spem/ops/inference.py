@@ -86,27 +86,19 @@ def infer(
     impl: str | None,
 ) -> Tensor | None:
     """The tail's output; None where it is not for this path."""
-    if type(z) is not Tensor or type(residual) is not Tensor or not (z.is_cpu and residual.is_cpu):
-        return None
-    if z.dtype not in _DTYPES or residual.dtype != z.dtype or not runs_eagerly(z):
+    asked = serves(op, z, residual, gate, impl)
+    if asked is None:
         return None
     shape = z.shape
-    if len(shape) < 3 or shape != residual.shape or 0 in shape or not is_dense(z):
-        return None
-    wanted = requested(impl, op)
-    if (wanted or "numba") != "numba" or not _usable():
-        return None
-    if gate is None and wanted is None and z.numel() < SMALL:
-        return None
     constants = None
     if norm is not None:
         constants = _constant(norm, shape)
         if constants is None:
             return None
-    key = (op, z.dtype, z.is_contiguous(), wanted)
+    key = (op, z.dtype, z.is_contiguous(), asked)
     if key not in _logged:
         _logged.add(key)
-        log_choice(op, z, Choice("numba", "" if wanted is None else "asked for"))
+        log_choice(op, z, Choice("numba", "" if asked == "auto" else "asked for"))
     if not agree(residual, z):
         residual = laid_out_as(residual, z)
     kernels = kernels_of("numba")
@@ -135,6 +127,25 @@ def infer(
     if compiled is not None:
         return kernels.fused_tail(z, residual, constants, compiled)
     return kernels.fused_tail(z, residual, constants, None, v.contiguous())
+
+
+def serves(
+    op: str, z: Tensor, residual: Tensor, gate: object | None, impl: str | None
+) -> str | None:
+    """What was asked for, ``"numba"`` or ``"auto"``; None where this path takes no such maps."""
+    if type(z) is not Tensor or type(residual) is not Tensor or not (z.is_cpu and residual.is_cpu):
+        return None
+    if z.dtype not in _DTYPES or residual.dtype != z.dtype or not runs_eagerly(z):
+        return None
+    shape = z.shape
+    if len(shape) < 3 or shape != residual.shape or 0 in shape or not is_dense(z):
+        return None
+    asked = requested(impl, op) or "auto"
+    if asked not in ("auto", "numba") or not _usable():
+        return None
+    if gate is None and asked == "auto" and z.numel() < SMALL:
+        return None
+    return asked
 
 
 def gate_values(gate: Callable[[PlaneStats], Tensor], stats: PlaneStats, z: Tensor) -> Tensor:

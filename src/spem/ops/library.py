@@ -226,6 +226,10 @@ def _define(impl: str) -> Passes:
 
     def kernel(name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
+            if name == "stats_backward" and impl == "numba":
+                # Spikes by value are used up, and an operator may not write to what it is given.
+                spikes = (None if t is None else t.clone() for t in arguments[8:])
+                arguments = (*arguments[:8], *spikes)
             result = getattr(kernels_of(impl), name)(*arguments)
             return tuple(result) if isinstance(result, tuple) else result
 

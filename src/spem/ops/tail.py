@@ -12,7 +12,7 @@ from spem.ops import reference
 from spem.ops.autograd import Gathered, close, gather
 from spem.ops.dispatch import Choice, choose, log_choice
 from spem.ops.formula import Norm, move_running
-from spem.ops.inference import gate_values, infer
+from spem.ops.inference import gate_values, infer, serves
 from spem.ops.library import (
     has_hooks,
     is_dense,
@@ -118,6 +118,11 @@ def bn_gate_tail(
             return y
     _check("bn_gate_tail", z, residual, statistics)
     if may_show(norm, z) and not norm.training:
+        plain = without_hooks(norm)
+        if serves("bn_gate_tail", z, residual, gate, impl) is None:
+            choice = _choose("bn_gate_tail", z, residual, plain, gate, impl)
+            if choice.impl == "reference":
+                return reference.tail(z, residual, norm, gate, statistics)
         x, plain = called(norm, z)
         if plain is not None:
             return bn_gate_tail(z, residual, plain, gate, statistics=statistics, impl=impl)
