@@ -67,6 +67,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     assert "unknown command 'trian'. Did you mean train?" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_training_leaves_a_checkpoint(
     tmp_path: Path, number: signal.Signals, code: int
@@ -94,6 +95,7 @@ def without_time(path: Path) -> list[dict[str, str]]:
         ]
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_gives_the_same_csv(tmp_path: Path) -> None:
     args = ["compare", "none", "spem", *TINY, "--seeds", "2", "--epochs", "2"]
     running = start([*args, "--runs", "a", "--out", "first"], tmp_path)

@@ -137,6 +137,7 @@ def test_files_that_cannot_be_used(tmp_path: Path):
         register_from_file(f"{write(tmp_path, 'class Mine(:')}:Mine")
 
 
+@pytest.mark.slow
 def test_compare_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path)
     args = ["compare", "none", "--module", f"{path}:Mine", "--data", "digits", "--epochs", "1"]

@@ -17,6 +17,7 @@ def writes(path: Path) -> list[str]:
     return [PYTHON, "-c", f"open({str(path)!r}, 'a').write('x')"]
 
 
+@pytest.mark.slow
 def test_stages_go_on_where_they_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

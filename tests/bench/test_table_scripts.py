@@ -56,6 +56,7 @@ def counted(
     return asked
 
 
+@pytest.mark.slow
 def test_attach_goes_on_and_repeats_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,7 @@ def one_block(spec: str) -> torch.nn.Module:
     return attach_table.scattered(Network(attention), 0).eval()
 
 
+@pytest.mark.slow
 def test_export_goes_on_and_repeats_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole networks, the script's own, are in test_a_row_with_an_error_is_not_timed."""
     monkeypatch.setattr(export_table, "specs", lambda: ["none", "eca", "fca"])
@@ -164,6 +166,7 @@ def test_export_goes_on_and_repeats_errors(tmp_path: Path, monkeypatch: pytest.M
     assert "commit " in text
 
 
+@pytest.mark.slow
 def test_a_row_with_an_error_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_table, "specs", lambda: ["none", "eca"])
     real = export_table.host

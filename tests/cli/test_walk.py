@@ -44,6 +44,7 @@ def answered(capsys: pytest.CaptureFixture[str], args: list[str]) -> Any:
     return json.loads(said(capsys, [*args, "--json"]))
 
 
+@pytest.mark.slow
 def test_from_photos_to_a_shared_network(capsys: pytest.CaptureFixture[str]) -> None:
     """Train, evaluate, explain, export, share, load: each reads what the one before has written."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from spem.data import NORMALISATION, ImageSet, load_images
@@ -37,6 +38,7 @@ def test_cifar10(data_root: Path) -> None:
     assert reports[-1] == (50_000, 50_000)
 
 
+@pytest.mark.slow
 def test_cifar100(data_root: Path) -> None:
     train = load_images("cifar100", "train", root=data_root)
     check_training_set(train, 100, "apple", "worm")

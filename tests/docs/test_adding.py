@@ -96,6 +96,7 @@ def test_two_files_are_enough(copy: Path) -> None:
     assert "max, min" in said
 
 
+@pytest.mark.slow
 def test_the_contract_finds_it(copy: Path) -> None:
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     # Compiling takes the most time, and test_two_files_are_enough has run the formula itself.

@@ -35,6 +35,7 @@ def compiled(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 # One test, so that parallel workers compile once.
 def test_every_kernel_compiles_without_spills_and_with_wide_loads(tmp_path: Path) -> None:
     table = compiled(tmp_path / "table.csv")

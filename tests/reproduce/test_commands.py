@@ -274,6 +274,7 @@ def test_times_as_people_say_them() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_demo(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

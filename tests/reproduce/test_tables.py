@@ -173,6 +173,7 @@ def test_a_comparison_keeps_its_arms_and_reference(tmp_path: Path):
     assert list(table.frame["row"]) == ["se", "none", "control"]
 
 
+@pytest.mark.slow
 def test_every_experiment_makes_its_tables(tmp_path: Path):
     from spem.reproduce.experiments import EXPERIMENTS
 

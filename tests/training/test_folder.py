@@ -82,20 +82,20 @@ def test_the_same_process_cannot_hold_a_folder_twice(tmp_path: Path):
 @pytest.mark.timeout(600)
 def test_a_training_that_was_suspended_wakes_and_ends_in_the_same_bits(tmp_path: Path):
     undisturbed = tmp_path / "whole"
-    runner = start("train", str(undisturbed))
-    assert runner.wait(300) == 0
+    with start("train", str(undisturbed)) as runner:
+        assert runner.wait(300) == 0
     folder = tmp_path / "suspended"
-    runner = start("train", str(folder))
-    while not (folder / "checkpoint.pt").exists():
-        assert runner.poll() is None
-        time.sleep(0.005)
-    os.kill(runner.pid, signal.SIGSTOP)
-    before = contents(folder)
-    with pytest.raises(HeldError, match=f"process {runner.pid}"):
-        train(tiny(), folder, progress=Silent())
-    assert contents(folder) == before
-    os.kill(runner.pid, signal.SIGCONT)
-    assert runner.wait(300) == 0
+    with start("train", str(folder)) as runner:
+        while not (folder / "checkpoint.pt").exists():
+            assert runner.poll() is None
+            time.sleep(0.005)
+        os.kill(runner.pid, signal.SIGSTOP)
+        before = contents(folder)
+        with pytest.raises(HeldError, match=f"process {runner.pid}"):
+            train(tiny(), folder, progress=Silent())
+        assert contents(folder) == before
+        os.kill(runner.pid, signal.SIGCONT)
+        assert runner.wait(300) == 0
     assert differences(outcome(folder), outcome(undisturbed)) == []
 
 

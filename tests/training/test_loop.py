@@ -345,6 +345,7 @@ def test_durations():
     assert [duration(s) for s in (0.4, 59.4, 185, 3723)] == ["0 s", "59 s", "3:05", "1:02:03"]
 
 
+@pytest.mark.slow
 def test_smoke_recipe_learns_the_digits(tmp_path: Path):
     result = train(recipes.smoke("se"), tmp_path, progress=Silent())
     assert result.accuracy > 90

@@ -45,6 +45,7 @@ def test_a_wrong_sum_of_the_images_is_refused_before_the_folder_is_made(tmp_path
     train(good, tmp_path / "run", progress=Silent())
 
 
+@pytest.mark.slow
 def test_many_compiled_networks_in_one_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for attention in ("none", "se", "eca", "srm", "spem"):
