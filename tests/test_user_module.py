@@ -137,6 +137,16 @@ def test_files_that_cannot_be_used(tmp_path: Path):
         register_from_file(f"{write(tmp_path, 'class Mine(:')}:Mine")
 
 
+def test_a_file_that_exits_is_a_mistake_in_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write(tmp_path, "import sys\nsys.exit(0)")
+    assert main(["list", "--module", f"{path}:Mine"]) == 2
+    told = capsys.readouterr()
+    assert not told.out
+    assert "cannot be imported: SystemExit: 0" in told.err
+
+
 @pytest.mark.slow
 def test_compare_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write(tmp_path)

@@ -63,3 +63,21 @@ def test_a_mistake_is_one_sentence(args: list[str], says: str, capsys: pytest.Ca
     assert says in told.err
     assert "Traceback" not in told.err
     assert not told.out
+
+
+def test_the_implementation_of_the_environment_is_the_one_that_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from spem.ops.dispatch import requested
+
+    make, asked = step.make_step, list[str | None]()
+
+    def noted(*arguments: Any) -> Any:
+        asked.append(requested(None, "train"))
+        return make(*arguments)
+
+    monkeypatch.setattr(step, "make_step", noted)
+    monkeypatch.setenv("SPEM_IMPL", "reference")
+    args = ["bench", "cifar:11", "--attention", "none", "--size", "8", "--quick", "--threads", "1"]
+    assert main([*args, "--json"]) == 0, capsys.readouterr().err
+    assert asked == ["reference"]

@@ -13,6 +13,14 @@ import torch
 PYTHON = sys.executable
 
 
+def reports(out: Path, outcome: str = "") -> list[str]:
+    """A command that leaves a report with one test for each file."""
+    names = (name.removesuffix(".py").replace("/", ".") for name in gpu.TESTS)
+    cases = "".join(f'<testcase classname="{name}" name="t">{outcome}</testcase>' for name in names)
+    text = f"<testsuites><testsuite>{cases}</testsuite></testsuites>"
+    return [PYTHON, "-c", f"open({str(out / 'tests.xml')!r}, 'w').write({text!r})"]
+
+
 def writes(path: Path) -> list[str]:
     return [PYTHON, "-c", f"open({str(path)!r}, 'a').write('x')"]
 
@@ -25,11 +33,16 @@ def test_stages_go_on_where_they_stopped(
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     out, first, last = tmp_path / "out", tmp_path / "first", tmp_path / "last"
     sleeps = [PYTHON, "-c", "import time; time.sleep(600)"]
-    commands = {"tests": writes(first), "tails": sleeps, "training": writes(last)}
+    commands = {
+        "tests": reports(out),
+        "first": writes(first),
+        "tails": sleeps,
+        "training": writes(last),
+    }
     began = time.monotonic()
     assert gpu.carry_on(commands, out, began + 6) == 3
     assert time.monotonic() - began < 60
-    assert gpu.read_state(out) == {"tests": "done"}
+    assert gpu.read_state(out) == {"tests": "done", "first": "done"}
     assert not last.exists()
     commands["tails"] = [PYTHON, "-c", "print('timed')"]
     assert gpu.carry_on(commands, out, time.monotonic() + 300) == 0
@@ -44,6 +57,15 @@ def test_nothing_is_timed_where_the_tests_failed(tmp_path: Path):
     assert gpu.carry_on(commands, tmp_path, time.monotonic() + 300) == 1
     assert gpu.read_state(tmp_path) == {"tests": "failed"}
     assert not (tmp_path / "timed").exists()
+
+
+def test_tests_that_are_all_skipped_have_not_passed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    commands = {"tests": reports(tmp_path, "<skipped/>"), "tails": writes(tmp_path / "timed")}
+    assert gpu.carry_on(commands, tmp_path, time.monotonic() + 300) == 1
+    assert not (tmp_path / "timed").exists()
+    assert f"no test of {gpu.TESTS[0]}" in capsys.readouterr().out
 
 
 def test_too_little_time_starts_nothing(tmp_path: Path):

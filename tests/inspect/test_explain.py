@@ -13,6 +13,7 @@ from torch import nn
 
 import spem
 from spem import cli
+from spem.attention import ChannelAttention
 from spem.explain import evenly, explain, number
 from spem.ops import use_impl
 
@@ -65,6 +66,23 @@ def test_a_frozen_norm_stays_frozen():
     modes = [module.training for module in model.modules()]
     explain(model, IMAGE)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_an_attention_inside_another_is_part_of_it():
+    class Outer(ChannelAttention):
+        """Its gate is that of the module it holds."""
+
+        def __init__(self) -> None:
+            super().__init__(64)
+            self.part = spem.create_attention("se", 64)
+
+        def gate(self, x: torch.Tensor) -> torch.Tensor:
+            return self.part(x) * 0 + 0.5
+
+    model = network("se")
+    model.layer1[0].attention = Outer()  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    names = [block.name for block in explain(model, IMAGE).blocks]
+    assert names == ["layer1.0.attention", "layer2.0.attention", "layer3.0.attention"]
 
 
 def test_gates_of_positions_are_shown_themselves():

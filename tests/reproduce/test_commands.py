@@ -244,6 +244,28 @@ def test_stats_of_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
     assert r"\u03bc-Netz" in done.stdout
 
 
+def test_two_comparisons_that_differ_in_one_option_are_two_tables(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The rate is no column of runs.csv; before, the second one failed after its training."""
+    args = ["compare", "none", "se", *TINY, "--seeds", "1", "--out", "out", "--runs", "runs"]
+    assert len(answer(capsys, args)["tables"]) == 1
+    assert len(answer(capsys, [*args, "--lr", "0.05"])["tables"]) == 2
+    # Rows of before, without that column, cannot be told apart: said before anything is trained.
+    table = pd.read_csv("out/runs.csv", dtype=str).drop(columns="setting")
+    table.to_csv("out/runs.csv", index=False)
+    assert call([*args, "--lr", "0.025"]) == 2
+    assert "cannot be told apart (none, seed 0 is there twice)" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_here_are_missed_before_the_first_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert call(["reproduce", "finetune-1000", "--recipe", "study", "--results", "out"]) == 2
+    assert "plain-cifar100.safetensors, which are not in" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 # ---- small things
 
 
@@ -261,7 +283,7 @@ def test_times(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "-3m", "0", "1d", "1e3", "1mh"])
+@pytest.mark.parametrize("text", ["", "m", "-3m", "0", "1d", "1e3", "1mh", "30ms", "5hs"])
 def test_no_times(text: str) -> None:
     with pytest.raises(ValueError, match="is no time"):
         parse_duration(text)
@@ -309,6 +331,8 @@ def test_a_stop_before_the_first_run_is_finished_is_told_as_such(
     monkeypatch.setattr(
         run, "run_missing", lambda configs, *_, **__: [run.Ended(c, "stopped") for c in configs]
     )
-    assert call(args) == 0
+    assert call(args) == 3
     assert "No run is finished yet.\n2 runs are left" in capsys.readouterr().out
+    assert call([*args, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["left"] == 2
     assert not (tmp_path / "out" / "report.html").exists()

@@ -153,6 +153,14 @@ def test_evaluation_equals_counting_by_hand():
     )
 
 
+def test_evaluation_leaves_a_frozen_norm_frozen():
+    model = build_network(tiny(), classes=10).train()
+    next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, load_images("digits", "test", size=8).take(torch.arange(5)))
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_evaluation_of_nothing_is_refused():
     test = load_images("digits", "test", size=8).take(torch.arange(0))
     with pytest.raises(ValueError, match="no images"):

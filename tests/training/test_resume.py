@@ -20,13 +20,16 @@ from spem.training import (
     DataConfig,
     Interrupted,
     RunConfig,
+    RuntimeConfig,
     Silent,
     read_metrics,
     read_result,
     read_run,
+    step,
     train,
 )
 from spem.training.folder import load_checkpoint
+from spem.training.step import execution
 
 
 def train_with_stops(config: RunConfig, folder: Path, stops: list[int]) -> None:
@@ -222,6 +225,25 @@ def test_threads_are_given_back(tmp_path: Path):
     config = shortened(tiny(epochs=1, threads=before + 1), images=40)
     train(config, tmp_path, progress=Silent())
     assert torch.get_num_threads() == before
+
+
+def test_settings_of_torch_are_given_back_as_they_were():
+    """Also that determinism only warned, and where a setting is refused on the way in."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    asked = RuntimeConfig(device="cpu", threads=threads + 1, deterministic=True, impl="reference")
+    try:
+        with execution(replace(asked, impl=None)):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step, "use_impl", lambda impl: 1 / 0)
+            with pytest.raises(ZeroDivisionError), execution(asked):
+                pass
+        assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path):

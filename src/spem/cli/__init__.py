@@ -1,8 +1,8 @@
 """The command `spem`: finds the subcommand, and turns errors into sentences and an exit code.
 
 Exit codes: 0 done; 1 a training that diverged, or a fault inside (run again with --debug); 2 a
-mistake in the call or its files; 130 and 143 stopped by Ctrl-C or SIGTERM, after writing what is
-needed to go on.
+mistake in the call or its files; 3 a budget that ended before every run was finished; 130 and 143
+stopped by Ctrl-C or SIGTERM, after writing what is needed to go on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug"]
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
-    name, options = "", None
+    name, options, status = "", None, 0
     try:  # around the imports too: Ctrl-C in the first seconds is no fault
         from spem.cli.options import UsageError, unknown
 
@@ -68,21 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             name = args[0]
             module = import_module(COMMANDS[name][0])
-            if not hasattr(module, "options"):  # not yet written this way
-                module.run(args[1:])
-                return 0
             options = module.options()
             own, rest = ([], args[1:]) if name == "compare" else _own_modules(args[1:])
             values = options.read(rest)
             if values is not None:
                 _register(own)
-                module.run(**values)
+                status = module.run(**values) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be answered
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: all are told
         if debug:
             traceback.print_exc()
         return _answer(error, name, options, debug=debug)
-    return 0
+    return status
 
 
 def _own_modules(args: list[str]) -> tuple[list[str], list[str]]:

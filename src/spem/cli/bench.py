@@ -56,7 +56,6 @@ def run(
     import torch
     from torch.utils.benchmark import Timer
 
-    from spem.ops import use_impl
     from spem.training import OptimConfig, RuntimeConfig
     from spem.training.step import execution
 
@@ -70,7 +69,7 @@ def run(
     runtime = RuntimeConfig(device=place, precision=precision, threads=threads, impl=impl)
     rounds, seconds, batch = (2, 0.05, min(batch, 16)) if quick else (ROUNDS, SECONDS, batch)
     times: dict[str, dict[str, list[float]]] = {}
-    with execution(runtime), use_impl(impl):
+    with execution(runtime):
         calls = {name: _calls(network, name, size, batch, runtime, OptimConfig()) for name in arms}
         timers: dict[tuple[str, str], tuple[Any, int]] = {}
         for name, kinds in calls.items():

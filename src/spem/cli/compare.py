@@ -65,7 +65,7 @@ def run(
     retry_diverged: bool,
     json: bool,
     **given: Any,
-) -> None:
+) -> int:
     """Train what is missing, and show how the arms differ."""
     if len(arms) + len(module) < 2:
         named = f"only {(*arms, *module)[0]} is named" if arms or module else "nothing is named"
@@ -82,7 +82,7 @@ def run(
         recipe or ("smoke" if given.get("data.name") == "digits" else "short"), given
     )
     configs, baseline = comparison(config, [*arms, *own], seeds)
-    carry_out(
+    return carry_out(
         {config: [COMPARE] for config in configs},
         runs,
         out,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,7 +236,7 @@ def _own(text: str) -> Network:
 
 
 def import_file(path: Path) -> Any:
-    """A Python file of the user's as a module.
+    """A Python file of the user's as a module, which `sys.modules` holds too (dataclasses need it).
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -242,13 +244,16 @@ def import_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
-    spec = importlib.util.spec_from_file_location(f"spem_user_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    code = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
+    spec = importlib.util.spec_from_file_location(f"spem_user_{path.stem}_{code}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file. Give one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
 

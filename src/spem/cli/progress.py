@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from spem.training.progress import Status
 
 PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.2
+LEFT = 3
+"""Exit code where a budget was over before every run was finished."""
 
 
 class Several:
@@ -121,10 +124,14 @@ def carry_out(
     budget: float | None = None,
     retry_diverged: bool = False,
     json: bool = False,
-) -> None:
+) -> int:
     """Train what is missing, write tables and report, and show the answer.
 
+    Returns:
+        The exit code: 0, or `LEFT` where the budget was over before every run was finished.
+
     Raises:
+        FileNotFoundError: The weights that a run starts from are not here.
         FloatingPointError: Runs failed or diverged; the others are trained and in the tables.
         Interrupted: A signal stopped the runs; what is finished is in the tables.
         OSError: A file cannot be written.
@@ -133,7 +140,15 @@ def carry_out(
     for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
         require(module, extra="train", purpose="tables and report")
     from spem.reproduce.report import build_report
-    from spem.reproduce.run import FAILED, STOPPED, Ended, forget_diverged, missing, run_missing
+    from spem.reproduce.run import (
+        FAILED,
+        STOPPED,
+        Ended,
+        forget_diverged,
+        missing,
+        require_weights,
+        run_missing,
+    )
     from spem.reproduce.tables import record, require_tables
 
     out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +156,7 @@ def carry_out(
     if retry_diverged:
         forget_diverged(planned, runs)
     todo = missing(planned, runs)
+    require_weights(todo)
     _announce(planned, todo, workers)
     progress, ended = Several(len(todo)), list[Ended]()
     interrupted: KeyboardInterrupt | None = None
@@ -165,9 +181,11 @@ def carry_out(
         raise interrupted
     left = sum(one.status == STOPPED for one in ended)
     if report is not None:
-        show(report, json=json)
+        show(report, left=left, json=json)
     else:  # the budget was over before the first run was
-        print_json({"report": None, "tables": []}) if json else print("No run is finished yet.")
+        print_json({"report": None, "tables": [], "left": left}) if json else print(
+            "No run is finished yet."
+        )
     if left and not json:
         print(f"{left} runs are left; the same command goes on from their checkpoints.")
     if problems:
@@ -176,6 +194,7 @@ def carry_out(
         lines = "\n".join(f"  {text}" for text in problems)
         text = f"{many} did not end well; the others are kept.\n{lines}"
         raise FloatingPointError(text)
+    return LEFT if left else 0
 
 
 def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], workers: int) -> None:
@@ -192,11 +211,11 @@ def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], worke
     print(f"{len(todo)} runs to train{done}{took} on this machine.", file=sys.stderr, flush=True)
 
 
-def show(report: Report, *, json: bool = False) -> None:
+def show(report: Report, *, left: int = 0, json: bool = False) -> None:
     """Print the table and the answer of a report's first screen, and where the report lies."""
     table = report.headline
     if json:
-        print_json(_document(report))
+        print_json(_document(report) | {"left": left})
         return
     if table is None:
         print(f"No run is finished yet.\nreport: {report.page}")
@@ -289,8 +308,7 @@ def parse_duration(text: str) -> float:
     >>> parse_duration("30m"), parse_duration("1.5h"), parse_duration("45")
     (1800.0, 5400.0, 45.0)
     """
-    number = text.strip().removesuffix("s").removesuffix("m").removesuffix("h").strip()
-    unit = text.strip()[-1:]
-    if not number.replace(".", "", 1).isdigit() or not float(number):
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) *([smh]?)", text.strip())
+    if found is None or not float(found[1]):
         raise ValueError(f"{text!r} is no time. Write 90s, 30m or 8h.")
-    return float(number) * {"m": 60, "h": 3600}.get(unit, 1)
+    return float(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1)

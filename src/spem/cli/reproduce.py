@@ -92,7 +92,7 @@ def run(
     per_gpu: int,
     retry_diverged: bool,
     json: bool,
-) -> None:
+) -> int:
     """Train what is missing of the experiments, and show what comes out."""
     if not experiments:
         raise UsageError(f"no experiment given. Name some of: all, {', '.join((*PAPER, *OWN))}.")
@@ -107,8 +107,8 @@ def run(
         planned[config] = owners
     if dry_run:
         _show_plan(planned, list(dict.fromkeys(names)), results / "runs", workers)
-        return
-    carry_out(
+        return 0
+    return carry_out(
         planned,
         results / "runs",
         results,

@@ -1,13 +1,11 @@
-"""An attention of the user's own, from a Python file: what `spem compare --module` takes."""
+"""An attention of the user's own, from a Python file: what `--module` takes in every command."""
 
 import hashlib
-import importlib.util
 import inspect
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from spem.cli.network import import_file
 from spem.cli.options import unknown
 
 if TYPE_CHECKING:
@@ -41,19 +39,20 @@ def register_from_file(where: str) -> str:
 
     file, colon, name = where.rpartition(":")
     if not colon or not name.isidentifier():
-        raise ValueError(f"compare: --module {where!r} is not of the form file.py:ClassName.")
+        raise ValueError(f"--module {where!r} is not of the form file.py:ClassName.")
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"compare: --module: there is no file {path}.")
+        raise FileNotFoundError(f"--module: there is no file {path}. Check the path.")
     code = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
     label = f"{name.lower()}_{code}"
     if label in list_attention():
         return label
-    kind = getattr(_imported(path, f"spem_user_{code}"), name, None)
+    module = import_file(path)
+    kind = getattr(module, name, None)
     if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
-        classes = [n for n, v in vars(sys.modules[f"spem_user_{code}"]).items() if _is_module(v)]
+        classes = [n for n, v in vars(module).items() if _is_module(v)]
         raise ValueError(
-            f"compare: {path} defines no module {name}. {unknown('class', name, classes)}"
+            f"--module: {path} defines no module {name}. {unknown('class', name, classes)}"
         )
     if issubclass(kind, ChannelAttention):
         # One registered by its own decorator too: a class has one name.
@@ -65,33 +64,17 @@ def register_from_file(where: str) -> str:
     try:
         x = torch.zeros(2, 64, 8, 8)
         y = own(64)(x)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"compare: {name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]: "
+            f"--module: {name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(y, torch.Tensor) or y.shape != x.shape:
         raise ValueError(
-            f"compare: {name} of {path} must return a map of its input's shape [2, 64, 8, 8], "
+            f"--module: {name} of {path} must return a map of its input's shape [2, 64, 8, 8], "
             f"got {list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__}."
         )
     return label
-
-
-def _imported(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"compare: --module: {path} is no Python file. Give one ending in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ValueError(
-            f"compare: --module: {path} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    return module
 
 
 def _is_module(value: object) -> bool:

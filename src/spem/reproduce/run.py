@@ -78,6 +78,21 @@ def missing(configs: Iterable[RunConfig], runs: Path) -> list[RunConfig]:
     return [config for config in configs if not (config.folder(runs) / "result.json").exists()]
 
 
+def require_weights(configs: Iterable[RunConfig]) -> None:
+    """Make sure that the weights that runs start from are here, before the first run.
+
+    Raises:
+        FileNotFoundError: They are not.
+    """
+    for name in dict.fromkeys(config.model.weights for config in configs):
+        if name is not None and not Path(name).is_file():
+            raise FileNotFoundError(
+                f"the runs start from the weights {name}, which are not in {Path.cwd()}. They are "
+                "part of the repository, not of the installed package: clone it, and start the "
+                "command in its folder."
+            )
+
+
 def forget_diverged(configs: Iterable[RunConfig], runs: Path) -> None:
     """Take away that runs diverged, and where: they start anew."""
     for config in configs:

@@ -8,7 +8,7 @@ and blocks count from 0; columns that depend on the clock begin with `time_`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 FILES = ("runs.csv", "epochs.csv", "mixes.csv", "gates.csv")
 KEY = ["config", "seed"]
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-TEXTS = ("experiment", "scale", "module", "dataset", "config", "baseline", "status", "error")
+TEXTS = (
+    *("experiment", "scale", "module", "dataset", "config", "setting", "baseline"),
+    *("status", "error"),
+)
+_COMPARED_WITHIN = ["setting", "dataset", "depth", "epochs", "train_images", "batch", "precision"]
+"""What the arms of one comparison share; `setting` is empty in rows written before it was there."""
 COMPARE = "compare"
 Row = dict[str, Any]
 
@@ -114,12 +119,19 @@ def config_row(config: RunConfig) -> Row:
         "dataset": Path(config.data.name).name,
         "seed": config.seed,
         "config": config.id,
+        "setting": _setting(config),
         "epochs": config.optim.epochs,
         "batch": config.optim.batch,
         "train_images": config.data.limit,
         "penalty": config.optim.penalty,
         "precision": config.runtime.precision,
     }
+
+
+def _setting(config: RunConfig) -> str:
+    """The id of a config without its module: equal for the arms of one comparison."""
+    model = replace(config.model, attention="none", branch_start=None)
+    return replace(config, model=model).id
 
 
 def inner_rows(run: Run) -> dict[str, list[Row]]:
@@ -200,11 +212,21 @@ def require_tables(out: Path) -> None:
     """Make sure that rows can be added to the files of a results folder, before hours of training.
 
     Raises:
-        ValueError: One of them is damaged, or not one that spem wrote.
+        ValueError: One of them is damaged, not one that spem wrote, or holds a run twice.
     """
     for name in FILES:
         if (out / name).exists():
             _read_texts(out / name)
+    own = [row for row in _recorded(out) if COMPARE in row.get("experiment", "").split()]
+    keys = [
+        tuple(row.get(name, "") for name in (*_COMPARED_WITHIN, "module", "seed")) for row in own
+    ]
+    twice = sorted({f"{key[-2]}, seed {key[-1]}" for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(
+            f"{out / 'runs.csv'} holds two comparisons that cannot be told apart ({twice[0]} is "
+            "there twice). Move it away, or name another folder with --out."
+        )
 
 
 def _recorded(folder: Path) -> list[Row]:
@@ -395,8 +417,7 @@ def _of_experiment(one: Experiment, runs: pd.DataFrame) -> list[Table]:
 def _typed_in(runs: pd.DataFrame) -> list[Table]:
     """The tables of `spem compare`: one for each setting that its arms share."""
     own = runs[runs["experiment"].str.split().map(lambda names: COMPARE in names)]
-    settings = ["dataset", "depth", "epochs", "train_images", "batch", "precision"]
-    shared = [name for name in settings if name in own.columns]
+    shared = [name for name in _COMPARED_WITHIN if name in own.columns]
     tables: list[Table] = []
     for _, part in own.groupby(shared, sort=False, dropna=False):
         names = list(dict.fromkeys(part["module"]))

@@ -58,7 +58,7 @@ def evaluate(
 
     It is float32 whatever the network was trained in, so that saved weights give the row of their
     run again; another machine or version of torch may round an image at a tie the other way. The
-    mode of the network is restored.
+    mode of every module is restored.
 
     Args:
         model: takes images [n, 3, H, W] and returns logits [n, classes].
@@ -105,7 +105,7 @@ def _answers(
         raise ValueError("evaluate: the set has no images. Check the split and its folder.")
     data = data.to(next(model.parameters()).device)
     mean, std = NORMALISATION[normalisation] if isinstance(normalisation, str) else normalisation
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for start in range(0, len(data), batch):
@@ -113,7 +113,8 @@ def _answers(
             labels = data.labels[start : start + batch]
             yield model(images.contiguous(memory_format=torch.channels_last)), labels
     finally:
-        model.train(was_training)
+        for module, mode in modes:  # a norm may be frozen in a network that is in training
+            module.training = mode
 
 
 def load_test_images(

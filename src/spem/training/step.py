@@ -170,23 +170,23 @@ def execution(
     """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(runtime.threads)
-    torch.backends.cudnn.benchmark = not runtime.deterministic
-    # torch would round the inputs of float32 convolutions to TF32, which is another precision.
-    torch.backends.cudnn.allow_tf32 = False
-    if runtime.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    implementation = use_impl(runtime.impl) if runtime.impl else contextlib.nullcontext()
     try:
-        with implementation:
+        torch.set_num_threads(runtime.threads)
+        torch.backends.cudnn.benchmark = not runtime.deterministic
+        # torch would round the inputs of float32 convolutions to TF32, which is another precision.
+        torch.backends.cudnn.allow_tf32 = False
+        if runtime.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        with use_impl(runtime.impl) if runtime.impl else contextlib.nullcontext():
             yield device or torch.device(runtime.device)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
         torch.backends.cudnn.allow_tf32 = tf32
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def map_dtypes(runtime: RuntimeConfig) -> tuple[torch.dtype, ...]:
