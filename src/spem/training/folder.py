@@ -27,7 +27,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-import dacite
 import torch
 from torch import Tensor
 
@@ -51,6 +50,8 @@ WEIGHTS, RESULT, LOCK = "model.safetensors", "result.json", ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, RESULT, LOCK)
 _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp")
 """Of a process that was killed while it wrote (`spem.files.write_atomic`)."""
+
+dacite = require("dacite", extra="train", purpose="training")
 
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
