@@ -20,12 +20,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "benchmarks" / "results"
-PICTURES = ("results/*/figures/*.svg", "benchmarks/results/*.svg")
+PICTURES = (
+    "benchmarks/results/speed.svg",
+    "results/cifar10/figures/scratch-cifar10-study-differences.svg",
+    "results/finetune/figures/finetune-5000-cifar10-study-differences.svg",
+)
 """Files outside of the pages' folder that pages show, each by its name under pictures/."""
 MARK = re.compile(r"<!-- generated: (\w+) -->\n(?:((?:(?!<!--).)*?)<!-- end -->\n)?", re.DOTALL)
 SHOWN = ("none", "se", "eca", "spem")
-FORMS = ("ge(form=theta)", "ge(form=theta_plus)", "ge(extent=2)", "gct(placement=conv)")
-"""Forms of modules that differ from the default in what they need."""
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -175,14 +177,6 @@ def export() -> str:
             [f"`{row['spec']}`", size, row["fp32"], row["fp16"], row["latency_over_plain"]]
         )
     return table("module | size | fp32: | fp16: | latency / plain:", found)
-
-
-def of_one_size(spec: str) -> bool:
-    """Whether `dynamic_size=True` refuses a module."""
-    from spem.attention import create_attention
-
-    needs = create_attention(spec, 64, size=8).needs
-    return needs.size or needs.fixed_size
 
 
 # Speed
@@ -352,11 +346,11 @@ def on_files(files: Any, config: Any) -> Any:
     """mkdocs: pictures that lie beside the rows they are drawn from."""
     from mkdocs.structure.files import File
 
-    for pattern in PICTURES:
-        for path in sorted(ROOT.glob(pattern)):
-            uri = f"pictures/{path.name}"
-            if files.get_file_from_path(uri) is None:
-                files.append(File.generated(config, uri, abs_src_path=str(path)))
+    for name in PICTURES:
+        path = ROOT / name
+        uri = f"pictures/{path.name}"
+        if files.get_file_from_path(uri) is None:
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
 
 

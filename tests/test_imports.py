@@ -24,11 +24,9 @@ HEAVY = [
     "sklearn",
     "ray",
     "rich",
-    "tyro",
     "pyarrow",
     "PIL",
     "safetensors",
-    "tensorboard",
     "onnx",
     "onnxscript",
     "onnxruntime",
@@ -101,7 +99,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "export": {"torch"},
     "explain": {"torch"},
     "share": {"torch"},
-    "cli": {"tyro"},
+    "cli": set(),
 }
 # third parties that only one place may import at all: a file, or a folder with all its files
 CONFINED = {

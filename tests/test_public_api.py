@@ -77,6 +77,7 @@ PARTS = {
         "bn_gate_tail",
         "choose",
         "gate_tail",
+        "norm_relu",
         "plane_stats",
         "use_impl",
         "why_composed",
@@ -93,6 +94,8 @@ PARTS = {
     },
     "cost": {"count", "Cost"},
     "export": {"to_onnx"},
+    "reproduce": {"load_runs"},
+    "stats": {"compare"},
 }
 
 # name -> (options with their defaults) after the leading positional arguments

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from spem import explain as explain
     from spem import export as export
     from spem import ops as ops
+    from spem import reproduce as reproduce
+    from spem import stats as stats
     from spem import training as training
     from spem.attention import *  # noqa: F403
     from spem.export import to_onnx as to_onnx

@@ -16,6 +16,8 @@ from spem.extras import require
 if TYPE_CHECKING:
     import pandas as pd
 
+__all__ = ["compare"]
+
 FEW = 3
 """Pairs from which on there is an interval: two have a spread that says next to nothing."""
 FLIP = 6

@@ -16,7 +16,7 @@ from PIL import Image
 
 import spem
 from spem import cli
-from spem.training import load_weights, save_weights, smoke
+from spem.training import read_weights, save_weights, smoke
 
 # digits at their own size, few of them: a run takes about a second
 TINY_RUN = ["smoke", "--attention", "spem", "--size", "8", "--data.pad", "1", "--limit", "96"]
@@ -242,7 +242,7 @@ def test_every_field_can_be_set(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (result["folder"], result["depth"]) == ("here", 20)
     assert result["attention"] == "se(reduction=4)"
     assert result["best_selected_on"] == "validation"
-    _, config = load_weights(tmp_path / "here" / "model.safetensors")
+    config = read_weights(tmp_path / "here" / "model.safetensors").config
     assert config.model.block == "basic"
     assert (config.data.name, config.data.val, config.data.limit) == ("digits", 40, 64)
     assert not config.data.flip

@@ -17,7 +17,7 @@ from torch import nn
 import spem
 from spem import cli
 from spem.insert.architectures import build
-from spem.training import load_weights, save_weights
+from spem.training import read_weights, save_weights
 
 WEIGHTS = REPOSITORY / "tests" / "data" / "weights" / "spem-seed0.safetensors"
 
@@ -34,7 +34,7 @@ def test_trained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     document = json.loads(capsys.readouterr().out)
     assert document["operators"]["ReduceMax"] == 3
     assert document["differences"][0]["shape"] == [1, 3, 32, 32]
-    model, _ = load_weights(WEIGHTS)
+    model = read_weights(WEIGHTS).network
     x = maps(2, 3, 32, 32)
     error = abs(ran(out, x) - expected(model, x)).max()
     assert error < 1e-4 * abs(expected(model, x)).max()
@@ -150,7 +150,8 @@ def test_the_size_that_a_set_has(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model, config = load_weights(WEIGHTS)
+    found = read_weights(WEIGHTS)
+    model, config = found.network, found.config
     data = dataclasses.replace(config.data, name=name, size=None)
     weights = tmp_path / "w.safetensors"
     save_weights(model, dataclasses.replace(config, data=data), weights)

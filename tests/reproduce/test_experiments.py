@@ -9,10 +9,10 @@ import pytest
 
 from spem.attention import create_attention
 from spem.cli import reproduce
+from spem.cli.reproduce import PAPER
 from spem.models import resnet
 from spem.reproduce.experiments import (
     EXPERIMENTS,
-    PAPER,
     SCALES,
     comparison,
     experiment,

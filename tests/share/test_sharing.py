@@ -16,7 +16,7 @@ import torch
 import spem
 from spem import cli
 from spem.share import formula, read_shared
-from spem.training import ModelConfig, Silent, load_weights, read_result, recipes, train
+from spem.training import ModelConfig, Silent, read_result, read_weights, recipes, train
 
 hub = pytest.importorskip("huggingface_hub")
 WEIGHTS = Path(__file__).resolve().parents[1] / "data" / "weights"
@@ -248,7 +248,7 @@ def test_a_run_is_shared_with_its_result(run: Path, tmp_path: Path):
     assert cli.main(["share", str(run), "--folder", str(out)]) == 0
     shared, result = read_shared(out), read_result(run)
     assert result is not None
-    weights = load_weights(run / "model.safetensors")[0].state_dict()
+    weights = read_weights(run / "model.safetensors").network.state_dict()
     assert all(torch.equal(weights[k], v) for k, v in shared.model.state_dict().items())
     (told,) = parsed(out).data.eval_results
     assert (told.metric_value, told.dataset_name) == (result.accuracy, "digits")

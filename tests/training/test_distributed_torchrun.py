@@ -19,9 +19,9 @@ from spem.training import (
     RuntimeConfig,
     Silent,
     process_group,
-    read_config,
     read_metrics,
     read_result,
+    read_run,
     train,
 )
 from spem.training.distributed import Team, share_norms
@@ -75,9 +75,7 @@ def test_a_killed_process_ends_the_run_with_a_sentence_and_another_number_goes_o
     assert "checkpoint.pt" in text
     assert read_result(folder) is None
     assert load_checkpoint(folder / "checkpoint.pt")["epoch"] >= 1
-    config = read_config(folder)
-    assert config is not None
-    result = train(config, folder, progress=Silent())  # one process goes on
+    result = train(read_run(folder).config, folder, progress=Silent())  # one process goes on
     assert result.epochs == len(read_metrics(folder)) == 6
 
 

@@ -15,7 +15,7 @@ from spem.models import resnet
 from spem.seeding import initialise
 from spem.training import DataConfig, ModelConfig, RunConfig, Silent, evaluate, recipes, train
 from spem.training.evaluation import describe_gates, gradient_norms
-from spem.training.folder import load_weights, read_metrics, read_result
+from spem.training.folder import read_metrics, read_result, read_weights
 from spem.training.sets import load_sets
 
 
@@ -39,7 +39,7 @@ def test_gates_are_described_as_numpy_does(run: tuple[RunConfig, Path]):
     config, folder = run
     gates = (read_result(folder) or pytest.fail("no result")).gates
     assert [g["block"] for g in gates] == [f"layer{k}.0.attention" for k in (1, 2, 3)]
-    model, _ = load_weights(folder / "model.safetensors")
+    model = read_weights(folder / "model.safetensors").network
     seen: list[np.ndarray] = []  # pyright: ignore[reportMissingTypeArgument]
     last = [m for m in model.modules() if isinstance(m, ChannelAttention)][-1]
     last.register_forward_pre_hook(lambda m, x: seen.append(m.gate(x[0]).detach().numpy()))
@@ -109,7 +109,7 @@ def test_branches_start_where_they_are_told(tmp_path: Path):
     config = small("none", branch_start=0.25)
     config = replace(config, optim=replace(config.optim, lr=0.0))
     train(config, tmp_path, progress=Silent())
-    trained, _ = load_weights(tmp_path / "model.safetensors")
+    trained = read_weights(tmp_path / "model.safetensors").network
     assert {float(v) for _, b in blocks(trained) for v in b.last_norm.weight.detach()} == {0.25}
 
 

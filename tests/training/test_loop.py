@@ -21,11 +21,11 @@ from spem.training import (
     RuntimeConfig,
     Silent,
     evaluate,
-    load_weights,
     loop,
     read_metrics,
     read_result,
     read_run,
+    read_weights,
     recipes,
     train,
 )
@@ -99,7 +99,7 @@ def test_result_agrees_with_metrics_and_weights(finished: tuple[RunConfig, Path]
     assert result.attention_parameters == 1_798
     test = load_images("digits", "test", size=8)
     assert result.test_sha256 == test.sha256
-    model, _ = load_weights(folder / "model.safetensors")
+    model = read_weights(folder / "model.safetensors").network
     again = evaluate(model, test, normalisation="digits")
     assert again.top1 == result.accuracy
     assert again.loss == pytest.approx(result.loss, rel=1e-5)

@@ -11,13 +11,6 @@ from typing import Any
 from spem.extras import require
 
 
-def p_text(p: float | None) -> str:
-    """A p value as tables show it."""
-    if p is None:
-        return "-"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def decimals_for(spreads: Iterable[float | None]) -> int:
     """As many as show two digits of the smallest deviation that is not 0, and two at least."""
     smallest = min((spread for spread in spreads if spread), default=1.0)

@@ -21,8 +21,6 @@ from spem.attention.spem import Reweight
 from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, recipes
 from spem.training.recipes import scaled_milestones
 
-PAPER = ("table1", "table2", "table3", "table4", "figure2")
-"""What `all` stands for."""
 MODULES = ("none", "se", "cbam", "eca", "srm", "sge", "spem")
 """The rows of Table 1."""
 CONTROL = "control"

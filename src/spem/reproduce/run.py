@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from spem.extras import require
 from spem.reproduce.tables import DIVERGED, FAILED, FINISHED
@@ -34,9 +34,6 @@ from spem.training import (
     train,
 )
 from spem.training.signals import stop_signals
-
-if TYPE_CHECKING:
-    pass
 
 HELD, STOPPED = "held", "stopped"
 RETRIES = 2

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from spem.training.folder import Result as Result
     from spem.training.folder import Run as Run
     from spem.training.folder import Weights as Weights
-    from spem.training.folder import load_weights as load_weights
-    from spem.training.folder import read_config as read_config
     from spem.training.folder import read_metrics as read_metrics
     from spem.training.folder import read_result as read_result
     from spem.training.folder import read_run as read_run
@@ -42,7 +40,7 @@ _NAMES = {
     "distributed": ("process_group",),
     "evaluation": ("Accuracy", "evaluate", "load_test_images"),
     "folder": (
-        *("DataIdentity", "HeldError", "Result", "Run", "Weights", "load_weights", "read_config"),
+        *("DataIdentity", "HeldError", "Result", "Run", "Weights"),
         *("read_metrics", "read_result", "read_run", "read_weights", "save_weights"),
     ),
     "loop": ("train",),

@@ -393,12 +393,6 @@ def read_plan(folder: Path) -> Plan | None:
         raise ValueError(f"{path} does not fit this version of spem. {error}") from error
 
 
-def read_config(folder: Path) -> RunConfig | None:
-    """The config of a run folder; None if there is none; raises as `read_plan`."""
-    plan = read_plan(Path(folder))
-    return None if plan is None else plan.config
-
-
 def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
     """Refuse to continue one run with the config of another.
 
@@ -600,12 +594,6 @@ def _sorted_header(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def load_weights(path: Path) -> tuple[ResNet, RunConfig]:
-    """The network of a weights file and its config; `read_weights` says more."""
-    found = read_weights(path)
-    return found.network, found.config
-
-
 def read_weights(path: Path) -> Weights:
     """Read what `save_weights` wrote.
 
@@ -615,7 +603,7 @@ def read_weights(path: Path) -> Weights:
         ValueError: the file is damaged or was not written by `save_weights`.
         ImportError: safetensors is not installed.
     """
-    safetensors = require("safetensors.torch", extra="train", purpose="load_weights")
+    safetensors = require("safetensors.torch", extra="train", purpose="reading weights")
     path = Path(path)
     content = read_regular(path)
     remedy = "Fetch it again, or train it anew."
