@@ -156,7 +156,7 @@ def test_hooks_of_an_identity_start_change_no_bit(spec: str, grad: bool) -> None
         for module in (start, start.inner):
             plain = start.tail(z, z, norm)
             seen: list[Tensor] = []
-            handle = module.register_forward_hook(lambda _m, _a, out: seen.append(out))
+            handle = module.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
             hooked = start.tail(z, z, norm)
             assert ("hooks" in str(start.why_composed())) == (grad or module is start)
             handle.remove()

@@ -249,8 +249,8 @@ def test_an_attention_inside_another_one_is_part_of_it():
             super().__init__(channels, reduction=2)
             self.before = spem.ECA(channels)
 
-        def gate_from(self, stats: spem.ops.PlaneStats) -> torch.Tensor:
-            return super().gate_from(stats) * self.before.gate_from(stats)
+        def gate(self, x: torch.Tensor) -> torch.Tensor:
+            return super().gate(self.before(x))
 
     network = nn.Sequential(nn.Conv2d(3, 8, 3), Outer(8), nn.Flatten(), nn.LazyLinear(4))
     shown = explain(network, torch.randn(1, 3, 8, 8))

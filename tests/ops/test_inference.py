@@ -14,6 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("numba")
 
 import spem
+from spem.insert import IdentityStart
 from spem.ops import PlaneStats, bn_gate_tail, cpu, gate_tail
 from spem.ops.cpu import inference as kernel
 from spem.ops.inference import CompiledGate
@@ -22,6 +23,7 @@ COMPILED = (
     *("spem", "spem(form=code)", "spem(form=figure)", "spem(pool=mix(0.3))"),
     *("spem(pool=mix(parametrization=sigmoid))", "se(reduction=4)", "se(reduction=4,bias=False)"),
     *("eca", "eca(kernel=9)"),
+    *("identity spem", "identity se(reduction=4)", "identity eca"),
 )
 IN_TORCH = (
     *("spem(reweight=linear_sum)", "spem(pool=avg)", "se(reduction=4,pool=mix())"),
@@ -37,8 +39,13 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=["contiguous", "channels_last"])
 
 
+def made(gate: str, channels: int) -> spem.ChannelAttention:
+    attention = spem.create_attention(gate.removeprefix("identity "), channels)
+    return IdentityStart(attention) if gate.startswith("identity ") else attention
+
+
 def drawn(gate: str, shape: tuple[int, ...], norm: str = "eval", **options: Any) -> Tail:
-    GATES.setdefault(gate, lambda c: spem.create_attention(gate, c))
+    GATES.setdefault(gate, lambda c: made(gate, c))
     return tail(gate, shape, norm, **options)
 
 
@@ -246,7 +253,7 @@ def test_hooks_of_inner_layers_are_called_and_change_no_bit(
 
 
 @both_layouts
-@pytest.mark.parametrize("gate", ["spem", "se(reduction=4)", "eca", "srm"])
+@pytest.mark.parametrize("gate", ["spem", "se(reduction=4)", "eca", "srm", "identity spem"])
 def test_observers_see_the_gate_and_change_no_bit(gate: str, layout: torch.memory_format) -> None:
     t = drawn(gate, (4, 67, 3, 3), dtype=torch.float32, memory_format=layout)
     assert isinstance(t.gate, spem.ChannelAttention)
@@ -273,13 +280,53 @@ def test_autocast_changes_nothing(gates: list[CompiledGate | None]) -> None:
             assert error(t.forward("numba"), expected) < 1e-5
 
 
-def test_parameters_of_another_dtype() -> None:
-    """A network in bfloat16 as a whole; the gate is computed in float32."""
-    t = drawn("spem", (4, 67, 3, 3), dtype=torch.bfloat16)
+@both_layouts
+@pytest.mark.parametrize("gate", COMPILED)
+def test_parameters_in_bfloat16_are_read_where_they_are(
+    gate: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network in bfloat16 as a whole; equal to the same numbers in float32, which are copied."""
+    t = drawn(gate, (4, 67, 3, 3), dtype=torch.bfloat16, memory_format=layout)
+    assert isinstance(t.gate, nn.Module)
+    assert t.norm is not None
     with torch.no_grad():
-        assert t.norm is not None
-        assert t.norm.weight.dtype == torch.bfloat16
-        assert error(t.forward("numba"), t.forward("reference")) < 2e-2
+        t.gate.bfloat16()
+        t.norm.bfloat16()
+        expected = t.forward("reference")
+        with monkeypatch.context() as patch:
+            if "sigmoid" not in gate:  # whose lambda is torch's own
+                patch.setattr(Tensor, "to", None)  # nothing is converted
+            found = t.forward("numba")
+        t.gate.float()
+        assert torch.equal(found, t.forward("numba"))  # the norm's alone are narrow: copied
+        t.norm.float()
+        assert torch.equal(found, t.forward("numba"))
+    assert error(found, expected) < 2e-2
+
+
+def test_an_identity_start_begins_as_the_plain_tail() -> None:
+    for gate in ("identity spem", "identity se(reduction=4)", "identity eca"):
+        t = drawn(gate, (64, 67, 8, 8), dtype=torch.float32)
+        assert isinstance(t.gate, IdentityStart)
+        nn.init.zeros_(t.gate.alpha)
+        with torch.no_grad():
+            assert torch.equal(t.forward("numba"), bn_gate_tail(t.z, t.residual, t.norm))
+
+
+def test_observers_of_what_an_identity_start_holds_see_its_own_gate() -> None:
+    t = drawn("identity spem", (4, 67, 3, 3), dtype=torch.float32)
+    start = t.gate
+    assert isinstance(start, IdentityStart)
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        expected = t.forward("numba")
+        for module in (start.inner, start):
+            module.observe_gates(lambda v, _n: seen.append(v))
+        assert torch.equal(t.forward("numba"), expected)
+        own, whole = seen
+        torch.testing.assert_close(whole, 1 + start.alpha * (own - 1))
+        v = start.inner.gate_from(spem.ops.plane_stats(t.norm(t.z)))
+    torch.testing.assert_close(own, v, rtol=1e-4, atol=1e-5)
 
 
 def test_an_own_gate_is_given_tensors(gates: list[CompiledGate | None]) -> None:

@@ -272,7 +272,7 @@ class ChannelAttention(nn.Module):
 
     @staticmethod
     def _observed(method: Callable[..., Any]) -> Callable[..., Any]:
-        """Calls the observers with what is computed; a gate that another one calls is part of it."""
+        """Calls the observers with what is computed; gates called by another one are part of it."""
 
         @wraps(method)
         def wrapped(self: ChannelAttention, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ from spem.attention.pooling import Pool, PoolSpec
 from spem.attention.precision import call
 from spem.insert.wrap import Around
 from spem.ops import PlaneStats
+from spem.ops.inference import CompiledGate, compiled_by
 
 
 class IdentityStart(ChannelAttention):
@@ -80,6 +81,15 @@ class IdentityStart(ChannelAttention):
             return f"{self.name} is mixed with its map"
         return self.inner._why_no_gate()
 
+    def _compiled(self) -> CompiledGate | None:
+        inner = self.inner
+        find = getattr(inner.gate_from, "compiled", None)
+        compiled = None if find is None else find(inner)
+        if compiled is None or compiled.alpha is not None:
+            return None
+        return compiled._replace(alpha=self.alpha, observers=inner._observers)
+
+    @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """1 + alpha (v - 1), [N, C]."""
         return self._from_one(self.inner.gate_from(stats))

@@ -7,8 +7,9 @@ path that records gradients, which says what is wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -54,12 +55,16 @@ class CompiledGate(NamedTuple):
         tensors: Five of them; a gate whose shapes are others is run by torch.
         number: lambda.
         width: SE's hidden units h, ECA's taps.
+        alpha: One number; the factor is then 1 + alpha (v - 1), v being the gate of the tensors.
+        observers: Called with v, where it is not what the factor is.
     """
 
     kind: str
     tensors: tuple[Tensor | None, ...]
     number: float = 0.0
     width: int = 0
+    alpha: Tensor | None = None
+    observers: Mapping[int, Callable[[Tensor, int], None]] = MappingProxyType({})
 
 
 def compiled_by(find: Callable[[Any], CompiledGate | None]) -> Callable[[_G], _G]:
@@ -107,11 +112,15 @@ def infer(
     compiled = _compiled(gate, getattr(gate, "__self__", None), shape[1])
     if compiled is not None:
         observers = getattr(getattr(gate, "__self__", None), "_observers", None)
-        if not observers:
+        if not observers and not compiled.observers:
             return kernels.fused_tail(z, residual, constants, compiled)
         v = z.new_empty(shape[:2], dtype=compute_dtype(z.dtype))
         y = kernels.fused_tail(z, residual, constants, compiled, v)
-        for observer in tuple(observers.values()):
+        for observer in tuple(compiled.observers.values()):
+            observer(v, shape[0])
+        if compiled.alpha is not None:
+            v = 1.0 + compiled.alpha.to(v.dtype) * (v - 1.0)
+        for observer in tuple((observers or {}).values()):
             observer(v, shape[0])
         return y
     if any(name not in STATISTICS for name in statistics):
@@ -187,10 +196,13 @@ def _beside_hooks(
 ) -> CompiledGate | None:
     """What computes the gate if the hooks of the layers inside, which were called, only looked."""
     owner = getattr(gate, "__self__", None)
-    if not isinstance(owner, nn.Module) or not any(has_hooks(m) for m in owner.children()):
+    if not isinstance(owner, nn.Module) or not any(
+        has_hooks(m) for m in owner.modules() if m is not owner
+    ):
         return None
     plain = without_hooks(owner, inside=True)
-    vars(plain)["_observers"] = {}
+    for part in plain.modules():
+        vars(part)["_observers"] = {}
     compiled = _compiled(gate, plain, channels)
     if compiled is None or not torch.equal(v, getattr(plain, gate.__name__)(stats)):
         return None
@@ -211,7 +223,7 @@ def _compiled(gate: Callable[..., Any], owner: object, channels: int) -> Compile
         sizes = (0, 0, width, 0, 0)
     else:
         sizes = (channels, channels, channels, channels, 2)
-    for t, size in zip(compiled.tensors, sizes, strict=True):
+    for t, size in zip((*compiled.tensors, compiled.alpha), (*sizes, 1), strict=True):
         if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.numel() != size):
             return None
     return compiled

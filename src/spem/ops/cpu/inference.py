@@ -8,7 +8,7 @@ just read is still in its cache when it writes. One kernel does all three steps,
   in a second run where the threads share an image;
 - any other gate is run by torch, between two runs.
 
-The norm's numbers are read where they are, at each call: nothing is kept that could go stale.
+The parameters are read where they are, at each call: nothing is kept that could go stale.
 """
 
 import array
@@ -81,14 +81,16 @@ MEAN, VAR, EXTREMA = 1, 2, 4
 COLLECT, GATE, WRITE = 8, 16, 32
 TEXT, CODE, FIGURE, ECA, SE = 64, 128, 256, 512, 1024
 STREAM = 2048  # the result is written past the caches
+NARROW = 4096  # parameters have the dtype of the map, and not the wider one of numbers
 SPEM = TEXT | CODE | FIGURE
 MIXING = ECA | SE
 # Places behind ARGS: addresses of maps, of the norm's tensors (0: none), of rows of scalars [B, C],
-# of the numbers (eps and lambda), of the gate's tensors, and the width of SE's hidden layer.
+# of the numbers (eps and lambda), of the gate's tensors, the width of SE's hidden layer, and the
+# address of alpha.
 Z, R, Y, WEIGHT, BIAS, MU, SIGMA, HIGH_AT, LOW_AT, MEAN_AT, VAR_AT, V_AT, ROWS, NUMBERS = range(
     ARGS, ARGS + 14
 )
-W0, W1, W2, W3, P, HIDDEN, WIDTH = range(ARGS + 14, ARGS + 21)
+W0, W1, W2, W3, P, HIDDEN, WIDTH, ALPHA = range(ARGS + 14, ARGS + 22)
 TINY = float(torch.finfo(torch.float32).tiny)
 # Rows of scratch memory, [B, C] each: the plane's first value, al and be of the last
 # pass, sums.
@@ -148,25 +150,41 @@ def _row(block: Any, table: Any, which: int) -> Any:
 
 
 @helper
+def _parameters(block: Any, table: Any, address: int, c: int, n: int, fill: Any) -> Any:
+    """Parameters c to c + n of a tensor."""
+    if table[FLAGS] & NARROW:
+        return read(map_at(block, address), c, n, fill)
+    return read(numbers_at(block, address), c, n, fill)
+
+
+@helper
+def _parameter(block: Any, table: Any, address: int, k: int) -> Any:
+    """One parameter."""
+    if table[FLAGS] & NARROW:
+        return element(map_at(block, address), k)
+    return element(numbers_at(block, address), k)
+
+
+@helper
 def _slope(block: Any, table: Any, c: int, n: int) -> Any:
     """a = gamma / sqrt(var + eps) of the channels from c on; 1 without a norm."""
     zero, one = number(block, 0), number(block, 1)
     if table[SIGMA] == 0:
         return every(block, one)
     eps = every(block, numbers_at(block, table[NUMBERS])[0])
-    a = _inverse(_root(read(numbers_at(block, table[SIGMA]), c, n, one) + eps))
+    a = _inverse(_root(_parameters(block, table, table[SIGMA], c, n, one) + eps))
     if table[WEIGHT] == 0:
         return a
-    return a * read(numbers_at(block, table[WEIGHT]), c, n, zero)
+    return a * _parameters(block, table, table[WEIGHT], c, n, zero)
 
 
 @helper
-def _optional(block: Any, address: int, c: int, n: int) -> Any:
+def _optional(block: Any, table: Any, address: int, c: int, n: int) -> Any:
     """The numbers from c on; zeros where there are none."""
     zero = number(block, 0)
     if address == 0:
         return every(block, zero)
-    return read(numbers_at(block, address), c, n, zero)
+    return _parameters(block, table, address, c, n, zero)
 
 
 @helper
@@ -329,8 +347,8 @@ def _normalise(block: Any, table: Any, base: int, begin: int, end: int) -> None:
         n = min(lanes, end - c)
         p = base + c
         slope = _slope(block, table, c, n)
-        centre = _optional(block, table[MU], c, n)
-        start = _optional(block, table[BIAS], c, n)
+        centre = _optional(block, table, table[MU], c, n)
+        start = _optional(block, table, table[BIAS], c, n)
         if flags & MEAN:
             write(mean, p, n, slope * (read(mean, p, n, zero) - centre) + start)
         if flags & VAR:
@@ -351,7 +369,7 @@ def _lambda(block: Any, table: Any) -> Any:
     """The weight of the maximum: a number, or p0^2 / (p0^2 + p1^2)."""
     if table[P] == 0:
         return numbers_at(block, table[NUMBERS])[1]
-    a, b = numbers_at(block, table[P])[0], numbers_at(block, table[P])[1]
+    a, b = _parameter(block, table, table[P], 0), _parameter(block, table, table[P], 1)
     scale = max(abs(a), abs(b))
     if scale < TINY:
         return number(block, 1) / number(block, 2)
@@ -368,13 +386,13 @@ def _spem(block: Any, table: Any, p: int, c: int, n: int) -> Any:
     high = read(numbers_at(block, table[HIGH_AT]), p, n, zero)
     low = read(numbers_at(block, table[LOW_AT]), p, n, zero)
     u = every(block, lam) * high + every(block, one - lam) * low
-    w_r = read(numbers_at(block, table[W2]), c, n, zero)
-    b_r = read(numbers_at(block, table[W3]), c, n, zero)
+    w_r = _parameters(block, table, table[W2], c, n, zero)
+    b_r = _parameters(block, table, table[W3], c, n, zero)
     factor = sigmoid(w_r * (high + low) + (b_r + b_r))
     if flags & CODE:
         u = w_r * u + b_r
-    e = read(numbers_at(block, table[W0]), c, n, zero) * u
-    e = e + read(numbers_at(block, table[W1]), c, n, zero)
+    e = _parameters(block, table, table[W0], c, n, zero) * u
+    e = e + _parameters(block, table, table[W1], c, n, zero)
     return sigmoid(e * factor) if flags & FIGURE else sigmoid(e) * factor
 
 
@@ -393,6 +411,14 @@ def _dot(block: Any, row: Any, x: Any, size: int) -> Any:
 
 
 @helper
+def _product(block: Any, table: Any, address: int, row: int, x: Any, size: int) -> Any:
+    """A row of a matrix, and x."""
+    if table[FLAGS] & NARROW:
+        return _dot(block, offset(map_at(block, address), row * size), x, size)
+    return _dot(block, offset(numbers_at(block, address), row * size), x, size)
+
+
+@helper
 def _hidden(block: Any, table: Any, image: int, begin: int, end: int) -> None:
     """Units begin to end of SE's hidden layer: relu(W0 mean + w1)."""
     channels = table[CHANNELS]
@@ -400,9 +426,9 @@ def _hidden(block: Any, table: Any, image: int, begin: int, end: int) -> None:
     x = offset(numbers_at(block, table[MEAN_AT]), image * channels)
     out = offset(numbers_at(block, table[HIDDEN]), image * table[WIDTH])
     for j in range(begin, end):
-        s = _dot(block, offset(numbers_at(block, table[W0]), j * channels), x, channels)
+        s = _product(block, table, table[W0], j, x, channels)
         if table[W1] != 0:
-            s = s + numbers_at(block, table[W1])[j]
+            s = s + _parameter(block, table, table[W1], j)
         out[j] = zero if s < zero else s
 
 
@@ -412,7 +438,6 @@ def _mixed(block: Any, table: Any, image: int, begin: int, end: int) -> None:
     channels, flags, width = table[CHANNELS], table[FLAGS], table[WIDTH]
     zero = number(block, 0)
     v = offset(numbers_at(block, table[V_AT]), image * channels)
-    weight = numbers_at(block, table[W2])
     lanes = lanes_of(block)
     if flags & ECA:
         x = offset(numbers_at(block, table[MEAN_AT]), image * channels)
@@ -423,21 +448,24 @@ def _mixed(block: Any, table: Any, image: int, begin: int, end: int) -> None:
             if inside:
                 t = every(block, zero)
                 for k in range(width):
-                    t = t + every(block, weight[k]) * load(x, c + k - reach)
+                    t = t + every(block, _parameter(block, table, table[W2], k)) * load(
+                        x, c + k - reach
+                    )
                 store(v, c, t)
                 c += lanes
             else:
                 s = zero
                 for k in range(max(0, reach - c), min(width, channels + reach - c)):
-                    s = fused(weight[k], x[c + k - reach], s)
+                    weight = _parameter(block, table, table[W2], k)
+                    s = fused(weight, x[c + k - reach], s)
                 v[c] = s
                 c += 1
     else:
         x = offset(numbers_at(block, table[HIDDEN]), image * width)
         for c in range(begin, end):
-            s = _dot(block, offset(weight, c * width), x, width)
+            s = _product(block, table, table[W2], c, x, width)
             if table[W3] != 0:
-                s = s + numbers_at(block, table[W3])[c]
+                s = s + _parameter(block, table, table[W3], c)
             v[c] = s
     for c in range(begin, end, lanes):
         n = min(lanes, end - c)
@@ -464,8 +492,11 @@ def _coefficients(block: Any, table: Any, base: int, begin: int, end: int) -> No
     for c in range(begin, end, lanes):
         n = min(lanes, end - c)
         v = _gate(block, table, base + c, c, n)
+        if table[ALPHA] != 0:
+            one = every(block, number(block, 1))
+            v = one + every(block, _parameter(block, table, table[ALPHA], 0)) * (v - one)
         write(slopes, base + c, n, v * _slope(block, table, c, n))
-        write(starts, base + c, n, v * _optional(block, table[BIAS], c, n))
+        write(starts, base + c, n, v * _optional(block, table, table[BIAS], c, n))
 
 
 @helper
@@ -489,7 +520,7 @@ def _write_channels(block: Any, table: Any, image: int, begin: int, end: int) ->
         for c in range(begin, end, lanes):
             n = min(lanes, end - c)
             slope, start = read(slopes, base + c, n, zero), read(starts, base + c, n, zero)
-            centre = _optional(block, table[MU], c, n)
+            centre = _optional(block, table, table[MU], c, n)
             o = k * channels + c
             t = slope * (read(z, o, n, zero) - centre) + start + read(r, o, n, zero)
             if stream and n >= lanes:
@@ -511,7 +542,7 @@ def _write_planes(block: Any, table: Any, image: int, begin: int, end: int) -> N
         slope, start = every(block, slopes[base + c]), every(block, starts[base + c])
         centre = zeros
         if table[MU] != 0:
-            centre = every(block, numbers_at(block, table[MU])[c])
+            centre = every(block, _parameter(block, table, table[MU], c))
         at = (base + c) * size
         z, r = offset(map_at(block, table[Z]), at), offset(map_at(block, table[R]), at)
         y = offset(map_at(block, table[Y]), at)
@@ -630,7 +661,7 @@ class _Call:
 _free: list[_Call] = []
 _KEPT = 1 << 22  # bytes of scratch memory up to which it is kept
 _NUMBERS = {4: struct.Struct("2f"), 8: struct.Struct("2d")}
-_TABLE = struct.Struct(f"{WIDTH + 1 - CHUNKS}q")
+_TABLE = struct.Struct(f"{ALPHA + 1 - CHUNKS}q")
 _CACHED = 1 << 18  # bytes of a chunk that are still in a core's second cache when it writes
 _LARGE = 8 << 20  # bytes of a map that no cache keeps for whoever reads it next
 _SMALL_WEIGHTS = 1 << 18  # bytes of SE's matrices up to which each image may read them again
@@ -641,7 +672,7 @@ def fused_tail(
 ) -> Tensor:
     """y = relu(v x + r) with x = norm(z); v is given, or 1, or a compiled gate's.
 
-    A compiled gate writes its values into v, if there is one.
+    A compiled gate writes its values into v, if there is one; its own, from which alpha leads on.
     """
     y = torch.empty_like(z)
     flags = WRITE
@@ -726,6 +757,16 @@ def _plan(
     return wide, launches, row, ROWS_KEPT * row + batch * width * wide.itemsize
 
 
+def _are(dtype: torch.dtype, norm: Norm | None, gate: CompiledGate | None) -> bool:
+    """Whether all parameters have this dtype, as those of a network converted to it."""
+    tensors: list[Tensor | None] = []
+    if norm is not None:
+        tensors += norm.weight, norm.bias, norm.mean, norm.var
+    if gate is not None:
+        tensors += *gate.tensors, gate.alpha
+    return all(t is None or t.dtype == dtype for t in tensors)
+
+
 def _run(
     z: Tensor,
     r: Tensor | None,
@@ -739,16 +780,19 @@ def _run(
     """Runs the kernel on maps of one dtype and layout, once or as often as the gate needs it."""
     dtype, shape, threads = z.dtype, z.shape, torch.get_num_threads()
     width = 0 if gate is None else gate.width
+    narrow = dtype == torch.bfloat16 and _are(dtype, norm, gate)
+    flags |= NARROW * narrow
     wide, launches, row, scratch = _plan(
         dtype, shape[0], shape[1], z.numel(), z.is_contiguous(), flags, width, threads
     )
     kept: list[Tensor] = []  # copies of what lies otherwise than a kernel reads it
+    kind = dtype if narrow else wide
 
-    def place(t: Tensor | None) -> int:
+    def place(t: Tensor | None, kind: torch.dtype = kind) -> int:
         if t is None:
             return 0
-        if t.dtype != wide or not t.is_contiguous():
-            t = t.to(wide).contiguous()
+        if t.dtype != kind or not t.is_contiguous():
+            t = t.to(kind).contiguous()
             kept.append(t)
         return t.data_ptr()
 
@@ -769,16 +813,16 @@ def _run(
         )
         eps = norm.eps
     if gate is None:
-        mean, var, high, low = map(place, stats)
-        weights, lam, v_at = (0, 0, 0, 0, 0), 0.0, place(v)
+        mean, var, high, low = (place(t, wide) for t in stats)
+        weights, lam, v_at, alpha = (0, 0, 0, 0, 0), 0.0, place(v, wide), 0
     else:
         mean, high, low, v_at = (rows + k * row for k in (MEANS, HIGHS, LOWS, GATES))
         var, v_at = 0, v_at if v is None else v.data_ptr()
-        weights, lam = map(place, gate.tensors), gate.number
+        weights, lam, alpha = map(place, gate.tensors), gate.number, place(gate.alpha)
     _NUMBERS[wide.itemsize].pack_into(call.memory, call.numbers, eps, lam)
     maps = z.data_ptr(), 0 if r is None else r.data_ptr(), 0 if y is None else y.data_ptr()
     rest = (*maps, weight, bias, mu, sigma, high, low, mean, var, v_at, rows, rows - BYTES)
-    rest = (*rest, *weights, rows + ROWS_KEPT * row, width)
+    rest = (*rest, *weights, rows + ROWS_KEPT * row, width, alpha)
     table, start = call.table, call.start
     for address, regions, head in launches:
         table[start] = 0
