@@ -13,7 +13,6 @@ import inspect
 import re
 import statistics
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,7 @@ def modules_full() -> str:
     """For every module a section: formula, source, counts, what it needs."""
     from spem.attention import attention_class, list_attention
     from spem.cli.listing import describe
+    from spem.share import formula
 
     parts: list[str] = []
     for name in list_attention():
@@ -85,24 +85,15 @@ def modules_full() -> str:
             [f"without weight decay: {', '.join(told['no_decay'])}"] if told["no_decay"] else []
         )
         lines = [f"### {name} {{ #{name} }}", "", doc.partition("\n")[0], "", "```text"]
-        parts += [*lines, formula(name), "```", "", *(f"- {fact}" for fact in facts), ""]
+        parts += [
+            *lines,
+            "\n".join(formula(name)).replace("``", ""),
+            "```",
+            "",
+            *(f"- {fact}" for fact in facts),
+            "",
+        ]
     return "\n".join(parts)
-
-
-def formula(name: str) -> str:
-    """The formula of a module, from the docstring of its class."""
-    from spem.attention import attention_class
-
-    doc = inspect.getdoc(attention_class(name)) or ""
-    lines: list[str] = []
-    for line in doc.partition("Formula:\n")[2].splitlines():
-        if line and not line.startswith(" "):
-            break  # the next section
-        lines.append(line)
-    text = textwrap.dedent("\n".join(lines)).strip()
-    if not text:
-        sys.exit(f"docs_tables: the docstring of {name} has no formula")
-    return text.replace("``", "")
 
 
 def mean_gate(name: str) -> float:
@@ -278,8 +269,7 @@ def gates() -> str:
 
 def folded() -> str:
     """What the trained networks of the study lose when their gates become constants."""
-    with (ROOT / "results" / "cifar10" / "fold.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = results_rows("cifar10", "fold.csv")
     names = {"se": "SE", "spem": "SPEM", "spem-identity": "SPEM, identity start"}
     found: list[list[str]] = []
     for name, title in names.items():

@@ -11,14 +11,13 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
+from spem.cli.stats import choose_columns, read_table
 from spem.stats import (
     answer,
-    choose_columns,
     compare,
     hardly_trained_below,
     holm,
     prediction_interval,
-    read_table,
     sentence,
     sign_flip,
 )

@@ -10,6 +10,8 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from spem.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from spem import attention as attention
     from spem import cost as cost
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from spem.share import from_pretrained as from_pretrained
     from spem.share import push_to_hub as push_to_hub
     from spem.share import save_pretrained as save_pretrained
-
-__version__ = "0.2.0"
 
 # Where the public names live that are not those of `spem.attention`.
 _HOME = {

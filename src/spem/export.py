@@ -1,7 +1,7 @@
 """`to_onnx`: one ONNX file of a network, checked against it before it is written.
 
-The network's copy loses what only training needs (`folded`), torch.export captures it, torch.onnx
-writes the graph, onnxruntime runs it beside the network.
+The network's copy loses what only training needs (`constant_start`), torch.export captures it,
+torch.onnx writes the graph, onnxruntime runs it beside the network.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from spem.insert import IdentityStart
 from spem.insert.sites import default_input
 from spem.models import ResNet
 from spem.ops import use_impl
+from spem.version import __version__
 
 __all__ = [
+    "ConstantStart",
     "Difference",
     "Exported",
-    "FoldedStart",
     "Session",
+    "constant_start",
     "difference",
-    "folded",
     "tensors",
     "to_onnx",
 ]
@@ -108,7 +109,7 @@ def to_onnx(
     """Writes a network, or a module of it, as ONNX, and checks the graph with onnxruntime.
 
     A copy in evaluation mode on the CPU is exported; the network stays as it is. The alpha of an
-    identity start and the lambda of a learned mix are folded into constants; where alpha is 0 the
+    identity start and the lambda of a learned mix become constants; where alpha is 0 the
     attention is left out, which changes no output. Tails are composed of ONNX's standard operators.
     The graph runs in onnxruntime beside the network in PyTorch: on the example, on a second batch
     if the batch is dynamic, and on a second height and width if they are. The file appears whole,
@@ -149,14 +150,12 @@ def to_onnx(
     if dynamic_size:
         refuse_fixed_sizes(model)
     x = _example(model, input_shape if example is None else example)
-    network, given = folded(model).cpu().float(), x
+    network, given = constant_start(model).cpu().float(), x
     if precision == "fp16":
         network, given = network.half(), x.half()
     program = capture(network, given, batch=dynamic_batch, size=dynamic_size)
     proto = _converted(program, opset, type(model).__name__)
     clean(proto)
-    from spem import __version__
-
     about = {
         "spem_version": __version__,
         "spem_attention": _attention(network),
@@ -250,7 +249,7 @@ def _attention(network: nn.Module) -> str:
     """The spec of one of our networks, else the names of the attention modules in the graph.
 
     Args:
-        network: The folded one: what an alpha of 0 leaves out is not in the graph.
+        network: The one with constants: what an alpha of 0 leaves out is not in the graph.
     """
     spec = getattr(network, "spec", None) if isinstance(network, ResNet) else None
     if spec is not None:
@@ -258,7 +257,7 @@ def _attention(network: nn.Module) -> str:
     names: set[str] = set()
     out: set[nn.Module] = set()
     for module in network.modules():  # a start comes before what is in it
-        if isinstance(module, FoldedStart) and module.constant == 0.0:
+        if isinstance(module, ConstantStart) and module.constant == 0.0:
             out.update(module.modules())
         elif isinstance(module, ChannelAttention) and module.name and module not in out:
             names.add(module.name)
@@ -270,7 +269,7 @@ def _compared(
 ) -> tuple[Difference, ...]:
     """The graph beside the network; refuses a graph that differs.
 
-    The network is not the folded one: what is compared has nothing in common but the weights.
+    The network is not the one with constants, so that the two share nothing but the weights.
     """
     network, session = copy.deepcopy(model).eval().cpu().float(), Session(content)
     differences: list[Difference] = []
@@ -305,7 +304,7 @@ def _refused(model: nn.Module, x: Tensor) -> str:
 # ---- what only training needs
 
 
-class FoldedStart(IdentityStart):
+class ConstantStart(IdentityStart):
     """An attention that started as the identity, with its alpha as a constant of the graph.
 
     Formula:
@@ -342,8 +341,8 @@ class FoldedStart(IdentityStart):
         return (1.0 - self.constant) + self.constant * v
 
 
-def folded(model: _M) -> _M:
-    """A copy of a network in evaluation mode, its learned scalars folded into constants.
+def constant_start(model: _M) -> _M:
+    """A copy of a network in evaluation mode, its learned scalars as constants.
 
     The alpha of every identity start and the lambda of every learned mix become numbers of the
     graph. The network itself is left as it is.
@@ -353,7 +352,7 @@ def folded(model: _M) -> _M:
     for parent in list(holder.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is IdentityStart:
-                setattr(parent, name, FoldedStart(child))
+                setattr(parent, name, ConstantStart(child))
             elif isinstance(child, LearnedMix):
                 setattr(parent, name, FixedMix(float(child.lam.detach())))
     return holder[0]  # pyright: ignore[reportReturnType]  # the type of what replaces it stands in

@@ -12,6 +12,7 @@ from spem.attention import AttentionSpec, ChannelAttention, as_spec
 from spem.attention.options import positive_int
 from spem.attention.placement import PLACES, Ending, Places, begin
 from spem.ops import bn_gate_tail, norm_relu
+from spem.seeding import initialise
 
 BlockName = Literal["bottleneck", "basic"]
 
@@ -299,8 +300,6 @@ def resnet(
         >>> sum(p.numel() for p in resnet(164, attention="spem").parameters())
         1736518
     """
-    from spem.seeding import initialise
-
     model = ResNet(depth, classes, attention=as_spec(attention), block=block)
     initialise(model, None)
     return model

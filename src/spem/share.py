@@ -36,6 +36,7 @@ from spem.insert.attached import remembered
 from spem.insert.sites import default_input
 from spem.models import ResNet, resnet
 from spem.ops import use_impl
+from spem.version import __version__
 
 __all__ = ["Images", "Shared", "from_pretrained", "push_to_hub", "read_shared", "save_pretrained"]
 
@@ -223,8 +224,6 @@ def save_pretrained(
             number, or the folder holds files of these names that another program wrote.
         ImportError: An extra is missing; the message ends in the line that installs it.
     """
-    from spem import __version__
-
     asker, folder = "save_pretrained", Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose=asker)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}

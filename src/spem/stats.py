@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spem.extras import require
@@ -389,13 +388,14 @@ def answer(table: pd.DataFrame, *, unit: str = "points", decimals: int = 2) -> s
         UNTRAINED: "hardly trained, so nothing is concluded: {}",
         EQUAL: "the same difference in every seed, so no interval: {}",
     }
-    parts = [words[kind].format(_list(groups[kind])) for kind in words if kind in groups]
+    parts = [words[kind].format(listed(groups[kind])) for kind in words if kind in groups]
     text = "; ".join(parts)
     unit = f"differences in {unit}, " if unit else ""
     return f"{text[0].upper()}{text[1:]} ({unit}{seeds} paired seeds)."
 
 
-def _list(names: Sequence[str], most: int = 6) -> str:
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names in a sentence: "a, b and c"; of more than `most`, how many others there are."""
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} others"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -410,128 +410,3 @@ def p_text(p: float | None) -> str:
     if p is None or p != p:
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-# ---- tables that people have -------------------------------------------------------------------
-
-BY = ("module", "attention", "model", "method", "variant", "name", "group", "arm")
-VALUE = ("accuracy", "test_accuracy", "acc", "top1", "score", "value")
-PAIR = ("seed", "run", "fold", "split", "repeat", "subject")
-WITHIN = ("dataset", "depth")
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file with a heading, separated by commas, semicolons or tabs; cells stay texts.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is empty, no table, or no UTF-8 text.
-    """
-    import pandas as pd
-
-    try:
-        with Path(path).open(encoding="utf-8-sig") as file:
-            heading = file.readline()
-        separator = max(",;\t", key=heading.count)
-        table = pd.read_csv(
-            path,
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            skipinitialspace=True,
-            index_col=False,
-        )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text. Pass a CSV file.") from error
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty. Pass a CSV file with a heading.") from error
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} is no CSV file that can be read: {error}") from error
-    table.columns = [str(name).strip() for name in table.columns]
-    if table.empty:
-        raise ValueError(f"{path} has a heading and no rows. Pass a file with one run a row.")
-    return table.apply(lambda column: column.fillna("").str.strip())
-
-
-def choose_columns(
-    table: pd.DataFrame,
-    *,
-    by: Sequence[str] = (),
-    value: str | None = None,
-    pair: str | None = None,
-    within: Sequence[str] | None = None,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The table with numbers in its value column, and the arguments for `compare`.
-
-    Columns that are not named are the usual ones, in capitals or not. A table with a column a seed
-    is turned into one with a row a run.
-
-    Raises:
-        ValueError: A column does not exist or none can be guessed, or a cell is no number.
-    """
-    named = [*by, *filter(None, [value, pair]), *(within or ())]
-    for name in named:
-        if _find(table, [name]) is None:
-            raise ValueError(no_column(name, list(table.columns)))
-    by = [str(_find(table, [name])) for name in by]
-    if not by:
-        by = [_guess(table, "by", BY)]
-    seeds = [name for name in table.columns if _is_seed(name) and name not in named]
-    if value is None and pair is None and len(seeds) > 1 and _find(table, VALUE) is None:
-        kept = [name for name in table.columns if name not in seeds]
-        table = table.melt(kept, seeds, var_name="seed", value_name="value")
-    chosen_value = str(_find(table, [value])) if value else _guess(table, "value", VALUE)
-    chosen_pair = str(_find(table, [pair])) if pair else _guess(table, "pair", PAIR)
-    taken = {*by, chosen_value, chosen_pair}
-    if within is None:
-        within = [f for n in WITHIN if (f := _find(table, [n])) is not None and f not in taken]
-    else:
-        within = [str(_find(table, [name])) for name in within]
-    chosen = {"by": by, "value": chosen_value, "pair": chosen_pair, "within": within}
-    if len({*by, chosen_value, chosen_pair, *within}) < len(by) + 2 + len(within):
-        raise ValueError(f"each column has one meaning, but {chosen} name one of them twice.")
-    numbers = [_number(cell, chosen_value) for cell in table[chosen_value]]
-    return table.assign(**{chosen_value: numbers}), chosen
-
-
-def _find(table: pd.DataFrame, names: Sequence[str]) -> str | None:
-    """The first of these columns that there is, whatever its capitals."""
-    lower = {str(column).lower().replace(" ", "_"): str(column) for column in table.columns}
-    exact = (name for name in names if name in table.columns)
-    return next(exact, None) or next((lower[n.lower()] for n in names if n.lower() in lower), None)
-
-
-def _guess(table: pd.DataFrame, option: str, usual: Sequence[str]) -> str:
-    found = _find(table, usual)
-    if found is None:
-        raise ValueError(
-            f"there is no column {usual[0]!r}. Name one with --{option}: "
-            f"{', '.join(map(str, table.columns))}."
-        )
-    return found
-
-
-def _is_seed(name: str) -> bool:
-    """Whether a column is that of one seed: seed0, seed 1, run_2, 3.
-
-    >>> [name for name in ("seed0", "Seed 1", "run_2", "3", "top1", "depth") if _is_seed(name)]
-    ['seed0', 'Seed 1', 'run_2', '3']
-    """
-    text = name.lower()
-    for word in PAIR:
-        text = text.removeprefix(word)
-    return text.strip(" _-").isdigit()
-
-
-def _number(cell: Any, column: str) -> float:
-    """The number in a cell: 70.5, 70.5 %, 70,5; an empty one is not a number."""
-    text = str(cell).strip().removesuffix("%").strip()
-    if text.lower() in ("", "-", "na", "n/a", "none"):
-        return float("nan")
-    if "," in text and "." not in text:
-        text = text.replace(",", ".")
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{cell!r} in column {column!r} is not a number.") from None

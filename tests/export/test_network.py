@@ -14,7 +14,7 @@ from tolerance import TOLERANCE
 from torch import nn
 
 import spem
-from spem.export import folded, to_onnx
+from spem.export import constant_start, to_onnx
 from spem.insert import AfterNorm, IdentityStart
 
 CLOSE = TOLERANCE[torch.float32]
@@ -64,11 +64,11 @@ def test_the_folded_start_is_the_start(spec: str, alpha: float) -> None:
     start = started(spec, alpha)
     host = nn.Sequential(nn.BatchNorm2d(16).eval(), start)
     x = maps(2, 16, 5, 6)
-    y = folded(host)
+    y = constant_start(host)
     assert not [name for name, _ in y.named_parameters() if name.endswith("alpha")]
     assert isinstance(start, IdentityStart)
     np.testing.assert_allclose(expected(y, x), expected(host, x), **CLOSE)
-    np.testing.assert_allclose(expected(folded(start), x), expected(start, x), **CLOSE)
+    np.testing.assert_allclose(expected(constant_start(start), x), expected(start, x), **CLOSE)
 
 
 def test_fused_blocks_are_folded_too() -> None:
@@ -81,7 +81,7 @@ def test_fused_blocks_are_folded_too() -> None:
         nn.init.constant_(start.alpha, alpha)
     x = maps(2, 16, 8, 8)
     host.eval()
-    np.testing.assert_allclose(expected(folded(host), x), expected(host, x), **CLOSE)
+    np.testing.assert_allclose(expected(constant_start(host), x), expected(host, x), **CLOSE)
 
 
 def test_alpha_is_a_constant_of_the_graph(tmp_path: Path) -> None:

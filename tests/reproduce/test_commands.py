@@ -47,7 +47,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["compare", "none", "se", "--workers", "0"], "--workers: '0' is no whole number from 1"),
         (["reproduce"], "no experiment given. Name some of: all, table1"),
         (["reproduce", "tabel1"], "unknown experiment 'tabel1'. Did you mean table1"),
-        (["reproduce", "table1", "--scale", "smok"], "Did you mean smoke"),
+        (["reproduce", "table1", "--recipe", "smok"], "Did you mean smoke"),
         (["reproduce", "table1", "--budget", "soon"], "'soon' is no time. Write 90s, 30m or 8h."),
         (["report", "gone"], "gone holds no runs.csv"),
         (["stats", "gone.csv"], "gone.csv: No such file"),
@@ -147,7 +147,7 @@ def test_reproduce_in_a_fresh_clone_keeps_the_rows_that_lie_there(
         raise OSError("no data here")
 
     monkeypatch.setattr(run, "train", broken)
-    args = ["reproduce", "table1", "--scale", "smoke", "--results", "results"]
+    args = ["reproduce", "table1", "--recipe", "smoke", "--results", "results"]
     assert call([*args, "--budget", "60s"]) == 1
     assert "7 runs did not end well" not in capsys.readouterr().err  # 21 of them: no run folders
     rows = load_runs(out)
@@ -158,7 +158,7 @@ def test_reproduce_in_a_fresh_clone_keeps_the_rows_that_lie_there(
 def test_dry_run_is_quick_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert call(["reproduce", "all", "--scale", "paper", "--dry-run"]) == 0
+    assert call(["reproduce", "all", "--recipe", "paper", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "222 runs, each once even where tables share it; 222 are to be trained: about" in out
     assert ":" not in out.split("trained: ")[1]  # no 40667:34:38
@@ -170,7 +170,7 @@ def test_reproduce_from_nothing_to_a_report(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spem.reproduce.experiments.SMOKE_EPOCHS", 1)
-    args = ["reproduce", "table1", "table2", "table3", "table4", "figure2", "--scale", "smoke"]
+    args = ["reproduce", "table1", "table2", "table3", "table4", "figure2", "--recipe", "smoke"]
     args += ["--seeds", "1", "--results", "out"]
     assert call(args) == 0
     out = capsys.readouterr().out

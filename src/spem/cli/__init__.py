@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args or args[0] in ("-h", "--help", "--help-all"):
             print(usage())
         elif args[0] == "--version":
-            from spem import __version__
+            from spem.version import __version__
 
             print(f"spem {__version__}")
         elif args[0] not in COMMANDS:

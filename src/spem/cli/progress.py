@@ -19,30 +19,23 @@ if TYPE_CHECKING:
     from spem.training import RunConfig
     from spem.training.progress import Status
 
-PLAIN_SECONDS, LIVE_SECONDS = 30.0, 0.2
 LEFT = 3
 """Exit code where a budget was over before every run was finished."""
 
 
 class Several:
-    """One line that tells how far many runs are: in place on a terminal, now and then elsewhere."""
+    """One line on how far many runs are: in place on a terminal, now and then elsewhere."""
 
     def __init__(self, total: int) -> None:
+        from spem.training.progress import LiveBar, choose_progress
+
         self._total, self._done = total, 0
         self._shares: dict[Any, float] = {}
         self._said: set[str] = set()
         self._config: RunConfig | None = None
-        self._began = self._told = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            console = require("rich.console", extra="train", purpose="live progress")
-            bars = require("rich.progress", extra="train", purpose="live progress")
-            columns = (bars.BarColumn(bar_width=24), bars.TextColumn("{task.description}"))
-            self._bar = bars.Progress(
-                *columns, console=console.Console(stderr=True), transient=True
-            )
-            self._task = self._bar.add_task("starting", total=total)
-            self._bar.start()
+        self._began = time.monotonic()
+        self._output = choose_progress()
+        self._live = isinstance(self._output, LiveBar)
 
     def start(self, config: RunConfig) -> None:
         """A run begins, or goes on."""
@@ -66,7 +59,7 @@ class Several:
 
     def due(self) -> bool:
         """Whether it is time for another `step`."""
-        return time.monotonic() - self._told >= (LIVE_SECONDS if self._bar else PLAIN_SECONDS)
+        return self._output.due()
 
     def step(self, status: Status) -> None:
         """Progress within an epoch of the run in this process."""
@@ -82,10 +75,7 @@ class Several:
         if text in self._said:
             return
         self._said.add(text)
-        if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._output.message(text)
 
     def close(self) -> None:
         """One run has ended; the line stays for the next."""
@@ -93,8 +83,7 @@ class Several:
 
     def stop(self) -> None:
         """No more runs: take the line away."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._output.close()
 
     def _show(self) -> None:
         share = sum(self._shares.values())
@@ -105,11 +94,8 @@ class Several:
             took = time.monotonic() - self._began
             left = took * (self._total - self._done - share) / (self._done + share)
             text += f", {roughly(left)} left"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done + share, description=text)
-        elif time.monotonic() - self._told >= PLAIN_SECONDS:
-            self._told = time.monotonic()
-            self.message(text)
+        if self._live or self._output.due():
+            self._output.show(self._done + share, self._total, text)
 
 
 def carry_out(

@@ -18,18 +18,16 @@ if TYPE_CHECKING:
 
 PAPER = ("table1", "table2", "table3", "table4", "figure2")
 OWN = (
-    *(
-        "scratch",
-        "finetune-1000",
-        "finetune-5000",
-        "controls",
-        "forms",
-        "parametrisations",
-        "mixes",
-        "penalty",
-        "gradients",
-        "equivalence",
-    ),
+    "scratch",
+    "finetune-1000",
+    "finetune-5000",
+    "controls",
+    "forms",
+    "parametrisations",
+    "mixes",
+    "penalty",
+    "gradients",
+    "equivalence",
     "family",
 )
 SCALES = ("paper", "short", "study", "smoke")
@@ -53,7 +51,6 @@ def options() -> Options:
     scale = one_of(*SCALES, what="recipe")
     o.add(
         "--recipe",
-        "--scale",
         "RECIPE",
         "paper (164 epochs), study (20 epochs), short (hours) or smoke (minutes, digits)",
         kind=scale,
@@ -81,7 +78,7 @@ def options() -> Options:
 def run(
     *,
     experiments: list[str],
-    scale: str,
+    recipe: str,
     results: Path,
     seeds: list[int] | None,
     root: Path | None,
@@ -99,7 +96,7 @@ def run(
     names = [one for name in experiments for one in (PAPER if name == "all" else (name,))]
     from spem.reproduce.experiments import experiment, run_configs
 
-    asked = [experiment(name, scale, seeds=seeds) for name in dict.fromkeys(names)]
+    asked = [experiment(name, recipe, seeds=seeds) for name in dict.fromkeys(names)]
     planned: dict[RunConfig, list[str]] = {}
     for config, owners in run_configs(asked).items():
         if root is not None:

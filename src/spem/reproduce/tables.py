@@ -427,11 +427,10 @@ def _typed_in(runs: pd.DataFrame) -> list[Table]:
         part = part.assign(row=part["module"])
         frame = _compared(part, [Cell(name, dataset, None, name == reference) for name in names])
         others = [name for name in names if name != reference]
-        question = (
-            f"{'Does' if len(others) == 1 else 'Do'} {_list(others)} differ from {reference}?"
-        )
+        named = stats.listed(others, len(others))
+        question = f"{'Does' if len(others) == 1 else 'Do'} {named} differ from {reference}?"
         name = f"{COMPARE}-{dataset}" + (f"-{len(tables) + 1}" if tables else "")
-        title = f"{_list(others)} against {reference}"
+        title = f"{named} against {reference}"
         missing = tuple(name for name in names if name not in set(frame["row"]))
         tables.append(
             Table(name, COMPARE, title, question, _where(part), frame, part, missing, False)
@@ -443,10 +442,6 @@ def run_name(config: RunConfig) -> str:
     """A run in a few words."""
     data = Path(config.data.name).name
     return f"{module_name(config.model)}, {data}, depth {config.model.depth}, seed {config.seed}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1] if names else ""
 
 
 def _compared(runs: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:

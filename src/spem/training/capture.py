@@ -11,15 +11,29 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spem.training.step import Step, StepOutput
-
 WARM_UPS = 3
 """Steps before a recording: they compile all kernels and let libraries choose theirs."""
+
+
+class StepOutput(NamedTuple):
+    """What a step computed, on the device."""
+
+    loss: Tensor
+    """Mean cross entropy."""
+    penalty: Tensor
+    correct: Tensor
+    """Number of correct answers."""
+    lambdas: Tensor
+    """Lambda of every learned mix after the step."""
+
+
+Step = Callable[[Tensor, Tensor], StepOutput]
+"""Takes normalised images and labels, updates the network, and does not wait for the device."""
 
 
 class Capturer(Protocol):

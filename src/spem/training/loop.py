@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import attention_parameters, learned_mixes
+from spem.cost import count
 from spem.data import NORMALISATION, ImageSet, normalise
 from spem.extras import require
 from spem.models import blocks, start_branches
@@ -486,7 +487,7 @@ class _Training:
             best_selected_on="test" if sets.validation is None else "validation",
             parameters=sum(p.numel() for p in self.model.parameters()),
             attention_parameters=attention_parameters(self.model),
-            flops=_flops(self.model, tuple(sets.test.images.shape[1:])),
+            flops=count(self.model, (1, *sets.test.images.shape[1:])).flops,
             steps=self.steps * config.optim.epochs,
             train_seconds=train_seconds,
             evaluation_seconds=sum(line["evaluation_seconds"] for line in history),
@@ -598,9 +599,3 @@ class _Training:
 def best_line(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The first epoch with the best accuracy, on validation images or, without any, on test."""
     return max(history, key=lambda line: line.get("validation_accuracy", line["test_accuracy"]))
-
-
-def _flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    from spem import cost  # loads torch's counter, which imports much
-
-    return cost.count(model, (1, *input_shape)).flops

@@ -96,8 +96,12 @@ class PlainLines:
 
     def step(self, status: Status) -> None:
         """Print the status."""
+        self.show(status.epoch, status.epochs, status.text)
+
+    def show(self, done: float, total: float, text: str) -> None:
+        """Print the text; the next one is due half a minute later."""
         self._next = time.monotonic() + PLAIN_SECONDS
-        self.message(status.text)
+        self.message(text)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """Print the epoch's figures."""
@@ -138,9 +142,13 @@ class LiveBar:
 
     def step(self, status: Status) -> None:
         """Move the bar."""
-        self._next = time.monotonic() + LIVE_SECONDS
         done, total = status.epoch * status.steps + status.step, status.epochs * status.steps
-        self._bar.update(self._task, completed=done, total=total, description=status.text)
+        self.show(done, total, status.text)
+
+    def show(self, done: float, total: float, text: str) -> None:
+        """Move the bar to `done` of `total`, with a text beside it."""
+        self._next = time.monotonic() + LIVE_SECONDS
+        self._bar.update(self._task, completed=done, total=total, description=text)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """Print the epoch's figures above the bar."""
@@ -155,7 +163,7 @@ class LiveBar:
         self._bar.stop()
 
 
-def choose_progress() -> Progress:
+def choose_progress() -> LiveBar | PlainLines:
     """A live bar where standard error is a terminal, plain lines otherwise."""
     return LiveBar() if sys.stderr.isatty() else PlainLines()
 

@@ -12,7 +12,6 @@ import os
 import platform
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +21,11 @@ from spem.attention import learned_mixes, param_groups, penalty
 from spem.cost import block_tails, tails_text
 from spem.ops import Choice, choose, use_impl
 from spem.ops.dispatch import requested, unsupported
+from spem.training import capture
+from spem.training.capture import Step, StepOutput
 from spem.training.config import OptimConfig, RuntimeConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-class StepOutput(NamedTuple):
-    """What a step computed, on the device."""
-
-    loss: Tensor
-    """Mean cross entropy."""
-    penalty: Tensor
-    correct: Tensor
-    """Number of correct answers."""
-    lambdas: Tensor
-    """Lambda of every learned mix after the step."""
-
-
-Step = Callable[[Tensor, Tensor], StepOutput]
-"""Takes normalised images and labels, updates the network, and does not wait for the device."""
 
 
 def make_step(
@@ -79,10 +64,8 @@ def make_step(
 
     if runtime.step != "graph":
         return step
-    from spem.training.capture import CapturedStep, CudaCapturer
-
     require_cuda(device.type)
-    return CapturedStep(step, model, optimizer, CudaCapturer(device))
+    return capture.CapturedStep(step, model, optimizer, capture.CudaCapturer(device))
 
 
 def make_forward(
