@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"seeding", "ops", "attention"},
     # attention in a host is fused as it is elsewhere
     "insert": {"ops", "attention", "insert"},
+    "architectures": set(),
     # what attention computes is looked at in networks of any kind
     "gates": {"attention", "insert"},
     "data": {"seeding", "data"},
@@ -62,7 +63,7 @@ ARROWS: dict[str, set[str]] = {
     "export": {"ops", "attention", "models", "insert", "files"},
     "explain": {"attention", "gates", "insert", "ops", "files"},
     # networks of others are rebuilt with what was attached to them
-    "share": {"ops", "attention", "models", "insert", "data", "export", "files"},
+    "share": {"ops", "attention", "models", "architectures", "insert", "data", "export", "files"},
     # the commands import inside themselves only (see the test below)
     "cli": {
         "files",
@@ -71,6 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "ops",
         "attention",
         "models",
+        "architectures",
         "insert",
         "gates",
         "data",
@@ -94,6 +96,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "attention": {"torch"},
     "models": {"torch"},
     "insert": {"torch"},
+    "architectures": {"torch"},
     "gates": {"torch"},
     "data": {"torch", "numpy"},
     "training": {"torch", "numpy", "dacite"},

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from spem.attention import DIA, ChannelAttention
+from spem.attention import ChannelAttention
 from spem.attention.pooling import MixPool
 from spem.insert import IdentityStart
 
@@ -127,7 +127,7 @@ class Inspection:
     def _listen(self, name: str, attention: ChannelAttention) -> RemovableHandle:
         """Records the gates of one attention; where its forward is its own, they are computed."""
         inner = _inner(attention)
-        if type(inner).forward not in (ChannelAttention.forward, DIA.forward):
+        if not inner.computes_gate_in_forward():
             return inner.register_forward_pre_hook(partial(self._before, name, attention))
         return inner.observe_gates(partial(self._write, name, attention))
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, as_spec
+from spem.attention.base import Ending
 from spem.attention.options import positive_int
-from spem.attention.placement import PLACES, Ending, Places, begin
+from spem.attention.placement import PLACES, Places
 from spem.ops import bn_gate_tail, norm_relu
 from spem.seeding import initialise
 
@@ -133,7 +134,7 @@ class Stage(nn.Module):
     Args:
         stack: The blocks, which keep the names "0", "1", ...
         shared: One module for the tails of all blocks, or None. A state it carries from block to
-            block begins anew in every forward pass.
+            block begins again in every forward pass.
         after: A module for the stage's output, or None.
     """
 
@@ -152,7 +153,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, H/stride, W/stride]."""
-        shared = None if self.shared is None else begin(self.shared)
+        shared = None if self.shared is None else self.shared.begin()
         for block in self:
             x = block(x, shared)
         return x if self.after is None else self.after(x)

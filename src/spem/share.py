@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spem.architectures import OPTIONS, build, check_options, library_of
 from spem.attention import ChannelAttention, attention_class, attention_parameters, spec_text
 from spem.attention.spec import bibtex
 from spem.data.names import HUB_IDS, known_name
@@ -31,8 +32,7 @@ from spem.export import difference, tensors
 from spem.extras import require
 from spem.files import load_json, read_regular, write_atomic
 from spem.insert import IdentityStart, attach, true_keys
-from spem.insert.architectures import OPTIONS, build, check_options, library_of
-from spem.insert.attached import remembered
+from spem.insert.attach import remembered
 from spem.insert.sites import default_input
 from spem.models import ResNet, resnet
 from spem.ops import use_impl
@@ -209,7 +209,7 @@ def save_pretrained(
             ``dataset``, ``metric``, ``value`` and, if wished, ``split`` and ``note``.
         arch: The architecture, such as ``"torchvision:resnet50"``; timm's networks say it.
         options: What the architecture was built with, such as ``{"num_classes": 10}``
-            (`spem.insert.architectures.OPTIONS`).
+            (`spem.architectures.OPTIONS`).
         images: ``size``, ``mean`` and ``std`` of the images it was trained on; timm's networks
             say it.
         classes: Names of the classes in the order of the outputs.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import spem
 from spem import attention
-from spem.attention.placement import begin
 from spem.models import blocks
 from spem.ops import use_impl
 
@@ -75,7 +74,7 @@ def test_ean_is_the_same_module_in_every_block(training: bool) -> None:
 @MODES
 @pytest.mark.parametrize("spec", ["dia", "dia(pool=mix())"])
 def test_dia_hands_its_state_from_block_to_block(spec: str, training: bool) -> None:
-    """Against the oracle, walked through the blocks; each stage begins anew."""
+    """Against the oracle, walked through the blocks; each stage begins again."""
     model = drawn(spec, 29, training=training)
     pool = "squares" if "mix" in spec else "avg"
     state, stage = None, ""
@@ -112,7 +111,7 @@ def walked(spec: str, impl: str) -> list[Tensor]:
     x = feature_map(3, 8, 6, 5).requires_grad_()
     residual = feature_map(3, 8, 6, 5, key="residual").requires_grad_()
     with use_impl(impl):
-        ending, y = begin(module), x
+        ending, y = module.begin(), x
         for norm in norms:
             y = ending.tail(y.sin(), residual, norm)
         (y * feature_map(3, 8, 6, 5, key="weights")).sum().backward()

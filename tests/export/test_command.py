@@ -16,7 +16,7 @@ from torch import nn
 
 import spem
 from spem import cli
-from spem.insert.architectures import build
+from spem.architectures import build
 from spem.training import read_weights, save_weights
 
 WEIGHTS = REPOSITORY / "tests" / "data" / "weights" / "spem-seed0.safetensors"

@@ -290,7 +290,7 @@ def test_every_hook_fires_with_what_it_saw_before(
 def test_a_block_that_somebody_watches_says_once_that_it_is_composed(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spem.insert.fused._TOLD", set())
+    monkeypatch.setattr("spem.insert.fused._LOGGED", set())
     network = SMALL["torchvision basic"]().eval()
     spem.attach(network, "spem", fuse=True)
     for stage in (network.layer1, network.layer2):

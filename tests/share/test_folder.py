@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import spem
-from spem.insert.attached import remembered
+from spem.insert.attach import remembered
 from spem.share import read_shared
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
 from spem.attention.options import Device, Dtype, positive_int
-from spem.attention.options import Size as Size
 from spem.attention.pooling import LearnedMix, MapStats, Pool, PoolSpec, learned_mixes, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
@@ -32,6 +31,14 @@ _computing: ContextVar[frozenset[int]] = ContextVar("computing", default=frozens
 """The modules whose gate is being computed, in this thread or task."""
 
 
+class Ending(Protocol):
+    """What ends a residual branch: an attention, or a walk through the blocks of a stage."""
+
+    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """relu(attention(norm(z)) + residual)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a module's definition demands of its caller; checked in forward and shown in tables.
@@ -46,7 +53,7 @@ class Needs:
         divides: Name of the option that must divide the channels, or None.
         no_decay: Parameters (relative names) that its authors train without weight decay.
         size: Whether it is built for one map size (option ``size``, or the ``size`` that
-            `create_attention` is told).
+            `create_attention` is given).
         fixed_size: Whether it refuses maps of another size than it was built for.
         stops_gradients: Parameters (relative names) whose gradient leaves out part of what they do,
             as the definition says.
@@ -188,16 +195,24 @@ class ChannelAttention(nn.Module):
 
         return self._tail(z, residual, norm, lambda module: module.gate_from, show)
 
+    def begin(self) -> Ending:
+        """What ends the blocks of a stage that share this module, in one forward pass."""
+        return self
+
     def observe_gates(self, observer: GateObserver) -> RemovableHandle:
         """Calls ``observer(gate, N)`` with every gate that is computed; changes no result.
 
-        Modules whose forward is their own may compute none (`spem.inspect` handles them).
+        Modules whose forward is their own may compute none (`computes_gate_in_forward`).
         """
         if not self._observers:
             self._observers = OrderedDict()
         handle = RemovableHandle(self._observers)
         self._observers[handle.id] = observer  # pyright: ignore[reportIndexIssue]  # its own
         return handle
+
+    def computes_gate_in_forward(self) -> bool:
+        """Whether a forward pass calls the methods that are observed; a forward of its own may."""
+        return type(self).forward is ChannelAttention.forward
 
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused.

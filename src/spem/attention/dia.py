@@ -123,6 +123,14 @@ class DIA(ChannelAttention):
 
         return self._tail(z, residual, norm, gate_of, show), after
 
+    def begin(self) -> "Walk":
+        """A walk that begins with the empty state."""
+        return Walk(self)
+
+    def computes_gate_in_forward(self) -> bool:
+        """Whether the forward is this one, which calls `step`."""
+        return type(self).forward is DIA.forward
+
     def _why_no_gate(self) -> str | None:
         if self.reads_map and self.training:
             return f"{self.name} pools random regions of the map in training"

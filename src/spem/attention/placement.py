@@ -3,12 +3,9 @@
 Most modules stand at the tail of every block and know nothing of this.
 """
 
-from typing import Protocol
-
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Place
-from spem.attention.dia import DIA, Walk
 from spem.attention.spec import AttentionSpec
 
 PLACES: dict[Place, str] = {
@@ -20,19 +17,6 @@ PLACES: dict[Place, str] = {
     "stage": "after every stage",
 }
 """Places of a network that a module can stand in, and what they are."""
-
-
-class Ending(Protocol):
-    """What ends a residual branch: an attention, or a walk through the blocks of a stage."""
-
-    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """relu(attention(norm(z)) + residual)."""
-        ...
-
-
-def begin(shared: ChannelAttention) -> Ending:
-    """What the blocks of a stage that share a module get, anew in each forward pass."""
-    return Walk(shared) if isinstance(shared, DIA) else shared
 
 
 class Places:

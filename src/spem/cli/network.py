@@ -193,7 +193,7 @@ def _cifar(depth: int, basic: bool, attention: str | None, classes: int | None) 
 
 
 def _architecture(text: str, classes: int | None) -> Network:
-    from spem.insert.architectures import build
+    from spem.architectures import build
     from spem.insert.sites import default_input
 
     options = {} if classes is None else {"num_classes": classes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, attention_class
 from spem.attention.pooling import PoolSpec
-from spem.insert.attached import Attached, forget, remember
 from spem.insert.families import is_norm
 from spem.insert.fused import FusedTail, fuse, unfuse, why_not_fused
 from spem.insert.layer import tail_spec
@@ -33,8 +33,34 @@ from spem.insert.start import CarriedSE, IdentityStart, carries
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 
 _T = TypeVar("_T")
+_KEY = "attached_by_spem"
 _STARTS = ("identity", "module")
 _WRAPPED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The arguments of one call of `spem.attach` that changed a network.
+
+    Attributes:
+        attention: The text of the spec.
+        include: Patterns of site names; None is all.
+        stages: Numbers of stages; None is all.
+        replace: As for `spem.attach`, and so are the others.
+        start: ``"identity"`` or ``"module"``.
+        fuse: Whether tails are fused.
+        input_shape: Of the traced forward pass, or None.
+        where: Whether sites were found by a rule of the caller's.
+    """
+
+    attention: str
+    include: tuple[str, ...] | None
+    stages: tuple[int, ...] | None
+    replace: bool
+    start: str
+    fuse: bool
+    input_shape: tuple[int, ...] | None
+    where: bool
 
 
 class Displaced:
@@ -138,8 +164,8 @@ def find_sites(
 ) -> list[Site]:
     """What `attach` with these arguments would change: every site with its map and its cost.
 
-    The network runs once, in evaluation mode, and is left as it was. Maps are not told where it
-    does not run on the input that was guessed.
+    The network runs once, in evaluation mode, and is left as it was. Sizes of maps are missing if
+    it does not run on the input that was guessed.
 
     Args:
         model: As for `attach`, and so are the other arguments.
@@ -150,7 +176,7 @@ def find_sites(
         replace: As for `attach`.
         start: As for `attach`.
         fuse: As for `attach`.
-        input_shape: The input the maps are told for.
+        input_shape: The input for which sizes of maps are given.
 
     Raises:
         ValueError: As `attach` does.
@@ -503,3 +529,19 @@ def _standing(spot: Spot, attention: ChannelAttention) -> nn.Module:
     wrapper = kind(layer, attention, spot.key)
     wrapper.training = spot.parent.training
     return wrapper
+
+
+def remember(model: nn.Module, call: Attached) -> None:
+    """Adds a call to what a network remembers; it is no part of the state dict."""
+    vars(model)[_KEY] = (*vars(model).get(_KEY, ()), call)
+
+
+def forget(model: nn.Module) -> None:
+    """Makes a network and its parts forget all calls."""
+    for module in model.modules():
+        vars(module).pop(_KEY, None)
+
+
+def remembered(model: nn.Module) -> list[tuple[str, Attached]]:
+    """Every call that changed a network or a part of it, with the name of that part."""
+    return [(n, call) for n, m in model.named_modules() for call in vars(m).get(_KEY, ())]

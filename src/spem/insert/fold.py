@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spem.attention import AttentionSpec, ChannelAttention
-from spem.insert.attach import put
-from spem.insert.attached import forget
+from spem.insert.attach import forget, put
 from spem.insert.families import is_norm, rule_of
 from spem.insert.fused import unfuse
 from spem.insert.start import IdentityStart
@@ -108,7 +107,7 @@ def fold(
         images.
 
     No attention is left: the network is changed in place into the plain one, with its operations
-    and its speed in every runtime. What the gates told apart between images is lost, and the report
+    and its speed in every runtime. What differed between images is lost, and the report
     says how much; training the folded network further for an epoch recovers part of it. If anything
     fails, the network is as it was.
 
@@ -180,7 +179,7 @@ def _gates(model: nn.Module) -> list[_Gate]:
 
 
 def _no_factor(attention: ChannelAttention) -> str | None:
-    """Why a gate is no factor per channel, as far as its class tells."""
+    """Why a gate is no factor per channel, as far as its class says."""
     inner = attention.inner if isinstance(attention, IdentityStart) else attention
     needs, kind = inner.needs, inner.name or type(inner).__name__
     if getattr(needs, "adds", False):
@@ -408,7 +407,9 @@ def _inputs(
         if given is not None:
             y = given[start : start + x.shape[0]]
             if len(y) != x.shape[0]:
-                raise ValueError(f"fold: there are {len(given)} labels for more images.")
+                raise ValueError(
+                    f"fold: there are {len(given)} labels and more images. Give a label for each."
+                )
             start += x.shape[0]
         yield x.to(like.device, like.dtype), y
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from spem.attention import ChannelAttention
 from spem.insert.wrap import AfterNorm
 from spem.ops import norm_relu
-from spem.ops.library import has_hooks
+from spem.ops.library import BATCH_NORMS, has_hooks
 
 _LOG = logging.getLogger("spem.insert")
-_TOLD: set[str] = set()
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LOGGED: set[str] = set()
+_NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
 
 BLOCKS: dict[str, tuple[str, str]] = {
     "timm.models.resnet:BasicBlock": ("spem.insert.fused_timm", "FusedBasicBlock"),
@@ -80,18 +80,18 @@ class FusedTail(nn.Module):
         attention: object = getattr(self, slot) if slot else None
         if not slot:
             if type(norm) is not AfterNorm or has_hooks(norm):
-                return _told(f"{last} is {_what(norm)}")
+                return _logged(f"{last} is {_what(norm)}")
             norm, attention = norm.layer, norm.attention
         act, drop = getattr(self, end), getattr(self, "drop_path", None)
         if not isinstance(attention, ChannelAttention):
-            return _told(f"{slot or 'attention'} is {_what(attention)}")
+            return _logged(f"{slot or 'attention'} is {_what(attention)}")
         if type(norm) not in _NORMS or has_hooks(cast("nn.Module", norm)):
-            return _told(f"the last norm is {_what(norm)}")
+            return _logged(f"the last norm is {_what(norm)}")
         if type(act) is not nn.ReLU or has_hooks(act):
-            return _told(f"{end} is {_what(act)}")
+            return _logged(f"{end} is {_what(act)}")
         dropping = drop is not None and type(drop) is not nn.Identity
         if dropping and (self.training or has_hooks(cast("nn.Module", drop))):
-            return _told(f"drop_path is {_what(drop)}")
+            return _logged(f"drop_path is {_what(drop)}")
         return cast("nn.Module", norm), attention
 
 
@@ -146,9 +146,9 @@ def _what(module: object) -> str:
     return f"a {type(module).__name__}{' with hooks' if hooked else ''}"
 
 
-def _told(reason: str) -> str:
+def _logged(reason: str) -> str:
     """Logs once why a block is composed."""
-    if not torch.compiler.is_compiling() and reason not in _TOLD:
-        _TOLD.add(reason)
+    if not torch.compiler.is_compiling() and reason not in _LOGGED:
+        _LOGGED.add(reason)
         _LOG.info("A fused block runs composed: %s.", reason)
     return reason

@@ -108,23 +108,15 @@ class BeforeModule(Around):
 
 
 def true_keys(model: nn.Module, state: Mapping[str, _V]) -> dict[str, _V]:
-    """The state of a plain network, or a file of an earlier version, under the names of a model.
+    """The state of a plain network under the names of a model.
 
     ``bn2.weight`` becomes ``bn2.norm.weight`` where attention stands around ``bn2``. Keys that the
     model has stay as they are.
     """
     found = dict(state)
-    own = model.state_dict()
     for name, module in list(model.named_modules()):
-        if not isinstance(module, Around):
-            continue
-        _rename(module, found, f"{name}." if name else "")
-        # Once, attention after a whole block was a child of the block, not of the layer ending it.
-        block = f"{name.rpartition('.')[0]}.attention."
-        for key in [key for key in found if key.startswith(block) and key not in own]:
-            moved = f"{name}.attention.{key.removeprefix(block)}"
-            if moved in own:
-                found[moved] = found.pop(key)
+        if isinstance(module, Around):
+            _rename(module, found, f"{name}." if name else "")
     return found
 
 

@@ -21,6 +21,7 @@ from spem.ops import formula
 from spem.ops.stats import compute_dtype
 
 _M = TypeVar("_M", bound=nn.Module)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SCHEMAS = {
     "plane_stats": "(Tensor z, bool moments, bool extrema) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -124,7 +125,7 @@ def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
 def is_exporting() -> bool:
     """Whether the calls are recorded for a graph that leaves PyTorch or this process."""
     exporting = getattr(torch.compiler, "is_exporting", None)
-    if exporting is None:  # before torch 2.7, where only an export that is not strict can be told
+    if exporting is None:  # before torch 2.7, where only an export that is not strict is detected
         compiler = torch.compiler
         exporting = lambda: compiler.is_compiling() and not compiler.is_dynamo_compiling()  # noqa: E731
     if exporting():

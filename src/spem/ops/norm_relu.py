@@ -12,6 +12,7 @@ from spem.ops.autograd import first_derivatives
 from spem.ops.dispatch import SMALL, requested, unsupported
 from spem.ops.formula import Norm, constants
 from spem.ops.library import (
+    BATCH_NORMS,
     has_hooks,
     is_dense,
     kernels_of,
@@ -21,7 +22,6 @@ from spem.ops.library import (
 )
 from spem.ops.tail import batch_norm_of, called, running_of
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LEAST = {torch.float32: 1 << 21, torch.bfloat16: 1 << 18}
 """Values of a map below which PyTorch's two operations are faster where no gradient is recorded."""
 
@@ -49,7 +49,7 @@ def norm_relu(z: Tensor, norm: nn.Module) -> Tensor:
     if not _fusible(z, norm):
         y = norm(z)
         # A plain norm's output is its own and nobody has seen it. A hook may have; others may be z.
-        own = type(norm) in _NORMS and not has_hooks(norm)
+        own = type(norm) in BATCH_NORMS and not has_hooks(norm)
         return torch.relu_(y) if own else torch.relu(y)
     view = batch_norm_of(norm, z)
     if view.mean is None:
@@ -62,7 +62,7 @@ def norm_relu(z: Tensor, norm: nn.Module) -> Tensor:
 
 def _fusible(z: Tensor, norm: nn.Module) -> bool:
     """Whether the passes take this map and this norm."""
-    if type(norm) not in _NORMS or has_hooks(norm) or not isinstance(z, Tensor):
+    if type(norm) not in BATCH_NORMS or has_hooks(norm) or not isinstance(z, Tensor):
         return False
     if z.dim() < 3 or z.numel() == 0 or not runs_eagerly(z):
         return False

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
-from spem.ops.library import has_hooks
+from spem.ops.library import BATCH_NORMS, has_hooks
 from spem.ops.stats import PlaneStats, plane_stats
 
 Gate = Callable[[PlaneStats], Tensor]
@@ -24,8 +24,7 @@ def tail(
         v = gate(plane_stats(x, statistics))
         x = x * v.reshape(*v.shape, *[1] * (x.dim() - 2)).to(x.dtype)
     # What the gate scaled is a new map; what a norm returned may be held by its hooks.
-    known = (nn.BatchNorm2d, nn.BatchNorm1d, nn.BatchNorm3d)
-    plain = norm is not None and type(norm) in known and not has_hooks(norm)
+    plain = norm is not None and type(norm) in BATCH_NORMS and not has_hooks(norm)
     return add_relu(x, residual, fresh=gate is not None or plain)
 
 

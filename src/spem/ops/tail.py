@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from spem.ops.dispatch import Choice, choose, log_choice
 from spem.ops.formula import Norm, move_running
 from spem.ops.inference import gate_values, infer, serves
 from spem.ops.library import (
+    BATCH_NORMS,
     has_hooks,
     is_dense,
     is_direct,
@@ -22,12 +23,11 @@ from spem.ops.library import (
     may_show,
     without_hooks,
 )
+from spem.ops.reference import Gate
 from spem.ops.stats import STATISTICS, PlaneStats
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
-Gate = Callable[[PlaneStats], Tensor]
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
 
 
 def gate_tail(

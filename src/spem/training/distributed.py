@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from spem.attention import ChannelAttention
+from spem.ops.library import BATCH_NORMS
 from spem.ops.synchronised import SharedBatchNorm
 from spem.training.config import OptimConfig, RuntimeConfig
 from spem.training.signals import Interrupted, StopSignals
@@ -269,8 +270,6 @@ def _of_a_connection(error: RuntimeError) -> bool:
 # by its share of the images. So the penalty counts once. Gradients are added in one exchange after
 # the backward pass: a CIFAR ResNet has too few of them for overlapping to gain anything.
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
 
 def shared_step(
     model: nn.Module,
@@ -332,7 +331,7 @@ def share_norms(model: nn.Module) -> list[SharedBatchNorm]:
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, _NORMS):
+            if isinstance(child, BATCH_NORMS):
                 setattr(module, name, SharedBatchNorm.of(child))
     for name, module in model.named_modules():
         reason = _unshareable(module)
