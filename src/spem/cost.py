@@ -110,9 +110,9 @@ def count(
     Args:
         model: Any module that takes one tensor.
         input_shape: Shape of that tensor, such as (1, 3, 32, 32).
-        device: Type of the device the tails are told for, which need not be there; None is the
+        device: Type of the device whose tails are reported; it need not be there; None is the
             model's.
-        dtype: Dtype of the maps they are told for; None is that of the model.
+        dtype: Dtype of the maps that are assumed; None is that of the model.
 
     Raises:
         ValueError: `input_shape` is empty or holds a number below 1, or an implementation that was

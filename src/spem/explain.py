@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["BlockView", "Explanation", "draw", "explain"]
 
 CLOSED = 0.1
-"""A channel whose gate is below this is told as closed."""
+"""A channel whose gate is below this is reported as closed."""
 MOST, LEAST = "#0072B2", "#D55E00"
-"""Colours of the channels most and least kept (Okabe and Ito: told apart by everybody)."""
+"""Colours of the channels most and least kept (Okabe and Ito: which everybody can tell apart)."""
 ANSWERS = 5
 """Classes whose probability is drawn."""
 KINDS = ("png", "svg", "pdf")

@@ -16,7 +16,7 @@ import spem
 
 C = 64
 SIZE = 7
-"""The map size that modules are told which must know one."""
+"""The map size that modules are given which must know one."""
 ALL = spem.list_attention()
 EVERY = pytest.mark.parametrize("name", ALL)
 REPLACES = {name: spem.attention.attention_class(name).needs.replaces for name in ALL}

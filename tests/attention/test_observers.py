@@ -1,4 +1,4 @@
-"""Who looks on changes nothing: hooks, inspections and profilers, of all modules, in both layouts.
+"""Observing changes nothing: hooks, inspections and profilers, of all modules, in both layouts.
 
 The maps are large enough for the fused tail, whose bits differ from those of composed modules.
 """
@@ -105,20 +105,20 @@ def test_a_norm_whose_hook_changes_its_output_is_obeyed() -> None:
 
 
 @pytest.mark.parametrize("spec", ["se", "srm", "cbam", "ge(form=theta)", "dia", "gc"])
-def test_observers_are_told_every_gate_once(spec: str) -> None:
+def test_observers_are_given_every_gate_once(spec: str) -> None:
     module = randomise(spem.create_attention(spec, 32, size=8), spec)
-    told: list[tuple[Tensor, int]] = []
+    given: list[tuple[Tensor, int]] = []
     unobserved = copy.deepcopy(module)
-    handle = module.observe_gates(lambda gate, images: told.append((gate, images)))
+    handle = module.observe_gates(lambda gate, images: given.append((gate, images)))
     x = feature_map(4, 32, 8, 8, dtype=torch.float32)
     expected = unobserved.gate(x)
     module.gate(x)
-    [(gate, images)] = told
+    [(gate, images)] = given
     assert images == 4
     torch.testing.assert_close(gate.reshape(expected.shape), expected)
     handle.remove()
     module.gate(x)
-    assert len(told) == 1
+    assert len(given) == 1
 
 
 def test_gates_that_two_threads_compute_at_once_are_both_observed() -> None:

@@ -255,7 +255,7 @@ def test_where_names_the_norm_to_follow() -> None:
     assert spem.attach(network, "spem", where=last_conv) == ["0.body.4", "1.body.4", "2.body.4"]
     assert torch.equal(network(x), expected)
     assert len(spem.detach(network)) == 3
-    # A module that tells no channels is traced.
+    # A module that has no number of channels is traced.
     whole = lambda module: module if isinstance(module, Mine) else None  # noqa: E731
     assert spem.attach(network, "spem", where=whole, input_shape=(1, 3, 16, 16)) == ["0", "1", "2"]
     assert [module.channels for module in attentions(network)] == [8, 8, 12]

@@ -61,7 +61,7 @@ def test_refused(spec: str, message: str) -> None:
 
 
 def test_a_module_that_must_know_the_size_says_so() -> None:
-    """Every stage has maps of its own size, which timm does not tell; attach finds them."""
+    """Every stage has maps of its own size, which timm does not pass on; attach finds them."""
     with pytest.raises(ValueError, match=r"FCA: .*size"):
         spem.attn_layer("fca")(64)
     assert spem.attn_layer("fca(size=7)")(64).channels == 64

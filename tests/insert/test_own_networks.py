@@ -131,7 +131,7 @@ class Functional(nn.Module):
 
 
 def test_branches_in_a_plain_forward_and_a_guessed_input() -> None:
-    """No input_shape is needed: the first convolution tells rank and channels."""
+    """No input_shape is needed: the first convolution has rank and channels."""
     sites = find_sites(Functional(), "spem")
     assert [site.name for site in sites] == ["b", "end"]
     assert sites[0].shape == (1, 6, 1024)

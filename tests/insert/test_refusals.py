@@ -175,7 +175,7 @@ def test_a_class_is_taken_as_its_spec() -> None:
 
 
 class Picky(nn.Module):
-    """Takes images of one size, which nothing tells."""
+    """Takes images of one size, which nothing says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class Picky(nn.Module):
 
 
 def test_find_sites_takes_what_attach_takes() -> None:
-    """A guess at the input that does not fit is no fault; maps are not told then."""
+    """A guess at the input that does not fit is no fault; sizes of maps are missing then."""
     sites = find_sites(Picky(), "se", start="module", fuse=True)
     assert [site.shape for site in sites] == [None] * 4
     assert sites[0].parameters

@@ -79,7 +79,7 @@ def averaged(case: Case) -> Tensor:
 
 
 def averaged_norms(case: Case) -> Tensor:
-    """Statistics are taken anew with momentum=None; one batch gives those of the batch."""
+    """Statistics are taken again with momentum=None; one batch gives those of the batch."""
     swa = AveragedModel(case.network)
     update_bn([case.x], swa)
     twin = copy.deepcopy(case.network)

@@ -1,4 +1,4 @@
-"""spem explain: the gates and maps of one image, told and drawn."""
+"""spem explain: the gates and maps of one image, printed and drawn."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_modules_of_every_kind(spec: str, count: int, tmp_path: Path):
         assert path.stat().st_size > 1000
 
 
-def test_an_attached_network_tells_its_alphas():
+def test_alphas_of_an_attached_network():
     model = spem.resnet(11)
     spem.attach(model, "se", input_shape=(1, 3, 16, 16))
     with use_impl("reference"):
@@ -153,11 +153,11 @@ def test_the_command_on_committed_weights(
     out = tmp_path / "out.png"
     weights = WEIGHTS / "spem-seed0.safetensors"
     assert cli.main(["explain", str(weights), str(image), "--out", str(out), "--class", "cat"]) == 0
-    told = capsys.readouterr().out
-    text = " ".join(told.split())
+    printed = capsys.readouterr().out
+    text = " ".join(printed.split())
     assert "picture.png (80x48, its middle scaled to 32x32)" in text
     assert "ResNet-11, attention spem" in text
-    assert f"picture: {out}" in told
+    assert f"picture: {out}" in printed
     for name in ("layer1.0.attention", "layer2.0.attention", "layer3.0.attention", "lambda"):
         assert name in text
     assert "cat 0." in text

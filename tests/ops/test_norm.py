@@ -92,7 +92,7 @@ def test_global_hooks_are_called() -> None:
     assert {"SE", "BatchNorm2d"} <= set(seen)
 
 
-def test_a_numba_that_cannot_be_loaded_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_numba_that_cannot_be_loaded_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from spem.ops import dispatch
 
     def broken(_: str) -> None:
@@ -172,14 +172,14 @@ def test_the_automatic_choice() -> None:
     assert choose("t", "cpu", torch.float32, values=10, impl="formula").impl == "formula"
     assert choose("t", "cpu", torch.float32, dense=False).impl == "reference"
     assert choose("t", "mps", torch.float32).impl == "reference"
-    assert "pay in CUDA graphs" in choose("t", "cuda", torch.float32).reason
+    assert "only in CUDA graphs" in choose("t", "cuda", torch.float32).reason
     if not torch.cuda.is_available():
         unproven = choose("t", "cuda", torch.float32, graph=True)
         assert unproven.impl == "reference"
         assert "no CUDA device here" in unproven.reason
 
 
-def test_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("t", "cpu", torch.float32, impl="formula").impl == "formula"
     with use_impl("reference"):
         assert choose("t", "cpu", torch.float32).impl == "reference"
@@ -207,7 +207,7 @@ def test_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fastest", "cpu", torch.float32, True, "unknown"),
     ],
 )
-def test_a_wish_that_cannot_be_met_raises(
+def test_what_is_asked_for_and_cannot_be_met_raises(
     impl: str, device: str, dtype: torch.dtype, dense: bool, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):

@@ -83,7 +83,7 @@ def test_a_planted_fault_is_found_and_remembered(
     assert reason.startswith("kernels differ from the reference: ")
     assert list(stored(folder).values()) == [reason]
     assert f"Triton {reason}; tails are composed" in caplog.text
-    # Other sources are tried anew.
+    # Other sources are tried again.
     monkeypatch.setattr(proof, "_SOURCES", "others")
     assert proof.objection(DEVICE) is None
     assert sorted(stored(folder).values()) == ["", reason]

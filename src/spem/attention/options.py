@@ -15,7 +15,7 @@ def positive_int(label: str, **options: object) -> None:
     """Raises ValueError unless every option is a positive integer."""
     for name, value in options.items():
         if not is_int(value) or value < 1:
-            raise ValueError(f"{label}: {name}={value!r} is not a positive integer.")
+            raise ValueError(f"{label}: {name}={value!r} is not a positive integer. Use 1 or more.")
 
 
 def odd_int(label: str, use: str = "3, 5 or 7", **options: object) -> None:
@@ -35,7 +35,9 @@ def number(label: str, **options: object) -> None:
             or not isinstance(value, (int, float))
             or not math.isfinite(value)
         ):
-            raise ValueError(f"{label}: {name}={value!r} is not a finite number.")
+            raise ValueError(
+                f"{label}: {name}={value!r} is not a finite number. Use an int or a float."
+            )
 
 
 def one_of(label: str, allowed: tuple[str, ...], **options: object) -> None:
@@ -51,7 +53,7 @@ def flag(label: str, **options: object) -> None:
     """Raises ValueError unless every option is True or False."""
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{label}: {name}={value!r} is not True or False.")
+            raise ValueError(f"{label}: {name}={value!r} is not a bool. Use True or False.")
 
 
 def divides(label: str, channels: int, **options: int) -> None:

@@ -363,8 +363,8 @@ class RegionPool(Pool):
 
     Its draws are a hash of (its key, the number of batches seen, image, channel, box, axis), in
     integers on the device of the map: nothing depends on a global generator, a resumed training
-    draws what the uninterrupted one would have drawn, and a compiled or captured step draws anew.
-    Both numbers are saved with the weights.
+    draws what the uninterrupted one would have drawn, and a compiled or captured step draws new
+    ones. Both numbers are saved with the weights.
     """
 
     statistics = ("mean",)
@@ -377,7 +377,7 @@ class RegionPool(Pool):
         self.register_buffer("draws", torch.zeros(2, dtype=torch.int64, device=device))
 
     def reseed(self, seed: int, name: str) -> None:
-        """Starts the sequence of a seed and a place in the network anew."""
+        """Restarts the sequence of a seed and a place in the network."""
         key = torch.randint(2**31, (), generator=keyed_generator(seed, name), device="cpu")
         with torch.no_grad():
             self.draws.copy_(torch.stack([key, torch.zeros_like(key)]))

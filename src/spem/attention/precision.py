@@ -31,7 +31,7 @@ def without_autocast(
 
     @functools.wraps(method)
     def wrapped(self: _M, x: _X, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        # PlaneStats is passed here too: its first statistic that is there tells the device.
+        # PlaneStats is passed here too: its first statistic that is there has the device.
         device = _device_type(x)
         if device is None or not torch.is_autocast_enabled(device):
             return method(self, x, *args, **kwargs)

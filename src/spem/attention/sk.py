@@ -32,7 +32,7 @@ class SK(ChannelAttention):
 
     Args:
         channels: C, of input and output.
-        stride: Of both convolutions; a network tells that of the convolution it replaces (1
+        stride: Of both convolutions; a network gives that of the convolution it replaces (1
             without).
         groups: Of both convolutions, must divide C; None is min(32, C).
         reduction: r of the width d.

@@ -24,8 +24,8 @@ class Rule:
         how: ``"slot"``: an attribute of the block that is None or an identity where it is free;
             ``"after"`` or ``"before"``: a module of the block, which is wrapped.
         find: Names, within the block, of the slot or of the modules to wrap.
-        reads: Attribute of the block that tells the channels (a module, a parameter or a number);
-            "" is the wrapped module itself. What tells nothing is found by a traced forward.
+        reads: Attribute of the block that has the channels (a module, a parameter or a number);
+            "" is the wrapped module itself. If it has none, they are found by a traced forward.
         stage: What a stage is: ``"name"``: sites whose names agree up to their first number
             (layer1, blocks.0); ``"channels"``: neighbours of one width; ``"site"``: each its own.
     """

@@ -56,7 +56,7 @@ class End(NamedTuple):
     """What ends it but for an activation."""
 
 
-class Made:
+class Node:
     """A tensor of the forward pass.
 
     Attributes:
@@ -68,10 +68,10 @@ class Made:
         earlier: The modules before that function, where a module holds it.
         passed: Whether these modules only handed it on, as an identity does.
         channels_last: Whether the last axis is that of the channels, as in maps of tokens; None if
-            nothing tells.
+            nothing says so.
     """
 
-    def __init__(self, number: int, parents: list[Made], *, is_conv: bool = False) -> None:
+    def __init__(self, number: int, parents: list[Node], *, is_conv: bool = False) -> None:
         self.number, self.parents, self.is_conv = number, parents, is_conv
         self.depth = max((p.depth for p in parents), default=0) + is_conv
         last = [parent.channels_last for parent in parents]
@@ -103,7 +103,7 @@ class Forward(TorchFunctionMode):
         self.maps: list[tuple[Call, tuple[int, ...]]] = []
         self.convolutions = self.additions = 0
         self.calls: Counter[tuple[int, int]] = Counter()
-        self._made: dict[int, Made] = {}
+        self._nodes: dict[int, Node] = {}
         self._running: list[tuple[nn.Module, int]] = []
         self._alive: list[Tensor] = []  # a tensor's number is its own as long as it lives
         self._count = 0
@@ -113,23 +113,23 @@ class Forward(TorchFunctionMode):
         self._running.append((module, self._count))
 
     def leave(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        """Hook of every module: writes down what it has made."""
+        """Hook of every module: writes down what it has node."""
         _, began = self._running.pop()
         if not isinstance(output, Tensor) or not 3 <= output.dim() <= 5 or not self._running:
             return
         call = Call(module, self._holder(module))
         self.calls[id(module), id(call.parent)] += 1
-        made = self._of(output)
-        if made.shaped and made.number > began:
-            made.earlier, made.ends, made.shaped = made.ends, [], False
+        node = self._of(output)
+        if node.shaped and node.number > began:
+            node.earlier, node.ends, node.shaped = node.ends, [], False
         passed = any(value is output for value in inputs)
-        if made.passed and not passed and made.number > began:
-            made.ends = []  # this module made what identities in it handed on
-        made.passed = passed and (made.passed or not made.ends)
-        made.ends = [*made.ends, call]
+        if node.passed and not passed and node.number > began:
+            node.ends = []  # this module made what identities in it handed on
+        node.passed = passed and (node.passed or not node.ends)
+        node.ends = [*node.ends, call]
         shape = tuple(output.shape)
         self.maps.append((call, shape))
-        if is_norm(module) and made.depth and not made.channels_last and prod(shape[2:]) > 1:
+        if is_norm(module) and node.depth and not node.channels_last and prod(shape[2:]) > 1:
             self.norms.pop(shape[2:], None)  # so that the order is that of the last ones
             self.norms[shape[2:]] = call
 
@@ -159,28 +159,28 @@ class Forward(TorchFunctionMode):
         for tensor in _flat([output]):
             if not isinstance(tensor, Tensor):
                 continue
-            made = self._new(tensor, parents, is_conv=conv)
+            node = self._new(tensor, parents, is_conv=conv)
             if name in _CHANNELS_LAST:
-                made.channels_last = True
+                node.channels_last = True
             elif name in _CHANNELS_SECOND:
-                made.channels_last = False
+                node.channels_last = False
             elif name in _MOVING:
-                made.channels_last = None
+                node.channels_last = None
             kept = name in _KEEPING or name in _SHAPING
             if kept and largest is not None and tensor.shape == shapes[largest]:
                 before = parents[largest]
-                made.ends, made.shaped = before.ends, before.shaped or name in _SHAPING
+                node.ends, node.shaped = before.ends, before.shaped or name in _SHAPING
         return output
 
-    def _of(self, tensor: Tensor) -> Made:
-        return self._made.get(id(tensor)) or self._new(tensor, [])
+    def _of(self, tensor: Tensor) -> Node:
+        return self._nodes.get(id(tensor)) or self._new(tensor, [])
 
-    def _new(self, tensor: Tensor, parents: list[Made], *, is_conv: bool = False) -> Made:
+    def _new(self, tensor: Tensor, parents: list[Node], *, is_conv: bool = False) -> Node:
         self._count += 1
-        made = Made(self._count, parents, is_conv=is_conv)
-        self._made[id(tensor)] = made
+        node = Node(self._count, parents, is_conv=is_conv)
+        self._nodes[id(tensor)] = node
         self._alive.append(tensor)
-        return made
+        return node
 
     def _holder(self, module: nn.Module) -> nn.Module:
         """The innermost module that runs and holds this one; the innermost of all if none does."""
@@ -189,7 +189,7 @@ class Forward(TorchFunctionMode):
                 return running
         return self._running[-1][0]
 
-    def _added(self, one: Made, two: Made, shape: torch.Size) -> None:
+    def _added(self, one: Node, two: Node, shape: torch.Size) -> None:
         if not 3 <= len(shape) <= 5:
             return
         self.additions += 1
@@ -238,7 +238,7 @@ def ends_of_branches(forward: Forward) -> tuple[list[End], list[End]]:
     return [e for e in ends if e.convolutions > 1], [e for e in ends if e.convolutions == 1]
 
 
-def seen(forward: Forward) -> str:
+def summary(forward: Forward) -> str:
     """What a forward pass showed, in words."""
     parts = [f"{forward.convolutions} convolutions"]
     if forward.additions:
@@ -268,10 +268,10 @@ def suggestion(model: nn.Module, forward: Forward) -> str | None:
     return f"where=lambda m: m if type(m).__name__ == {chosen[0]!r} else None"
 
 
-def _convolutions(shortcut: Made, branch: Made) -> int:
+def _convolutions(shortcut: Node, branch: Node) -> int:
     """The convolutions of a branch that joins what it came from; 0 if it does not."""
     source, crossed = shortcut, 0
-    sources: list[tuple[Made, int]] = [(shortcut, 1)]
+    sources: list[tuple[Node, int]] = [(shortcut, 1)]
     while len(source.parents) == 1:
         crossed += source.is_conv
         if crossed > 1:
@@ -279,15 +279,15 @@ def _convolutions(shortcut: Made, branch: Made) -> int:
         source = source.parents[0]
         sources.append((source, 2))
     ancestors = set(_ancestors(branch, min(s.number for s, _ in sources)))
-    for made, least in sources:
-        if made in ancestors and made is not branch and branch.depth - made.depth >= least:
-            return branch.depth - made.depth
+    for node, least in sources:
+        if node in ancestors and node is not branch and branch.depth - node.depth >= least:
+            return branch.depth - node.depth
     return 0
 
 
-def _ancestors(made: Made, oldest: int) -> Iterator[Made]:
-    found: set[Made] = set()
-    waiting = [made]
+def _ancestors(node: Node, oldest: int) -> Iterator[Node]:
+    found: set[Node] = set()
+    waiting = [node]
     while waiting:
         one = waiting.pop()
         if one not in found and one.number >= oldest:

@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.insert.families import How, Rule, Stage, is_norm, rule_of
-from spem.insert.follow import Call, End, ends_of_branches, follow, seen, suggestion
+from spem.insert.follow import Call, End, ends_of_branches, follow, suggestion, summary
 from spem.insert.start import channels_of_layer, existing_layer
 
 _LOG = logging.getLogger("spem.insert")
@@ -78,7 +78,7 @@ class Spot:
     stage: int = 0
 
     def site(self) -> Site:
-        """What is told about it."""
+        """Its public description."""
         assert self.channels is not None
         layer = "" if self.layer is None or self.free else type(self.layer).__name__
         return Site(
@@ -111,7 +111,7 @@ class Spot:
 
     @property
     def rank(self) -> int | None:
-        """Axes of the map, from its shape or the class of the layer; None if neither tells."""
+        """Axes of the map, from its shape or the class of the layer; None if neither says."""
         if self.shape is not None:
             return len(self.shape)
         for part in (self.layer, self.reads):
@@ -504,8 +504,8 @@ def _followed(
     if not found:
         line = suggestion(model, forward)
         raise ValueError(
-            f"attach: no site found in {type(model).__name__} ({seen(forward)}). Name the layers "
-            f"to follow, for example spem.attach(model, 'spem', {line or 'where=...'})."
+            f"attach: no site found in {type(model).__name__} ({summary(forward)}). Name the "
+            f"layers to follow, for example spem.attach(model, 'spem', {line or 'where=...'})."
         )
 
 
@@ -549,7 +549,7 @@ def _block_of(node: Node, nodes: list[Node]) -> nn.Module:
 
 
 def _width(reads: object) -> int | None:
-    """The channels that a norm, a convolution, a parameter or a number tells; None if none."""
+    """The channels that a norm, a convolution, a parameter or a number has; None if none."""
     if isinstance(reads, int):
         return reads
     if isinstance(reads, Tensor):

@@ -177,7 +177,7 @@ def choose(
         if torch.compiler.is_compiling():
             return Choice("formula", "compiled")
         if not graph:
-            return Choice("reference", "Triton kernels pay in CUDA graphs, and under a gate")
+            return Choice("reference", "Triton kernels are faster only in CUDA graphs, with a gate")
         reason = unsupported("triton", device, dtype, dense=dense) or _objection(where)
         return Choice("triton", "") if reason is None else Choice("reference", f"triton {reason}")
     return Choice("reference", f"no kernels for {device}")

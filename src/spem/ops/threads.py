@@ -99,7 +99,7 @@ class _Job:
 class _Pool:
     """Threads that wait for jobs; started when first needed, and again after a fork.
 
-    Who has no free thread of the pool does the whole of the work, so that nobody waits for another
+    A caller that finds no free thread does all the work itself, so that no call waits for another
     caller's job and nothing can block.
     """
 

@@ -80,7 +80,8 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
         chunks = batch * -(-channels // step)
     else:
         raise ValueError(
-            f"a map must be contiguous or channels_last, not have strides {z.stride()}"
+            f"a map must be contiguous or channels_last, not have strides {z.stride()}. "
+            f"Call contiguous() first."
         )
     head = chunks, step, batch, channels, size, flags
     run(kernel, z.dtype, head, chunks, *args, lines=lines)
@@ -89,15 +90,20 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
 def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
     """Checks that maps agree and returns the compute dtype."""
     if first.dtype not in SUPPORTED:
-        raise TypeError(f"maps of {first.dtype} have no numba kernel")
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in SUPPORTED))
+        raise TypeError(f"maps of {first.dtype} have no numba kernel. Use {names}.")
     if first.dim() < 3 or not first.numel():
-        raise ValueError(f"a map must have planes and no empty axis, not shape {list(first.shape)}")
+        raise ValueError(
+            f"a map must have planes and no empty axis, not shape {list(first.shape)}. "
+            f"Give [N, C, ...] with at least one value."
+        )
     for t in (first, *others):
         _on_cpu(t)
     for other in others:
         if other.shape != first.shape or not agree(other, first) or other.dtype != first.dtype:
             raise ValueError(
-                f"maps must agree: {_described(first)} is not {_described(other)}",
+                f"maps must agree: {_described(first)} is not {_described(other)}. "
+                f"Convert one to the dtype and layout of the other."
             )
     return compute_dtype(first.dtype)
 
@@ -105,7 +111,7 @@ def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
 def _on_cpu(t: Tensor) -> None:
     """Refuses what has no address here: kernels take addresses as they are."""
     if not t.is_cpu:
-        raise ValueError(f"impl='numba' needs CPU tensors, got one on {t.device}")
+        raise ValueError(f"impl='numba' needs CPU tensors, got one on {t.device}. Use impl=None.")
 
 
 def _described(t: Tensor) -> str:
@@ -116,7 +122,10 @@ def _scalars(shape: tuple[int, ...], dtype: torch.dtype, t: Tensor) -> Tensor:
     """Plane or channel scalars as kernels read them: of this shape and dtype, and dense."""
     _on_cpu(t)
     if t.shape != shape:
-        raise ValueError(f"scalars of shape {list(shape)} expected, not {list(t.shape)}")
+        raise ValueError(
+            f"scalars of shape {list(shape)} expected, not {list(t.shape)}. Give one for each "
+            f"{'channel' if len(shape) == 1 else 'plane'}."
+        )
     if t.dtype != dtype or not t.is_contiguous():
         t = t.to(dtype).contiguous()
     return t

@@ -199,7 +199,7 @@ def _collect_channels(block: Any, table: Any, x: Any, base: int, begin: int, end
     channels, size, flags = table[CHANNELS], table[SIZE], table[FLAGS]
     mean, var = numbers_at(block, table[MEAN_AT]), numbers_at(block, table[VAR_AT])
     high, low = numbers_at(block, table[HIGH_AT]), numbers_at(block, table[LOW_AT])
-    # Sums that tell whether a value is not finite; the mean's own where it is wanted.
+    # Sums that show whether a value is not finite; the mean's own where it is wanted.
     sums = mean if flags & MEAN else _row(block, table, SUM)
     lanes = lanes_of(block)
     zero = number(block, 0)

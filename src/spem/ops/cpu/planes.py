@@ -61,7 +61,7 @@ from spem.ops.cpu.vectors import (
 def _first_equal(x: Any, size: int, value: Any) -> int:
     """The first position of the value in a plane that has it.
 
-    Four vectors at a time: a branch for each would be foretold wrongly for most small planes.
+    Four vectors at a time: a branch for each would be mispredicted on most small planes.
     """
     lanes = lanes_of(x)
     wanted = every(x, value)
@@ -111,7 +111,7 @@ def plane_stats(block: Any) -> None:
             s0 = s1 = q0 = q1 = every(block, zero)
             k = 0
             if not flags & MOMENTS:
-                # The sum of the values tells as well whether one of them is not finite.
+                # The sum of the values also shows whether one of them is not finite.
                 while k + 2 * lanes <= size:
                     a = load(x, k)
                     b = load(x, k + lanes)
