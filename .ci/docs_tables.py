@@ -54,12 +54,12 @@ def modules() -> str:
     steps = composed_steps()
     rows: list[list[str]] = []
     for name in list_attention():
-        told = describe(name)
+        described = describe(name)
         doc = (inspect.getdoc(attention_class(name)) or "").partition("\n")[0]
-        gate = told["start_gate"]
+        gate = described["start_gate"]
         start = f"about {mean_gate(name):.2f}" if gate is None else f"{gate:.3g}"
-        fused = "yes" if told["fusable"] else "no"
-        count = f"{told['parameters']['256']:,}"
+        fused = "yes" if described["fusable"] else "no"
+        count = f"{described['parameters']['256']:,}"
         kind = re.split("[:,.]", doc)[0]
         rows.append([f"[`{name}`](#{name})", kind, count, start, fused, steps.get(name, "-")])
     return table("module | kind | C=256: | start: | fused | step:", rows)
@@ -73,16 +73,18 @@ def modules_full() -> str:
 
     parts: list[str] = []
     for name in list_attention():
-        told = describe(name)
+        described = describe(name)
         doc = inspect.getdoc(attention_class(name)) or ""
-        title, _, link = told["paper"].partition(", http")
-        counts = [f"{n:,} at C={c}" for c, n in told["parameters"].items() if n is not None]
+        title, _, link = described["paper"].partition(", http")
+        counts = [f"{n:,} at C={c}" for c, n in described["parameters"].items() if n is not None]
         facts = [f"[{title}](http{link})" if link else title, f"parameters: {', '.join(counts)}"]
-        if told["place"] != "blocks":
-            facts.append(f"stands in: {told['place']}")
-        facts += [f"needs: {', '.join(told['needs'])}"] if told["needs"] else []
+        if described["place"] != "blocks":
+            facts.append(f"stands in: {described['place']}")
+        facts += [f"needs: {', '.join(described['needs'])}"] if described["needs"] else []
         facts += (
-            [f"without weight decay: {', '.join(told['no_decay'])}"] if told["no_decay"] else []
+            [f"without weight decay: {', '.join(described['no_decay'])}"]
+            if described["no_decay"]
+            else []
         )
         lines = [f"### {name} {{ #{name} }}", "", doc.partition("\n")[0], "", "```text"]
         parts += [

@@ -101,7 +101,7 @@ def measured(host: nn.Module, attention: str, size: int) -> Row:
     try:
         sites = spem.attach(model, attention, input_shape=(1, 3, size, size))
     except Exception as error:
-        message = told(error)
+        message = error_text(error)
         return row | dict.fromkeys(CELLS[1:], message)
     starts = [module for module in model.modules() if isinstance(module, IdentityStart)]
     for number, start in enumerate(starts):
@@ -112,7 +112,7 @@ def measured(host: nn.Module, attention: str, size: int) -> Row:
         moved = difference(x.shape, before, outputs(model, x)).relative
         row["identity_difference"] = f"{moved:.2g}"
     except Exception as error:
-        row["identity_difference"] = told(error)
+        row["identity_difference"] = error_text(error)
     row["onnx_difference"] = onnx_cell(model, starts, x) if attention == "spem" else ""
     return row
 
@@ -127,7 +127,7 @@ def onnx_cell(model: nn.Module, starts: list[IdentityStart], x: Tensor) -> str:
         try:
             exported = to_onnx(model, Path(folder) / "model.onnx", example=x)
         except Exception as error:
-            return told(error)
+            return error_text(error)
     return f"{max(found.relative for found in exported.differences):.2g}"
 
 
@@ -136,7 +136,7 @@ def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
         return tensors(model(x))
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error as a cell: one line, with its type unless it is one of our own sentences."""
     text = " ".join(str(error).split())
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise host
                 cells = measured(host, attention, size)
             except Exception as error:
-                cells = dict.fromkeys(CELLS, told(error))
+                cells = dict.fromkeys(CELLS, error_text(error))
             failed = not all(isnumber(cells[name]) or not cells[name] for name in cells)
             rows.append(
                 {

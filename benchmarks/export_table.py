@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from attach_table import Plain, origin, scattered, told
+from attach_table import Plain, error_text, origin, scattered
 from record import Row, read, write
 from torch import nn
 
@@ -70,7 +70,7 @@ def measured(spec: str, folder: Path) -> Row:
             cells["opset"] = str(exported.opset)
     except Exception as error:
         empty = [name for name in ("fp32", "fp16") if not cells[name]]
-        cells |= dict.fromkeys(empty, told(error))
+        cells |= dict.fromkeys(empty, error_text(error))
     return cells
 
 
@@ -79,16 +79,16 @@ def alone(spec: str, folder: Path) -> Row:
     try:
         module = scattered(spem.create_attention(spec, CHANNELS, size=SIDE), 0)
     except Exception as error:
-        return {"operators": told(error), "dynamic_size": told(error)}
+        return {"operators": error_text(error), "dynamic_size": error_text(error)}
     path, shape = folder / "module.onnx", (2, CHANNELS, SIDE, SIDE)
     try:
         exported, dynamic = to_onnx(module, path, shape, dynamic_size=True), "yes"
     except Exception as error:
-        dynamic = told(error).removeprefix("to_onnx: dynamic_size=True: ")
+        dynamic = error_text(error).removeprefix("to_onnx: dynamic_size=True: ")
         try:
             exported = to_onnx(module, path, shape)
         except Exception as other:
-            return {"operators": told(other), "dynamic_size": told(other)}
+            return {"operators": error_text(other), "dynamic_size": error_text(other)}
     return {"operators": " ".join(exported.operators), "dynamic_size": dynamic}
 
 

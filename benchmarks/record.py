@@ -54,7 +54,7 @@ def read(path: Path) -> list[Row]:
 def in_turns(
     calls: Mapping[K, Callable[[], object]], rounds: int, *, least: float = 0.004
 ) -> dict[K, list[float]]:
-    """Milliseconds of one call in each round; all take turns, in an order drawn anew.
+    """Milliseconds of one call in each round; all take turns, in an order drawn for each round.
 
     What else the machine does then strikes all alike, so ratios within a round mean more than the
     times. A call that takes less than `least` seconds is repeated until it does.

@@ -8,7 +8,7 @@
 {contiguous, channels_last} x {fp32, bf16} x {eager, compiled}, which the pieces "plain" and
 "compiled" find and every other piece times again beside its own; for tails norm, addition and ReLU,
 the last two in place, in the layout and dtype of the row. All calls of a piece take turns, in an
-order drawn anew for every round; ratios are medians of those within a round.
+order drawn for every round; ratios are medians of those within a round.
 
 Steps are those that train (`make_step`); as `spem train` does, tails and steps in training keep
 freed memory in the process. ResNet-50 is timm's, with the identity start and alpha = 0.5; in bf16
@@ -263,8 +263,8 @@ def rows_of(
                 **facts(torch.device("cpu")),
             }
         )
-        told = [rows[-1][k] for k in ("subject", *Arm._fields, "threads", "time_ms", "to_plain")]
-        print(*told, flush=True)
+        shown = [rows[-1][k] for k in ("subject", *Arm._fields, "threads", "time_ms", "to_plain")]
+        print(*shown, flush=True)
     return rows
 
 

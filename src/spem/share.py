@@ -64,7 +64,7 @@ class Images:
     """How images are brought to a network: (pixels / 255 - mean) / std.
 
     Attributes:
-        size: Height and width it was trained on, in pixels; None if it is not told.
+        size: Height and width it was trained on, in pixels; None if unknown.
         mean: Of red, green and blue, on the scale 0 to 1.
         std: Deviation of the same.
     """
@@ -206,7 +206,7 @@ def save_pretrained(
             attention.
         folder: Is made if it is not there; what an earlier call wrote is replaced.
         results: What was measured, for the card: the folder of a finished run, or tables with
-            ``dataset``, ``metric``, ``value`` and, if wished, ``split`` and ``note``.
+            ``dataset``, ``metric``, ``value`` and optionally ``split`` and ``note``.
         arch: The architecture, such as ``"torchvision:resnet50"``; timm's networks say it.
         options: What the architecture was built with, such as ``{"num_classes": 10}``
             (`spem.architectures.OPTIONS`).
@@ -246,14 +246,14 @@ def save_pretrained(
         wrong = _misfit(state, built.state_dict())
         if wrong is not None:
             raise ValueError(
-                f"{config.network.get('arch', 'spem.resnet')}, built anew, is another network: "
+                f"{config.network.get('arch', 'spem.resnet')}, rebuilt, is another network: "
                 f"{wrong}. Pass arch= and options= as it was built, and change it by spem.attach "
                 f"alone."
             )
         built.load_state_dict(state)
         outputs = _compared(model, built)
         if config.network["kind"] == "torchvision" and [t.dim() for t in outputs] == [2]:
-            # The number of outputs, which the network itself does not tell.
+            # The number of outputs, which the network itself does not know.
             config.network["options"]["num_classes"] = outputs[0].shape[1]
             config.check()
     except ValueError as error:
@@ -312,8 +312,8 @@ def _described(
         shown = _shown(model)
         with torch.random.fork_rng(devices=[]):
             usual = _shown(build(f"timm:{name}", asker=asker))
-        told = {k: v for k, v in shown.items() if k == "num_classes" or v != usual.get(k, v)}
-        given = told | given
+        named = {k: v for k, v in shown.items() if k == "num_classes" or v != usual.get(k, v)}
+        given = named | given
     return dataclasses.asdict(_Theirs(library, name, given))
 
 
@@ -427,7 +427,7 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
 
     First by bounds that cost nothing: every layer counted in a depth has a tensor, every class and
     every channel of the input a number. Then on the device meta, which allocates nothing; what
-    cannot be built there is told by the real build, if its host is of a sane size.
+    cannot be built there is reported by the real build, if its host is of a sane size.
     """
     host = config.host
     total = sum(tensor.numel() for tensor in state.values())
@@ -482,14 +482,14 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ValueError(
                 f"the network cannot be run on a random input {list(x.shape)}, as it must be to "
-                f"compare it with the one built anew: {reason}"
+                f"compare it with the rebuilt one: {reason}"
             ) from error
     found = difference(x.shape, *outputs)
     if math.isnan(found.largest):
         raise ValueError("the network's outputs are not finite numbers. Look at its weights.")
     if found.relative > 1e-9:  # rounding in float64 is less
         raise ValueError(
-            "the network, built anew with the same weights, computes other outputs: pass options= "
+            "the network, rebuilt with the same weights, computes other outputs: pass options= "
             "as it was built, or it was changed by something else than attach."
         )
     return outputs[0]
@@ -558,7 +558,8 @@ def from_pretrained(
         except Exception as error:  # the client's types, and those of its transport
             raise OSError(
                 f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this "
-                f"name cannot be fetched: {_first_line(error)}"
+                f"name cannot be fetched: {_first_line(error).rstrip('.')}. Check the name and the "
+                "connection, or name a folder."
             ) from error
     return read_shared(folder).model
 
@@ -613,7 +614,7 @@ def _config(path: Path) -> _Config:
     if schema != SCHEMA:
         raise ValueError(
             f"{path.name} is of layout {schema!r}, this version of spem reads {SCHEMA}. "
-            f"Use the version that wrote it, or write it anew with save_pretrained."
+            f"Use the version that wrote it, or write it again with save_pretrained."
         )
     config: _Config = _read(_Config, values, path.name)
     config.check()

@@ -298,14 +298,18 @@ def _baseline(names: Sequence[str], asked: str | None) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"baseline {asked!r} stands for several groups: {'; '.join(found)}.")
+        raise ValueError(
+            f"baseline {asked!r} stands for several groups: {'; '.join(found)}. Name one in full."
+        )
     nearest = get_close_matches(asked, names, n=3, cutoff=0.5)
     hint = f" Nearest: {', '.join(nearest)}." if nearest else ""
-    raise ValueError(f"no group {asked!r} to be the baseline.{hint} Groups: {', '.join(names)}.")
+    raise ValueError(
+        f"no group {asked!r} to be the baseline.{hint} Name one of: {', '.join(names)}."
+    )
 
 
 def _twice(rows: pd.DataFrame, pair: str, value: str) -> str:
-    """The sentence for runs of one group and pair, with the columns that could tell them apart."""
+    """The sentence for runs of one group and pair, with the columns that could distinguish them."""
     one = rows[(rows["group"] == rows["group"].iloc[0]) & (rows[pair] == rows[pair].iloc[0])]
     apart = [
         str(column)
@@ -316,7 +320,7 @@ def _twice(rows: pd.DataFrame, pair: str, value: str) -> str:
     ]
     what = f"compare: {one['group'].iloc[0]} has {pair} {one[pair].iloc[0]} {len(one)} times"
     if not apart:
-        return f"{what}. Remove one, or name the column that tells them apart."
+        return f"{what}. Remove one, or name the column that distinguishes them."
     return (
         f"{what}. They differ in {', '.join(apart[:5])}: add one of these to by, to compare along "
         "it too, or to within, to split by it."
@@ -370,14 +374,14 @@ def answer(table: pd.DataFrame, *, unit: str = "points", decimals: int = 2) -> s
         return "There is nothing to compare yet."
     baseline = lines[0]["baseline"]
 
-    def told(line: dict[Any, Any]) -> str:
+    def phrase(line: dict[Any, Any]) -> str:
         if not count(line["pairs"]):
             return str(line["group"])
         return f"{line['group']} ({line['difference']:+.{decimals}f})"
 
     groups: dict[str, list[str]] = {}
     for line in lines:
-        groups.setdefault(line["verdict"], []).append(told(line))
+        groups.setdefault(line["verdict"], []).append(phrase(line))
     pairs = [count(line["pairs"]) for line in lines]
     seeds = f"{min(pairs)}" if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
     words = {

@@ -134,7 +134,7 @@ def changed(model: nn.Module, change: Callable[[Any], object]) -> nn.Module:
         (
             lambda: changed(spem.resnet(11), lambda m: setattr(m, "fc", nn.Linear(256, 4))),
             {},
-            r"spem.resnet, built anew, is another network: 'fc.weight' has the shape \[4, 256\]",
+            r"spem.resnet, rebuilt, is another network: 'fc.weight' has the shape \[4, 256\]",
         ),
         (
             lambda: changed(spem.resnet(11), lambda m: m.add_module("extra", nn.Linear(1, 1))),

@@ -141,7 +141,7 @@ def run_together(folder: Path, jobs: dict[str, tuple[RunConfig, int]]) -> list[d
     return [dict(zip(jobs, each, strict=True)) for each in said]
 
 
-def _told(rank: int, folder: Path) -> int:
+def _exchange(rank: int, folder: Path) -> int:
     try:
         return work(rank, folder)
     except BaseException:
@@ -153,5 +153,5 @@ def _told(rank: int, folder: Path) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1])
-    children = [fork(lambda rank=rank: _told(rank, where)) for rank in range(2)]
+    children = [fork(lambda rank=rank: _exchange(rank, where)) for rank in range(2)]
     sys.exit(max(abs(wait(child)) for child in children))

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _register(own)
                 status = module.run(**values) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be answered
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: all are told
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: every error gets its sentence
         if debug:
             traceback.print_exc()
         return _answer(error, name, options, debug=debug)
@@ -134,7 +134,7 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
         code, text = getattr(error, "code", 130), str(error) or "stopped."
     elif isinstance(error, FloatingPointError):  # diverged: neither a wrong call nor a fault
         code, text = 1, str(error)
-    elif _spoken(error):
+    elif _is_message(error):
         code, text = 2, str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             text = f"{error.filename}: {error.strerror}."  # without the number of the error
@@ -151,7 +151,7 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
     return code
 
 
-def _spoken(error: BaseException) -> bool:
+def _is_message(error: BaseException) -> bool:
     """Whether the message was written for the caller: about values, files, or by this package."""
     if isinstance(error, (ValueError, OSError, ImportError, MemoryError)):
         return True

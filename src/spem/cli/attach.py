@@ -69,7 +69,7 @@ def run(
     }
     sites = insert.find_sites(model, attention, **options)
     options |= {"start": start, "fuse": fuse}
-    # What attach refuses is told in a dry run too.
+    # A dry run too reports what attach refuses.
     insert.attach(model, attention, **options, dry_run=True)
     change = None if dry_run else _change(model, attention, options)
     tails = _tails(attention, sites[0]) if fuse else "not fused"

@@ -14,7 +14,7 @@ def options() -> Options:
     """What the command takes."""
     o = Options(
         "compare",
-        "Train several attentions with the same seeds, and tell how they differ from the first.",
+        "Train several attentions with the same seeds, and show how they differ from the first.",
         more="What is finished is not trained again; the same command goes on where it stopped.",
     )
     o.add(

@@ -61,9 +61,9 @@ def add_config(options: Options, *, leave_out: tuple[str, ...] = ()) -> None:
         )
     fields: dict[str, tuple[Any, str]] = {}
     for section, kind in sections.items():
-        told = _told(kind.__doc__ or "")
+        described = _described(kind.__doc__ or "")
         for name, hint in typing.get_type_hints(kind).items():
-            fields[f"{section}.{name}"] = (hint, told.get(name, ""))
+            fields[f"{section}.{name}"] = (hint, described.get(name, ""))
     for name in (*SHORT, *(name for name in fields if name not in SHORT)):
         if name in leave_out or name not in fields:
             continue
@@ -131,7 +131,7 @@ def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
     return dataclasses.replace(config, **built)
 
 
-def _told(doc: str) -> dict[str, str]:
+def _described(doc: str) -> dict[str, str]:
     """What a Google docstring says of each argument."""
     args = doc.partition("Args:\n")[2]
     found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", args, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`spem explain`: what the attention of trained weights keeps of an image, told and drawn."""
+"""`spem explain`: what trained attention keeps of an image, in numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def options() -> Options:
         "number N, from 0, of the test images",
     )
     o.add("--out", "PICTURE", "a .png, .svg or .pdf", kind=Path, default=Path("explain.png"))
-    o.add("--class", "CLASS", "tell the probability of this one, too, by name or number")
+    o.add("--class", "CLASS", "show the probability of this class too, by name or number")
     o.add("--attention", "ATTENTION", "put into a named network, such as spem")
     o.add("--weights", "FILE", "a .safetensors file of weights for a named network", kind=Path)
     add_start(o)
@@ -200,4 +200,4 @@ def _print(blocks: list[BlockView], top: int) -> None:
     if any(block.spatial for block in blocks):
         print("Gates that differ from position to position count by their mean.")
     if any(block.adds for block in blocks):
-        print("These modules also add to the map, which no gate tells.")
+        print("These modules also add to the map, which their gates do not show.")

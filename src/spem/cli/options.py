@@ -1,4 +1,4 @@
-"""The options of a command: read by argparse without torch, and told of in one style.
+"""The options of a command: read by argparse without torch, with help in one style.
 
 A command's file defines `options()`, which says what it takes, and `run(...)`, which gets that as
 keywords:
@@ -85,7 +85,7 @@ class Options(argparse.ArgumentParser):
         if default not in (None, (), argparse.SUPPRESS):
             help += f" (default {default})"
         action = self.add_argument(
-            *names, type=_told(kind), default=default, metavar=metavar, help=help, **rest
+            *names, type=_with_message(kind), default=default, metavar=metavar, help=help, **rest
         )
         self._note(action, rare=rare)
 
@@ -217,8 +217,8 @@ class _Formatter(argparse.HelpFormatter):
         return names if action.nargs == 0 else f"{names} {action.metavar}"
 
 
-def _told(kind: Kind) -> Kind:
-    """A kind whose sentence argparse passes on."""
+def _with_message(kind: Kind) -> Kind:
+    """A kind whose error message argparse passes on."""
 
     def make(text: str) -> Any:
         try:

@@ -68,7 +68,7 @@ class Several:
         self._show()
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """An epoch is complete: nothing, the run's own `metrics.jsonl` tells it."""
+        """An epoch is complete: nothing, the run's own `metrics.jsonl` has it."""
 
     def message(self, text: str) -> None:
         """Something worth a line of its own; what every run says is shown once."""

@@ -100,7 +100,7 @@ def _wrapped(kind: "type[nn.Module]") -> Any:
             self.random_init = {f"inner.{name}": _draw_like(kind, channels, name) for name in names}
 
         def gate(self, x: Tensor) -> Tensor:
-            """1: how much of the output is a factor cannot be told from outside."""
+            """1: how much of the output is a factor cannot be known from outside."""
             return torch.ones_like(x[:, :, :1, :1])
 
         def shift(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Image files sorted into one folder a class, and any image file as pixels; torch is not needed.
 
-A folder is looked at first, as a whole, so that what is wrong with it is told at once and before a
+A folder is checked as a whole first, so that everything wrong with it is reported at once, before a
 network is built.
 """
 
@@ -36,7 +36,7 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 32 * 2**30
 """A set is held whole in memory; beyond these a file is taken for damaged."""
 _REPORT_EVERY = 500
-_TOLD = 10
+_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def look(folder: Path) -> Listing:
 
 
 def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -> None:
-    """Read the head of every image file, which is quick, and tell all that cannot be used.
+    """Read the head of every image file, which is quick, and report all that cannot be used.
 
     Raises:
         ValueError: files are no images (unless they are skipped), or differ in size and no size is
@@ -139,11 +139,11 @@ def refuse(faults: Sequence[str]) -> None:
         ValueError: there are some.
     """
     if faults:
-        more = f"\n... and {len(faults) - _TOLD} more" if len(faults) > _TOLD else ""
+        more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise ValueError(
             f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Mend or remove "
             "them, or leave them out with --data.skip-broken (skip_broken=True):\n"
-            + "\n".join(faults[:_TOLD])
+            + "\n".join(faults[:_LISTED])
             + more
         )
 

@@ -44,7 +44,7 @@ DASHES = ("-", "--", ":", "-.")
 DETAILED = ("compare", "table1", "controls", "scratch", "finetune-1000", "finetune-5000")
 """Experiments whose curves, mixes and gates are drawn."""
 FAR = 6.0
-"""A row that reaches so many times as far as the middle one is told by an arrow at the edge."""
+"""A row that reaches this many times as far as the middle one is shown by an arrow at the edge."""
 ACCURACY = "test accuracy, last epoch, %"
 
 
@@ -143,14 +143,14 @@ def differences(table: Table) -> Drawing | None:
     near = [one for one in reach if max(map(abs, one)) <= FAR * middle]
     least, most = min(0.0, *(low for low, _ in near)), max(0.0, *(high for _, high in near))
     margin = 0.08 * ((most - least) or 1.0)
-    told: list[str] = []
+    described: list[str] = []
     for place, line in enumerate(lines):
         tint, mean = colour(line["module"]), line["difference"]
         own = dots[line["row"]]
-        told.append(f"{line['row']} {mean:+.2f}")
+        described.append(f"{line['row']} {mean:+.2f}")
         known = line["low"] == line["low"]
         if known:
-            told[-1] += f" [{line['low']:+.2f}, {line['high']:+.2f}]"
+            described[-1] += f" [{line['low']:+.2f}, {line['high']:+.2f}]"
         if reach[place] not in near:
             edge, inner = (least, 1) if mean < 0 else (most, -1)
             edge -= inner * margin
@@ -183,7 +183,7 @@ def differences(table: Table) -> Drawing | None:
     if len(near) < len(reach):
         caption += " An arrow with numbers stands for a row that lies beyond the figure."
     return Drawing(
-        f"{table.name}-differences", figure, caption, f"{table.title}: {'; '.join(told)}."
+        f"{table.name}-differences", figure, caption, f"{table.title}: {'; '.join(described)}."
     )
 
 
@@ -230,13 +230,13 @@ def by_lambda(table: Table) -> Drawing | None:
     axis.set_xlabel("lambda: share of the maximum")
     axis.set_ylabel(ACCURACY)
     _legend(axis)
-    told = ", ".join(f"{m:.2f} at {p:g}" for p, m in zip(places, rows["mean"], strict=True))
+    described = ", ".join(f"{m:.2f} at {p:g}" for p, m in zip(places, rows["mean"], strict=True))
     caption = (
         f"{net.upper()} on {data_name(table.runs['dataset'].iloc[0])} by constant lambda. Dots are "
         "seeds, bars one standard deviation. The best of several means is above the others by "
         "chance alone; only the differences in the table judge it."
     )
-    return Drawing(f"{table.name}-lambda", figure, caption, f"Accuracy by lambda: {told}.")
+    return Drawing(f"{table.name}-lambda", figure, caption, f"Accuracy by lambda: {described}.")
 
 
 def by_depth(table: Table) -> Drawing | None:
@@ -247,7 +247,7 @@ def by_depth(table: Table) -> Drawing | None:
     rows = table.frame.assign(depth=[int(depth_of[row]) for row in table.frame["row"]])
     depths = sorted(set(rows["depth"]))
     figure, axis = _canvas(3.4)
-    told: list[str] = []
+    described: list[str] = []
     for shift, (module, own) in zip(
         (-0.05, 0.05), rows.groupby("module", sort=False), strict=False
     ):
@@ -256,7 +256,7 @@ def by_depth(table: Table) -> Drawing | None:
         _with_seeds(axis, places, own, table, colour(name), width=0.02)
         style = {"marker": marker(name), "markersize": 5}
         axis.plot(places, own["mean"], color=colour(name), label=name, **style)
-        told.append(f"{name} " + ", ".join(f"{mean:.2f}" for mean in own["mean"]))
+        described.append(f"{name} " + ", ".join(f"{mean:.2f}" for mean in own["mean"]))
     axis.set_xticks(range(len(depths)), [str(depth) for depth in depths])
     axis.set_xlabel("depth")
     axis.set_ylabel(ACCURACY)
@@ -265,7 +265,7 @@ def by_depth(table: Table) -> Drawing | None:
         f"{table.name}-depth",
         figure,
         "Dots are seeds, lines join their means, bars are one standard deviation.",
-        f"Accuracy at depths {', '.join(map(str, depths))}: {'; '.join(told)}.",
+        f"Accuracy at depths {', '.join(map(str, depths))}: {'; '.join(described)}.",
     )
 
 
@@ -301,7 +301,7 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
     if own.empty or own["epoch"].nunique() < 2:
         return None
     figure, axis = _canvas(3.6)
-    told: list[str] = []
+    described: list[str] = []
     dashes = _dashes(table)
     for row in table.frame["row"]:
         part = own[own["row"] == row]
@@ -312,13 +312,15 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
         few = {"marker": marker(module), "markersize": 4} if len(mean) <= 12 else {}
         style = {"color": colour(module), "linestyle": dashes[row], "linewidth": 1.6}
         axis.plot(mean.index + 1, mean, label=_short(row), **style, **few)
-        told.append(f"{row} {mean.iloc[-1]:.2f}")
+        described.append(f"{row} {mean.iloc[-1]:.2f}")
     axis.set_xlabel("epoch")
     axis.set_ylabel("test accuracy, %")
     axis.locator_params(axis="x", integer=True)
     _legend(axis)
     caption = "Test accuracy after each epoch, the mean of the seeds."
-    return Drawing(f"{table.name}-curves", figure, caption, f"Curves end at {', '.join(told)}.")
+    return Drawing(
+        f"{table.name}-curves", figure, caption, f"Curves end at {', '.join(described)}."
+    )
 
 
 def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
@@ -370,7 +372,7 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
         return None
     own = own.assign(row=own["config"].map(rows), spread=100 * own["sd_images"] / own["mean"].abs())
     figure, (top, bottom) = _canvas(5.0, rows=2)
-    told: list[str] = []
+    described: list[str] = []
     dashes = _dashes(table)
     for row in table.frame["row"]:
         part = own[own["row"] == row]
@@ -382,7 +384,7 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
         style["linestyle"] = dashes[row]
         top.plot(means.index + 1, means["q50"], label=_short(row), **style)
         bottom.plot(means.index + 1, means["spread"], **style)
-        told.append(f"{row} {means['spread'].min():.1f} to {means['spread'].max():.1f} %")
+        described.append(f"{row} {means['spread'].min():.1f} to {means['spread'].max():.1f} %")
     top.set_ylabel("gate, median")
     bottom.set_ylabel("spread over images, %")
     bottom.set_xlabel("block, from the first to the last")
@@ -392,7 +394,7 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
         "The median gate of each block, and its standard deviation over images in per cent of its "
         "mean: near 0 the gate is a constant factor that does not look at its input."
     )
-    return Drawing(f"{table.name}-gates", figure, caption, f"Spread: {'; '.join(told)}.")
+    return Drawing(f"{table.name}-gates", figure, caption, f"Spread: {'; '.join(described)}.")
 
 
 def gradients(table: Table, epochs: pd.DataFrame) -> Drawing | None:

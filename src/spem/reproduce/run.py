@@ -37,12 +37,12 @@ from spem.training.signals import stop_signals
 
 HELD, STOPPED = "held", "stopped"
 RETRIES = 2
-"""So many times Ray starts a run again whose process died; it goes on from its checkpoint."""
+"""How often Ray restarts a run whose process died; it goes on from its checkpoint."""
 LOOK_SECONDS = 0.5
 HELD_SECONDS = 2.0
-"""Time until a run that another process trains is looked at again."""
+"""Time until a run that another process trains is checked again."""
 RESERVE_SECONDS = 10.0
-"""So long before the end of a budget (or a twentieth of it, if less) the runs are stopped."""
+"""How long before the end of a budget (or a twentieth of it, if less) the runs are stopped."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Ended:
 
 
 class Observer(Progress, Protocol):
-    """What is told of many runs, beside what each run tells."""
+    """Receives reports on many runs, besides those of each run."""
 
     def start(self, config: RunConfig) -> None:
         """A run begins, or goes on."""
@@ -91,7 +91,7 @@ def require_weights(configs: Iterable[RunConfig]) -> None:
 
 
 def forget_diverged(configs: Iterable[RunConfig], runs: Path) -> None:
-    """Take away that runs diverged, and where: they start anew."""
+    """Remove the results and checkpoints of diverged runs, so that they start again."""
     for config in configs:
         folder = config.folder(runs)
         with contextlib.suppress(OSError, ValueError):
@@ -114,12 +114,12 @@ def run_missing(
     """Train runs; what has begun goes on from its checkpoint, what fails does not stop the others.
 
     Ctrl-C, SIGTERM and the end of the budget stop the runs with a checkpoint. A run that another
-    process trains is looked at again until that one has finished it or is gone.
+    process trains is checked again until that one has finished it or is gone.
 
     Args:
         configs: The runs, in the order in which to take them.
         runs: Folder of all runs.
-        observer: Told what happens.
+        observer: Receives reports.
         workers: Runs at a time: one is a loop in this process, more are tasks of Ray.
         address: Of a Ray cluster whose machines have this package and see `runs` under this path;
             None starts one here where several workers are asked for.
@@ -213,7 +213,7 @@ def _seconds_an_image(config: RunConfig, side: int) -> float:
 
 
 def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
-    """Train one run, and tell a failure instead of raising it; only a stop is raised.
+    """Train one run, and return a failure instead of raising it; only a stop is raised.
 
     Raises:
         Interrupted: A signal stopped it, with a checkpoint.
@@ -226,8 +226,8 @@ def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
         return Ended(config, DIVERGED, str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
         text = str(error) or type(error).__name__
-        spoken = isinstance(error, (ValueError, OSError, ImportError))
-        return Ended(config, FAILED, text if spoken else f"{type(error).__name__}: {text}")
+        readable = isinstance(error, (ValueError, OSError, ImportError))
+        return Ended(config, FAILED, text if readable else f"{type(error).__name__}: {text}")
     return Ended(config, FINISHED, f"{result.accuracy:.2f} %")
 
 
@@ -401,7 +401,7 @@ def _connected(address: str | None, cpus: int) -> Generator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
-        # Ray takes the address of a network interface, even if told 127.0.0.1, unless it believes
+        # Ray takes the address of a network interface, even if given 127.0.0.1, unless it believes
         # that no cluster can be built; then all its servers listen on loopback.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray = require("ray", extra="cluster", purpose="--workers and --address")

@@ -115,7 +115,7 @@ class DataConfig:
             is a fifth.
         skip_broken: leave out image files that cannot be read.
         limit: train on this many images only (a fixed subset, the same for every seed).
-        limit_seed: draw that subset anew for every seed, the same for all networks of a seed.
+        limit_seed: draw another subset for every seed, the same for all networks of a seed.
         test_limit: test on this many images only (likewise).
         augment: random crop after padding and, with `flip`, horizontal flip.
         flip: flip half of the images; wrong for digits and letters.
@@ -331,8 +331,8 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Build a config from `to_dict`'s values; fields that are lacking take their defaults.
 
-        What is unknown under "runtime" is passed over: it told another version how to go about it,
-        and does not say what the run is.
+        Unknown fields under "runtime" are ignored: another version used them to choose how to
+        train, and they do not change what the run is.
 
         Raises:
             ValueError: a field is unknown or has a value of the wrong type.

@@ -1,7 +1,7 @@
-"""One run trained by several processes: who they are, what they tell one another, who is lost.
+"""One run trained by several processes: who they are, what they exchange, which one is lost.
 
 The first process (rank 0) alone claims the run folder, writes and evaluates; the others take their
-part of every step and wait for what it says. Gradients and the epoch's sums travel over the default
+part of every step and wait for its messages. Gradients and the epoch's sums travel over the default
 process group, everything else over one for the CPU, so that no GPU is waited for.
 """
 
@@ -53,13 +53,13 @@ def process_group(device: str = "auto") -> Generator[bool]:
     """Join the processes that torchrun started, for the length of a `with` block.
 
     Without torchrun's variables, or with a WORLD_SIZE of 1, nothing is joined. The processes
-    speak over gloo, and over NCCL about tensors on GPUs.
+    communicate over gloo, and over NCCL for tensors on GPUs.
 
     Args:
         device: where the processes will train: "auto", "cpu", "cuda" ...
 
     Yields:
-        Whether this is the first process, the one that speaks for all.
+        Whether this is the first process, the one that reports for all.
 
     Raises:
         ValueError: this torch cannot connect processes.
@@ -85,7 +85,7 @@ class Team:
     Args:
         rank: number of this process, from 0.
         size: how many there are.
-        control: the process group of what they tell one another; None if there is but one.
+        control: the process group for their messages; None if there is only one process.
     """
 
     rank: int = 0
@@ -111,20 +111,20 @@ class Team:
             try:
                 content = work()
             except BaseException as error:
-                told = {"message": str(error), "code": getattr(error, "code", None)}
+                failure = {"message": str(error), "code": getattr(error, "code", None)}
                 # The error counts, even if there is nobody left to hear of it.
                 with contextlib.suppress(RuntimeError):
-                    self._broadcast(_FAILED + json.dumps(told).encode())
+                    self._broadcast(_FAILED + json.dumps(failure).encode())
                 raise
             self._broadcast(_DONE + content)
             return content
         received = self._broadcast(b"")
         if received[:1] == _DONE:
             return received[1:]
-        told = json.loads(received[1:])
-        if isinstance(told["code"], int):
-            raise Interrupted(told["message"], told["code"])
-        raise FollowerError(f"train: the first process of this run stopped. {told['message']}")
+        failure = json.loads(received[1:])
+        if isinstance(failure["code"], int):
+            raise Interrupted(failure["message"], failure["code"])
+        raise FollowerError(f"train: the first process of this run stopped. {failure['message']}")
 
     def lead(self, work: Callable[[], T]) -> T:
         """As `share`, for what JSON can hold."""
@@ -230,7 +230,7 @@ class Team:
                 )
             raise LostProcessError(
                 f"train: another of the {self.size} processes of this run is gone: killed, out of "
-                f"memory, or ended by an error that it has told itself. {again}"
+                f"memory, or ended by an error that it has reported itself. {again}"
             ) from error
 
     def _broadcast(self, content: bytes) -> bytes:

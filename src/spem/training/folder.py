@@ -416,7 +416,7 @@ def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
 
 
 def write_metrics(history: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Write `metrics.jsonl` anew, such as from a checkpoint's history: a last line may be torn."""
+    """Rewrite `metrics.jsonl`, such as from a checkpoint's history: a last line may be torn."""
     write_atomic(folder / METRICS, "".join(_json_line(line) for line in history).encode())
 
 
@@ -454,7 +454,7 @@ def _parse_metrics(content: bytes, path: Path) -> list[dict[str, Any]]:
             raise damaged(
                 path,
                 f"line {number} cannot be read ({error or type(error).__name__})",
-                "Go on with the run, which writes the file anew from its checkpoint.",
+                "Go on with the run, which rewrites the file from its checkpoint.",
             ) from error
         epochs.append(cast("dict[str, Any]", values))
     return epochs
@@ -530,19 +530,26 @@ def start_from(model: ResNet, path: str, sha256: str | None) -> None:
     content = read_regular(Path(path))
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(f"train: the SHA-256 of {path} is {found}, expected {sha256}.")
+        raise ValueError(
+            f"train: the SHA-256 of {path} is {found}, expected {sha256}. Use the file that the "
+            "config means, or set model.weights_sha256 to this sum."
+        )
     try:
         tensors = cast("dict[str, Tensor]", safetensors.load(content))
         kept = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
         missing, unexpected = model.load_state_dict(kept, strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"train: {path} does not fit the network: {reason}") from error
+        raise ValueError(
+            f"train: {path} does not fit the network: {reason.rstrip('.')}. Use weights of the "
+            "same depth and block."
+        ) from error
     lacking = [k for k in missing if not k.startswith("fc.") and ".attention." not in k]
     if lacking or unexpected:
         raise ValueError(
             f"train: {path} does not fit the network: it "
-            + (f"lacks {lacking[0]}." if lacking else f"has {unexpected[0]} beside.")
+            + (f"lacks {lacking[0]}." if lacking else f"also holds {unexpected[0]}.")
+            + " Use weights of the same depth and block."
         )
 
 
@@ -606,7 +613,7 @@ def read_weights(path: Path) -> Weights:
     safetensors = require("safetensors.torch", extra="train", purpose="reading weights")
     path = Path(path)
     content = read_regular(path)
-    remedy = "Fetch it again, or train it anew."
+    remedy = "Fetch it again, or train it again."
     try:
         tensors = cast("dict[str, Tensor]", safetensors.load(content))
         length = int.from_bytes(content[:8], "little")

@@ -89,7 +89,7 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
             resolved and written down.
         folder: the run folder, made if needed (`spem.training.folder` says what lies in it). One
             process at a time may train in it.
-        progress: what is told about the run; None shows a live bar or plain lines.
+        progress: receives the run's reports; None shows a live bar or plain lines.
 
     Raises:
         ValueError: the folder holds another run, a damaged file or files of another origin; the

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: messages, epochs, live progress."""
+"""What a run reports while it trains: messages, epochs, live progress."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Status:
 
 
 class Progress(Protocol):
-    """What `train` tells its caller; pass one to show it elsewhere."""
+    """What `train` reports to its caller; pass one to show it elsewhere."""
 
     def due(self) -> bool:
         """Whether it is time for another `step`."""

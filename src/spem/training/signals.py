@@ -36,7 +36,7 @@ class StopSignals:
         self.received = signal.Signals(number)
 
     def interruption(self, where: str, then: str) -> Interrupted:
-        """Build the exception that tells what happened and how to go on."""
+        """Build the exception that says what happened and how to go on."""
         assert self.received is not None
         name = "Ctrl-C" if self.received == signal.SIGINT else self.received.name
         return Interrupted(f"Training stopped by {name} {where}. {then}", 128 + self.received)

@@ -49,7 +49,7 @@ def make_step(
     forward = make_forward(model, runtime)
 
     if runtime.step == "compile":
-        # Every run compiles this function anew; without a reset the compilations of a comparison's
+        # Every run compiles this function again; without a reset the compilations of a comparison's
         # networks add up to dynamo's limit for one function.
         torch.compiler.reset()
         # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
@@ -183,7 +183,7 @@ def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) 
     """Decide the implementation of all tails of a run, in training and evaluation alike.
 
     Args:
-        runtime: gives precision and step, and the wish.
+        runtime: gives precision and step, and the implementation asked for.
         device: type of the run's device.
         attention: whether the network has any.
 
@@ -248,7 +248,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next allocation; for processes that train on a CPU.
 
     By default glibc takes each feature map as fresh pages from the kernel and gives them back as
-    soon as the map is freed, so every step pays for clearing hundreds of megabytes anew. Kept, the
+    soon as the map is freed, so every step pays for clearing hundreds of megabytes again. Kept, the
     process stays at its highest size until it ends. Results do not depend on it. It concerns the
     whole process and cannot be undone, so the commands call it and the library does not.
 
