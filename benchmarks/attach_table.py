@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import spem
 from spem.export import difference, tensors, to_onnx
 from spem.insert import IdentityStart
-from spem.insert.architectures import build
+from spem.architectures import build
 from spem.training.environment import commit
 
 RESULTS = Path(__file__).parent / "results"

@@ -176,6 +176,6 @@ def test_no_images_and_too_few_labels() -> None:
     network, _ = attached("torchvision, norms wrapped", "spem")
     with pytest.raises(ValueError, match="no images were given"):
         fold(network, [])
-    with pytest.raises(ValueError, match="there are 1 labels for more images"):
+    with pytest.raises(ValueError, match="there are 1 labels and more images"):
         fold(network, [images(2, 64)], [1])
     assert len(attentions(network)) == 4
