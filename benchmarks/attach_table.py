@@ -27,9 +27,9 @@ from record import Row, read, write
 from torch import Tensor, nn
 
 import spem
+from spem.architectures import build
 from spem.export import difference, tensors, to_onnx
 from spem.insert import IdentityStart
-from spem.architectures import build
 from spem.training.environment import commit
 
 RESULTS = Path(__file__).parent / "results"
