@@ -13,7 +13,7 @@ import torch
 
 from spem.attention.spec import _REGISTRY
 from spem.cli import main
-from spem.cli.user_module import register_from_file
+from spem.cli.network import register_from_file
 from spem.models import resnet
 from spem.seeding import initialise
 
@@ -118,11 +118,11 @@ def test_a_channel_attention_keeps_its_fused_tail(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Mime", "defines no module Mime.*Did you mean Mine"),
-        ("something", "defines no module something"),
+        ("Mime", "unknown class 'Mime'. Did you mean Mine"),
+        ("something", "unknown class 'something'"),
         ("WrongShape", r"same|its input's shape \[2, 64, 8, 8\], got \[2, 64\]"),
         ("NoChannels", r"does not work as NoChannels\(64\)"),
-        ("", "not of the form"),
+        ("", "does not name the class"),
     ],
 )
 def test_what_cannot_be_used_is_said(tmp_path: Path, name: str, words: str):

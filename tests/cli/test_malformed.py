@@ -12,7 +12,6 @@ import random
 import shutil
 import string
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -88,13 +87,12 @@ def unknown_option(rng: random.Random, place: Path) -> list[str]:
 
 
 def _flags(name: str) -> list[str]:
-    return list(import_module(cli.COMMANDS[name][0]).options()._option_string_actions)
+    return list(cli.options_of(name).flags)
 
 
 def missing_value(rng: random.Random, place: Path) -> list[str]:
     name = rng.choice(["cost", "train", "eval", "export", "explain", "share"])
-    takes = import_module(cli.COMMANDS[name][0]).options()._option_string_actions
-    flag = rng.choice([f for f, action in takes.items() if action.nargs is None])
+    flag = rng.choice([f for f, option in cli.options_of(name).flags.items() if option.metavar])
     return [name, *calls(place)[name], flag]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spem.attention.spec import _REGISTRY
-from spem.cli.user_module import register_from_file
+from spem.cli.network import register_from_file
 from spem.models import resnet
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,27 +19,22 @@ if TYPE_CHECKING:
     from spem.cli.options import Options
 
 COMMANDS = {
-    "demo": (
-        "spem.cli.demo",
-        "compare none, control, se and spem on digits, in three minutes",
-    ),
-    "list": ("spem.cli.listing", "the attention modules: parameters, gate at start, needs, paper"),
-    "cost": ("spem.cli.cost", "parameters and FLOPs of a network, stage by stage"),
-    "attach": ("spem.cli.attach", "where attention goes in a network, and what it costs there"),
-    "train": ("spem.cli.train", "train one network; an interrupted run goes on where it stopped"),
-    "eval": ("spem.cli.evaluate", "accuracy of trained weights on a test set"),
-    "export": ("spem.cli.export", "a network as an ONNX file, checked against PyTorch"),
-    "explain": ("spem.cli.explain", "what attention keeps of an image: gates, maps, a picture"),
-    "share": ("spem.cli.share", "a finished run as a folder that others load, or on the hub"),
-    "compare": ("spem.cli.compare", "several attentions x seeds: runs, table, CSV and picture"),
-    "stats": ("spem.cli.stats", "paired differences of any results in a CSV file"),
-    "reproduce": (
-        "spem.cli.reproduce",
-        "the tables and figures of the paper: runs, CSV files, report",
-    ),
-    "report": ("spem.cli.report", "rebuild the report of a results folder from its CSV files"),
-    "bench": ("spem.cli.bench", "what attention costs on this machine, in training and inference"),
+    "demo": ("demo", "compare none, control, se and spem on digits, in three minutes"),
+    "list": ("listing", "the attention modules: parameters, gate at start, needs, paper"),
+    "cost": ("cost", "parameters and FLOPs of a network, stage by stage"),
+    "attach": ("attach", "where attention goes in a network, and what it costs there"),
+    "train": ("train", "train one network; an interrupted run goes on where it stopped"),
+    "eval": ("evaluate", "accuracy of trained weights on a test set"),
+    "export": ("export", "a network as an ONNX file, checked against PyTorch"),
+    "explain": ("explain", "what attention keeps of an image: gates, maps, a picture"),
+    "share": ("share", "a finished run as a folder that others load, or on the hub"),
+    "compare": ("compare", "several attentions x seeds: runs, table, CSV and picture"),
+    "stats": ("stats", "paired differences of any results in a CSV file"),
+    "reproduce": ("reproduce", "the tables and figures of the paper: runs, CSV files, report"),
+    "report": ("report", "rebuild the report of a results folder from its CSV files"),
+    "bench": ("bench", "what attention costs on this machine, in training and inference"),
 }
+"""Of each command the module beside this one whose `run` carries it out, and what it is for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = [*args[1:], "--help"]
     name, options, status = "", None, 0
     try:  # around the imports too: Ctrl-C in the first seconds is no fault
-        from spem.cli.options import UsageError, unknown
-
         if not args or args[0] in ("-h", "--help", "--help-all"):
             print(usage())
         elif args[0] == "--version":
@@ -64,16 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"spem {__version__}")
         elif args[0] not in COMMANDS:
-            raise UsageError(f"{unknown('command', args[0], list(COMMANDS))} Run `spem --help`.")
+            from spem.cli.options import unknown
+
+            raise ValueError(f"{unknown('command', args[0], list(COMMANDS))} Run `spem --help`.")
         else:
             name = args[0]
-            module = import_module(COMMANDS[name][0])
-            options = module.options()
-            own, rest = ([], args[1:]) if name == "compare" else _own_modules(args[1:])
-            values = options.read(rest)
+            options = options_of(name)
+            values = options.read(args[1:])
             if values is not None:
-                _register(own)
-                status = module.run(**values) or 0
+                status = options.run(**values) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be answered
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: every error gets its sentence
         if debug:
@@ -82,72 +74,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _own_modules(args: list[str]) -> tuple[list[str], list[str]]:
-    """What `--module` names, in any command, and the other arguments.
+def options_of(name: str) -> Options:
+    """What a command takes. `--module` registers, in any command, what others name by text."""
+    from spem.cli.options import Options
 
-    >>> _own_modules(["runs/x", "--module", "mine.py:Mine", "--json"])
-    (['mine.py:Mine'], ['runs/x', '--json'])
-    """
-    own, rest = list[str](), list[str]()
-    words = iter(args)
-    for word in words:
-        name, sign, value = word.partition("=")
-        if name != "--module":
-            rest.append(word)
-        elif sign or (value := next(words, "")):
-            own.append(value)
-        else:
-            from spem.cli.options import UsageError
+    def register(where: str) -> str:
+        from spem.cli.network import register_from_file
 
-            raise UsageError("--module needs a value, FILE:CLASS.")
-    return own, rest
+        return register_from_file(where)
 
-
-def _register(own: Sequence[str]) -> None:
-    """Attention modules of the user's own, so that what was trained with them can be read."""
-    for where in own:
-        from spem.cli.user_module import register_from_file
-
-        register_from_file(where)
+    return Options(name, import_module(f"spem.cli.{COMMANDS[name][0]}").run, module=register)
 
 
 def usage() -> str:
     """The text of `spem --help`: one line per command."""
-    lines = ["usage: spem COMMAND [OPTIONS]", "", "commands:"]
-    lines += [f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items()]
-    lines += [
-        "",
-        "`spem COMMAND --help` shows a command's options, `spem --version` the version.",
-        "--module FILE:CLASS, in any command, is an attention of your own, as compare trains it.",
-        "--debug, at any place in the line, shows the whole traceback of an error.",
-    ]
-    return "\n".join(lines)
+    commands = "\n".join(f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items())
+    return f"""usage: spem COMMAND [OPTIONS]
+
+commands:
+{commands}
+
+`spem COMMAND --help` shows a command's options, `spem --version` the version.
+--module FILE:CLASS, in any command, is an attention of your own, as compare trains it.
+--debug, at any place in the line, shows the whole traceback of an error."""
 
 
 def _answer(error: BaseException, name: str, options: Options | None, *, debug: bool) -> int:
     """Say what went wrong, and return the exit code for it."""
-    subject = f"spem {name}".rstrip()
     if isinstance(error, BrokenPipeError):  # `spem list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    code, text = 2, str(error)
     if isinstance(error, KeyboardInterrupt):  # a training says itself where it stopped, and by what
-        code, text = getattr(error, "code", 130), str(error) or "stopped."
+        code, text = getattr(error, "code", 130), text or "stopped."
     elif isinstance(error, FloatingPointError):  # diverged: neither a wrong call nor a fault
-        code, text = 1, str(error)
+        code = 1
     elif _is_message(error):
-        code, text = 2, str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             text = f"{error.filename}: {error.strerror}."  # without the number of the error
-        if options is not None:
-            text = options.in_flags(text)
+        text = text if options is None else options.in_flags(text)
     else:
         code, text = 1, f"internal error: {type(error).__name__}: {error}"
         text += "" if debug else "\nrun again with --debug"
     text = text.removeprefix(f"{name}: ")
     text = text if len(text) < 1200 else f"{text[:700]} ... {text[-300:]}"  # a name may be long
-    encoding = sys.stderr.encoding or "utf-8"
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-    print(f"{subject}: {text}".encode(encoding, "replace").decode(encoding), file=sys.stderr)
+    print(f"{f'spem {name}'.rstrip()}: {text}", file=sys.stderr)
     return code
 
 
@@ -155,8 +127,8 @@ def _is_message(error: BaseException) -> bool:
     """Whether the message was written for the caller: about values, files, or by this package."""
     if isinstance(error, (ValueError, OSError, ImportError, MemoryError)):
         return True
-    if type(error).__module__.startswith("spem."):
-        return True
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    raised_in = str(frames[-1].f_globals.get("__name__", "")) if frames else ""
-    return type(error) in (RuntimeError, TypeError) and raised_in.startswith("spem.")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = str(frame.f_globals.get("__name__")).startswith("spem.")
+    return type(error).__module__.startswith("spem.") or (
+        ours and type(error) in (RuntimeError, TypeError)
+    )

@@ -4,103 +4,83 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import NETWORK_HELP, load_network
-from spem.cli.options import Options, integer, one_of
+from spem.cli.network import Named, Size, load_network
+from spem.cli.options import Json
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from spem.insert import Site
-
-
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "attach",
-        "Where attention goes in a network: names for spem.attach, maps, parameters, FLOPs. "
-        "Without --dry-run it is put in, too, and the outputs before and after are compared.",
-    )
-    o.add("network", "NETWORK", NETWORK_HELP)
-    o.add("attention", "ATTENTION", 'such as "se(reduction=8)"', default="spem", count="?")
-    o.add("--include", "PATTERN", "only sites of such names; * stands for any characters")
-    o.add("--stages", "N", "only these stages, from 1", kind=integer(1), default=(), count="+")
-    o.flag("--replace", "put it in the place of attention that the network has")
-    kind = one_of("identity", "module")
-    o.add(
-        "--start",
-        "identity|module",
-        "how gates start, at one or as the module does",
-        kind=kind,
-        default="identity",
-    )
-    o.flag("--fuse", "run norm, attention, addition and ReLU as one operation")
-    o.add("--size", "PIXELS", "side of its images; else what it is made for", kind=integer(1))
-    o.flag("--dry-run", "only list the sites")
-    return o.json()
-
 
 def run(
+    network: Named,
+    attention: Annotated[str, "ATTENTION", 'such as "se(reduction=8)"'] = "spem",
     *,
-    network: str,
-    attention: str,
-    include: str | None,
-    stages: list[int],
-    replace: bool,
-    start: Literal["identity", "module"],
-    fuse: bool,
-    size: int | None,
-    dry_run: bool,
-    json: bool,
+    include: Annotated[
+        str | None, "PATTERN", "only sites of such names; * stands for any characters"
+    ] = None,
+    stages: Annotated[Sequence[int], "N", "only these stages, from 1"] = (),
+    replace: Annotated[bool, "put it in the place of attention that the network has"] = False,
+    start: Annotated[
+        Literal["identity", "module"], "how gates start, at one or as the module does"
+    ] = "identity",
+    fuse: Annotated[bool, "run norm, attention, addition and ReLU as one operation"] = False,
+    size: Size = None,
+    dry_run: Annotated[bool, "only list the sites"] = False,
+    json: Json = False,
 ) -> None:
-    """List the sites, put attention in, and say what that changed."""
-    from spem import insert
+    """Where attention goes in a network: names for spem.attach, maps, parameters, FLOPs.
+
+    Without --dry-run it is put in, too, and the outputs before and after are compared.
+    """
+    from spem import create_attention, insert
 
     found = load_network(network, size=size)
-    model = found.model
+    model, shape = found.model, found.shape()
+    options: dict[str, Any] = {"include": include, "replace": replace, "input_shape": shape}
+    options["stages"] = tuple(stages) or None
     plain = sum(p.numel() for p in model.parameters())
-    options: dict[str, Any] = {
-        "include": include,
-        "stages": tuple(stages) or None,
-        "replace": replace,
-        "input_shape": found.shape(),
-    }
     sites = insert.find_sites(model, attention, **options)
     options |= {"start": start, "fuse": fuse}
-    # A dry run too reports what attach refuses.
-    insert.attach(model, attention, **options, dry_run=True)
+    insert.attach(model, attention, **options, dry_run=True)  # it too reports what is refused
     change = None if dry_run else _change(model, attention, options)
-    tails = _tails(attention, sites[0]) if fuse else "not fused"
+    tails = "not fused"
+    if fuse:
+        site = sites[0]
+        on = None if site.shape is None else (site.shape[2], site.shape[3])
+        built = create_attention(attention, site.channels, size=on, device="meta").eval()
+        why = built.why_composed()
+        tails = "fused" if why is None else f"composed ({why})"
     if json:
-        print_json(
-            {
-                "model": network,
-                "attention": attention,
-                "plain_parameters": plain,
-                "tails": tails,
-                "change": change,
-                "sites": [dataclasses.asdict(site) for site in sites],
-            }
-        )
+        told = {"model": network, "attention": attention, "plain_parameters": plain}
+        rows = [dataclasses.asdict(site) for site in sites]
+        print_json(told | {"tails": tails, "change": change, "sites": rows})
         return
-    _print(f"{network}, attention {attention}", sites, plain)
+    rows = [
+        [
+            *(site.name, str(site.stage), site.block, f"{site.how} {site.layer}".strip()),
+            "-" if site.shape is None else " x ".join(map(str, site.shape)),
+            f"{site.parameters:,}",
+            "-" if site.flops is None else f"{site.flops:,}",
+        ]
+        for site in sites
+    ]
+    added, flops = (sum(getattr(site, k) or 0 for site in sites) for k in ("parameters", "flops"))
+    rows.append([f"{len(sites)} sites", "", "", "", "", f"{added:,}", f"{flops:,}"])
+    columns = ["site", "stage", "block", "how", "map", "parameters", "FLOPs"]
+    print_table(columns, rows, align="lrlllrr", title=f"{network}, attention {attention}")
+    print(
+        f"\nThe plain network has {plain:,} parameters; attention adds {100 * added / plain:.2f} %."
+    )
+    print("FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass.")
     if start == "identity":
         print("The identity start adds one number a site, alpha.")
     print(f"Tails: {tails}.")
     if change is not None:
         print(f"Outputs before and after: largest difference {change:.3g}.")
-
-
-def _tails(attention: str, site: Site) -> str:
-    """Whether the tails of fused blocks run as one operation, and why not."""
-    from spem.attention import create_attention
-
-    size = None if site.shape is None else (site.shape[2], site.shape[3])
-    built = create_attention(attention, site.channels, size=size, device="meta").eval()
-    why = built.why_composed()
-    return "fused" if why is None else f"composed ({why})"
 
 
 def _change(network: nn.Module, attention: str, options: dict[str, Any]) -> float:
@@ -122,28 +102,3 @@ def _change(network: nn.Module, attention: str, options: dict[str, Any]) -> floa
             "Look at the weights, or at a smaller part with --include."
         )
     return found.largest
-
-
-def _print(title: str, sites: list[Site], plain: int) -> None:
-    rows = [
-        [
-            site.name,
-            str(site.stage),
-            site.block,
-            f"{site.how} {site.layer}".strip(),
-            "-" if site.shape is None else " x ".join(map(str, site.shape)),
-            f"{site.parameters:,}",
-            "-" if site.flops is None else f"{site.flops:,}",
-        ]
-        for site in sites
-    ]
-    added = sum(site.parameters or 0 for site in sites)
-    flops = sum(site.flops or 0 for site in sites)
-    rows.append([f"{len(sites)} sites", "", "", "", "", f"{added:,}", f"{flops:,}"])
-    columns = ["site", "stage", "block", "how", "map", "parameters", "FLOPs"]
-    print_table(columns, rows, align="lrlllrr", title=title)
-    print()
-    print(
-        f"The plain network has {plain:,} parameters; attention adds {100 * added / plain:.2f} %."
-    )
-    print("FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass.")

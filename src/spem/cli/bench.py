@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import NETWORK_HELP, load_network
-from spem.cli.options import Options, UsageError, integer, one_of
+from spem.cli.network import Named, load_network
+from spem.cli.options import RARE, Json
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,41 +19,28 @@ SECONDS = 0.4
 """Of one timing."""
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "bench",
-        "Time a training step and inference with each attention beside the plain network.",
-        more="All networks take turns, round by round; ratios are medians over rounds of the times "
-        "of one round, which a busy machine disturbs less than the times themselves.",
-    )
-    o.add("network", "NETWORK", NETWORK_HELP, count="?", default="cifar:29")
-    o.add("--attention", "ATTENTION", "whom to time (default none se eca spem)", count="*")
-    o.add("--batch", "N", "images a step", kind=integer(1), default=128)
-    o.add("--size", "PIXELS", "side of the images", kind=integer(1))
-    o.add("--device", "DEVICE", "cpu or cuda; else cuda where there is any")
-    o.add("--threads", "N", "CPU threads; else torch's choice", kind=integer(1))
-    precision = one_of("fp32", "bf16", what="precision")
-    o.add("--precision", "fp32|bf16", "of the training step", kind=precision, default="fp32")
-    o.add("--impl", "IMPL", "of the blocks' tails: reference, formula, numba, triton", rare=True)
-    o.flag("--quick", "small batches and few rounds, to see that it runs")
-    return o.json()
-
-
 def run(
+    network: Named = "cifar:29",
     *,
-    network: str,
-    attention: list[str] | None,
-    batch: int,
-    size: int | None,
-    device: str | None,
-    threads: int | None,
-    precision: Any,
-    impl: Any,
-    quick: bool,
-    json: bool,
+    attention: Annotated[
+        Sequence[str], "ATTENTION", "whom to time (default none se eca spem)"
+    ] = (),
+    batch: Annotated[int, "N", "images a step"] = 128,
+    size: Annotated[int | None, "PIXELS", "side of the images"] = None,
+    device: Annotated[str | None, "DEVICE", "cpu or cuda; else cuda where there is any"] = None,
+    threads: Annotated[int | None, "N", "CPU threads; else torch's choice"] = None,
+    precision: Annotated[Literal["fp32", "bf16"], "of the training step"] = "fp32",
+    impl: Annotated[
+        Any, "IMPL", "of the blocks' tails: reference, formula, numba, triton", str, RARE
+    ] = None,
+    quick: Annotated[bool, "small batches and few rounds, to see that it runs"] = False,
+    json: Json = False,
 ) -> None:
-    """Time the networks in turns, and show times and ratios."""
+    """Time a training step and inference with each attention beside the plain network.
+
+    All networks take turns, round by round; ratios are medians over rounds of the times of one
+    round, which a busy machine disturbs less than the times themselves.
+    """
     import torch
     from torch.utils.benchmark import Timer
 
@@ -63,7 +51,7 @@ def run(
     if "none" not in arms:
         arms.insert(0, "none")
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here.")
+        raise ValueError("--device cuda: torch sees no CUDA device here.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     threads = threads or torch.get_num_threads()
     runtime = RuntimeConfig(device=place, precision=precision, threads=threads, impl=impl)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
-import typing
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Mapping
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from spem.cli.options import Kind, Options, integer, number, one_of
+from spem.cli.options import Kind, Option, integer, typed
 
 if TYPE_CHECKING:
     from spem.training.config import RunConfig
 
 RECIPES = ("paper", "fast", "short", "smoke")
 RECIPE_HELP = "paper, fast (the same, faster), short (scaled down for a CPU) or smoke (digits)"
-
-SHORT = {
+_USUAL = {
     "data.name": ("--data", "SET", "cifar10, cifar100, digits, or a folder of images"),
     "model.attention": ("--attention", "ATTENTION", 'such as spem, none or "se(reduction=8)"'),
     "model.depth": ("--depth", "N", "11, 29, 83, 164 ..., or 20, 56 ... with basic blocks"),
@@ -32,64 +30,52 @@ SHORT = {
     "runtime.precision": ("--precision", "fp32|bf16", "bf16 is faster where the processor has it"),
     "runtime.checkpoint_minutes": ("--checkpoint-minutes", "MINUTES", "between checkpoints"),
 }
-"""The fields that are asked for often: name, what it takes, help."""
+"""The fields that have a short name too: it, what it takes, help."""
 _RARE = ("runtime.checkpoint_minutes", "optim.batch")
 
 
-def add_config(options: Options, *, leave_out: tuple[str, ...] = ()) -> None:
-    """Adds an option for every field of `RunConfig`; only those given are among the values.
+def config_options(*left_out: str) -> list[Option]:
+    """An option for every field of `RunConfig`; only those given are among the values.
 
     Args:
-        options: Of the command.
-        leave_out: Fields that the command sets itself, such as "seed".
+        left_out: Fields that the command sets itself, such as "seed".
     """
     from spem.training import config as parts
 
-    sections = {
-        "model": parts.ModelConfig,
-        "data": parts.DataConfig,
-        "optim": parts.OptimConfig,
-        "runtime": parts.RuntimeConfig,
-    }
-    if "seed" not in leave_out:
-        options.add(
-            "--seed",
-            "N",
-            "of weights and order of images",
-            kind=integer(0),
-            default=argparse.SUPPRESS,
-        )
+    kinds = (parts.ModelConfig, parts.DataConfig, parts.OptimConfig, parts.RuntimeConfig)
     fields: dict[str, tuple[Any, str]] = {}
-    for section, kind in sections.items():
-        described = _described(kind.__doc__ or "")
-        for name, hint in typing.get_type_hints(kind).items():
-            fields[f"{section}.{name}"] = (hint, described.get(name, ""))
-    for name in (*SHORT, *(name for name in fields if name not in SHORT)):
-        if name in leave_out or name not in fields:
+    for section, kind in zip(("model", "data", "optim", "runtime"), kinds, strict=True):
+        said = (kind.__doc__ or "").partition("Args:\n")[2]
+        helps = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE))
+        for name, hint in get_type_hints(kind).items():
+            fields[f"{section}.{name}"] = hint, " ".join(helps.get(name, "").split()).rstrip(".")
+    seed = Option("seed", ("--seed",), "N", "of weights and order of images", integer(0))
+    found = [] if "seed" in left_out else [seed]
+    for name in dict.fromkeys((*_USUAL, *fields)):
+        if name in left_out:
             continue
         hint, help = fields[name]
-        flag = f"--{name.replace('_', '-')}"
-        names, metavar = [flag], _metavar(hint)
-        if name in SHORT:
-            short, metavar, help = SHORT[name]
-            names = [short, flag]
+        flags = (f"--{name.replace('_', '-')}",)
         if hint is bool:
-            section, _, rest = flag.partition(".")
-            options.switch(flag, f"{section}.no-{rest}", help)
+            no = flags[0].replace(".", ".no-")
+            found += [
+                Option(name, flags, "", help, lambda _: True, rare=True),
+                Option(name, (no,), "", "the opposite", lambda _: False, rare=True),
+            ]
             continue
-        options.add(
-            *names,
-            metavar,
-            help,
-            kind=_kind(hint),
-            default=argparse.SUPPRESS,
-            count="*" if typing.get_origin(hint) is tuple else None,
-            rare=name not in SHORT or name in _RARE,
-        )
+        kind, metavar, many = typed(hint, lowest=None)  # the config says itself what it takes
+        if NoneType in get_args(hint):
+            kind = _or_none(kind)
+        if name in _USUAL:
+            short, metavar, help = _USUAL[name]
+            flags = (short, *flags)
+        rare = name not in _USUAL or name in _RARE
+        found.append(Option(name, flags, metavar, help, kind, many=many, rare=rare))
+    return found
 
 
 def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
-    """The config of a recipe with what `add_config`'s options say.
+    """The config of a recipe with what the options of `config_options` say.
 
     Another data set brings its own size, flips and normalisation, another length moves the
     milestones; what is given for those goes before.
@@ -100,67 +86,24 @@ def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
     """
     from spem.training import recipes
 
-    create: Callable[[], RunConfig] = getattr(recipes, recipe)
-    config = create()
-    name = given.get("data.name")
+    config: RunConfig = getattr(recipes, recipe)()
+    name, epochs = given.get("data.name"), given.get("optim.epochs")
     if name is not None and name != config.data.name:
         smoke = recipes.smoke().data
         data = smoke if name == smoke.name else recipes.paper(name).data
         config = dataclasses.replace(config, data=data)
-    epochs = given.get("optim.epochs")
     if epochs is not None:
-        milestones = recipes.scaled_milestones(epochs)
-        optim = dataclasses.replace(config.optim, epochs=epochs, milestones=milestones)
-        config = dataclasses.replace(config, optim=optim)
-    changes: dict[str, Any] = {}
-    for dotted, value in given.items():
-        section, _, field = dotted.rpartition(".")
-        value = tuple(value) if isinstance(value, list) else value
-        if section:
-            changes.setdefault(section, {})[field] = (
-                tuple(value) if isinstance(value, list) else value
-            )
-        else:
-            changes[field] = value
-    built = {
-        section: dataclasses.replace(getattr(config, section), **fields)
-        if isinstance(fields, dict)
-        else fields
-        for section, fields in changes.items()
-    }
-    return dataclasses.replace(config, **built)
+        given = {"optim.milestones": recipes.scaled_milestones(epochs), **given}
+    parts = {"model": config.model, "data": config.data, "optim": config.optim}
+    for section, part in (parts | {"runtime": config.runtime}).items():
+        changes = {
+            dotted.removeprefix(f"{section}."): tuple(value) if isinstance(value, list) else value
+            for dotted, value in given.items()
+            if dotted.startswith(f"{section}.")
+        }
+        config = dataclasses.replace(config, **{section: dataclasses.replace(part, **changes)})
+    return dataclasses.replace(config, seed=given.get("seed", config.seed))
 
 
-def _described(doc: str) -> dict[str, str]:
-    """What a Google docstring says of each argument."""
-    args = doc.partition("Args:\n")[2]
-    found = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", args, re.MULTILINE)
-    return {name: " ".join(text.split()).rstrip(".") for name, text in found}
-
-
-def _metavar(hint: Any) -> str:
-    inner = _without_none(hint)
-    if typing.get_origin(inner) is Literal:
-        return "|".join(map(str, typing.get_args(inner)))
-    if typing.get_origin(inner) is tuple:
-        return "N"
-    return {int: "N", float: "X", str: "TEXT"}.get(inner, "PATH")
-
-
-def _kind(hint: Any) -> Kind:
-    inner = _without_none(hint)
-    if typing.get_origin(inner) is tuple:
-        inner = typing.get_args(inner)[0]
-    if typing.get_origin(inner) is Literal:
-        kind = one_of(*typing.get_args(inner))
-    else:
-        # What a field may be at least is said by the config itself.
-        kind = cast("Kind", {int: integer(), float: number()}.get(inner, inner))
-    if inner is hint or type(None) not in typing.get_args(hint):
-        return kind
+def _or_none(kind: Kind) -> Kind:
     return lambda text: None if text.lower() == "none" else kind(text)
-
-
-def _without_none(hint: Any) -> Any:
-    left = [part for part in typing.get_args(hint) if part is not type(None)]
-    return left[0] if type(None) in typing.get_args(hint) else hint

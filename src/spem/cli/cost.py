@@ -3,69 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from spem.cli.network import add_network, load_network
-from spem.cli.options import Options, integer, one_of
+from spem.cli.network import Attention, Classes, Named, Size, load_network
+from spem.cli.options import Json
 from spem.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from spem.cost import Cost, LayerCost, TailCost
-
-
-def options() -> Options:
-    """What the command takes."""
-    o = Options("cost", "Count parameters and FLOPs of a network. Needs no data.")
-    add_network(o, weights=False)
-    o.flag("--layers", "a row for every layer, not for every stage")
-    o.flag("--fuse", "give attention in networks of timm and torchvision the fused tail")
-    o.add("--batch", "N", "images in the batch", kind=integer(1), default=1)
-    device, precision = one_of("cpu", "cuda"), one_of("fp32", "bf16")
-    o.add("--device", "cpu|cuda", "name what runs the tails there", kind=device, default="cpu")
-    o.add("--precision", "fp32|bf16", "of their maps", kind=precision, default="fp32")
-    return o.json()
+    from spem.cost import Cost, LayerCost
 
 
 def run(
+    network: Named,
     *,
-    network: str,
-    attention: str | None,
-    classes: int | None,
-    size: int | None,
-    layers: bool,
-    fuse: bool,
-    batch: int,
-    device: str,
-    precision: str,
-    json: bool,
+    attention: Attention = None,
+    classes: Classes = None,
+    size: Size = None,
+    layers: Annotated[bool, "a row for every layer, not for every stage"] = False,
+    fuse: Annotated[
+        bool, "give attention in networks of timm and torchvision the fused tail"
+    ] = False,
+    batch: Annotated[int, "N", "images in the batch"] = 1,
+    device: Annotated[Literal["cpu", "cuda"], "name what runs the tails there"] = "cpu",
+    precision: Annotated[Literal["fp32", "bf16"], "of their maps"] = "fp32",
+    json: Json = False,
 ) -> None:
-    """Count, and print the table."""
+    """Count parameters and FLOPs of a network. Needs no data."""
     import torch
 
-    from spem.cost import count
+    from spem.cost import count, tails_text
 
     found = load_network(network, attention=attention, classes=classes, size=size, fuse=fuse)
+    shape = found.shape(batch=batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        cost = count(found.model, found.shape(batch=batch), device=device, dtype=dtype)
+        cost = count(found.model, shape, device=device, dtype=dtype)
     except (RuntimeError, TypeError) as error:  # a network that does not take such an input
         said = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{network} does not run on an input {list(found.shape(batch=batch))}: {said}. "
-            f"Give --size."
+            f"{network} does not run on an input {list(shape)}: {said}. Give --size."
         ) from error
     place = f"{device}, {precision}"
     if json:
         print_json({"model": found.text, **dataclasses.asdict(cost), "tails_for": place})
         return
-    rows = _layer_rows(cost) if layers else _stage_rows(cost)
-    rows.append(["total", "", f"{cost.parameters:,}", _flops(cost.flops)])
+    parts = {row.name or row.kind: [row] for row in cost.layers} if layers else _stages(cost)
+    rows = [
+        [
+            name,
+            _shape(next((row.output for row in reversed(part) if row.output is not None), None)),
+            *_counts(sum(row.parameters for row in part), sum(row.flops for row in part)),
+        ]
+        for name, part in parts.items()
+    ]
+    rows.append(["total", "", *_counts(cost.parameters, cost.flops)])
     if any(row.attention for row in cost.layers):
-        share = f"{cost.attention_parameters:,}", _flops(cost.attention_flops)
-        rows.append(["of it attention", "", *share])
-    columns = ["layer" if layers else "stage", "output", "parameters", "FLOPs"]
+        own = _counts(cost.attention_parameters, cost.attention_flops)
+        rows.append(["of it attention", "", *own])
     say(f"{found.text}, input {_shape(cost.input_shape)}")
+    columns = ["layer" if layers else "stage", "output", "parameters", "FLOPs"]
     print_table(columns, rows, align="llrr")
     print()
     if cost.attention_parameters:
@@ -75,53 +71,31 @@ def run(
         "FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass. Norms,",
         "pooling and gates are not counted (-), so FLOPs say little about time.",
     )
-    say(*_tails(cost.tails, place))
+    moved = [(tail.forward_bytes, tail.backward_bytes) for tail in cost.tails]
+    lines = [f"On {place}: {tails_text(cost.tails)}."]
+    if moved and all(forward and backward for forward, backward in moved):
+        ahead, back = (sum(part or 0 for part in way) / 1e6 for way in zip(*moved, strict=True))
+        megabytes = f"{ahead:.1f} MB forward, {back:.1f} MB backward"
+        lines.append(f"Whole maps they read and write, by a model: {megabytes}.")
+    say(*lines)
     if not layers:
         print(f"Every layer: spem cost {network} --layers")
 
 
-def _layer_rows(cost: Cost) -> list[list[str]]:
-    return [
-        [row.name or row.kind, _shape(row.output), f"{row.parameters:,}", _flops(row.flops)]
-        for row in cost.layers
-    ]
-
-
-def _stage_rows(cost: Cost) -> list[list[str]]:
-    """The layers summed by the first part of their names, with the output of the last of them."""
+def _stages(cost: Cost) -> dict[str, list[LayerCost]]:
+    """The layers by the first part of their names."""
     stages: dict[str, list[LayerCost]] = {}
     for row in cost.layers:
         parts = row.name.split(".")
         # Containers such as `features` hold the whole network: their children are its stages.
         long = sum(other.name.split(".")[0] == parts[0] for other in cost.layers)
         deep = 2 * long > len(cost.layers) and len(parts) > 1
-        stages.setdefault(".".join(parts[: 2 if deep else 1]), []).append(row)
-    return [
-        [
-            name or "(itself)",
-            next((_shape(row.output) for row in reversed(rows) if row.output is not None), "-"),
-            f"{sum(row.parameters for row in rows):,}",
-            _flops(sum(row.flops for row in rows)),
-        ]
-        for name, rows in stages.items()
-    ]
+        stages.setdefault(".".join(parts[: 2 if deep else 1]) or "(itself)", []).append(row)
+    return stages
 
 
-def _tails(tails: Sequence[TailCost], place: str) -> list[str]:
-    """What runs the tails, and the whole maps they move where that is known of all."""
-    from spem.cost import tails_text
-
-    lines = [f"On {place}: {tails_text(tails)}."]
-    forward = [tail.forward_bytes for tail in tails if tail.forward_bytes is not None]
-    backward = [tail.backward_bytes for tail in tails if tail.backward_bytes is not None]
-    if tails and len(forward) == len(backward) == len(tails):
-        megabytes = f"{sum(forward) / 1e6:.1f} MB forward, {sum(backward) / 1e6:.1f} MB backward"
-        lines.append(f"Whole maps they read and write, by a model: {megabytes}.")
-    return lines
-
-
-def _flops(flops: int) -> str:
-    return f"{flops:,}" if flops else "-"
+def _counts(parameters: int, flops: int) -> tuple[str, str]:
+    return f"{parameters:,}", f"{flops:,}" if flops else "-"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

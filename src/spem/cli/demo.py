@@ -7,8 +7,9 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
-from spem.cli.options import Options
+from spem.cli.options import Json
 from spem.cli.progress import carry_out
 
 ARMS = ("none", "control", "se", "spem")
@@ -16,20 +17,12 @@ EPOCHS, BATCH, WEIGHT_DECAY = 60, 128, 3e-3
 """Twelve steps an epoch; the plain network stops improving by then, at about 98 %."""
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "demo",
-        "Compare small networks on 8x8 digits: without attention, with a control, SE and SPEM.",
-    )
-    o.add(
-        "--out", "DIR", "folder for runs, tables and report", kind=Path, default=Path("spem-demo")
-    )
-    return o.json()
-
-
-def run(*, out: Path, json: bool) -> None:
-    """Train the demo's runs, and say what its picture shows."""
+def run(
+    *,
+    out: Annotated[Path, "DIR", "folder for runs, tables and report"] = Path("spem-demo"),
+    json: Json = False,
+) -> None:
+    """Compare small networks on 8x8 digits: without attention, with a control, SE and SPEM."""
     from spem.reproduce.experiments import comparison
     from spem.reproduce.tables import COMPARE
     from spem.training import recipes

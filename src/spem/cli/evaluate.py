@@ -3,81 +3,78 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from spem.cli.network import Network, add_network, add_start, load_network
-from spem.cli.options import Options, UsageError, one_of
+from spem.cli.network import (
+    Attention,
+    Classes,
+    Named,
+    Network,
+    Size,
+    Start,
+    Weights,
+    load_network,
+)
+from spem.cli.options import Json
 from spem.cli.output import print_json, say
 
 if TYPE_CHECKING:
     from spem.data import ImageSet
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "eval", "Accuracy of a network on test images, in float32, normalised as in training."
-    )
-    add_network(o)
-    add_start(o)
-    o.add("--data", "SET", "images; without it those the weights were trained on")
-    o.add("--root", "DIR", "folder that holds the named data sets", kind=Path)
-    o.add("--device", "auto|cpu|cuda", "where", kind=one_of("auto", "cpu", "cuda"), default="auto")
-    o.add("--predictions", "CSV", "write label and prediction of every image here", kind=Path)
-    return o.json()
-
-
 def run(
+    network: Named,
     *,
-    network: str,
-    attention: str | None,
-    start: str | None,
-    weights: Path | None,
-    classes: int | None,
-    size: int | None,
-    data: str | None,
-    root: Path | None,
-    device: str,
-    predictions: Path | None,
-    json: bool,
+    attention: Attention = None,
+    weights: Weights = None,
+    classes: Classes = None,
+    size: Size = None,
+    start: Start = None,
+    data: Annotated[
+        str | None, "SET", "images; without it those the weights were trained on"
+    ] = None,
+    root: Annotated[Path | None, "DIR", "folder that holds the named data sets"] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where"] = "auto",
+    predictions: Annotated[
+        Path | None, "CSV", "write label and prediction of every image here"
+    ] = None,
+    json: Json = False,
 ) -> None:
-    """Evaluate, and print the accuracy."""
+    """Accuracy of a network on test images, in float32, normalised as in training."""
+    from spem.files import require_regular, write_atomic
+
     if data is not None:  # before torch is loaded
         from spem.data import check_images
 
         check_images(data, root=root, size=size)
-    if predictions is not None and not predictions.parent.is_dir():
-        raise UsageError(f"--predictions: there is no folder {predictions.parent}.")
+    if predictions is not None:
+        if not predictions.parent.is_dir():
+            raise ValueError(f"--predictions: there is no folder {predictions.parent}.")
+        require_regular(predictions, missing_ok=True)
     import torch
 
-    from spem.files import require_regular, write_atomic
     from spem.training import evaluate
     from spem.training.evaluation import predict
     from spem.training.step import stored_impl
 
-    if predictions is not None:
-        require_regular(predictions, missing_ok=True)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this machine has none that torch can use. Use cpu.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise ValueError("--device cuda: this machine has none that torch can use. Use cpu.")
+    place = ("cuda" if there else "cpu") if device == "auto" else device
     found = load_network(
         network, attention=attention, start=start, classes=classes, weights=weights, size=size
     )
     images = _images(found, network, data, root)
-    model = found.model.to(device)
-    _require_outputs(found, images, device)
+    model, how, config = found.model.to(place), (found.mean, found.std), found.config
+    _require_outputs(found, images, place)
     as_trained = contextlib.nullcontext()
-    if found.config is not None and found.impl is not None:
-        runtime = replace(found.config.runtime, impl=found.impl)
-        as_trained = stored_impl(runtime, device, lambda text: print(text, file=sys.stderr))
-    how = found.mean, found.std
+    if config is not None and found.impl is not None:
+        runtime = replace(config.runtime, impl=found.impl)
+        as_trained = stored_impl(runtime, place, lambda text: print(text, file=sys.stderr))
     with as_trained:
         accuracy = evaluate(model, images, normalisation=how)
         if not math.isfinite(accuracy.loss):
@@ -86,9 +83,14 @@ def run(
                 f"Train it again, with a lower rate."
             )
         if predictions is not None:
+            import pandas as pd
+
             answers = predict(model, images, normalisation=how)
-            write_atomic(predictions, _csv(images, answers.tolist()))
-    config = found.config
+            table = pd.DataFrame({"label": images.labels.cpu(), "prediction": answers})
+            for column in ("label", "prediction"):
+                table[f"{column}_name"] = [images.classes[number] for number in table[column]]
+            content = table.to_csv(index_label="index", lineterminator="\n")
+            write_atomic(predictions, content.encode())
     if json:
         print_json(
             {
@@ -120,16 +122,15 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
     from spem.data import load_images
     from spem.training import load_test_images
 
-    if found.config is not None:
-        config = found.config
-        if data is not None and found.size != config.data.size and config.data.size is None:
+    config = found.config
+    if config is not None:
+        if data is not None and config.data.size is None:
             config = replace(config, data=replace(config.data, size=found.size))
         images = load_test_images(config, found.data, name=data, root=root)
-        found.require_classes(images)
-        return images
-    if data is None:
-        raise UsageError(f"{network} does not say which images it was trained on. Give --data.")
-    images = load_images(data, "test", root=root, size=found.size)
+    elif data is None:
+        raise ValueError(f"{network} does not say which images it was trained on. Give --data.")
+    else:
+        images = load_images(data, "test", root=root, size=found.size)
     found.require_classes(images)
     return images
 
@@ -149,14 +150,3 @@ def _require_outputs(found: Network, images: ImageSet, device: str) -> None:
             f"the network answers {shape} for one image, {images.name} has {len(images.classes)} "
             f"classes. {remedy}"
         )
-
-
-def _csv(images: ImageSet, answers: list[int]) -> bytes:
-    """One row per image, in the order of the set."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["index", "label", "prediction", "label_name", "prediction_name"])
-    names = images.classes
-    for i, (label, answer) in enumerate(zip(images.labels.tolist(), answers, strict=True)):
-        writer.writerow([i, label, answer, names[label], names[answer]])
-    return text.getvalue().encode()

@@ -5,54 +5,48 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from spem.cli.network import add_network, add_start, load_network
-from spem.cli.options import Options, UsageError, integer, one_of
+from spem.cli.network import (
+    Attention,
+    Classes,
+    Named,
+    Network,
+    Size,
+    Start,
+    Weights,
+    load_network,
+)
+from spem.cli.options import RARE, Json
 from spem.cli.output import print_json
 
 if TYPE_CHECKING:
-    from spem.cli.network import Network
-    from spem.export import Exported
     from spem.insert.fold import FoldReport
 
 _FOLDED_OVER = 512
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options("export", "Write a network as ONNX, after onnxruntime has run it beside PyTorch.")
-    add_network(o)
-    add_start(o)
-    o.add("--out", "FILE", "the ONNX file to write", kind=Path)
-    o.add("--fold", "SET", "make gates constants: their mean over training images of this set")
-    o.flag("--dynamic-size", "let height and width of the input change")
-    o.flag("--fixed-batch", "keep the batch at one")
-    kind = one_of("fp32", "fp16")
-    o.add("--precision", "fp32|fp16", "fp16 with gates in float32", kind=kind, default="fp32")
-    o.add("--opset", "N", "version of ONNX's operators", kind=integer(1), rare=True)
-    return o.json()
-
-
 def run(
+    network: Named,
     *,
-    network: str,
-    attention: str | None,
-    start: str | None,
-    weights: Path | None,
-    classes: int | None,
-    size: int | None,
-    out: Path | None,
-    fold: str | None,
-    dynamic_size: bool,
-    fixed_batch: bool,
-    precision: Literal["fp32", "fp16"],
-    opset: int | None,
-    json: bool,
+    attention: Attention = None,
+    weights: Weights = None,
+    classes: Classes = None,
+    size: Size = None,
+    start: Start = None,
+    out: Annotated[Path | None, "FILE", "the ONNX file to write"] = None,
+    fold: Annotated[
+        str | None, "SET", "make gates constants: their mean over training images of this set"
+    ] = None,
+    dynamic_size: Annotated[bool, "let height and width of the input change"] = False,
+    fixed_batch: Annotated[bool, "keep the batch at one"] = False,
+    precision: Annotated[Literal["fp32", "fp16"], "fp16 with gates in float32"] = "fp32",
+    opset: Annotated[int | None, "N", "version of ONNX's operators", RARE] = None,
+    json: Json = False,
 ) -> None:
-    """Write the file, and say what is in it and how far it is from the network."""
+    """Write a network as ONNX, after onnxruntime has run it beside PyTorch."""
     if out is None:
-        raise UsageError("nowhere to write. Give --out FILE, such as --out network.onnx.")
+        raise ValueError("nowhere to write. Give --out FILE, such as --out network.onnx.")
     if fold is not None:  # before torch is loaded
         from spem.data import check_images
 
@@ -75,13 +69,11 @@ def run(
     if found.random:
         print(f"note: {network} has random weights", file=sys.stderr)
     report = None if fold is None else _folded(found, fold)
-    about: dict[str, str] = {}
+    about = {"spem_mean": str(found.mean), "spem_std": str(found.std)}
     if found.config is not None:
-        model, data = found.config.model, found.config.data
-        about = {
-            "spem_model": f"resnet(depth={model.depth}, block={model.block})",
-            "spem_data": data.name,
-        }
+        model = found.config.model
+        about["spem_model"] = f"resnet(depth={model.depth}, block={model.block})"
+        about["spem_data"] = found.config.data.name
     exported = to_onnx(
         found.model,
         out,
@@ -90,7 +82,7 @@ def run(
         dynamic_size=dynamic_size,
         precision=precision,
         opset=opset,
-        metadata={**about, "spem_mean": str(found.mean), "spem_std": str(found.std)},
+        metadata=about,
     )
     if json:
         folded = None if report is None else dataclasses.asdict(report)
@@ -98,7 +90,14 @@ def run(
         return
     if report is not None:
         print(f"folded over training images of {fold}, no attention is left:\n{report}\n")
-    _print(exported)
+    size_and_kind = f"{exported.bytes:,} bytes, {exported.precision}, opset {exported.opset}"
+    print(f"{exported.path}: {size_and_kind}")
+    print("operators:", ", ".join(f"{name} {n}" for name, n in exported.operators.items()))
+    for each in exported.differences:
+        print(
+            f"onnxruntime and PyTorch on {' x '.join(map(str, each.shape))}: largest difference "
+            f"{each.largest:.3g}, {each.relative:.2g} of the largest output"
+        )
 
 
 def _folded(found: Network, name: str) -> FoldReport:
@@ -117,17 +116,3 @@ def _folded(found: Network, name: str) -> FoldReport:
     outputs = found.model(shown[0][:1])
     labelled = isinstance(outputs, torch.Tensor) and outputs.shape[1:] == (len(images.classes),)
     return fold(found.model, shown, few.labels if labelled else None)
-
-
-def _print(exported: Exported) -> None:
-    counts = ", ".join(f"{name} {count}" for name, count in exported.operators.items())
-    print(
-        f"{exported.path}: {exported.bytes:,} bytes, {exported.precision}, opset {exported.opset}"
-    )
-    print(f"operators: {counts}")
-    for found in exported.differences:
-        shape = " x ".join(map(str, found.shape))
-        print(
-            f"onnxruntime and PyTorch on {shape}: largest difference {found.largest:.3g}, "
-            f"{found.relative:.2g} of the largest output"
-        )

@@ -1,14 +1,17 @@
 """`spem list`: every registered attention module and what there is to know about it."""
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
-from spem.cli.options import Options, unknown
+from typing import TYPE_CHECKING, Annotated, Any
+
+from spem.cli.options import Json, unknown
 from spem.cli.output import print_json, print_table, say
 
 if TYPE_CHECKING:
     from spem.attention import Needs
 
-CHANNELS = (64, 128, 256)
+SIZES = {64: 32, 128: 16, 256: 8}
+"""Channels, and the side of the maps of so many in a CIFAR ResNet, for modules built for a size."""
 _SHORT = {
     "tail": "blocks",
     "conv": "before convolutions",
@@ -17,59 +20,37 @@ _SHORT = {
     "between": "between stages",
     "stage": "after stages",
 }
-SIZES = {64: 32, 128: 16, 256: 8}
-"""Side of the maps of so many channels in a CIFAR ResNet, for modules built for a size."""
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options("list", "The attention modules: parameters, gate at start, statistics, paper.")
-    o.add("pattern", "PATTERN", "names; * stands for any characters", default="*", count="?")
-    o.flag("--markdown", "print the table of the README")
-    o.flag("--bibtex", "print how to cite them")
-    return o.json()
-
-
-def run(*, pattern: str, markdown: bool, bibtex: bool, json: bool) -> None:
-    """Print what is registered."""
+def run(
+    pattern: Annotated[str, "PATTERN", "names; * stands for any characters"] = "*",
+    *,
+    markdown: Annotated[bool, "print the table of the README"] = False,
+    bibtex: Annotated[bool, "print how to cite them"] = False,
+    json: Json = False,
+) -> None:
+    """The attention modules: parameters, gate at start, statistics, paper."""
     if bibtex:
         from spem.attention.spec import bibtex as cite
 
-        print("\n\n".join(cite(name) for name in _names(pattern)))
-    elif markdown:
+        print("\n\n".join(map(cite, _names(pattern))))
+        return
+    if markdown:
         print(markdown_table(pattern))
-    else:
-        _list(pattern, json)
-
-
-def markdown_table(pattern: str = "*") -> str:
-    """The README's table of the modules whose names match, one row each, from the registry."""
-    rows = ["| module | paper | fused |", "|---|---|---|"]
-    for name in _names(pattern):
-        module = describe(name)
-        title, _, link = module["paper"].partition(", http")
-        source = f"[{title}](http{link})" if link else title
-        rows.append(f"| `{name}` | {source} | {'yes' if module['fusable'] else 'no'} |")
-    return "\n".join(rows)
-
-
-def _names(pattern: str) -> list[str]:
-    from spem.attention import list_attention
-
-    names = list_attention(pattern)
-    if not names:
-        raise ValueError(unknown("attention module", pattern, list_attention()))
-    return names
-
-
-def _list(pattern: str, json: bool) -> None:
+        return
     modules = [describe(name) for name in _names(pattern)]
     if json:
         print_json(modules)
         return
-    columns = ["name", *(f"C={channels}" for channels in CHANNELS), "gate at start"]
-    rows = [_row(module) for module in modules]
-    print_table([*columns, "statistics", "fused"], rows, align="lrrrrll")
+    rows: list[list[str]] = []
+    for module in modules:
+        gate, fused = module["start_gate"], module["fusable"]
+        row = ["-" if n is None else f"{n:,}" for n in module["parameters"].values()]
+        row.append("-" if gate is None else f"{gate:.7g}")
+        row.append(", ".join(module["statistics"]) or ("none" if fused else "-"))
+        rows.append([module["name"], *row, "yes" if fused else "no"])
+    columns = ["name", *(f"C={channels}" for channels in SIZES), "gate at start", "statistics"]
+    print_table([*columns, "fused"], rows, align="lrrrrll")
     print()
     if pattern == "*":
         say(
@@ -87,21 +68,39 @@ def _list(pattern: str, json: bool) -> None:
         )
 
 
+def markdown_table(pattern: str = "*") -> str:
+    """The README's table of the modules whose names match, one row each, from the registry."""
+    rows = ["| module | paper | fused |", "|---|---|---|"]
+    for module in map(describe, _names(pattern)):
+        title, _, link = module["paper"].partition(", http")
+        source = f"[{title}](http{link})" if link else title
+        rows.append(f"| `{module['name']}` | {source} | {'yes' if module['fusable'] else 'no'} |")
+    return "\n".join(rows)
+
+
+def _names(pattern: str) -> list[str]:
+    from spem.attention import list_attention
+
+    names = list_attention(pattern)
+    if not names:
+        raise ValueError(unknown("attention module", pattern, list_attention()))
+    return names
+
+
 def describe(name: str) -> dict[str, Any]:
-    """What the registry and a fresh instance say about a module."""
+    """What the registry and fresh instances say about a module."""
     from spem.attention import create_attention
 
     parameters: dict[str, int | None] = {}
-    for channels in CHANNELS:
+    module = None
+    for channels, size in SIZES.items():
         try:
-            module = create_attention(name, channels, size=SIZES[channels])
+            module = create_attention(name, channels, size=size)
+            parameters[str(channels)] = sum(p.numel() for p in module.parameters())
         except ValueError:  # declared: this module does not take that many channels
             parameters[str(channels)] = None
-            continue
-        parameters[str(channels)] = sum(p.numel() for p in module.parameters())
-    module = create_attention(name, CHANNELS[-1], size=SIZES[CHANNELS[-1]])
-    needs = module.needs
-    gate = module.start_gate
+    assert module is not None
+    needs, gate = module.needs, module.start_gate
     return {
         "name": name,
         "parameters": parameters,
@@ -115,46 +114,20 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def _needs(needs: "Needs") -> list[str]:
+def _needs(needs: Needs) -> list[str]:
     """What a caller must know before using the module, one short phrase each."""
     from spem.attention import PLACES
 
-    phrases: list[str] = []
-    if needs.place != "tail":
-        phrases.append(f"stands {PLACES[needs.place]}")
-    if needs.shared:
-        phrases.append("the blocks of a stage share one")
-    if needs.pixels > 1:
-        phrases.append(f"maps of {needs.pixels} pixels or more")
-    if needs.batch > 1:
-        phrases.append(f"{needs.batch} images or more in training")
-    if needs.values > 1:
-        phrases.append(f"{needs.values} values (N H W) or more in training")
-    if needs.batch_statistics:
-        phrases.append("holds a batch norm")
-    if needs.divides is not None:
-        phrases.append(f"{needs.divides} divides the channels")
-    if needs.size:
-        phrases.append("the map's size" + (", no other" if needs.fixed_size else ""))
-    if needs.adds:
-        phrases.append("adds to the map")
-    if needs.stops_gradients:
-        phrases.append(f"no full gradient for {', '.join(needs.stops_gradients)}")
-    return phrases
-
-
-def _row(module: dict[str, Any]) -> list[str]:
-    gate = module["start_gate"]
-    return [
-        module["name"],
-        *_counts(module, "-"),
-        "-" if gate is None else f"{gate:.7g}",
-        ", ".join(module["statistics"]) or ("none" if module["fusable"] else "-"),
-        "yes" if module["fusable"] else "no",
-    ]
-
-
-def _counts(module: dict[str, Any], missing: str) -> list[str]:
-    """Parameters at the listed channels; ``missing`` where a module does not take so many."""
-    counts = [module["parameters"][str(channels)] for channels in CHANNELS]
-    return [missing if n is None else f"{n:,}" for n in counts]
+    phrases = {
+        f"stands {PLACES[needs.place]}": needs.place != "tail",
+        "the blocks of a stage share one": needs.shared,
+        f"maps of {needs.pixels} pixels or more": needs.pixels > 1,
+        f"{needs.batch} images or more in training": needs.batch > 1,
+        f"{needs.values} values (N H W) or more in training": needs.values > 1,
+        "holds a batch norm": needs.batch_statistics,
+        f"{needs.divides} divides the channels": needs.divides is not None,
+        "the map's size" + (", no other" if needs.fixed_size else ""): needs.size,
+        "adds to the map": needs.adds,
+        f"no full gradient for {', '.join(needs.stops_gradients)}": bool(needs.stops_gradients),
+    }
+    return [phrase for phrase, holds in phrases.items() if holds]

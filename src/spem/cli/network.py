@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.options import Options, UsageError, integer, one_of, unknown
+from spem.cli.options import RARE, unknown
 from spem.extras import require
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from spem.data import ImageSet
+    from spem.seeding import Initialiser
     from spem.training import DataIdentity, RunConfig
 
 NETWORK_HELP = (
@@ -25,6 +29,17 @@ NETWORK_HELP = (
 )
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of images where nothing else is known."""
+
+Named = Annotated[str, "NETWORK", NETWORK_HELP]
+Attention = Annotated[str | None, "ATTENTION", 'put into it, such as spem or "se(reduction=8)"']
+Weights = Annotated[Path | None, "FILE", "a .safetensors file of weights for a named network"]
+Classes = Annotated[int | None, "N", "outputs of a named network"]
+Size = Annotated[int | None, "PIXELS", "side of its images; else what it is made for"]
+Start = Annotated[
+    Literal["identity", "module"] | None,
+    "how attention without weights starts: as if it were not there, or as the module does",
+    RARE,
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Network:
         std: Of the normalisation.
         classes: Names of the classes, or None.
         random: Whether its weights are random.
-        lacking: Names of attention's weights that a file of weights did not hold.
+        lacking: Whether a file of weights held none of its attention.
         config: Of the run that trained it, or None.
         data: What that run was trained on, or None.
         impl: What ran its tails then, or None.
@@ -54,7 +69,7 @@ class Network:
     std: tuple[float, ...] = IMAGENET[1]
     classes: tuple[str, ...] | None = None
     random: bool = True
-    lacking: tuple[str, ...] = ()
+    lacking: bool = False
     config: RunConfig | None = None
     data: DataIdentity | None = None
     impl: str | None = None
@@ -71,8 +86,7 @@ class Network:
                 f"the weights do not say how large the images of {self.config.data.name} were. "
                 f"Give --size."
             )
-        side = side or 224
-        return (batch, self.channels, side, side)
+        return batch, self.channels, side or 224, side or 224
 
     def require_classes(self, images: ImageSet) -> None:
         """Refuse images whose labels mean something else than the network's outputs.
@@ -90,35 +104,11 @@ class Network:
             )
 
 
-def add_network(options: Options, *, attention: bool = True, weights: bool = True) -> None:
-    """Adds the argument NETWORK and what else `load_network` takes."""
-    options.add("network", "NETWORK", NETWORK_HELP)
-    if attention:
-        options.add("--attention", "ATTENTION", 'put into it, such as spem or "se(reduction=8)"')
-    if weights:
-        options.add(
-            "--weights", "FILE", "a .safetensors file of weights for a named network", kind=Path
-        )
-    options.add("--classes", "N", "outputs of a named network", kind=integer(1))
-    options.add("--size", "PIXELS", "side of its images; else what it is made for", kind=integer(1))
-
-
-def add_start(options: Options) -> None:
-    """Adds the option for how attention starts."""
-    options.add(
-        "--start",
-        "identity|module",
-        "how attention without weights starts: as if it were not there, or as the module does",
-        kind=one_of("identity", "module"),
-        rare=True,
-    )
-
-
 def load_network(
     text: str,
     *,
     attention: str | None = None,
-    start: str | None = None,
+    start: Literal["identity", "module"] | None = None,
     fuse: bool = False,
     classes: int | None = None,
     weights: Path | None = None,
@@ -132,8 +122,7 @@ def load_network(
             ``path/to/file.py:function`` (called without arguments, returns the module), the folder
             of a run or of `save_pretrained`, or weights that a training wrote.
         attention: Attention to put into a named network.
-        start: ``"identity"`` or ``"module"``; None is what the weights were trained with, without
-            weights the identity.
+        start: None is what the weights were trained with, without weights the identity.
         fuse: Give blocks of timm and torchvision the fused tail.
         classes: Number of outputs of a named network.
         weights: Weights of a named network; those of its attention may be missing.
@@ -144,61 +133,51 @@ def load_network(
         ValueError: The text names nothing, what it names cannot be built, or an option
             contradicts it.
     """
-    path = Path(text)
-    if path.is_dir() or text.endswith(".safetensors"):
-        named = {"--attention": attention, "--start": start, "--weights": weights}
-        for flag, value in {**named, "--classes": classes}.items():
+    if Path(text).is_dir() or text.endswith(".safetensors"):
+        given = {"--attention": attention, "--start": start, "--weights": weights}
+        for flag, value in (given | {"--classes": classes, "--fuse": fuse or None}).items():
             if value is not None:
-                raise UsageError(f"{flag} is for a named network; trained weights bring their own.")
-        if fuse:
-            raise UsageError("--fuse is for a network of timm or torchvision.")
-        found = _trained(path)
+                raise ValueError(f"{flag} is for a named network; trained weights bring their own.")
+        found = _trained(Path(text))
         return found if size is None else replace(found, size=size)
+    attention = None if attention == "none" else attention
     state = None if weights is None else _read(weights)
     if state is not None and start is None:
         start = "identity" if any(key.endswith(".alpha") for key in state) else "module"
-    match = re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
-    if match is not None:
-        if fuse:
-            raise UsageError(f"{text} is fused without --fuse. Leave it out.")
-        found = _cifar(int(match[2]), bool(match[1]), attention, classes)
-        plain = set(found.model.state_dict())
+    ours, own = re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text), re.search(r"\.py(:|$)", text)
+    if fuse and (ours or attention is None):
+        said = f"{text} is fused without --fuse. Leave it out."
+        raise ValueError(said if ours else "--fuse is for attention that --attention names.")
+    if own and classes is not None:
+        raise ValueError("--classes is for a network of a package; yours says it itself.")
+    if ours:
+        from spem.models import resnet
+
+        depth, block = int(ours[2]), "basic" if ours[1] else "bottleneck"
+        model = resnet(depth, classes or 10, attention=attention or "none", block=block).eval()
+        found = Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
     else:
-        found = _own(text) if re.search(r"\.py(:|$)", text) else _architecture(text, classes)
-        if classes is not None and re.search(r"\.py(:|$)", text):
-            raise UsageError("--classes is for a network of a package; yours says it itself.")
-        plain = set(found.model.state_dict())
-        if attention not in (None, "none"):
+        found = _own(text) if own else _architecture(text, classes)
+    plain = set(found.model.state_dict())
+    if attention is not None:
+        if not ours:
             from spem.insert import attach
 
-            shape = found.shape(size)
-            options: Any = {"start": start or "identity", "fuse": fuse, "input_shape": shape}
-            attach(found.model, attention, **options)
-        elif fuse:
-            raise UsageError("--fuse is for attention that --attention names.")
-    if attention not in (None, "none"):
+            options: Any = {"start": start or "identity", "fuse": fuse}
+            attach(found.model, attention, input_shape=found.shape(size), **options)
         found = replace(found, text=f"{found.text}, attention {attention}")
     if state is not None:
-        lacking = _load(found.model, state, weights, plain)
-        found = replace(found, random=False, lacking=tuple(sorted(lacking)))
+        lacking = _load(found.model, state, f"--weights {weights}", plain)
+        found = replace(found, random=False, lacking=lacking)
     return found if size is None else replace(found, size=size)
-
-
-def _cifar(depth: int, basic: bool, attention: str | None, classes: int | None) -> Network:
-    from spem.models import resnet
-
-    block = "basic" if basic else "bottleneck"
-    model = resnet(depth, classes or 10, attention=attention or "none", block=block).eval()
-    return Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
 
 
 def _architecture(text: str, classes: int | None) -> Network:
     from spem.architectures import build
     from spem.insert.sites import default_input
 
-    options = {} if classes is None else {"num_classes": classes}
     try:
-        model = build(text, options, asker="network")
+        model = build(text, {} if classes is None else {"num_classes": classes}, asker="network")
     except ValueError as error:
         said = str(error).removeprefix("network: ")
         ours = re.fullmatch(r"resnet(?:-basic)?(\d+)", text)
@@ -207,10 +186,9 @@ def _architecture(text: str, classes: int | None) -> Network:
         elif "unknown" in said and not re.fullmatch(r"[\w.:-]+", text):
             said = f"{text!r} is no file, folder or name. NETWORK is {NETWORK_HELP}."
         raise ValueError(said) from error
-    said = getattr(model, "pretrained_cfg", None)
-    known = said if isinstance(said, dict) else {}
-    channels, side = default_input(model)[1], default_input(model)[-1]
-    mean, std = tuple(known.get("mean", IMAGENET[0])), tuple(known.get("std", IMAGENET[1]))
+    known: Any = getattr(model, "pretrained_cfg", None) or {}
+    _, channels, *_, side = default_input(model)
+    mean, std = (tuple(known.get(k, v)) for k, v in zip(("mean", "std"), IMAGENET, strict=True))
     return Network(model, text, channels, side, mean, std)
 
 
@@ -218,16 +196,9 @@ def _own(text: str) -> Network:
     """The network that a function of the user's returns."""
     from torch import nn
 
-    file, _, name = text.rpartition(":")
-    if not file.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"{text!r} does not name the function: write file.py:function.")
-    module = import_file(Path(file))
-    made = getattr(module, name, None)
-    if made is None:
-        names = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
-        raise ValueError(f"{file}: {unknown('function', name, names)}")
+    make, name = _from_file(text, "function", callable), text.rpartition(":")[2]
     try:
-        model = made() if callable(made) else made
+        model = make()
     except (Exception, SystemExit) as error:
         raise ValueError(f"{text}: {name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -235,27 +206,40 @@ def _own(text: str) -> Network:
     return Network(model.eval(), text)
 
 
-def import_file(path: Path) -> Any:
-    """A Python file of the user's as a module, which `sys.modules` holds too (dataclasses need it).
+def _from_file(text: str, what: str, accepts: Callable[[Any], bool]) -> Any:
+    """What `file.py:name` names, in a Python file of the user's.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be imported.
+        ValueError: The file cannot be imported, or has nothing of this name and kind.
     """
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"{text!r} does not name the {what}: write file.py:{what}.")
+    path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
-    code = hashlib.sha256(path.read_bytes()).hexdigest()[:6]
-    spec = importlib.util.spec_from_file_location(f"spem_user_{path.stem}_{code}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file. Give one that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
+        raise FileNotFoundError(f"there is no file {path}. Check the path.")
+    called = f"spem_user_{path.stem}_{_digest(path)}"
+    if called not in sys.modules:
+        spec = importlib.util.spec_from_file_location(called, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[called] = importlib.util.module_from_spec(spec)  # dataclasses look there
+        try:
+            spec.loader.exec_module(sys.modules[called])
+        except (Exception, SystemExit) as error:
+            del sys.modules[called]
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} cannot be imported: {said}") from error
+    inside = vars(sys.modules[called])
+    if not accepts(inside.get(name)):
+        names = [other for other, value in inside.items() if accepts(value) and other[0] != "_"]
+        raise ValueError(f"{file}: {unknown(what, name, names)}")
+    return inside[name]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:6]
 
 
 def _trained(path: Path) -> Network:
@@ -266,29 +250,27 @@ def _trained(path: Path) -> Network:
 
     if path.is_dir() and is_shared(path):
         shared = read_shared(path)
-        text = type(shared.model).__name__
-        found = Network(shared.model, text, classes=shared.classes, random=False)
-        if shared.images is None:
+        name, images = type(shared.model).__name__, shared.images
+        found = Network(shared.model, name, classes=shared.classes, random=False)
+        if images is None:
             return found
-        images = shared.images
         return replace(found, size=images.size, mean=images.mean, std=images.std)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
-    alone = path / "model.safetensors"
-    if alone.exists() and not (path / "config.json").exists():
-        path = alone
+    if (path / "model.safetensors").exists() and not (path / "config.json").exists():
+        path /= "model.safetensors"
     run = read_run(path) if path.is_dir() else None
     weights = read_weights(path) if run is None else run.weights()
     config = weights.config if run is None else run.config
     mean, std = NORMALISATION[config.data.normalisation]
-    classes = weights.network.classes
+    known = class_names(config.data.name, weights.network.classes)
     return Network(
         weights.network,
         f"ResNet-{config.model.depth}, attention {config.model.attention}",
         size=config.data.size or native_size(config.data.name),
         mean=mean,
         std=std,
-        classes=weights.data.classes if weights.data else class_names(config.data.name, classes),
+        classes=weights.data.classes if weights.data else known,
         random=False,
         config=config,
         data=weights.data,
@@ -302,41 +284,135 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"--weights: there is no file {path}.")
     try:
         return safetensors.load(path.read_bytes())
-    except Exception as error:
-        # safetensors has its own exception types for broken files.
+    except Exception as error:  # safetensors has its own types for broken files
         raise ValueError(f"--weights {path} is damaged or no safetensors file.") from error
 
 
-_REMEDY = "Name the network, --attention, --start and --classes that it was trained with."
-
-
-def _load(model: nn.Module, state: dict[str, Any], path: Path | None, plain: set[str]) -> set[str]:
-    """Loads weights; all keys of the plain network must be there, those of attention may.
+def _load(model: nn.Module, state: dict[str, Any], title: str, plain: set[str]) -> bool:
+    """Loads weights; those of attention may all be missing, and whether they are is returned.
 
     Args:
-        plain: The keys of the network before attention was put in.
-
-    Returns:
-        The keys of attention that are not there: all of them or none.
+        plain: The keys of the network before attention was put in, which must all be there.
     """
     from spem.insert.wrap import true_keys
 
+    missing, unexpected, reason = list[str](), list[str](), ""
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"--weights {path} do not fit: {reason}. {_REMEDY}") from error
+        reason = f"do not fit: {' '.join(str(error).split()).rstrip('.')}"
     plain = set(true_keys(model, dict.fromkeys(plain)))
     lacking = sorted(plain.intersection(missing))
-    added = set(model.state_dict()) - plain
     of_attention = next((key for key in unexpected if ".attention." in key), None)
     if of_attention is not None:
-        raise ValueError(f"--weights {path} hold attention ({of_attention}). {_REMEDY}")
-    if lacking or unexpected:
+        reason = f"hold attention ({of_attention})"
+    elif lacking or unexpected:
         what = f"lack {lacking[0]}" if lacking else f"hold {unexpected[0]} too"
-        raise ValueError(f"--weights {path} {what}: they are another network's. {_REMEDY}")
-    if missing and set(missing) != added:
+        reason = f"{what}: they are another network's"
+    elif missing and set(missing) != set(model.state_dict()) - plain:
+        reason = f"hold a part of the attention and lack {min(missing)}"
+    if reason:
         raise ValueError(
-            f"--weights {path} hold a part of the attention and lack {min(missing)}. {_REMEDY}"
+            f"{title} {reason}. Name the network, --attention, --start and --classes that it was "
+            f"trained with."
         )
-    return set(missing)
+    return bool(missing)
+
+
+def register_from_file(where: str) -> str:
+    """Register a class of the user's, so that a spec can name it: what `--module` takes.
+
+    The registered name ends in a part of the file's SHA-256: runs trained with an edited file are
+    other runs. (What the file itself imports is not looked at.)
+
+    Args:
+        where: `path/to/file.py:ClassName`. The class takes the number of channels first and its
+            `forward` a map [N, C, H, W] to one of the same shape: a `ChannelAttention`, or any
+            `torch.nn.Module`.
+
+    Returns:
+        The name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No class of that name, no module, or it cannot be built for 64 channels.
+    """
+    import torch
+    from torch import nn
+
+    from spem.attention import ChannelAttention, Needs, list_attention, register_attention
+
+    def is_module(value: object) -> bool:
+        return inspect.isclass(value) and issubclass(value, nn.Module)
+
+    kind = _from_file(where, "class", is_module)
+    path, name = Path(where.rpartition(":")[0]), where.rpartition(":")[2]
+    label = f"{name.lower()}_{_digest(path)}"
+    if label in list_attention():
+        return label
+    if issubclass(kind, ChannelAttention):
+        # One registered by its own decorator too: a class has one name.
+        own: type[ChannelAttention] = type(name, (kind,), {}) if kind.name else kind
+        needs = own.needs
+    else:
+        own, needs = _wrapped(kind), Needs(adds=True)
+    register_attention(label, paper=f"{name} of {path.name}", needs=needs)(own)
+    try:
+        x = torch.zeros(2, 64, 8, 8)
+        y = own(64)(x)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(
+            f"{name} of {path} must return a map of its input's shape [2, 64, 8, 8], got {got}."
+        )
+    return label
+
+
+def _wrapped(kind: type[nn.Module]) -> Any:
+    """A class around a plain module, which is neither gate nor shift: y = x + (module(x) - x)."""
+    import torch
+
+    from spem.attention import ChannelAttention
+
+    class Wrapped(ChannelAttention):
+        """A module of the user's own."""
+
+        def __init__(self, channels: int, *, device: Any = None, dtype: Any = None) -> None:
+            super().__init__(channels, device=device, dtype=dtype)
+            self.inner = kind(channels).to(device=device, dtype=dtype)
+            names = [name for name, _ in self.inner.named_parameters()]
+            self.random_init = {f"inner.{name}": _draw_like(kind, channels, name) for name in names}
+
+        def gate(self, x: Tensor) -> Tensor:
+            """1: how much of the output is a factor cannot be known from outside."""
+            return torch.ones_like(x[:, :, :1, :1])
+
+        def shift(self, x: Tensor) -> Tensor:
+            """What the module changes."""
+            return self.inner(x) - x
+
+        def forward(self, x: Tensor) -> Tensor:
+            """The module's output."""
+            self._check(x)
+            return self.inner(x)
+
+    Wrapped.__name__ = Wrapped.__qualname__ = kind.__name__
+    return Wrapped
+
+
+def _draw_like(kind: type[nn.Module], channels: int, name: str) -> Initialiser:
+    """A rule that draws a parameter as the class itself does, from the generator it is given."""
+    import torch
+
+    def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            if generator is not None:
+                torch.manual_seed(generator.initial_seed())
+            parameter.copy_(kind(channels).get_parameter(name))
+
+    return fill

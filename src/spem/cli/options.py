@@ -1,232 +1,231 @@
-"""The options of a command: read by argparse without torch, with help in one style.
+"""The options of a command: read from the signature of its `run`, without torch.
 
-A command's file defines `options()`, which says what it takes, and `run(...)`, which gets that as
-keywords:
+    def run(
+        network: Annotated[str, "NETWORK", "a run's folder or its weights"],
+        *,
+        batch: Annotated[int, "N", "images at a time", RARE] = 500,
+        json: Json = False,
+    ) -> None:
+        \"\"\"Accuracy of a network on test images.\"\"\"
 
-    def options() -> Options:
-        o = Options("eval", "Accuracy of trained weights on test images.")
-        o.add("network", "NETWORK", "a run's folder or its weights")
-        o.add("--batch", "N", "images at a time", kind=integer(1), default=500, rare=True)
-        return o.json()
-
-    def run(*, network: str, batch: int, json: bool) -> None: ...
-
-What is asked for often stands under `--help`, the rest (`rare=True`) under `--help-all`. Neither
-file may import torch before `run`: a mistake in the call is answered at once.
+A parameter before the star is an argument, one behind it an option: `--batch`. Its type is followed
+by what it takes, the line of the help, and perhaps `RARE` (only `--help-all` shows it) or a
+function that makes the value of the text. The docstring is the head of the help; more paragraphs of
+it come last. A mistake is answered at once: importing a command must not load torch.
 """
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 Kind = Callable[[str], Any]
+RARE, ABSENT, REQUIRED = object(), object(), object()
+Json = Annotated[bool, "print the result as JSON"]
 
 
-class UsageError(ValueError):
-    """A call that says something that the command does not take."""
+@dataclass(frozen=True)
+class Option:
+    """An option of a command, or an argument, which has no flags.
+
+    Attributes:
+        name: Of the parameter that gets the value.
+        flags: As they are typed; the short help shows the first.
+        metavar: What it takes; "" for an option that takes nothing.
+        help: Its line.
+        kind: Makes the value of a word; raises ValueError with a sentence about it.
+        default: Without it; `ABSENT` leaves the parameter out.
+        many: Whether it takes all words up to the next option.
+        rare: Whether only `--help-all` shows it.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    metavar: str
+    help: str
+    kind: Kind = str
+    default: Any = ABSENT
+    many: bool = False
+    rare: bool = False
 
 
-class Options(argparse.ArgumentParser):
+class Options:
     """What a command takes.
 
     Args:
         command: Its name.
-        text: What it does, in a sentence or two, the head of its help.
-        more: What else a reader of the help wants to know, its last paragraph.
+        run: Its function.
+        module: Is given the word after `--module`, unless the command has such an option itself.
     """
 
-    def __init__(self, command: str, text: str, *, more: str = "") -> None:
-        super().__init__(
-            prog=f"spem {command}",
-            usage=argparse.SUPPRESS,
-            description=text,
-            epilog=more,
-            add_help=False,
-            allow_abbrev=False,
-            formatter_class=lambda prog: _Formatter(prog, everything=self.everything),
-        )
-        self._usage: list[str] = []
-        self._rare: list[tuple[argparse.Action, str]] = []
-        self.everything = False
+    def __init__(self, command: str, run: Callable[..., Any], module: Kind = str) -> None:
+        self.run, self._prog = run, f"spem {command}"
+        self._text, _, self._more = (inspect.getdoc(run) or "").partition("\n\n")
+        self.options = sorted(_options(run), key=lambda option: option.name == "json")
+        self._arguments = [option for option in self.options if not option.flags]
+        own = Option("module", ("--module",), "FILE:CLASS", "", module)
+        self.flags = {flag: option for option in (own, *self.options) for flag in option.flags}
         self._typed: dict[str, str] = {}
-        self._positionals.title = self._optionals.title = None
 
-    def add(
-        self,
-        *words: str,
-        kind: Kind = str,
-        default: Any = None,
-        count: str | None = None,
-        rare: bool = False,
-    ) -> None:
-        """Adds an argument (``name METAVAR help``) or option (``--name [--alias] METAVAR help``).
-
-        Args:
-            words: Names, what it takes, and the line of the help.
-            kind: Makes the value of the text; raises ValueError with a sentence about it.
-            default: Without it. `argparse.SUPPRESS` leaves the keyword out.
-            count: As argparse's nargs: ``"?"`` an argument that may be left out, ``"*"`` several.
-            rare: Only `--help-all` shows it.
-        """
-        *names, metavar, help = words
-        rest: dict[str, Any] = {"nargs": count} if count else {}
-        if names[0].startswith("-"):
-            dest = names[-1].removeprefix("--").replace("-", "_")
-            rest["dest"] = "json" if dest == "json" else dest
-        else:
-            self._usage.append(
-                {"?": f"[{metavar}]", "*": f"[{metavar} ...]"}.get(count or "", metavar)
-            )
-        if default not in (None, (), argparse.SUPPRESS):
-            help += f" (default {default})"
-        action = self.add_argument(
-            *names, type=_with_message(kind), default=default, metavar=metavar, help=help, **rest
-        )
-        self._note(action, rare=rare)
-
-    def flag(self, name: str, help: str, *, rare: bool = False) -> None:
-        """Adds an option that takes no value: False, or True if it is there."""
-        self._note(self.add_argument(name, action="store_true", help=help), rare=rare)
-
-    def switch(self, yes: str, no: str, help: str) -> None:
-        """Adds a pair of rare options for a setting whose default lies elsewhere."""
-        dest = yes.removeprefix("--").replace("-", "_")
-        for name, value in ((yes, True), (no, False)):
-            action = self.add_argument(
-                name,
-                action="store_const",
-                const=value,
-                dest=dest,
-                default=argparse.SUPPRESS,
-                help=help if value else "the opposite",
-            )
-            self._note(action, rare=True)
-
-    def json(self) -> Options:
-        """Adds `--json`, and returns these options: the last line of most commands."""
-        self.flag("--json", "print the result as JSON")
-        return self
-
-    def _note(self, action: argparse.Action, *, rare: bool) -> None:
-        if rare:
-            self._rare.append((action, action.help or ""))
-            action.help = argparse.SUPPRESS
-
-    def read(self, args: Sequence[str]) -> dict[str, Any] | None:
-        """The values of a call as keywords of `run`; None if it was for help, which is printed.
+    def read(self, words: Sequence[str]) -> dict[str, Any] | None:
+        """The parameters of `run` in a call; None if it was for help, which is printed.
 
         Raises:
-            UsageError: The call says something else than these options.
+            ValueError: The call says something that the command does not take.
         """
-        if {"-h", "--help", "--help-all"} & set(args):
-            print(self.help(everything="--help-all" in args))
+        if {"-h", "--help", "--help-all"} & set(words):
+            print(self.help(everything="--help-all" in words))
             return None
-        return vars(self.parse_args(self._checked(args)))
+        found, free, rest = dict[str, Any](), list[str](), list(words)
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                free += rest
+                break
+            if not _is_flag(word):
+                free.append(word)
+                continue
+            flag, sign, value = word.partition("=")
+            option = self._named(flag := flag.replace("_", "-"))
+            given = [value] if sign else list[str]()
+            if option.metavar and not sign:
+                while rest and not _is_flag(rest[0]) and (option.many or not given):
+                    given.append(rest.pop(0))
+            if bool(given) != bool(option.metavar):
+                takes = f"needs a value, {option.metavar}" if option.metavar else "takes no value"
+                raise self._error(f"{flag} {takes}")
+            found[option.name] = _value(option, given or [""], f"{flag}: ")
+        usage = " ".join([self._prog, *map(_in_usage, self._arguments)])
+        for option in self._arguments:
+            given, free = (free, []) if option.many else (free[:1], free[1:])
+            if given:
+                found[option.name] = _value(option, given, "")
+            elif option.default is REQUIRED:
+                raise self._error(f"{option.metavar} is missing: {usage}")
+        if free:
+            raise self._error(f"{free[0]!r} is one argument too many: {usage}")
+        values = {option.name: found.get(option.name, option.default) for option in self.options}
+        return {name: value for name, value in values.items() if value is not ABSENT}
 
     def help(self, *, everything: bool = False) -> str:
         """The text of `--help`, or of `--help-all`."""
-        self.everything = everything
-        if everything:
-            for action, text in self._rare:
-                action.help = text
-        rest = " [OPTIONS]" if self._optionals._group_actions else ""
-        usage = " ".join([f"usage: {self.prog}", *self._usage]) + rest
-        hidden = (
-            ""
-            if everything or not self._rare
-            else (f"\n{len(self._rare)} more options: {self.prog} --help-all")
-        )
-        return f"{usage}\n\n{self.format_help()}{hidden}".rstrip()
+        width = shutil.get_terminal_size().columns - 2
+        shown = [option for option in self.options if everything or not option.rare]
 
-    def _checked(self, args: Sequence[str]) -> list[str]:
-        """The arguments, with unknown options refused and a negative number bound to its option."""
-        known = self._option_string_actions
-        words = list(args)
-        for place, word in enumerate(args):
-            if word == "--":
-                break
-            name, sign, value = word.partition("=")
-            if not name.startswith("-") or name == "-" or _is_number(word):
-                if (
-                    _is_number(word)
-                    and word.startswith("-")
-                    and place
-                    and words[place - 1] in known
-                ):
-                    words[place - 1 : place + 1] = [f"{words[place - 1]}={word}", ""]
-                continue
-            name = name if name in known else name.replace("_", "-")
-            if name not in known:
-                near = get_close_matches(name, known, n=2, cutoff=0.7)
-                hint = (
-                    f"Did you mean {' or '.join(near)}?" if near else f"See {self.prog} --help-all."
-                )
-                self.error(f"unknown option {name}. {hint}")
-            self._typed[known[name].dest] = name
-            words[place] = name + sign + value
-        return [word for place, word in enumerate(words) if word or args[place] == ""]
+        def left(option: Option) -> str:
+            names = ", ".join(option.flags if everything else option.flags[:1])
+            return "  " + f"{names} {option.metavar}".strip()
 
-    def error(self, message: str) -> NoReturn:
-        """Raises UsageError; argparse's own phrases are made sentences with what to do."""
-        subject, colon, rest = message.removeprefix("argument ").partition(": ")
-        action = self._option_string_actions.get(subject.partition("/")[0])
-        if action is not None:  # by the name that was typed
-            message = self._typed[action.dest] + colon + rest
-        elif colon and any(subject == known.metavar for known in self._actions):
-            message = rest
-        required = re.fullmatch(r"the following arguments are required: (.*)", message)
-        extra = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
-        lacking = re.fullmatch(r"(\S+): expected .*argument.*", message)
-        if required:
-            message = f"{required[1]} is missing: {self.prog} {' '.join(self._usage)}"
-        elif extra:
-            message = f"{extra[1]!r} is one argument too many: {self.prog} {' '.join(self._usage)}"
-        elif lacking:
-            message = f"{lacking[1]} needs a value{f', {action.metavar}' if action else ''}"
-        if not message.endswith((".", "?")):
-            message += f". See {self.prog} --help."
-        raise UsageError(message)
+        column = min(24, max(len(left(option)) for option in shown)) + 2
+
+        def line(option: Option) -> str:
+            name, indent = left(option), " " * column
+            above, name = (f"{name}\n", "") if len(name) > column - 2 else ("", name)
+            return above + textwrap.fill(
+                option.help, width, initial_indent=name.ljust(column), subsequent_indent=indent
+            )
+
+        hidden = len(self.options) - len(shown)
+        parts = [
+            " ".join([f"usage: {self._prog}", *map(_in_usage, self._arguments), "[OPTIONS]"]),
+            textwrap.fill(self._text, width),
+            "\n".join(line(option) for option in shown if not option.flags),
+            "\n".join(line(option) for option in shown if option.flags),
+            textwrap.fill(self._more, width),
+            f"{hidden} more option{'s' * (hidden > 1)}: {self._prog} --help-all" if hidden else "",
+        ]
+        return "\n\n".join(part for part in parts if part)
 
     def in_flags(self, text: str) -> str:
         """A message of the library with its keywords (`optim.lr=-1`, `root=`) as they are typed."""
-        for action in self._actions:
-            if action.option_strings and (action.dest + "=") in text:
-                flag = self._typed.get(action.dest, action.option_strings[0])
-                keyword = rf"(?<![\w.-]){re.escape(action.dest)}="
-                text = re.sub(keyword + r"(?=[\w'\"(\[-])", f"{flag} ", text)
-                text = re.sub(keyword, flag, text)
+        for option in self.options:
+            if option.flags and f"{option.name}=" in text:
+                flag = self._typed.get(option.name, option.flags[0])
+                keyword = rf"(?<![\w.-]){re.escape(option.name)}=(?=([\w'\"(\[-]?))"
+                text = re.sub(keyword, lambda at, flag=flag: flag + " " * bool(at[1]), text)
         return text
 
+    def _named(self, flag: str) -> Option:
+        option = self.flags.get(flag)
+        if option is None:
+            near = get_close_matches(flag, self.flags, n=2, cutoff=0.7)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"See {self._prog} --help-all."
+            raise ValueError(f"unknown option {flag}. {hint}")
+        self._typed[option.name] = flag
+        return option
 
-class _Formatter(argparse.HelpFormatter):
-    """Names on the left; of several names of an option the short help shows the first."""
-
-    def __init__(self, prog: str, *, everything: bool) -> None:
-        super().__init__(prog, max_help_position=26)
-        self._everything = everything
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return str(action.metavar)
-        names = ", ".join(action.option_strings[: None if self._everything else 1])
-        return names if action.nargs == 0 else f"{names} {action.metavar}"
+    def _error(self, text: str) -> ValueError:
+        return ValueError(f"{text}. See {self._prog} --help.")
 
 
-def _with_message(kind: Kind) -> Kind:
-    """A kind whose error message argparse passes on."""
+def typed(hint: Any, lowest: int | None = 1) -> tuple[Kind, str, bool]:
+    """How a word becomes a value of this type, what it is called, and whether there are several.
 
-    def make(text: str) -> Any:
-        try:
-            return text if text == argparse.SUPPRESS else kind(text)  # a default goes through here
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
+    Args:
+        hint: The type; None beside it is for a value that is left out.
+        lowest: The least of whole numbers.
+    """
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    if NoneType in get_args(hint):
+        return typed(parts[0], lowest)
+    if get_origin(hint) in (Sequence, tuple):
+        return *typed(parts[0], lowest)[:2], True
+    if get_origin(hint) is Literal:
+        return one_of(*parts), "|".join(parts), False
+    if hint is int:
+        return integer(lowest), "N", False
+    return (number(), "X", False) if hint is float else (hint, "TEXT", False)
 
-    return make
+
+def _options(run: Callable[..., Any]) -> list[Option]:
+    """The options in a signature; of ``**given``, those that stand in a list behind its type."""
+    found: list[Option] = []
+    hints = get_type_hints(run, include_extras=True)
+    for name, parameter in inspect.signature(run).parameters.items():
+        hint, said = hints[name].__origin__, hints[name].__metadata__
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found += said[0]
+            continue
+        default = REQUIRED if parameter.default is parameter.empty else parameter.default
+        *metavar, help = (part for part in said if isinstance(part, str))
+        if hint is bool:
+            kind, takes, many = (lambda _: True), "", False
+        else:
+            kind, takes, many = typed(hint)
+            kind = next((part for part in said if callable(part)), kind)
+        if isinstance(default, (str, int, float, Path)) and default is not False:
+            help += f" (default {default})"
+        flag = f"--{name.strip('_').replace('_', '-')}"
+        flags = (flag,) if parameter.kind is parameter.KEYWORD_ONLY else ()
+        found.append(
+            Option(name, flags, *metavar or [takes], help, kind, default, many, RARE in said)
+        )
+    return found
+
+
+def _in_usage(option: Option) -> str:
+    name = f"{option.metavar} ..." if option.many else option.metavar
+    return name if option.default is REQUIRED else f"[{name}]"
+
+
+def _value(option: Option, given: Sequence[str], where: str) -> Any:
+    try:
+        return [option.kind(word) for word in given] if option.many else option.kind(given[0])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _is_flag(word: str) -> bool:
+    return len(word) > 1 and word.startswith("-") and not _is_number(word)
 
 
 def integer(lowest: int | None = None) -> Kind:

@@ -1,4 +1,4 @@
-"""What the commands share in speaking: tables and JSON."""
+"""What the commands share in speaking: tables, paragraphs and JSON."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def print_table(
         align: A letter for each column: l for text, r for numbers.
         title: A line above the table.
     """
-    columns, rows = [plain(c) for c in columns], [[plain(cell) for cell in row] for row in rows]
+    cells = [[plain(cell) for cell in row] for row in (columns, *rows)]
     if sys.stdout.isatty():
         require("rich", extra="train", purpose="the table on a terminal")
         from rich.box import SIMPLE_HEAD
@@ -54,32 +54,19 @@ def print_table(
         from rich.table import Table
 
         table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for column, side in zip(columns, align, strict=True):
+        for column, side in zip(cells[0], align, strict=True):
             if side == "r":  # a number is never broken
                 table.add_column(column, justify="right", no_wrap=True)
             else:
                 table.add_column(column, overflow="fold")
-        for row in rows:
+        for row in cells[1:]:
             table.add_row(*row)
         Console(highlight=False, markup=False).print(table)
         return
     if title:
         print(title)
-    print("\n".join(plain_table(columns, rows, align=align)))
-
-
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, align: str) -> list[str]:
-    """The lines of an aligned table without decoration.
-
-    >>> plain_table(["name", "n"], [["a", "10"]], align="lr")
-    ['name   n', 'a     10']
-    """
-    lines = [columns, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    return [
-        "  ".join(
-            cell.ljust(width) if side == "l" else cell.rjust(width)
-            for cell, width, side in zip(line, widths, align, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    pad = {"l": str.ljust, "r": str.rjust}
+    for row in cells:
+        padded = zip(row, widths, align, strict=True)
+        print("  ".join(pad[side](cell, width) for cell, width, side in padded).rstrip())

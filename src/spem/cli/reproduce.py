@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.compare import add_workers
-from spem.cli.options import Options, UsageError, one_of
+from spem.cli.compare import Address, PerGpu, RetryDiverged, Workers
+from spem.cli.options import Json, one_of
 from spem.cli.output import print_table
 from spem.cli.progress import carry_out, parse_duration, parse_seeds, roughly
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from spem.training import RunConfig
 
@@ -33,66 +34,48 @@ OWN = (
 SCALES = ("paper", "short", "study", "smoke")
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "reproduce",
-        "Reproduce tables and figures of the paper: train what is missing, then tables and report.",
-        more="The same command goes on where it was stopped, by Ctrl-C, a budget or a crash.",
-    )
-    names = ("all", *PAPER, *OWN)
-    o.add(
-        "experiments",
+def run(
+    experiments: Annotated[
+        Sequence[str],
         "EXPERIMENT",
         f"{' '.join(PAPER)}, all (these five), or of our own: {' '.join(OWN)}",
-        kind=one_of(*names, what="experiment"),
-        count="*",
-    )
-    scale = one_of(*SCALES, what="recipe")
-    o.add(
-        "--recipe",
+        one_of("all", *PAPER, *OWN, what="experiment"),
+    ] = (),
+    *,
+    recipe: Annotated[
+        str,
         "RECIPE",
         "paper (164 epochs), study (20 epochs), short (hours) or smoke (minutes, digits)",
-        kind=scale,
-        default="short",
-    )
-    o.add("--results", "DIR", "folder for everything", kind=Path, default=Path("reproduction"))
-    o.add(
-        "--seeds",
+        one_of(*SCALES, what="recipe"),
+    ] = "short",
+    results: Annotated[Path, "DIR", "folder for everything"] = Path("reproduction"),
+    seeds: Annotated[
+        list[int] | None,
         "SEEDS",
         "a number (3 is 0, 1, 2) or a list (0,4,7), instead of the recipe's",
-        kind=parse_seeds,
-    )
-    o.add(
-        "--root",
-        "DIR",
-        "folder that holds cifar10 and cifar100; else $SPEM_DATA, or the hub",
-        kind=Path,
-    )
-    o.add("--budget", "TIME", "stop with checkpoints after 90s, 30m, 8h", kind=parse_duration)
-    o.flag("--dry-run", "only show how many runs there are, and about how long they take")
-    add_workers(o)
-    return o.json()
-
-
-def run(
-    *,
-    experiments: list[str],
-    recipe: str,
-    results: Path,
-    seeds: list[int] | None,
-    root: Path | None,
-    budget: float | None,
-    dry_run: bool,
-    workers: int,
-    address: str | None,
-    per_gpu: int,
-    retry_diverged: bool,
-    json: bool,
+        parse_seeds,
+    ] = None,
+    root: Annotated[
+        Path | None, "DIR", "folder that holds cifar10 and cifar100; else $SPEM_DATA, or the hub"
+    ] = None,
+    budget: Annotated[
+        float | None, "TIME", "stop with checkpoints after 90s, 30m, 8h", parse_duration
+    ] = None,
+    dry_run: Annotated[
+        bool, "only show how many runs there are, and about how long they take"
+    ] = False,
+    workers: Workers = 1,
+    address: Address = None,
+    per_gpu: PerGpu = 1,
+    retry_diverged: RetryDiverged = False,
+    json: Json = False,
 ) -> int:
-    """Train what is missing of the experiments, and show what comes out."""
+    """Reproduce tables and figures of the paper: train what is missing, then tables and report.
+
+    The same command goes on where it was stopped, by Ctrl-C, a budget or a crash.
+    """
     if not experiments:
-        raise UsageError(f"no experiment given. Name some of: all, {', '.join((*PAPER, *OWN))}.")
+        raise ValueError(f"no experiment given. Name some of: all, {', '.join((*PAPER, *OWN))}.")
     names = [one for name in experiments for one in (PAPER if name == "all" else (name,))]
     from spem.reproduce.experiments import experiment, run_configs
 

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from spem.cli.options import Options, UsageError
+from spem.cli.network import load_network
+from spem.cli.options import Json
 from spem.cli.output import print_json
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "share",
-        "Write weights, config and a model card with the measured result of a run. Nothing leaves "
-        "this machine without --to, which needs a login of yours (hf auth login).",
-    )
-    o.add("run", "RUN", "folder of a finished run, or its weights alone, which bring no results")
-    o.add("--folder", "DIR", "write here", kind=Path)
-    o.add("--to", "OWNER/NAME", "send it to this repository of the Hugging Face hub")
-    o.add("--license", "ID", "of the weights, as the hub spells it, such as apache-2.0")
-    o.flag("--private", "make a new repository private")
-    return o.json()
-
-
 def run(
-    *, run: str, folder: Path | None, to: str | None, license: str | None, private: bool, json: bool
+    run: Annotated[str, "RUN", "folder of a finished run, or its weights alone, without results"],
+    *,
+    folder: Annotated[Path | None, "DIR", "write here"] = None,
+    to: Annotated[
+        str | None, "OWNER/NAME", "send it to this repository of the Hugging Face hub"
+    ] = None,
+    license: Annotated[
+        str | None, "ID", "of the weights, as the hub spells it, such as apache-2.0"
+    ] = None,
+    private: Annotated[bool, "make a new repository private"] = False,
+    json: Json = False,
 ) -> None:
-    """Write the folder, and send it where that is asked for."""
+    """Write weights, config and a model card with the measured result of a run.
+
+    Nothing leaves this machine without --to, which needs a login of yours (hf auth login).
+    """
     if folder is None and to is None:
-        raise UsageError("nowhere to write. Give --folder DIR, or --to OWNER/NAME to send it.")
+        raise ValueError("nowhere to write. Give --folder DIR, or --to OWNER/NAME to send it.")
     if not Path(run).exists():
         raise FileNotFoundError(f"there is no run {run}. Name the folder of a finished run.")
-    from spem.cli.network import load_network
     from spem.share import FILES, check_id, push_to_hub, save_pretrained
 
     if to is not None:

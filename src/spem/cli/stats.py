@@ -6,45 +6,35 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.options import Options, number
+from spem.cli.options import RARE, Json, number
 from spem.cli.output import decimals_for, plain, print_json, print_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "stats",
-        "Paired differences of any results: a CSV with one run a row, or with a column a seed.",
-        more="Runs of two groups that have the same seed are a pair. Below three pairs nothing is "
-        "concluded; p is of the paired t test, from six pairs on also of flipping signs.",
-    )
-    o.add("file", "FILE", "for example runs.csv of `spem compare`", kind=Path)
-    o.add("--by", "COLUMN", "columns that name a group", count="*", default=())
-    o.add("--value", "COLUMN", "column of the number that is compared")
-    o.add("--pair", "COLUMN", "column that makes two runs a pair")
-    o.add("--baseline", "GROUP", "what the others are compared with; none, or else the first")
-    o.add("--within", "COLUMN", "columns that split the file into tables", count="*")
-    o.add("--level", "X", "of the intervals", kind=number(0), default=0.95, rare=True)
-    return o.json()
-
-
 def run(
+    file: Annotated[Path, "FILE", "for example runs.csv of `spem compare`"],
     *,
-    file: Path,
-    by: list[str],
-    value: str | None,
-    pair: str | None,
-    baseline: str | None,
-    within: list[str] | None,
-    level: float,
-    json: bool,
+    by: Annotated[Sequence[str], "COLUMN", "columns that name a group"] = (),
+    value: Annotated[str | None, "COLUMN", "column of the number that is compared"] = None,
+    pair: Annotated[str | None, "COLUMN", "column that makes two runs a pair"] = None,
+    baseline: Annotated[
+        str | None, "GROUP", "what the others are compared with; none, or else the first"
+    ] = None,
+    within: Annotated[
+        Sequence[str] | None, "COLUMN", "columns that split the file into tables"
+    ] = None,
+    level: Annotated[float, "X", "of the intervals", number(0), RARE] = 0.95,
+    json: Json = False,
 ) -> None:
-    """Compare the groups of a file, and show how they differ."""
+    """Paired differences of any results: a CSV with one run a row, or with a column a seed.
+
+    Runs of two groups that have the same seed are a pair. Below three pairs nothing is concluded; p
+    is of the paired t test, from six pairs on also of flipping signs.
+    """
     from spem.stats import compare
 
     rows = read_table(file)

@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import SUPPRESS
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from spem.cli.config import RECIPE_HELP, RECIPES, add_config, configured
-from spem.cli.options import Options, UsageError, one_of
+from spem.cli.config import RECIPE_HELP, RECIPES, config_options, configured
+from spem.cli.options import RARE, Json, one_of
 from spem.cli.output import print_json
 
-if TYPE_CHECKING:
-    from spem.training import Result, RunConfig
+_RECIPE = one_of(*RECIPES, what="recipe")
 
 
-def options() -> Options:
-    """What the command takes."""
-    o = Options(
-        "train",
-        "Train one network. An interrupted run goes on where it stopped, a finished one shows its "
-        "result.",
-        more="Several processes train one run together under torchrun, with the result of one: "
-        "torchrun --nproc-per-node 2 -m spem train short ... Each has its own GPU, or they share "
-        "the CPU. If one is lost, the same command goes on, with any number of processes.",
-    )
-    recipe = one_of(*RECIPES, what="recipe")
-    o.add("recipe", "RECIPE", RECIPE_HELP, kind=recipe, default=SUPPRESS, count="?")
-    o.add("--recipe", "RECIPE", "the same, as other commands take it", kind=recipe, rare=True)
-    add_config(o)
-    o.add("--runs", "DIR", "folder of all runs", kind=Path, default=Path("runs"))
-    o.add("--folder", "DIR", "folder of this run, instead of one in --runs", kind=Path)
-    return o.json()
+def run(
+    recipe: Annotated[str | None, "RECIPE", RECIPE_HELP, _RECIPE] = None,
+    *,
+    recipe_: Annotated[
+        str | None, "RECIPE", "the same, as other commands take it", _RECIPE, RARE
+    ] = None,
+    runs: Annotated[Path, "DIR", "folder of all runs"] = Path("runs"),
+    folder: Annotated[Path | None, "DIR", "folder of this run, instead of one in --runs"] = None,
+    json: Json = False,
+    **given: Annotated[Any, config_options()],
+) -> None:
+    """Train one network; an interrupted run goes on, a finished one shows its result.
 
-
-def run(*, recipe: str | None, runs: Path, folder: Path | None, json: bool, **given: Any) -> None:
-    """Train, and show the result."""
+    Several processes train one run together under torchrun, with the result of one: torchrun
+    --nproc-per-node 2 -m spem train short ... Each has its own GPU, or they share the CPU. If one
+    is lost, the same command goes on, with any number of processes.
+    """
+    recipe = recipe or recipe_
     if recipe is None:
-        raise UsageError(
-            f"no recipe given. Use one of {', '.join(RECIPES)}, such as `spem train short`."
-        )
+        names = ", ".join(RECIPES)
+        raise ValueError(f"no recipe given. Use one of {names}, such as `spem train short`.")
     config = configured(recipe, given)
-    _train(config, folder or config.folder(runs), json=json)
-
-
-def _train(config: RunConfig, folder: Path, *, json: bool) -> None:
-    from spem.data import check_images
-
-    data = config.data
+    folder, data = folder or config.folder(runs), config.data
     if not (folder / "result.json").exists():  # before torch is loaded
-        check_images(
-            data.name,
-            root=data.root,
-            size=data.size,
-            test=data.test,
-            skip_broken=data.skip_broken,
-        )
+        from spem.data import check_images
+
+        how: dict[str, Any] = {"size": data.size, "test": data.test}
+        check_images(data.name, root=data.root, skip_broken=data.skip_broken, **how)
     import torch
 
     from spem.training import Interrupted, process_group, train
@@ -74,27 +59,17 @@ def _train(config: RunConfig, folder: Path, *, json: bool) -> None:
                 raise
             # The first process says it for all.
             raise SystemExit(getattr(stopped, "code", 1)) from stopped
-    if not first:
-        return
-    if json:
+    if json and first:
         print_json({"folder": str(folder), **dataclasses.asdict(result)})
-        return
-    _print(result, folder)
-
-
-def _print(result: Result, folder: Path) -> None:
-    network = f"ResNet-{result.depth}, attention {result.attention}"
-    best = f"{result.best_accuracy:.2f} % in epoch {result.best_epoch + 1}"
-    step = f"{1000 * result.step_seconds:.1f} ms a step"
-    if result.step is not None:
-        step += f" ({result.step}, tails by {result.impl})"
-    rows = {
-        "network": f"{network}, {result.parameters:,} parameters",
-        "data": f"{result.dataset}, seed {result.seed}, {result.epochs} epochs",
-        "test accuracy": f"{result.accuracy:.2f} % after the last epoch",
-        "best epoch": f"{best}, selected on {result.best_selected_on}",
-        "time": f"{result.train_seconds:.1f} s training, {step}, on {result.hardware}",
-        "folder": str(folder),
-    }
-    for name, value in rows.items():
-        print(f"{name:<14} {value}")
+    elif first:
+        step = f"{1000 * result.step_seconds:.1f} ms a step"
+        if result.step is not None:
+            step += f" ({result.step}, tails by {result.impl})"
+        best = f"{result.best_accuracy:.2f} % in epoch {result.best_epoch + 1}"
+        print(f"""\
+network        ResNet-{result.depth}, attention {result.attention}, {result.parameters:,} parameters
+data           {result.dataset}, seed {result.seed}, {result.epochs} epochs
+test accuracy  {result.accuracy:.2f} % after the last epoch
+best epoch     {best}, selected on {result.best_selected_on}
+time           {result.train_seconds:.1f} s training, {step}, on {result.hardware}
+folder         {folder}""")
