@@ -206,9 +206,8 @@ def _options(run: Callable[..., Any]) -> list[Option]:
             help += f" (default {default})"
         flag = f"--{name.strip('_').replace('_', '-')}"
         flags = (flag,) if parameter.kind is parameter.KEYWORD_ONLY else ()
-        found.append(
-            Option(name, flags, *metavar or [takes], help, kind, default, many, RARE in said)
-        )
+        takes = metavar[0] if metavar else takes
+        found.append(Option(name, flags, takes, help, kind, default, many, RARE in said))
     return found
 
 
