@@ -43,10 +43,11 @@ ARROWS: dict[str, set[str]] = {
     "version": set(),
     "stats": set(),
     "seeding": set(),
+    "depths": set(),
     "ops": {"ops"},
     # a module owns its initialisation, whose laws are seeding's
     "attention": {"seeding", "ops", "attention"},
-    "models": {"seeding", "ops", "attention"},
+    "models": {"seeding", "ops", "attention", "depths"},
     # attention in a host is fused as it is elsewhere
     "insert": {"ops", "attention", "insert"},
     "architectures": set(),
@@ -56,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     # a result states its network's FLOPs
     "training": {
         *("seeding", "ops", "attention", "models", "insert", "gates", "data", "cost", "files"),
-        "training",
+        *("depths", "training"),
     },
     "reproduce": {"seeding", "attention", "training", "stats", "files", "reproduce"},
     "cost": {"ops", "attention", "models", "insert"},
@@ -92,6 +93,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "version": set(),
     "stats": set(),
     "seeding": {"torch"},
+    "depths": set(),
     "ops": {"torch"},
     "attention": {"torch"},
     "models": {"torch"},

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from spem.attention import ChannelAttention
 from spem.extras import require
 from spem.files import write_atomic
-from spem.gates import GateRecord, Inspection, attentions_of, inspect
+from spem.gates import GateRecord, Inspection, inspect
+from spem.insert.sites import attentions_of
 from spem.ops import use_impl
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from spem.attention import ChannelAttention
 from spem.attention.pooling import MixPool
 from spem.insert import IdentityStart
+from spem.insert.sites import attentions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,17 +197,6 @@ def inspect(model: nn.Module) -> Inspection:
         [(2, 64), (2, 128), (2, 256)]
     """
     return Inspection(model)
-
-
-def attentions_of(model: nn.Module) -> dict[str, ChannelAttention]:
-    """The attentions of a network by their names; what is part of another one is left out."""
-    found: dict[str, ChannelAttention] = {}
-    parts: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, ChannelAttention) and id(module) not in parts:
-            found[name] = module
-            parts |= {id(part) for part in module.modules()}
-    return found
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, as_spec
 from spem.attention.base import Ending
-from spem.attention.options import positive_int
+from spem.attention.options import one_of, positive_int
 from spem.attention.placement import PLACES, Places
+from spem.depths import STEPS, blocks_per_stage
 from spem.ops import bn_gate_tail, norm_relu
 from spem.seeding import initialise
 
@@ -19,13 +20,10 @@ BlockName = Literal["bottleneck", "basic"]
 
 
 def residual_tail(z: Tensor, residual: Tensor, norm: nn.Module, attention: Ending | None) -> Tensor:
-    """The end of a residual branch: relu(attention(norm(z)) + residual); None leaves the map.
+    """The end of a residual branch, [N, C, H, W]: relu(attention(norm(z)) + residual).
 
     One operation where the gate is a function of plane statistics, or absent (`spem.ops`). An
     attention in place of the norm ends the branch itself.
-
-    Shape:
-        z, residual, output: [N, C, H, W].
     """
     if attention is None and isinstance(norm, ChannelAttention):
         return norm.tail(z, residual)
@@ -40,21 +38,15 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
-def _projection(inputs: int, outputs: int, stride: int, places: Places) -> nn.Sequential | None:
-    """The shortcut where the shape changes: 1x1 convolution and norm; None is the identity."""
-    if stride == 1 and inputs == outputs:
-        return None
-    conv = places.conv(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (stride here) and 1x1 convolutions; attention on the last norm's output.
+class Block(nn.Module):
+    """A residual block with attention on its last norm's output.
 
     Attention of other kinds stands elsewhere; `Places` returns what each slot holds.
     """
 
-    expansion: ClassVar[int] = 4
+    expansion: ClassVar[int]
+    norms: ClassVar[int]
+    """How many norms its branch has, bn1 to the last one."""
 
     def __init__(
         self,
@@ -65,82 +57,78 @@ class Bottleneck(nn.Module):
         size: int | None = None,
     ) -> None:
         super().__init__()
-        outputs = planes * self.expansion
-        places = Places(attention)
-        self.conv1 = places.conv(nn.Conv2d(inputs, planes, 1, bias=False))
-        self.bn1 = places.norm(planes)
-        middle = places.conv(_conv3x3(planes, planes, stride))
-        self.conv2, self.bn2 = places.middle(middle, places.norm(planes))
-        self.conv3 = places.conv(nn.Conv2d(planes, outputs, 1, bias=False))
-        self.bn3 = places.norm(outputs)
+        outputs, places = planes * self.expansion, Places(attention)
+        self._add_layers(places, inputs, planes, stride)
         self.attention = places.tail(outputs, size)
-        self.downsample = _projection(inputs, outputs, stride, places)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            conv = places.conv(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+    def _add_layers(self, places: Places, inputs: int, planes: int, stride: int) -> None:
+        raise NotImplementedError
+
+    def _branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm that ends the residual branch, before the attention."""
+        return self.get_submodule(f"bn{self.norms}")
 
     def forward(self, x: Tensor, shared: Ending | None = None) -> Tensor:
-        """[N, inputs, H, W] -> [N, 4 planes, H/stride, W/stride].
+        """[N, inputs, H, W] -> [N, expansion planes, H/stride, W/stride].
 
         ``shared`` is the attention that the blocks of a stage have in common.
         """
         residual = x if self.downsample is None else self.downsample(x)
-        out = norm_relu(self.conv1(x), self.bn1)
-        out = norm_relu(self.conv2(out), self.bn2)
         attention = self.attention if shared is None else shared
-        return residual_tail(self.conv3(out), residual, self.bn3, attention)
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm that ends the residual branch, before the attention."""
-        return self.bn3
+        return residual_tail(self._branch(x), residual, self.last_norm, attention)
 
 
-class Basic(nn.Module):
-    """Two 3x3 convolutions; attention on the last norm's output."""
+class Bottleneck(Block):
+    """1x1, 3x3 (stride here) and 1x1 convolutions."""
 
-    expansion: ClassVar[int] = 1
+    expansion, norms = 4, 3
 
-    def __init__(
-        self,
-        inputs: int,
-        planes: int,
-        stride: int = 1,
-        attention: AttentionSpec | None = None,
-        size: int | None = None,
-    ) -> None:
-        super().__init__()
-        places = Places(attention)
+    def _add_layers(self, places: Places, inputs: int, planes: int, stride: int) -> None:
+        self.conv1 = places.conv(nn.Conv2d(inputs, planes, 1, bias=False))
+        self.bn1 = places.norm(planes)
+        middle = places.conv(_conv3x3(planes, planes, stride))
+        self.conv2, self.bn2 = places.middle(middle, places.norm(planes))
+        self.conv3 = places.conv(nn.Conv2d(planes, 4 * planes, 1, bias=False))
+        self.bn3 = places.norm(4 * planes)
+
+    def _branch(self, x: Tensor) -> Tensor:
+        x = norm_relu(self.conv1(x), self.bn1)
+        return self.conv3(norm_relu(self.conv2(x), self.bn2))
+
+
+class Basic(Block):
+    """Two 3x3 convolutions, the first with the stride."""
+
+    expansion, norms = 1, 2
+
+    def _add_layers(self, places: Places, inputs: int, planes: int, stride: int) -> None:
         self.conv1 = places.conv(_conv3x3(inputs, planes, stride))
         self.bn1 = places.norm(planes)
         self.conv2 = places.conv(_conv3x3(planes, planes))
         self.bn2 = places.norm(planes)
-        self.attention = places.tail(planes, size)
-        self.downsample = _projection(inputs, planes, stride, places)
 
-    def forward(self, x: Tensor, shared: Ending | None = None) -> Tensor:
-        """[N, inputs, H, W] -> [N, planes, H/stride, W/stride]; ``shared`` as in `Bottleneck`."""
-        residual = x if self.downsample is None else self.downsample(x)
-        out = norm_relu(self.conv1(x), self.bn1)
-        attention = self.attention if shared is None else shared
-        return residual_tail(self.conv2(out), residual, self.bn2, attention)
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """The norm that ends the residual branch, before the attention."""
-        return self.bn2
+    def _branch(self, x: Tensor) -> Tensor:
+        return self.conv2(norm_relu(self.conv1(x), self.bn1))
 
 
 class Stage(nn.Module):
-    """Blocks one after the other, the attention they share, and the attention after them.
+    """Blocks "0", "1" ... one after the other, and the attention of the whole stage.
 
-    Args:
-        stack: The blocks, which keep the names "0", "1", ...
-        shared: One module for the tails of all blocks, or None. A state it carries from block to
-            block begins again in every forward pass.
-        after: A module for the stage's output, or None.
+    ``shared`` is one module for the tails of all blocks (a state it carries begins again in every
+    forward pass), ``after`` one for the stage's output; or None.
     """
 
     def __init__(
         self,
-        stack: Sequence[Bottleneck | Basic],
+        stack: Sequence[Block],
         shared: ChannelAttention | None = None,
         after: ChannelAttention | None = None,
     ) -> None:
@@ -158,7 +146,7 @@ class Stage(nn.Module):
             x = block(x, shared)
         return x if self.after is None else self.after(x)
 
-    def __iter__(self) -> Iterator[Bottleneck | Basic]:
+    def __iter__(self) -> Iterator[Block]:
         """The blocks."""
         return (self[number] for number in range(self._count))
 
@@ -166,28 +154,21 @@ class Stage(nn.Module):
         """The number of blocks."""
         return self._count
 
-    def __getitem__(self, number: int) -> Bottleneck | Basic:
+    def __getitem__(self, number: int) -> Block:
         """A block by its number."""
         block = self.get_submodule(str(range(self._count)[number]))
-        assert isinstance(block, (Bottleneck, Basic))
+        assert isinstance(block, Block)
         return block
 
 
-_BLOCKS: dict[str, tuple[type[Bottleneck] | type[Basic], int]] = {
-    "bottleneck": (Bottleneck, 9),
-    "basic": (Basic, 6),
-}
-"""Block class, and layers that one block in each of the three stages adds to the depth."""
+_BLOCKS: dict[str, type[Block]] = {"bottleneck": Bottleneck, "basic": Basic}
 
 
 class ResNet(nn.Module):
     """The CIFAR ResNet: 3x3 stem, three stages of n blocks (planes 16, 32, 64), mean, linear.
 
-    Attributes:
-        depth: Layers, 9n + 2 for bottleneck and 6n + 2 for basic blocks.
-        classes: Number of classes.
-        block: ``"bottleneck"`` or ``"basic"``.
-        spec: The attention, or None.
+    Attributes ``depth``, ``classes`` and ``block`` are as for `resnet`, ``spec`` is the attention
+    or None.
     """
 
     def __init__(
@@ -199,8 +180,8 @@ class ResNet(nn.Module):
         block: BlockName = "bottleneck",
     ) -> None:
         super().__init__()
-        count = blocks_per_stage(depth, block)
-        kind = _BLOCKS[block][0]
+        one_of("resnet", tuple(_BLOCKS), block=block)
+        kind, count = _BLOCKS[block], blocks_per_stage(depth, block, label="resnet: depth")
         positive_int("resnet", classes=classes)
         self.depth, self.classes, self.block, self.spec = depth, classes, block, attention
         places = Places(attention)
@@ -236,9 +217,9 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def blocks(model: nn.Module) -> list[tuple[str, Bottleneck | Basic]]:
+def blocks(model: nn.Module) -> list[tuple[str, Block]]:
     """The residual blocks of a network with their names, from the first to the last."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, (Bottleneck, Basic))]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
 
 
 def start_branches(model: nn.Module, weight: float) -> None:
@@ -249,28 +230,6 @@ def start_branches(model: nn.Module, weight: float) -> None:
     """
     for _, block in blocks(model):
         nn.init.constant_(block.last_norm.get_parameter("weight"), weight)
-
-
-def blocks_per_stage(depth: int, block: str) -> int:
-    """The n of a depth 9n + 2 (bottleneck) or 6n + 2 (basic).
-
-    Raises:
-        ValueError: An unknown block, or a depth that its blocks cannot make; the message names the
-            nearest ones.
-    """
-    if block not in _BLOCKS:
-        raise ValueError(
-            f"resnet: block={block!r} is unknown. Use {' or '.join(map(repr, _BLOCKS))}."
-        )
-    step = _BLOCKS[block][1]
-    whole = isinstance(depth, int) and not isinstance(depth, bool)
-    if not whole or depth < step + 2 or (depth - 2) % step:
-        below = max(1, (depth - 2) // step) if whole else 1
-        raise ValueError(
-            f"resnet: depth={depth!r} is not {step}n + 2, which {block} blocks need. "
-            f"Nearest: {below * step + 2} or {(below + 1) * step + 2}."
-        )
-    return (depth - 2) // step
 
 
 def resnet(
@@ -341,22 +300,22 @@ def load_official(path: str | Path) -> ResNet:
             f"load_official: {path} holds no 'state_dict' of tensors, as the official code "
             f"saves it."
         )
-    ours = {_our_name(str(key)): value for key, value in state.items()}
-    blocks = {key.split(".")[1] for key in ours if key.startswith("layer1.")}
-    head = ours.get("fc.weight")
-    if head is None or head.dim() != 2 or not blocks or "layer1.0.attention.w_e" not in ours:
+    ours: dict[str, Tensor] = {}
+    for key, value in state.items():
+        head, _, last = str(key).removeprefix("module.").rpartition(".")
+        if re.fullmatch(r"layer[123]\.\d+", head) and last in _OFFICIAL_NAMES:
+            last = f"attention.{_OFFICIAL_NAMES[last]}"
+            value = value if last.endswith(".p") else value.reshape(-1)  # 1 x C x 1 x 1 there
+        ours[f"{head}.{last}" if head else last] = value
+    numbers = {key.split(".")[1] for key in ours if key.startswith("layer1.")}
+    fc = ours.get("fc.weight")
+    if fc is None or fc.dim() != 2 or not numbers or "layer1.0.attention.w_e" not in ours:
         raise ValueError(
             f"load_official: {path} is no SPEM network of the official layout "
             f"(layer1.0.w1, fc.weight)."
         )
-    model = ResNet(
-        9 * len(blocks) + 2,
-        head.shape[0],
-        attention=AttentionSpec("spem", {"form": "code"}),
-    )
-    for key, value in ours.items():
-        if re.search(r"\.attention\.[wb]_[er]$", key):
-            ours[key] = value.reshape(-1)  # 1 x C x 1 x 1 there
+    spec = AttentionSpec("spem", {"form": "code"})
+    model = ResNet(STEPS["bottleneck"] * len(numbers) + 2, fc.shape[0], attention=spec)
     try:
         model.load_state_dict(ours)
     except RuntimeError as error:
@@ -364,11 +323,3 @@ def load_official(path: str | Path) -> ResNet:
             f"load_official: {path} does not fit the official network: {error}"
         ) from None
     return model.eval()
-
-
-def _our_name(key: str) -> str:
-    key = key.removeprefix("module.")
-    head, _, last = key.rpartition(".")
-    if re.fullmatch(r"layer[123]\.\d+", head) and last in _OFFICIAL_NAMES:
-        return f"{head}.attention.{_OFFICIAL_NAMES[last]}"
-    return key

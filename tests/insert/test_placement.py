@@ -18,7 +18,7 @@ from torch import nn
 
 import spem
 from spem.insert import IdentityStart
-from spem.insert.sites import _followed, find_spots, nodes_of
+from spem.insert.sites import find_spots, followed
 from spem.models import Bottleneck
 
 # what holds a factor on the channels of the branch: parameters, by their whole names
@@ -109,19 +109,19 @@ def test_following_a_forward_pass_finds_what_the_table_says(host: str, sites: in
     """Where every block adds, the additions of a forward pass are at the sites of the table."""
     network = build(host) if "regnet" in host else meta(host)
     shape = (1, 3, 64, 64)
-    followed = [spot.layer for spot in _followed(network, nodes_of(network), shape)]
-    spots = find_spots(network, None, replacing=False)
+    ends = [spot.layer for spot in followed(network, shape)]
+    spots = find_spots(network, None, replacing=False, input_shape=None)
     ruled = [spot.reads if spot.free else spot.layer for spot in spots]
-    assert len(followed) == sites
-    assert {id(norm) for norm in followed} == {id(norm) for norm in ruled}
+    assert len(ends) == sites
+    assert {id(norm) for norm in ends} == {id(norm) for norm in ruled}
 
 
 def test_following_leaves_out_blocks_that_do_not_add() -> None:
     """An inverted residual without shortcut has a site of the table, and no addition."""
     network = meta("timm:mobilenetv2_050")
-    followed = list(_followed(network, nodes_of(network), (1, 3, 64, 64)))
+    ends = list(followed(network, (1, 3, 64, 64)))
     # The first blocks of 7 stages change the width: 17 - 7.
-    assert len(followed) == 10
+    assert len(ends) == 10
 
 
 def meta(name: str) -> nn.Module:

@@ -73,7 +73,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     (network, "spem", {"where": lambda module: "bn2"}, "where= gave 'bn2' for the network"),
     (network, "spem", {"where": lambda module: nn.ReLU()}, "that is no part of the network"),
     (network, spem.SE(64), {}, "got one SE, and every site needs its own. .* such as 'se'"),
-    (network, 64, {}, "attention=64 is no spec"),
+    (network, 64, {}, "a text like .* or an AttentionSpec, got int"),
     (network, None, {}, "'none' is the plain network"),
     (network, type("Mine", (spem.ChannelAttention,), {}), {}, "Mine has no name. Register"),
     (network, "spem", {"where": "layer1"}, r"where='layer1' is no function.*include='layer1\*'"),

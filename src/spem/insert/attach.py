@@ -3,54 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, attention_class
 from spem.attention.pooling import PoolSpec
+from spem.insert import fused, sites
 from spem.insert.families import is_norm
-from spem.insert.fused import FusedTail, fuse, unfuse, why_not_fused
 from spem.insert.layer import tail_spec
-from spem.insert.sites import (
-    Place,
-    Site,
-    Spot,
-    Where,
-    built,
-    chosen,
-    costed,
-    find_spots,
-    is_lazy,
-    number_stages,
-    run_once,
-    trace,
-)
+from spem.insert.sites import Site, Spot, Where
 from spem.insert.start import CarriedSE, IdentityStart, carries
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 
-_T = TypeVar("_T")
 _KEY = "attached_by_spem"
-_STARTS = ("identity", "module")
-_WRAPPED = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+DISPLACED = "displaced_by_spem"
+"""Attribute of an attention: what stood where it stands, beside the network, not in it."""
+_T = TypeVar("_T", str, int)
+_SHARED_BY_PROCESSES = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 @dataclass(frozen=True)
 class Attached:
     """The arguments of one call of `spem.attach` that changed a network.
 
-    Attributes:
-        attention: The text of the spec.
-        include: Patterns of site names; None is all.
-        stages: Numbers of stages; None is all.
-        replace: As for `spem.attach`, and so are the others.
-        start: ``"identity"`` or ``"module"``.
-        fuse: Whether tails are fused.
-        input_shape: Of the traced forward pass, or None.
-        where: Whether sites were found by a rule of the caller's.
+    The attention is its text; None is all sites or stages; ``where`` says whether there was one.
     """
 
     attention: str
@@ -61,13 +41,6 @@ class Attached:
     fuse: bool
     input_shape: tuple[int, ...] | None
     where: bool
-
-
-class Displaced:
-    """What stood where attention stands now: kept beside the network, not in it."""
-
-    def __init__(self, layer: nn.Module | None) -> None:
-        self.layer = layer
 
 
 def attach(
@@ -126,27 +99,25 @@ def attach(
             a network without residual branches.
     """
     spec = tail_spec(attention, "attach")
-    _check_start(start)
-    spots = _spots(model, spec, where, include, stages, replace, input_shape)
-    if fuse:
-        _check_fusable(model, spots)
-    if not dry_run:
-        added = [_built(spot, spec, start) for spot in spots]
-        _warn(spots, added, start)
-        _insert(model, spots, added, input_shape, fused=fuse)
-        remember(
-            model,
-            Attached(
-                attention=str(spec),
-                include=(include,) if isinstance(include, str) else _tuple(include),
-                stages=(stages,) if isinstance(stages, int) else _tuple(stages),
-                replace=replace,
-                start=start,
-                fuse=fuse,
-                input_shape=_tuple(input_shape),
-                where=where is not None,
-            ),
-        )
+    spots, runs = _spots(model, spec, where, include, stages, replace, start, fuse, input_shape)
+    if dry_run:
+        return [spot.name for spot in spots]
+    added = [_built(spot, spec, start) for spot in spots]
+    _warn(spots, added, start)
+    _insert(model, spots, added, input_shape, runs=runs)
+    for spot in spots if fuse else ():
+        fused.fuse(spot.block)
+    call = Attached(
+        str(spec),
+        _tuple(include),
+        _tuple(stages),
+        replace,
+        start,
+        fuse,
+        _tuple(input_shape),
+        where is not None,
+    )
+    vars(model)[_KEY] = (*vars(model).get(_KEY, ()), call)
     return [spot.name for spot in spots]
 
 
@@ -182,13 +153,8 @@ def find_sites(
         ValueError: As `attach` does.
     """
     spec = None if attention is None else tail_spec(attention, "find_sites")
-    _check_start(start)
-    spots = _spots(model, spec, where, include, stages, replace, input_shape, traced=True)
-    if fuse:
-        _check_fusable(model, spots)
-    if spec is None:
-        return [spot.site() for spot in spots]
-    return [costed(spot, spec) for spot in spots]
+    spots, _ = _spots(model, spec, where, include, stages, replace, start, fuse, input_shape)
+    return [sites.described(spot, spec) for spot in spots]
 
 
 def detach(model: nn.Module) -> list[str]:
@@ -204,25 +170,30 @@ def detach(model: nn.Module) -> list[str]:
     longer: dict[str, str] = {}  # names that wrappers have made longer, and those before
     found: set[nn.Module] = set()
     for true_name, module in list(model.named_modules()):
-        unfuse(module)
+        fused.unfuse(module)
         name = true_name
         for now, before in longer.items():
             if name.startswith(f"{now}."):
                 name = before + name.removeprefix(now)
         if isinstance(module, Around):
             longer[f"{true_name}.{module.inner}"] = name
-        if true_name and (isinstance(module, Around) or "displaced" in vars(module)):
+        if true_name and (isinstance(module, Around) or DISPLACED in vars(module)):
             names.append(name)
             found.add(module)
-    for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
-            if child in found:
-                put(parent, key, _displaced_by(child))
-    forget(model)
+    exchange(model, {module: _displaced_by(module) for module in found})
     return names
 
 
-def put(parent: nn.Module, key: str, module: nn.Module | None) -> None:
+def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module | None]) -> None:
+    """Puts other modules in the place of some, wherever they are held; the calls are forgotten."""
+    for parent in list(model.modules()):
+        vars(parent).pop(_KEY, None)
+        for key, child in list(parent._modules.items()):
+            if child in new:
+                _put(parent, key, new[child])
+
+
+def _put(parent: nn.Module, key: str, module: nn.Module | None) -> None:
     """Sets an attribute; None as a plain one, as it is in a host whose slot is free."""
     if module is None:
         delattr(parent, key)
@@ -233,23 +204,19 @@ def _displaced_by(attention: nn.Module) -> nn.Module | None:
     """What stood where attention stands: as it is in the network now."""
     if isinstance(attention, Around):
         return attention.layer
-    displaced: Displaced = vars(attention)["displaced"]
-    layer = displaced.layer
+    layer: nn.Module | None = vars(attention)[DISPLACED]
     if layer is not None:
         like = next((p for p in attention.parameters() if p.is_floating_point()), None)
         if like is not None:
-            layer = layer.to(device=like.device, dtype=like.dtype)
+            layer.to(device=like.device, dtype=like.dtype)
         layer.train(attention.training)
     return layer
 
 
-def _tuple(values: Collection[_T] | None) -> tuple[_T, ...] | None:
-    return None if values is None else tuple(values)
-
-
-def _check_start(start: str) -> None:
-    if start not in _STARTS:
-        raise ValueError(f"attach: start={start!r} is unknown. Use 'identity' or 'module'.")
+def _tuple(values: _T | Collection[_T] | None) -> tuple[_T, ...] | None:
+    if values is None:
+        return None
+    return (values,) if isinstance(values, (str, int)) else tuple(values)
 
 
 def _spots(
@@ -259,11 +226,13 @@ def _spots(
     include: str | Collection[str] | None,
     stages: int | Collection[int] | None,
     replace: bool,
+    start: str,
+    fuse: bool,
     input_shape: tuple[int, ...] | None,
-    *,
-    traced: bool = False,
-) -> list[Spot]:
-    """The chosen sites with their channels, and their maps where those are asked for."""
+) -> tuple[list[Spot], bool]:
+    """The chosen sites with their channels and maps, and whether the network ran to find these."""
+    if start not in ("identity", "module"):
+        raise ValueError(f"attach: start={start!r} is unknown. Use 'identity' or 'module'.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: needs a torch.nn.Module, got {type(model).__name__}.")
     if where is not None and not callable(where):
@@ -272,163 +241,123 @@ def _spots(
             f"norm to follow, or None; names are chosen with include='{where}*'."
         )
     for module in model.modules():
-        wrapped = {cls.__name__ for cls in type(module).__mro__} & set(_WRAPPED)
+        wrapped = {cls.__name__ for cls in type(module).__mro__} & _SHARED_BY_PROCESSES
         if wrapped:
             raise ValueError(
                 f"attach: the network is in a {wrapped.pop()}, which would not share the new "
                 f"parameters between its processes. Attach first, then wrap it."
             )
-    spots = find_spots(model, where, replacing=replace, input_shape=input_shape)
-    needed = _needs_trace(spots, spec)
-    if traced or input_shape is not None or needed or any(spot.composite for spot in spots):
-        try:
-            trace(model, spots, input_shape)
-        except ValueError:
-            # A guess at the input is no fault of the network's.
-            if needed or input_shape is not None or any(map(is_lazy, model.modules())):
-                raise
-    number_stages(spots)
-    spots = chosen(spots, include, stages)
-    _refuse_attached(spots)
-    _refuse_shared(model, spots)
-    return spots
-
-
-def _needs_trace(spots: list[Spot], spec: AttentionSpec | None) -> bool:
-    if any(spot.channels is None for spot in spots):
-        return True
-    if spec is None:
-        return False
-    unsized = attention_class(spec.name).needs.size and dict(spec.options).get("size") is None
-    return unsized or (any(spot.rank is None for spot in spots) and not _takes_any_rank(spec))
-
-
-def _takes_any_rank(spec: AttentionSpec) -> bool:
-    kind = attention_class(spec.name)
-    return kind.gate_from is not ChannelAttention.gate_from
-
-
-def _refuse_attached(spots: list[Spot]) -> None:
-    for spot in spots:
-        layer = spot.layer
-        attached = isinstance(layer, Around) or isinstance(spot.parent, Around)
-        if attached or "displaced" in vars(layer or object):
-            raise ValueError(
-                f"attach: there is attention at {spot.name} already. Call spem.detach(model) first."
-            )
-
-
-def _refuse_shared(model: nn.Module, spots: list[Spot]) -> None:
-    """A stage of `spem.resnet` that hands all blocks one module leaves their own slots unused."""
-    for name, stage in model.named_modules():
-        shared = getattr(stage, "shared", None)
-        if isinstance(shared, ChannelAttention):
-            unused = next((spot.name for spot in spots if spot.name.startswith(f"{name}.")), None)
-            if unused is not None:
-                raise ValueError(
-                    f"attach: {unused} would not run, because the blocks of {name} share one "
-                    f"{shared.name}. Build the network with attention='none'."
-                )
-
-
-def _check_fusable(model: nn.Module, spots: list[Spot]) -> None:
-    for spot in spots:
-        why = why_not_fused(spot.block, spot.parent, spot.key)
+    spots = sites.find_spots(model, where, replacing=replace, input_shape=input_shape)
+    runs = True
+    try:
+        sites.trace(model, spots, input_shape)
+    except sites.InputError:
+        # A guess at the input is no fault of the network's.
+        needed = any(_needs_map(spot, spec) for spot in spots)
+        if needed or input_shape is not None or any(map(sites.is_lazy, model.modules())):
+            raise
+        runs = False
+    sites.number_stages(spots)
+    spots = sites.chosen(spots, include, stages)
+    _refuse(model, spots)
+    for spot in spots if fuse else ():
+        why = fused.why_not_fused(spot.block, spot.parent, spot.key)
         if why is None and spot.how == "slot" and not spot.free:
             why = f"keeps its {type(spot.layer).__name__} before attention; pass replace=True"
         if why is not None:
             raise ValueError(
                 f"attach: fuse=True: {spot.name} of {type(model).__name__} {why}. Leave fuse out."
             )
+    return spots, runs
+
+
+def _needs_map(spot: Spot, spec: AttentionSpec | None) -> bool:
+    """Whether a forward pass has to show the map of a site."""
+    if spot.width is None or spec is None:
+        return spot.width is None
+    kind = attention_class(spec.name)
+    if kind.needs.size and dict(spec.options).get("size") is None:
+        return True
+    return spot.rank is None and kind.gate_from is ChannelAttention.gate_from
+
+
+def _refuse(model: nn.Module, spots: list[Spot]) -> None:
+    """Raises ValueError where attention is already, or would not run."""
+    for spot in spots:
+        wrapped = isinstance(spot.layer, Around) or isinstance(spot.parent, Around)
+        if wrapped or hasattr(spot.layer, DISPLACED):
+            raise ValueError(
+                f"attach: there is attention at {spot.name} already. Call spem.detach(model) first."
+            )
+    for name, stage in model.named_modules():
+        shared = getattr(stage, "shared", None)
+        unused = [spot.name for spot in spots if spot.name.startswith(f"{name}.")]
+        if isinstance(shared, ChannelAttention) and unused:
+            raise ValueError(
+                f"attach: {unused[0]} would not run, because the blocks of {name} share one "
+                f"{shared.name}. Build the network with attention='none'."
+            )
 
 
 def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:
     """The attention of a site, in the mode, on the device and in the dtype of its place."""
-    assert spot.channels is not None
-    like = _like(spot)
-    if _carried(spot, spec):
+    carried = spot.how == "replace" and spot.layer is not None and carries(spot.layer)
+    if carried and spec.name == "se" and {name for name, _ in spec.options} <= {"pool"}:
         assert spot.layer is not None
         pool = cast("PoolSpec", dict(spec.options).get("pool", "avg"))  # make_pool checks it
-        carried = CarriedSE(
-            spot.layer, pool, channels=spot.channels, exact=start == "identity", place=spot.key
+        exact = start == "identity"
+        attention: ChannelAttention = CarriedSE(
+            spot.layer, pool, channels=spot.channels, exact=exact, place=spot.key
         )
-        return _in_mode(carried, spot)
-    inner = built(spot, spec, asker="attach", like=like)
-    if start == "identity":
-        inner = IdentityStart(inner, device=like.device, dtype=like.dtype)
-    return _in_mode(inner, spot)
-
-
-def _in_mode(attention: ChannelAttention, spot: Spot) -> ChannelAttention:
+    else:
+        like = sites.float_like(spot.layer, spot.reads, spot.block)
+        attention = sites.built(spot, spec, asker="attach", like=like)
+        if start == "identity":
+            attention = IdentityStart(attention, device=like.device, dtype=like.dtype)
     for part in attention.modules():  # not train(), which a carried layer would follow
         if part is not spot.layer:
             part.training = spot.parent.training
     return attention
 
 
-def _carried(spot: Spot, spec: AttentionSpec) -> bool:
-    replaced = spot.how == "replace" and spot.layer is not None and carries(spot.layer)
-    return replaced and spec.name == "se" and {name for name, _ in spec.options} <= {"pool"}
-
-
-def _like(spot: Spot) -> Tensor:
-    """A tensor of the device and dtype that the attention gets."""
-    for module in (spot.layer, spot.reads, spot.block):
-        if isinstance(module, Tensor):
-            return module
-        if isinstance(module, nn.Module):
-            for tensor in (*module.parameters(), *module.buffers()):
-                if tensor.is_floating_point():
-                    return tensor
-    return torch.empty(0)
-
-
 def _warn(spots: list[Spot], added: list[ChannelAttention], start: str) -> None:
+    name, texts = added[0].name, list[str]()
     if spots[0].reason.endswith("no residual branches"):
-        warnings.warn(
-            f"attach: this network has no residual branches. Attention follows the last norm of "
-            f"each of its {len(spots)} resolutions, {spots[0].name} to {spots[-1].name}; "
-            f"where= or include= choose others.",
-            UserWarning,
-            stacklevel=3,
+        texts.append(
+            f"this network has no residual branches. Attention follows the last norm of each of "
+            f"its {len(spots)} resolutions, {spots[0].name} to {spots[-1].name}; where= or "
+            f"include= choose others."
         )
-    lost = [
-        spot
+    replaced = [
+        (spot.name, spot.layer)
         for spot, attention in zip(spots, added, strict=True)
-        if spot.how == "replace"
-        and not isinstance(attention, CarriedSE)
-        and spot.layer is not None
-        and any(True for _ in spot.layer.parameters())
+        if spot.how == "replace" and not isinstance(attention, CarriedSE)
     ]
+    lost = [name for name, layer in replaced if layer is not None and list(layer.parameters())]
     if lost:
-        warnings.warn(
-            f"attach: the weights of {len(lost)} replaced layers ({lost[0].name} ...) do not go "
-            f"over into {added[0].name}; the network has to be trained again. "
-            f"An SE's go over into 'se' with no option but pool.",
-            UserWarning,
-            stacklevel=3,
+        texts.append(
+            f"the weights of {len(lost)} replaced layers ({lost[0]} ...) do not go over into "
+            f"{name}; the network has to be trained again. An SE's go over into 'se' with no "
+            f"option but pool."
         )
-    trained = [spot for spot in spots if spot.how != "replace" and _is_trained(spot)]
-    if start == "module" and trained:
-        warnings.warn(
-            f"attach: start='module' on trained weights: the gates of {added[0].name} do not start "
-            f"at one, so the outputs change and the network has to be trained again. "
-            f"Use start='identity' to keep them.",
-            UserWarning,
-            stacklevel=3,
+    if start == "module" and any(_is_trained(s.block) for s in spots if s.how != "replace"):
+        texts.append(
+            f"start='module' on trained weights: the gates of {name} do not start at one, so the "
+            f"outputs change and the network has to be trained again. Use start='identity' to "
+            f"keep them."
         )
+    for text in texts:
+        warnings.warn(f"attach: {text}", UserWarning, stacklevel=3)
 
 
-def _is_trained(spot: Spot) -> bool:
+def _is_trained(block: nn.Module) -> bool:
     """Whether a norm of the block has seen data; old checkpoints count no batches."""
-    for module in spot.block.modules():
-        if is_norm(module):
-            batches = getattr(module, "num_batches_tracked", None)
-            mean = getattr(module, "running_mean", None)
-            for tensor in (batches, mean):
-                if isinstance(tensor, Tensor) and tensor.device.type != "meta" and tensor.any():
-                    return True
-    return False
+    tensors = (
+        getattr(norm, name, None)
+        for norm in filter(is_norm, block.modules())
+        for name in ("num_batches_tracked", "running_mean")
+    )
+    return any(isinstance(t, Tensor) and t.device.type != "meta" and bool(t.any()) for t in tensors)
 
 
 def _insert(
@@ -437,26 +366,21 @@ def _insert(
     added: list[ChannelAttention],
     input_shape: tuple[int, ...] | None,
     *,
-    fused: bool,
+    runs: bool,
 ) -> None:
-    """Puts the attention in and runs the network; all of it or nothing."""
-    undo: list[tuple[Place, nn.Module | None]] = []
-    blocks: list[nn.Module] = []
+    """Puts the attention in and runs the network, if it runs without; all of it or nothing."""
+    undo: list[tuple[nn.Module, str, nn.Module | None]] = []
     try:
         for spot, attention in zip(spots, added, strict=True):
             standing = _standing(spot, attention)
-            for place in spot.places:
-                undo.append((place, getattr(*place)))
-                put(*place, standing)
-        _check_that_all_run(model, spots, added, undo, input_shape)
-        for spot in spots if fused else ():
-            if not isinstance(spot.block, FusedTail):
-                blocks.append(spot.block)
-                fuse(spot.block)
+            for parent, key in spot.places:
+                undo.append((parent, key, getattr(parent, key)))
+                _put(parent, key, standing)
+        if runs:
+            _check_that_all_run(model, spots, added, input_shape)
     except BaseException:
-        for block in blocks:
-            unfuse(block)
-        _swap(undo)
+        for place in reversed(undo):
+            _put(*place)
         raise
 
 
@@ -464,82 +388,43 @@ def _check_that_all_run(
     model: nn.Module,
     spots: list[Spot],
     added: list[ChannelAttention],
-    undo: list[tuple[Place, nn.Module | None]],
     input_shape: tuple[int, ...] | None,
 ) -> None:
-    """Runs the network once; one that does not run on this input without attention is let be.
-
-    Raises:
-        ValueError: It runs without attention but not with it, or a site does not run.
-    """
-    model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
+    kind = type(getattr(model, "_orig_mod", model)).__name__
     ran: set[nn.Module] = set()
-    handles = [
-        attention.register_forward_hook(lambda module, *_: ran.add(module)) for attention in added
-    ]
     try:
-        run_once(model, input_shape)
-    except ValueError as error:
-        after = _swap(undo)
-        try:
-            run_once(model, input_shape)
-        except ValueError:
-            return
-        finally:
-            _swap(after)
-        cause = error.__cause__ or error
+        with ExitStack() as stack:
+            for attention in added:
+                hook = attention.register_forward_hook(lambda module, *_: ran.add(module))
+                stack.enter_context(hook)
+            sites.run_once(model, input_shape)
+    except sites.InputError as error:
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ValueError(
-            f"attach: {type(model).__name__} no longer runs with {added[0].name} in it: "
-            f"{str(cause).strip().partition(chr(10))[0]} Pass where= other modules, or leave sites "
-            f"out with include=."
+            f"attach: {kind} no longer runs with {added[0].name} in it: {cause} Pass where= other "
+            f"modules, or leave sites out with include=."
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     idle = [spot.name for spot, attention in zip(spots, added, strict=True) if attention not in ran]
     if idle:
         raise ValueError(
-            f"attach: {len(idle)} of {len(spots)} sites do not run in a forward pass of "
-            f"{type(model).__name__}, {idle[0]} first: the network does not call this module. "
-            f"Leave them out with include=, or pass where= modules that it calls."
+            f"attach: {len(idle)} of {len(spots)} sites do not run in a forward pass of {kind}, "
+            f"{idle[0]} first: the network does not call this module. Leave them out with "
+            f"include=, or pass where= modules that it calls."
         )
-
-
-def _swap(
-    places: list[tuple[Place, nn.Module | None]],
-) -> list[tuple[Place, nn.Module | None]]:
-    """Puts modules in their places, the last first; what takes them back again."""
-    back: list[tuple[Place, nn.Module | None]] = []
-    for place, module in reversed(places):
-        back.append((place, getattr(*place)))
-        put(*place, module)
-    return back
 
 
 def _standing(spot: Spot, attention: ChannelAttention) -> nn.Module:
     """What is put into the attribute of the host."""
-    layer = spot.layer
     if isinstance(attention, CarriedSE):
         return attention
     if spot.free or spot.how == "replace":
-        vars(attention)["displaced"] = Displaced(layer)
+        vars(attention)[DISPLACED] = spot.layer
         return attention
-    assert layer is not None
+    assert spot.layer is not None
     kind = BeforeModule if spot.how == "before" else AfterNorm
-    wrapper = kind(layer, attention, spot.key)
+    wrapper = kind(spot.layer, attention, spot.key)
     wrapper.training = spot.parent.training
     return wrapper
-
-
-def remember(model: nn.Module, call: Attached) -> None:
-    """Adds a call to what a network remembers; it is no part of the state dict."""
-    vars(model)[_KEY] = (*vars(model).get(_KEY, ()), call)
-
-
-def forget(model: nn.Module) -> None:
-    """Makes a network and its parts forget all calls."""
-    for module in model.modules():
-        vars(module).pop(_KEY, None)
 
 
 def remembered(model: nn.Module) -> list[tuple[str, Attached]]:

@@ -37,67 +37,56 @@ class Rule:
     stage: Stage = "name"
 
 
-def at(*paths: str) -> Find:
-    """Fixed names; those of them that the block has."""
-    return lambda block: [path for path in paths if child(block, path) is not None]
+def _rule(how: How, find: str | Find, classes: str, reads: str = "", stage: Stage = "name") -> Rule:
+    """A rule whose classes lack "models."; a text is the name of the slot or the module."""
+    if isinstance(find, str):
+        find = _slot(find) if how == "slot" else _at(find)
+    full = tuple(name.replace(".", ".models.", 1) for name in classes.split())
+    return Rule(full, how, find, reads, stage)
 
 
-def first_of(*paths: str) -> Find:
-    """The first of these names that the block has."""
-    return lambda block: at(*paths)(block)[:1]
-
-
-def slot(name: str) -> Find:
+def _slot(name: str) -> Find:
     """A slot, if the block has one."""
     return lambda block: [name] if hasattr(block, name) else []
 
 
-def if_true(flag: str, path: str) -> Find:
-    """A fixed name in blocks whose flag is set; the others are no blocks but bare layers."""
-    return lambda block: [path] if getattr(block, flag) else []
+def _at(*paths: str) -> Find:
+    """The first of these names that is a module of the block."""
+    return lambda block: [path for path in paths if _has(block, path)][:1]
 
 
-def last_norm(inside: str) -> Find:
+def _has(module: nn.Module | None, path: str) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return isinstance(module, nn.Module)
+
+
+def _last_norm(inside: str) -> Find:
     """The last norm in a part of the block, in the order of the forward pass (a Sequential's)."""
 
     def find(block: nn.Module) -> list[str]:
         part = block.get_submodule(inside)
         norms = [name for name, module in part.named_modules() if is_norm(module)]
-        return [f"{inside}.{norms[-1]}"] if norms else []
+        return [f"{inside}.{name}" for name in norms[-1:]]
 
     return find
 
 
-def before_pools(inside: str) -> Find:
-    """In a Sequential, the last norm before every pooling; the last convolution without norms."""
-
-    def find(net: nn.Module) -> list[str]:
-        found: list[str] = []
-        norm = conv = None
-        for name, layer in net.get_submodule(inside).named_children():
-            norm = name if is_norm(layer) else norm
-            conv = name if isinstance(layer, nn.Conv2d) else conv
-            if isinstance(layer, nn.MaxPool2d) and (norm or conv):
-                found.append(f"{inside}.{norm or conv}")
-                norm = conv = None
-        return found
-
-    return find
+def _before_pools(net: nn.Module) -> list[str]:
+    """In ``features``, the last norm before every pooling; the last convolution without norms."""
+    found: list[str] = []
+    norm = conv = None
+    for name, layer in net.get_submodule("features").named_children():
+        norm = name if is_norm(layer) else norm
+        conv = name if isinstance(layer, nn.Conv2d) else conv
+        if isinstance(layer, nn.MaxPool2d) and (norm or conv):
+            found.append(f"features.{norm or conv}")
+            norm = conv = None
+    return found
 
 
-def itself(_: nn.Module) -> list[str]:
-    """The block as a whole."""
+def _itself(_: nn.Module) -> list[str]:
     return [""]
-
-
-def child(module: nn.Module, path: str) -> nn.Module | None:
-    """A submodule by its dotted name, or None."""
-    for name in path.split("."):
-        found = getattr(module, name, None)
-        if not isinstance(found, nn.Module):
-            return None
-        module = found
-    return module
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -108,218 +97,95 @@ def is_norm(module: nn.Module) -> bool:
     return bool(names & {"FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm"})
 
 
+_EFFICIENTNET = "timm._efficientnet_blocks:"
+_MOBILE = "torchvision.mobilenetv"
+
 RULES = (
     # Residual blocks with a slot for attention after their last norm.
-    Rule(("timm.models.resnet:BasicBlock",), "slot", slot("se"), "bn2"),
-    Rule(
-        ("timm.models.resnet:Bottleneck", "timm.models.res2net:Bottle2neck"),
-        "slot",
-        slot("se"),
-        "bn3",
-    ),
-    Rule(
-        ("timm.models.sknet:SelectiveKernelBasic", "timm.models.tresnet:BasicBlock"),
-        "slot",
-        slot("se"),
-        "conv2.bn",
-    ),
-    Rule(("timm.models.sknet:SelectiveKernelBottleneck",), "slot", slot("se"), "conv3.bn"),
-    Rule(("timm.models.senet:Bottleneck",), "slot", slot("se_module"), "bn3"),
-    Rule(("timm.models.senet:SEResNetBlock",), "slot", slot("se_module"), "bn2"),
-    Rule(("timm.models.cspnet:BottleneckBlock",), "slot", slot("attn3"), "conv3.bn"),
-    Rule(("timm.models.vovnet:OsaBlock",), "slot", slot("attn"), "conv_concat.bn"),
-    Rule(
-        ("timm.models.byobnet:BasicBlock", "timm.models.byobnet:DarkBlock"),
-        "slot",
-        slot("attn_last"),
-        "conv2_kxk.bn",
-    ),
-    Rule(("timm.models.byobnet:BottleneckBlock",), "slot", slot("attn_last"), "conv3_1x1.bn"),
-    Rule(("timm.models.byobnet:EdgeBlock",), "slot", slot("attn_last"), "conv2_1x1.bn"),
+    _rule("slot", "se", "timm.resnet:BasicBlock", "bn2"),
+    _rule("slot", "se", "timm.resnet:Bottleneck timm.res2net:Bottle2neck", "bn3"),
+    _rule("slot", "se", "timm.sknet:SelectiveKernelBasic timm.tresnet:BasicBlock", "conv2.bn"),
+    _rule("slot", "se", "timm.sknet:SelectiveKernelBottleneck", "conv3.bn"),
+    _rule("slot", "se_module", "timm.senet:Bottleneck", "bn3"),
+    _rule("slot", "se_module", "timm.senet:SEResNetBlock", "bn2"),
+    _rule("slot", "attn3", "timm.cspnet:BottleneckBlock", "conv3.bn"),
+    _rule("slot", "attn", "timm.vovnet:OsaBlock", "conv_concat.bn"),
+    _rule("slot", "attn_last", "timm.byobnet:BasicBlock timm.byobnet:DarkBlock", "conv2_kxk.bn"),
+    _rule("slot", "attn_last", "timm.byobnet:BottleneckBlock", "conv3_1x1.bn"),
+    _rule("slot", "attn_last", "timm.byobnet:EdgeBlock", "conv2_1x1.bn"),
     # The sum of the branches, before the activation; the slot outlives reparameterize().
-    Rule(("timm.models.byobnet:RepVggBlock",), "slot", slot("attn"), "conv_1x1.bn"),
-    Rule(("timm.models.byobnet:MobileOneBlock",), "slot", slot("attn"), "conv_kxk.0.bn"),
-    Rule(
-        ("spem.models:Bottleneck", "spem.models:Basic"),
-        "slot",
-        slot("attention"),
-        "last_norm",
-    ),
+    _rule("slot", "attn", "timm.byobnet:RepVggBlock", "conv_1x1.bn"),
+    _rule("slot", "attn", "timm.byobnet:MobileOneBlock", "conv_kxk.0.bn"),
+    Rule(("spem.models:Bottleneck", "spem.models:Basic"), "slot", _slot("attention"), "last_norm"),
     # Residual blocks whose last norm is wrapped.
-    Rule(
-        (
-            "torchvision.models.resnet:BasicBlock",
-            "timm.models.dla:DlaBasic",
-        ),
-        "after",
-        at("bn2"),
-    ),
-    Rule(
-        (
-            "torchvision.models.resnet:Bottleneck",
-            "timm.models.resnest:ResNestBottleneck",
-            "timm.models.dla:DlaBottleneck",
-            "timm.models.dla:DlaBottle2neck",
-        ),
-        "after",
-        at("bn3"),
-    ),
-    Rule(
-        ("timm.models.regnet:Bottleneck", "timm.models.tresnet:Bottleneck"), "after", at("conv3.bn")
-    ),
-    Rule(
-        (
-            "timm.models.cspnet:DarkBlock",
-            "timm.models.cspnet:EdgeBlock",
-        ),
-        "after",
-        at("conv2.bn"),
-    ),
-    Rule(("timm.models.resnetv2:Bottleneck",), "after", at("norm3")),
-    Rule(("torchvision.models.regnet:ResBottleneckBlock",), "after", last_norm("f")),
-    Rule(("timm.models.xception:Block",), "after", last_norm("rep"), stage="channels"),
-    Rule(
-        ("timm.models.xception_aligned:XceptionModule",),
-        "after",
-        last_norm("stack"),
-        stage="channels",
-    ),
+    _rule("after", "bn2", "torchvision.resnet:BasicBlock timm.dla:DlaBasic"),
+    _rule("after", "bn3", "torchvision.resnet:Bottleneck timm.resnest:ResNestBottleneck"),
+    _rule("after", "bn3", "timm.dla:DlaBottleneck timm.dla:DlaBottle2neck"),
+    _rule("after", "conv3.bn", "timm.regnet:Bottleneck timm.tresnet:Bottleneck"),
+    _rule("after", "conv2.bn", "timm.cspnet:DarkBlock timm.cspnet:EdgeBlock"),
+    _rule("after", "norm3", "timm.resnetv2:Bottleneck"),
+    _rule("after", _last_norm("f"), "torchvision.regnet:ResBottleneckBlock"),
+    _rule("after", _last_norm("rep"), "timm.xception:Block", stage="channels"),
+    _rule("after", _last_norm("stack"), "timm.xception_aligned:XceptionModule", stage="channels"),
     # Inverted residuals: their own SE sits in the middle of the block and is left alone.
-    Rule(
-        (
-            "timm.models._efficientnet_blocks:InvertedResidual",
-            "timm.models._efficientnet_blocks:CondConvResidual",
-        ),
-        "after",
-        at("bn3"),
-    ),
-    Rule(
-        (
-            "timm.models._efficientnet_blocks:DepthwiseSeparableConv",
-            "timm.models._efficientnet_blocks:EdgeResidual",
-        ),
-        "after",
-        at("bn2"),
-    ),
-    Rule(("timm.models._efficientnet_blocks:ConvBnAct",), "after", if_true("has_skip", "bn1")),
-    Rule(
-        ("timm.models._efficientnet_blocks:UniversalInvertedResidual",),
-        "after",
-        at("layer_scale"),
-        "pw_proj.bn",
-    ),
-    Rule(("timm.models.rexnet:LinearBottleneck",), "after", at("conv_pwl.bn"), stage="channels"),
-    Rule(
-        ("torchvision.models.mobilenetv2:InvertedResidual",),
-        "after",
-        last_norm("conv"),
-        stage="channels",
-    ),
-    Rule(
-        ("torchvision.models.mobilenetv3:InvertedResidual",),
-        "after",
-        last_norm("block"),
-        stage="channels",
-    ),
-    Rule(
-        ("torchvision.models.efficientnet:MBConv", "torchvision.models.efficientnet:FusedMBConv"),
-        "after",
-        last_norm("block"),
-    ),
-    Rule(("torchvision.models.mnasnet:_InvertedResidual",), "after", last_norm("layers")),
+    _rule("after", "bn3", f"{_EFFICIENTNET}InvertedResidual {_EFFICIENTNET}CondConvResidual"),
+    _rule("after", "bn2", f"{_EFFICIENTNET}DepthwiseSeparableConv {_EFFICIENTNET}EdgeResidual"),
+    # Without a skip it is no block but a bare layer.
+    _rule("after", lambda block: ["bn1"] * bool(block.has_skip), f"{_EFFICIENTNET}ConvBnAct"),
+    _rule("after", "layer_scale", f"{_EFFICIENTNET}UniversalInvertedResidual", "pw_proj.bn"),
+    _rule("after", "conv_pwl.bn", "timm.rexnet:LinearBottleneck", stage="channels"),
+    _rule("after", _last_norm("conv"), f"{_MOBILE}2:InvertedResidual", stage="channels"),
+    _rule("after", _last_norm("block"), f"{_MOBILE}3:InvertedResidual", stage="channels"),
+    _rule("after", _last_norm("block"), "torchvision.efficientnet:MBConv"),
+    _rule("after", _last_norm("block"), "torchvision.efficientnet:FusedMBConv"),
+    _rule("after", _last_norm("layers"), "torchvision.mnasnet:_InvertedResidual"),
     # Half of the channels pass a block of ShuffleNet untouched; the other half is its branch.
-    Rule(("torchvision.models.shufflenetv2:InvertedResidual",), "after", last_norm("branch2")),
-    Rule(
-        ("timm.models.ghostnet:GhostBottleneck", "timm.models.ghostnet:GhostBottleneckV3"),
-        "after",
-        at("ghost2"),
-        "ghost2.out_chs",
-    ),
-    Rule(("timm.models.repghost:RepGhostBottleneck",), "after", at("ghost2")),
-    Rule(("timm.models.repvit:RepViTBlock",), "after", at("channel_mixer")),
-    Rule(("timm.models.repvit:RepVitDownsample",), "after", at("ffn")),
+    _rule("after", _last_norm("branch2"), "torchvision.shufflenetv2:InvertedResidual"),
+    _rule("after", "ghost2", "timm.ghostnet:GhostBottleneck", "ghost2.out_chs"),
+    _rule("after", "ghost2", "timm.ghostnet:GhostBottleneckV3", "ghost2.out_chs"),
+    _rule("after", "ghost2", "timm.repghost:RepGhostBottleneck"),
+    _rule("after", "channel_mixer", "timm.repvit:RepViTBlock"),
+    _rule("after", "ffn", "timm.repvit:RepVitDownsample"),
     # Branches that end in layer scale or a bare convolution: before the drop of the branch.
-    Rule(("timm.models.convnext:ConvNeXtBlock",), "before", at("drop_path"), "gamma"),
-    Rule(
-        ("torchvision.models.convnext:CNBlock",),
+    _rule("before", "drop_path", "timm.convnext:ConvNeXtBlock", "gamma"),
+    _rule("before", "stochastic_depth", "torchvision.convnext:CNBlock", "layer_scale", "channels"),
+    _rule(
         "before",
-        at("stochastic_depth"),
-        "layer_scale",
-        stage="channels",
+        "drop_path",
+        "timm.edgenext:ConvBlock timm.fasternet:MLPBlock timm.fastvit:RepMixerBlock "
+        "timm.inception_next:MetaNeXtBlock timm.maxxvit:MbConvBlock timm.maxxvit:ConvNeXtBlock "
+        "timm.starnet:Block",
     ),
-    Rule(
-        (
-            "timm.models.edgenext:ConvBlock",
-            "timm.models.fasternet:MLPBlock",
-            "timm.models.fastvit:RepMixerBlock",
-            "timm.models.inception_next:MetaNeXtBlock",
-            "timm.models.maxxvit:MbConvBlock",
-            "timm.models.maxxvit:ConvNeXtBlock",
-            "timm.models.starnet:Block",
-        ),
-        "before",
-        at("drop_path"),
+    _rule("before", "stochastic_depth", "torchvision.maxvit:MBConv"),
+    _rule(
+        "before", "drop_path", "timm.resnetv2:PreActBottleneck timm.nfnet:NormFreeBlock", "conv3"
     ),
-    Rule(("torchvision.models.maxvit:MBConv",), "before", at("stochastic_depth")),
-    Rule(("timm.models.resnetv2:PreActBottleneck",), "before", at("drop_path"), "conv3"),
-    Rule(("timm.models.resnetv2:PreActBasic",), "before", at("drop_path"), "conv2"),
-    Rule(("timm.models.nfnet:NormFreeBlock",), "before", at("drop_path"), "conv3"),
+    _rule("before", "drop_path", "timm.resnetv2:PreActBasic", "conv2"),
     # Networks without residual blocks.
-    Rule(
-        (
-            "timm.models.vgg:VGG",
-            "torchvision.models.vgg:VGG",
-            "torchvision.models.alexnet:AlexNet",
-        ),
-        "after",
-        before_pools("features"),
-        stage="site",
-    ),
-    Rule(
-        ("timm.models.densenet:DenseTransition", "torchvision.models.densenet:_Transition"),
-        "after",
-        at("pool"),
-        "conv",
-        stage="site",
-    ),
-    Rule(
-        ("timm.models.densenet:DenseNet", "torchvision.models.densenet:DenseNet"),
-        "after",
-        at("features.norm5"),
-        stage="site",
-    ),
-    Rule(("torchvision.models.squeezenet:Fire",), "after", itself, stage="channels"),
-    Rule(("timm.models.selecsls:SelecSlsBlock",), "after", last_norm("conv6")),
+    _rule("after", _before_pools, "timm.vgg:VGG torchvision.vgg:VGG", stage="site"),
+    _rule("after", _before_pools, "torchvision.alexnet:AlexNet", stage="site"),
+    _rule("after", "pool", "timm.densenet:DenseTransition", "conv", "site"),
+    _rule("after", "pool", "torchvision.densenet:_Transition", "conv", "site"),
+    _rule("after", "features.norm5", "timm.densenet:DenseNet", stage="site"),
+    _rule("after", "features.norm5", "torchvision.densenet:DenseNet", stage="site"),
+    _rule("after", _itself, "torchvision.squeezenet:Fire", stage="channels"),
+    _rule("after", _last_norm("conv6"), "timm.selecsls:SelecSlsBlock"),
     # What is added of a dual path; where it is one convolution with what is appended, both.
-    Rule(("timm.models.dpn:DualPathBlock",), "after", first_of("c1x1_c1", "c1x1_c")),
-    Rule(
-        (
-            *(f"torchvision.models.inception:Inception{letter}" for letter in "ABCDE"),
-            *(f"timm.models.inception_v3:Inception{letter}" for letter in "ABCDE"),
-            "torchvision.models.googlenet:Inception",
-        ),
-        "after",
-        itself,
+    _rule("after", _at("c1x1_c1", "c1x1_c"), "timm.dpn:DualPathBlock"),
+    _rule("after", _itself, "torchvision.googlenet:Inception"),
+    *(
+        _rule("after", _itself, f"{library}:Inception{letter}")
+        for library in ("torchvision.inception", "timm.inception_v3")
+        for letter in "ABCDE"
     ),
-    Rule(
-        tuple(
-            f"timm.models.inception_v4:{name}"
-            for name in ("InceptionA", "InceptionB", "InceptionC", "ReductionA", "ReductionB")
-        ),
-        "after",
-        itself,
-        stage="channels",
+    *(
+        _rule("after", _itself, f"timm.inception_v4:{kind}", stage="channels")
+        for kind in ("InceptionA", "InceptionB", "InceptionC", "ReductionA", "ReductionB")
     ),
-    Rule(("timm.models.hgnet:HighPerfGpuBlock",), "after", at("aggregation")),
-    Rule(
-        (
-            "timm.models.inception_resnet_v2:Block35",
-            "timm.models.inception_resnet_v2:Block17",
-            "timm.models.inception_resnet_v2:Block8",
-        ),
-        "after",
-        at("conv2d"),
-        stage="channels",
+    _rule("after", "aggregation", "timm.hgnet:HighPerfGpuBlock"),
+    *(
+        _rule("after", "conv2d", f"timm.inception_resnet_v2:Block{size}", stage="channels")
+        for size in (35, 17, 8)
     ),
 )
 """One row per kind of block. A block without shortcut (the first of a stage of inverted residuals)
@@ -330,8 +196,5 @@ _BY_CLASS = {name: rule for rule in RULES for name in rule.classes}
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a block, by its class or the nearest base that has one."""
-    for cls in type(module).__mro__:
-        rule = _BY_CLASS.get(f"{cls.__module__}:{cls.__name__}")
-        if rule is not None:
-            return rule
-    return None
+    names = (f"{cls.__module__}:{cls.__name__}" for cls in type(module).__mro__)
+    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)

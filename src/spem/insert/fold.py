@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spem.attention import AttentionSpec, ChannelAttention
-from spem.insert.attach import forget, put
+from spem.insert.attach import DISPLACED, exchange
 from spem.insert.families import is_norm, rule_of
 from spem.insert.fused import unfuse
+from spem.insert.sites import attentions_of, evaluating, float_like
 from spem.insert.start import IdentityStart
-from spem.insert.wrap import Around, BeforeModule
+from spem.insert.wrap import AfterNorm, Around, BeforeModule
 from spem.ops.library import has_hooks
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_Batch = tuple[Tensor, Tensor | None]
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Differences, relative to the largest output, between gates held constant and gates folded."""
 
@@ -127,17 +131,11 @@ def fold(
     """
     gates = _gates(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            means, sites = _measured(model, gates, _inputs(model, batches, None))
-            folded = copy.deepcopy(model)
-            _apply(folded, _gates(folded), means)
-            report = _compared(model, folded, gates, means, sites, _inputs(model, batches, labels))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        means, sites = _measured(model, gates, _inputs(model, batches, None))
+        folded = copy.deepcopy(model)
+        _apply(folded, _gates(folded), means)
+        report = _compared(model, folded, gates, means, sites, _inputs(model, batches, labels))
     with torch.no_grad():
         _apply(model, gates, means)
     return report
@@ -149,18 +147,13 @@ def _gates(model: nn.Module) -> list[_Gate]:
     Raises:
         ValueError: There is none, or one cannot be folded.
     """
-    found: list[_Gate] = []
-    inside: set[int] = set()
-    taken: dict[str, str] = {}
+    found: dict[str, _Gate] = {}
     names = {id(module): name for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        if not isinstance(module, ChannelAttention) or id(module) in inside:
-            continue
-        inside |= {id(part) for part in module.modules()}
-        above, _, key = name.rpartition(".")
-        parent = model.get_submodule(above)
+    for name, module in attentions_of(model).items():
         if not name:
             raise ValueError("fold: the model is one attention. Pass the network that holds it.")
+        above, _, key = name.rpartition(".")
+        parent = model.get_submodule(above)
         why = _no_factor(module)
         into = None if why else _before(model, parent, above, key)
         if into is None:
@@ -169,40 +162,41 @@ def _gates(model: nn.Module) -> list[_Gate]:
                 f"factor per channel after one of these becomes a constant."
             )
         into = names.get(id(_named(model, into)), into)
-        if into in taken:
-            raise ValueError(f"fold: {name} and {taken[into]} share {into}; each needs its own.")
-        taken[into] = name
-        found.append(_Gate(name, module, parent, key, into))
+        if into in found:
+            raise ValueError(
+                f"fold: {name} and {found[into].name} share {into}; each needs its own."
+            )
+        found[into] = _Gate(name, module, parent, key, into)
     if not found:
         raise ValueError(f"fold: there is no attention in {type(model).__name__}.")
-    return found
+    return list(found.values())
 
 
 def _no_factor(attention: ChannelAttention) -> str | None:
     """Why a gate is no factor per channel, as far as its class says."""
     inner = attention.inner if isinstance(attention, IdentityStart) else attention
-    needs, kind = inner.needs, inner.name or type(inner).__name__
-    if getattr(needs, "adds", False):
+    kind = inner.name or type(inner).__name__
+    if inner.needs.adds:
         return f"({kind}) adds to the map"
-    if getattr(needs, "replaces", None) is not None:
+    if inner.needs.replaces is not None:
         return f"({kind}) stands in place of a layer"
-    if getattr(needs, "shared", False) or type(inner).forward is not ChannelAttention.forward:
+    if inner.needs.shared or type(inner).forward is not ChannelAttention.forward:
         return f"({kind}) does more than multiply its map"
     return None
 
 
 def _before(model: nn.Module, parent: nn.Module, above: str, key: str) -> str | None:
     """Name of what takes the factor of an attention; None if nothing can."""
-    if isinstance(parent, Around) and not isinstance(parent, BeforeModule):
+    if isinstance(parent, AfterNorm):
         path = f"{above}.{parent.inner}"
     else:
-        block_name = above.rpartition(".")[0] if isinstance(parent, BeforeModule) else above
-        block = model.get_submodule(block_name)
+        if isinstance(parent, BeforeModule):
+            above, _, key = above.rpartition(".")
+        block = model.get_submodule(above)
         rule = rule_of(block)
-        slot = above.rpartition(".")[2] if isinstance(parent, BeforeModule) else key
-        if rule is None or not rule.reads or slot not in rule.find(block):
+        if rule is None or not rule.reads or key not in rule.find(block):
             return None
-        path = f"{block_name}.{rule.reads}" if block_name else rule.reads
+        path = f"{above}.{rule.reads}" if above else rule.reads
     target = _named(model, path)
     while type(target) is nn.Sequential and len(target):
         path, target = f"{path}.{len(target) - 1}", target[-1]
@@ -232,88 +226,69 @@ def _factors(target: object) -> list[Tensor]:
 
 
 def _measured(
-    model: nn.Module, gates: list[_Gate], inputs: Iterator[tuple[Tensor, Tensor | None]]
+    model: nn.Module, gates: list[_Gate], inputs: Iterable[_Batch]
 ) -> tuple[list[Tensor], tuple[FoldedSite, ...]]:
     """The mean of every gate over all images, [C] in float64, and how far it strays."""
-    sums = [torch.zeros((), dtype=torch.float64) for _ in gates]
-    squares = [torch.zeros((), dtype=torch.float64) for _ in gates]
+    sums = [torch.zeros(2, gate.attention.channels, dtype=torch.float64) for gate in gates]
     counts = [0] * len(gates)
 
-    def see(number: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        attention, x = cast("ChannelAttention", module), cast("Tensor", inputs[0])
-        v = attention.gate(x)
+    def see(number: int, attention: ChannelAttention, inputs: tuple[Tensor, ...]) -> None:
+        v = attention.gate(inputs[0])
         if any(extent > 1 for extent in v.shape[2:]):
             raise ValueError(
                 f"fold: {gates[number].name} ({attention.name}) has another gate at each position; "
                 f"only a factor per channel becomes a constant."
             )
-        v = v.flatten(1).expand(x.shape[0], attention.channels).double().cpu()
-        sums[number] = sums[number] + v.sum(0)
-        squares[number] = squares[number] + v.square().sum(0)
-        counts[number] += x.shape[0]
+        v = v.flatten(1).expand(len(inputs[0]), attention.channels).double().cpu()
+        sums[number] += torch.stack([v.sum(0), v.square().sum(0)])
+        counts[number] += len(v)
 
-    def watch(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, inputs: see(number, module, inputs)
-
-    handles = [
-        gate.attention.register_forward_pre_hook(watch(number)) for number, gate in enumerate(gates)
-    ]
-    try:
+    with ExitStack() as stack:
+        for number, gate in enumerate(gates):
+            hook = cast("Callable[..., None]", partial(see, number))
+            stack.enter_context(gate.attention.register_forward_pre_hook(hook))
         for x, _ in inputs:
             model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     idle = [gate.name for gate, count in zip(gates, counts, strict=True) if count == 0]
     if idle:
         why = "no images were given" if len(idle) == len(gates) else f"{idle[0]} did not run"
         raise ValueError(f"fold: {why}. Pass batches that the network takes whole.")
     means: list[Tensor] = []
     sites: list[FoldedSite] = []
-    for gate, total, square, count in zip(gates, sums, squares, counts, strict=True):
-        mean = total / count
-        stray = (square / count - mean.square()).clamp(min=0).mean().sqrt()
-        scale = mean.square().mean().sqrt()
+    for gate, total, count in zip(gates, sums, counts, strict=True):
+        mean, square = total / count
+        stray = (square - mean.square()).clamp(min=0).mean().sqrt()
+        spread = float(stray / mean.square().mean().sqrt())
         means.append(mean)
-        channels = gate.attention.channels
-        sites.append(FoldedSite(gate.name, channels, float(mean.mean()), float(stray / scale)))
+        sites.append(FoldedSite(gate.name, len(mean), float(mean.mean()), spread))
     return means, tuple(sites)
 
 
 def _apply(model: nn.Module, gates: list[_Gate], means: list[Tensor]) -> None:
     """Multiplies the constants in and takes the attention out."""
+    new: dict[nn.Module, nn.Module | None] = {}
     for gate, mean in zip(gates, means, strict=True):
         for tensor in _factors(_named(model, gate.into)):
-            factor = mean.reshape(-1, *[1] * (tensor.dim() - 1)).to(tensor.device)
-            if tensor.shape[0] != mean.numel():  # a layer scale [C, 1, 1] or [1, C, 1, 1]
-                factor = mean.reshape(tensor.shape).to(tensor.device)
-            tensor.copy_(tensor.double() * factor)
-    parents = list(model.modules())
-    for gate in gates:
-        out: nn.Module = gate.attention
-        left: nn.Module | None
+            shape = [-1, *[1] * (tensor.dim() - 1)]
+            if tensor.shape[0] != mean.numel():  # a layer scale [1, C, 1, 1]
+                shape = tensor.shape
+            tensor.copy_(tensor.double() * mean.reshape(shape).to(tensor.device))
         if isinstance(gate.parent, Around):
-            out, left = gate.parent, gate.parent.layer
+            new[gate.parent] = gate.parent.layer
         else:
-            left = _left(gate)
-        for parent in parents:
-            for key, child in list(parent._modules.items()):
-                if child is out:
-                    put(parent, key, left)
-    for module in parents:
+            new[gate.attention] = _left(gate)
+    for module in model.modules():
         unfuse(module)
         if isinstance(getattr(module, "spec", None), AttentionSpec):
             vars(module)["spec"] = None  # of spem.resnet: it is the plain network now
-    forget(model)
+    exchange(model, new)
 
 
 def _left(gate: _Gate) -> nn.Module | None:
     """What a free slot holds in the plain network."""
-    displaced = vars(gate.attention).get("displaced")
-    if displaced is not None:
-        layer = displaced.layer
-        return None if layer is None else nn.Identity()
     optional = type(gate.parent).__module__ in ("spem.models", "timm.models.resnet")
+    if DISPLACED in vars(gate.attention):
+        optional = vars(gate.attention)[DISPLACED] is None
     return None if optional else nn.Identity()
 
 
@@ -323,7 +298,7 @@ def _compared(
     gates: list[_Gate],
     means: list[Tensor],
     sites: tuple[FoldedSite, ...],
-    inputs: Iterator[tuple[Tensor, Tensor | None]],
+    inputs: Iterable[_Batch],
 ) -> FoldReport:
     """Both networks on the same images.
 
@@ -337,10 +312,9 @@ def _compared(
         before, after = _outputs(model(x)), _outputs(folded(x))
         if number == 0:
             _check(_held(model, gates, means, x), after)
-        images += x.shape[0]
-        for one, two in zip(before, after, strict=True):
-            difference = max(difference, float((one.double() - two.double()).abs().max()))
-            largest = max(largest, float(one.abs().max()))
+        images += len(x)
+        difference = max(difference, _difference(before, after))
+        largest = max(largest, *(float(one.abs().max()) for one in before))
         classes = classes and before[0].dim() == 2
         if not classes:
             continue
@@ -363,29 +337,20 @@ def _compared(
 def _held(model: nn.Module, gates: list[_Gate], means: list[Tensor], x: Tensor) -> list[Tensor]:
     """Outputs with every gate held at its mean, which folding has to equal."""
 
-    def constant(mean: Tensor) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], _output: object) -> Tensor:
-            z = cast("Tensor", inputs[0])
-            return z * mean.reshape(1, -1, *[1] * (z.dim() - 2)).to(z.device, z.dtype)
+    def hold(mean: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> Tensor:
+        z = inputs[0]
+        return z * mean.reshape(1, -1, *[1] * (z.dim() - 2)).to(z.device, z.dtype)
 
-        return hook
-
-    handles = [
-        gate.attention.register_forward_hook(constant(mean))
-        for gate, mean in zip(gates, means, strict=True)
-    ]
-    try:
+    with ExitStack() as stack:
+        for gate, mean in zip(gates, means, strict=True):
+            stack.enter_context(gate.attention.register_forward_hook(partial(hold, mean)))
         return _outputs(model(x))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check(held: list[Tensor], folded: list[Tensor]) -> None:
     for one, two in zip(held, folded, strict=True):
-        scale = float(one.abs().max()) or 1.0
-        limit = _ROUNDING.get(one.dtype, 0.1)
-        if not float((one.double() - two.double()).abs().max()) <= limit * scale:
+        limit = _ROUNDING.get(one.dtype, 0.1) * (float(one.abs().max()) or 1.0)
+        if not _difference([one], [two]) <= limit:
             raise ValueError(
                 "fold: the network with folded gates is not the one with its gates held constant: "
                 "between a gate and the layer before it something else happens, such as the sum of "
@@ -393,24 +358,27 @@ def _check(held: list[Tensor], folded: list[Tensor]) -> None:
             )
 
 
+def _difference(ones: list[Tensor], twos: list[Tensor]) -> float:
+    pairs = zip(ones, twos, strict=True)
+    return max(float((one.double() - two.double()).abs().max()) for one, two in pairs)
+
+
 def _inputs(
-    model: nn.Module,
-    batches: Iterable[Tensor | Sequence[Tensor]],
-    labels: Tensor | Sequence[int] | None,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+    model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]], labels: object
+) -> Iterator[_Batch]:
     """Inputs on the device of the model, with labels where there are some."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = float_like(model)
     given = None if labels is None else torch.as_tensor(labels)
     start = 0
     for batch in batches:
         x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
         if given is not None:
-            y = given[start : start + x.shape[0]]
-            if len(y) != x.shape[0]:
+            y = given[start : start + len(x)]
+            if len(y) != len(x):
                 raise ValueError(
                     f"fold: there are {len(given)} labels and more images. Give a label for each."
                 )
-            start += x.shape[0]
+            start += len(x)
         yield x.to(like.device, like.dtype), y
 
 

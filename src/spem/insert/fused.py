@@ -23,31 +23,18 @@ _LOG = logging.getLogger("spem.insert")
 _LOGGED: set[str] = set()
 _NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
 
-BLOCKS: dict[str, tuple[str, str]] = {
-    "timm.models.resnet:BasicBlock": ("spem.insert.fused_timm", "FusedBasicBlock"),
-    "timm.models.resnet:Bottleneck": ("spem.insert.fused_timm", "FusedBottleneck"),
-    "torchvision.models.resnet:BasicBlock": ("spem.insert.fused_torchvision", "FusedBasicBlock"),
-    "torchvision.models.resnet:Bottleneck": ("spem.insert.fused_torchvision", "FusedBottleneck"),
-}
-"""The blocks with a fused tail and their subclasses; no other subclass, whose forward may differ.
-The subclasses lie in modules of their own, since they import the host's library."""
-
 
 class Tail(NamedTuple):
-    """Names of a block's attributes.
-
-    Attributes:
-        branch: Layers before the last norm, in their order; a norm and its activation, and what is
-            between, are one group.
-        norm: The last norm.
-        slot: The attention; "" where `AfterNorm` around the norm holds it.
-        act: The activation after the addition.
-    """
+    """Names of a block's attributes."""
 
     branch: tuple[str | tuple[str, ...], ...]
+    """Layers before the last norm; a norm, what is between, and its activation are one group."""
     norm: str
+    """The last norm."""
     slot: str
+    """The attention; "" where `AfterNorm` around the norm holds it."""
     act: str
+    """The activation after the addition."""
 
 
 class FusedTail(nn.Module):
@@ -122,16 +109,20 @@ def fuse(block: nn.Module) -> None:
 
 def unfuse(block: nn.Module) -> None:
     """Gives a block its host's class back; does nothing to others."""
-    if isinstance(block, FusedTail):
-        kinds = type(block).__mro__
-        if kinds[0].__module__.startswith("spem.insert.fused_"):
-            block.__class__ = kinds[kinds.index(FusedTail) + 1]
+    kinds = type(block).__mro__
+    if kinds[0].__module__.startswith("spem.insert.fused_"):
+        block.__class__ = kinds[kinds.index(FusedTail) + 1]
 
 
 def _fused_class(block: nn.Module) -> type[FusedTail] | None:
+    """The subclass for a block; none for a subclass of the host's, whose forward may differ."""
     kind = type(block)
-    found = BLOCKS.get(f"{kind.__module__}:{kind.__name__}")
-    return None if found is None else getattr(import_module(found[0]), found[1])
+    library, _, module = kind.__module__.partition(".")
+    if library not in ("timm", "torchvision") or module != "models.resnet":
+        return None
+    # In modules of their own, since they import the host's library.
+    fused = import_module(f"spem.insert.fused_{library}")
+    return getattr(fused, f"Fused{kind.__name__}", None)
 
 
 def _is_relu_after_norm(after: list[nn.Module]) -> bool:

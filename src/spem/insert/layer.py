@@ -1,30 +1,11 @@
 """Attention as timm's blocks ask for it: a function of a number of channels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from spem.attention import PLACES, AttentionSpec, ChannelAttention, as_spec
-
-
-@dataclass(frozen=True)
-class AttnLayer:
-    """Builds an attention for a number of channels, as timm's blocks ask for it."""
-
-    spec: AttentionSpec
-
-    def __call__(
-        self,
-        channels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **hints: object,
-    ) -> ChannelAttention:
-        """The attention; hints for timm's own layers (``rd_ratio``, ``act_layer``) are left out."""
-        del hints
-        return self.spec.build(channels, device=device, dtype=dtype)
 
 
 def attn_layer(
@@ -40,7 +21,19 @@ def attn_layer(
         >>> attn_layer("se(reduction=8)")(64).channels
         64
     """
-    return AttnLayer(tail_spec(spec, "attn_layer"))
+    return partial(_build, tail_spec(spec, "attn_layer"))
+
+
+def _build(
+    spec: AttentionSpec,
+    channels: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **_hints: object,
+) -> ChannelAttention:
+    """Leaves out hints for timm's own layers (``rd_ratio``, ``act_layer``)."""
+    return spec.build(channels, device=device, dtype=dtype)
 
 
 def tail_spec(attention: str | AttentionSpec | type[ChannelAttention], asker: str) -> AttentionSpec:
@@ -62,11 +55,6 @@ def tail_spec(attention: str | AttentionSpec | type[ChannelAttention], asker: st
         raise TypeError(
             f"{asker}: got one {type(attention).__name__}, and every site needs its own. Pass the "
             f"class or its spec, such as '{attention.name or 'se'}'."
-        )
-    if attention is not None and not isinstance(attention, (str, AttentionSpec)):
-        raise TypeError(
-            f"{asker}: attention={attention!r} is no spec. Pass its text, such as 'se', an "
-            f"AttentionSpec, or the class."
         )
     spec = as_spec(attention)
     if spec is None:

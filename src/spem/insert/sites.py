@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
-from spem.insert.families import How, Rule, Stage, is_norm, rule_of
-from spem.insert.follow import Call, End, ends_of_branches, follow, suggestion, summary
-from spem.insert.start import channels_of_layer, existing_layer
+from spem.insert.families import How, Stage, is_norm, rule_of
+from spem.insert.follow import Call, ends_of_branches, follow, suggestion, summary
+from spem.insert.start import existing_layer, se_channels
 
 _LOG = logging.getLogger("spem.insert")
 Where = Callable[[nn.Module], nn.Module | None]
@@ -64,33 +64,24 @@ class Spot:
 
     name: str
     block: nn.Module
-    parent: nn.Module
-    key: str
     how: How
     kind: Stage
+    reason: str
+    parent: nn.Module
+    key: str
     layer: nn.Module | None
     reads: object
-    reason: str
     places: list[Place] = field(default_factory=list[Place])
     """Every attribute of the network that holds the layer."""
-    channels: int | None = None
+    width: int | None = None
     shape: tuple[int, ...] | None = None
     stage: int = 0
 
-    def site(self) -> Site:
-        """Its public description."""
-        assert self.channels is not None
-        layer = "" if self.layer is None or self.free else type(self.layer).__name__
-        return Site(
-            self.name,
-            type(self.block).__name__,
-            self.stage,
-            self.how,
-            layer,
-            self.channels,
-            self.shape,
-            reason=self.reason,
-        )
+    @property
+    def channels(self) -> int:
+        """C, once it is known."""
+        assert self.width is not None
+        return self.width
 
     @property
     def free(self) -> bool:
@@ -98,75 +89,46 @@ class Spot:
         return self.how == "slot" and (self.layer is None or type(self.layer) is nn.Identity)
 
     @property
-    def watched(self) -> nn.Module | None:
+    def watched(self) -> nn.Module:
         """The module whose map is that of the site."""
-        if self.layer is not None:
-            return self.layer
-        return self.reads if isinstance(self.reads, nn.Module) else None
-
-    @property
-    def composite(self) -> bool:
-        """Whether it follows a module of several parts, which the network may call themselves."""
-        return self.how == "after" and self.layer is not None and any(self.layer.children())
+        return next(m for m in (self.layer, self.reads, self.block) if isinstance(m, nn.Module))
 
     @property
     def rank(self) -> int | None:
         """Axes of the map, from its shape or the class of the layer; None if neither says."""
         if self.shape is not None:
             return len(self.shape)
-        for part in (self.layer, self.reads):
-            for cls in type(part).__mro__:
-                if found := re.search(r"([123])d$", cls.__name__):
-                    return 2 + int(found[1])
-        return None
-
-
-class Node(NamedTuple):
-    """A module of a network: its name, and the attribute that holds it."""
-
-    name: str
-    module: nn.Module
-    parent: nn.Module | None
-    key: str
-
-
-def nodes_of(model: nn.Module) -> list[Node]:
-    """Every module of a network once, in its order."""
-    found: list[Node] = []
-    for name, module in model.named_modules():
-        above, _, key = name.rpartition(".")
-        found.append(Node(name, module, model.get_submodule(above) if name else None, key))
-    return found
+        names = [cls.__name__ for part in (self.layer, self.reads) for cls in type(part).__mro__]
+        digits = (re.search(r"([123])d$", name) for name in names)
+        return next((2 + int(found[1]) for found in digits if found), None)
 
 
 def find_spots(
-    model: nn.Module,
-    where: Where | None,
-    *,
-    replacing: bool,
-    input_shape: tuple[int, ...] | None = None,
+    model: nn.Module, where: Where | None, *, replacing: bool, input_shape: tuple[int, ...] | None
 ) -> list[Spot]:
     """All sites of a network, in its order, without stages.
 
     Raises:
         ValueError: There is none.
     """
-    nodes = nodes_of(model)
     spots: list[Spot] = []
     if where is not None:
-        spots = list(_asked(nodes, where, "replace" if replacing else "after"))
+        spots = list(_asked(model, where, "replace" if replacing else "after"))
         if not spots:
             raise ValueError(
                 f"attach: where= gave None for every module of {type(model).__name__}, so there is "
                 f"no site."
             )
     elif replacing:
-        spots = list(_existing(nodes))
-    spots = spots or list(_ruled(nodes)) or list(_followed(model, nodes, input_shape))
-    order = {id(node.module): number for number, node in enumerate(nodes)}
-    spots = list({(id(spot.parent), spot.key): spot for spot in spots}.values())
-    spots.sort(key=lambda spot: order[id(spot.watched or spot.block)])
-    held = _holders(model)
+        spots = list(_existing(model))
+    spots = spots or list(_ruled(model)) or list(followed(model, input_shape))
+    order = {module: number for number, module in enumerate(model.modules())}
+    spots = list({(spot.parent, spot.key): spot for spot in spots}.values())
+    spots.sort(key=lambda spot: order[spot.watched])
+    held: dict[nn.Module | None, list[Place]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            held.setdefault(child, []).append((parent, key))
     for spot in spots:
         lazy = next((m for m in (spot.layer, spot.reads) if is_lazy(m)), None)
         if lazy is not None:
@@ -174,9 +136,8 @@ def find_spots(
                 f"attach: {spot.name} is a {type(lazy).__name__} that has seen no data, so its "
                 f"channels are unknown. Run one batch through the network first."
             )
-        spot.channels = _width(spot.reads)
-        if not spot.places:
-            spot.places = _places(spot, held)
+        spot.width = _width(spot.reads)
+        spot.places = _places(spot, held.get(spot.layer, []))
     return spots
 
 
@@ -185,83 +146,135 @@ def is_lazy(module: object) -> bool:
     return isinstance(module, LazyModuleMixin) and cast("Any", module).has_uninitialized_params()
 
 
-def trace(model: nn.Module, spots: Iterable[Spot], input_shape: tuple[int, ...] | None) -> None:
+def _places(spot: Spot, held: list[Place]) -> list[Place]:
+    """Where the layer of a site is held: a network may keep its layers in two containers.
+
+    One activation that many blocks share is held by all of them, and is meant in this block alone.
+    """
+    if spot.layer is None or len(held) < 2:
+        return [(spot.parent, spot.key)]
+    if any(True for _ in (*spot.layer.parameters(), *spot.layer.buffers())):
+        return held
+    inside = set(spot.block.modules())
+    return [place for place in held if place[0] in inside] or [(spot.parent, spot.key)]
+
+
+def trace(model: nn.Module, spots: list[Spot], input_shape: tuple[int, ...] | None) -> None:
     """Runs the network once in evaluation mode and writes down the map of every site.
 
     A site whose layer does not run, because the network calls the parts of that layer itself, moves
     to the last of these parts.
 
     Raises:
-        ValueError: The network does not run on such an input, or a map is no [N, C, ...].
+        ValueError: A map is no [N, C, ...], or channels are unknown.
+        InputError: The network does not run on such an input.
     """
-    spots = list(spots)
-    shapes: dict[int, tuple[int, ...]] = {}
-    parts: dict[int, tuple[str, tuple[int, ...]]] = {}
-    handles: list[torch.utils.hooks.RemovableHandle] = []
+    shapes: dict[nn.Module, list[tuple[int, ...] | None]] = {}  # in the order of the last calls
 
-    def watch(module: nn.Module, see: Callable[[object, object], None]) -> None:
-        hook = module.register_forward_hook(lambda _, inputs, output: see(inputs[0], output))
-        handles.append(hook)
+    def see(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        shapes.pop(module, None)
+        maps = (*inputs[:1], output)
+        shapes[module] = [tuple(m.shape) if isinstance(m, Tensor) else None for m in maps]
 
-    def see_map(spot: Spot, before: object, after: object) -> None:
-        value = before if spot.how in ("before", "replace") else after
-        if isinstance(value, Tensor):
-            shapes[id(spot)] = tuple(value.shape)
-
-    def see_part(spot: Spot, part: str, _: object, after: object) -> None:
-        if isinstance(after, Tensor):
-            parts[id(spot)] = part, tuple(after.shape)
-
-    try:
-        for spot in spots:
-            if spot.watched is not None:
-                watch(spot.watched, partial(see_map, spot))
-            if spot.composite and spot.layer is not None:
-                for name, part in list(spot.layer.named_modules())[1:]:
-                    watch(part, partial(see_part, spot, name))
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(see))
         run_once(model, input_shape)
-    finally:
-        for handle in handles:
-            handle.remove()
     for spot in spots:
-        if id(spot) not in shapes and id(spot) in parts:
-            part, shapes[id(spot)] = parts[id(spot)]
-            _move(spot, part)
-        _take_shape(spot, shapes.get(id(spot)))
+        if spot.how == "after" and spot.watched not in shapes:
+            _move(spot, list(shapes))
+        which = 0 if spot.how in ("before", "replace") else -1
+        shape = shapes[spot.watched][which] if spot.watched in shapes else None
+        if shape is not None:
+            _take_shape(spot, shape)
+        elif spot.width is None:
+            raise ValueError(
+                f"attach: the forward pass did not come by {spot.name}, so its channels are "
+                f"unknown. Leave it out with include=."
+            )
 
 
-def _move(spot: Spot, part: str) -> None:
-    """Moves a site to a part of its layer."""
+def _move(spot: Spot, ran: list[nn.Module]) -> None:
+    """Moves a site to the part of its layer that ran last, if any did."""
     assert spot.layer is not None
-    above, _, spot.key = part.rpartition(".")
-    spot.parent = spot.layer.get_submodule(above)
-    spot.layer = spot.reads = spot.layer.get_submodule(part)
-    spot.name, spot.channels = f"{spot.name}.{part}", _width(spot.reads)
-    spot.places = [(spot.parent, spot.key)]
+    parts = {part: name for name, part in spot.layer.named_modules()}
+    last = next((part for part in reversed(ran) if part in parts), None)
+    if last is not None:
+        above, _, spot.key = parts[last].rpartition(".")
+        spot.parent, spot.name = spot.layer.get_submodule(above), f"{spot.name}.{parts[last]}"
+        spot.layer = spot.reads = last
+        spot.width, spot.places = _width(last), [(spot.parent, spot.key)]
+
+
+def _take_shape(spot: Spot, shape: tuple[int, ...]) -> None:
+    if not 3 <= len(shape) <= 5 or prod(shape) == 0:
+        raise ValueError(
+            f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 spatial "
+            f"axes. Leave it out with include=, or pass where= another module."
+        )
+    if spot.width not in (None, shape[1]):
+        raise ValueError(
+            f"attach: the map at {spot.name} is {list(shape)}, but its norm says {spot.width} "
+            f"channels. Pass where= a module whose output is [N, C, ...]."
+        )
+    spot.width, spot.shape = shape[1], shape
+
+
+class InputError(ValueError):
+    """A network does not run on an input."""
 
 
 def run_once(model: nn.Module, input_shape: tuple[int, ...] | None) -> None:
     """One forward pass on zeros, in evaluation mode; the modes are restored.
 
     Raises:
-        ValueError: The network does not run on such an input.
+        InputError: The network does not run on such an input.
     """
+    model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
     shape = input_shape or default_input(model)
-    modes = [(module, module.training) for module in model.modules()]
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = float_like(model)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(torch.zeros(shape, dtype=like.dtype, device=like.device))
     except Exception as error:  # a network says in its own way that an input does not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
+        raise InputError(
             f"attach: {type(model).__name__} does not run on an input of {list(shape)} ({reason}). "
             f"Pass input_shape= one that it takes."
         ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Puts a network in evaluation mode for a while; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def float_like(*parts: object) -> Tensor:
+    """The first floating-point tensor of some modules or tensors: whose device and dtype to use."""
+    for part in parts:
+        tensors = (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else (part,)
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                return tensor
+    return torch.empty(0)
+
+
+def attentions_of(model: nn.Module) -> dict[str, ChannelAttention]:
+    """The attentions of a network by their names; what is part of another one is left out."""
+    found: dict[str, ChannelAttention] = {}
+    parts: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, ChannelAttention) and module not in parts:
+            found[name] = module
+            parts |= set(module.modules())
+    return found
 
 
 _EXTENTS = {1: (1024,), 2: (224, 224), 3: (8, 64, 64)}
@@ -275,9 +288,8 @@ def default_input(model: nn.Module) -> tuple[int, ...]:
         size = config.get("input_size") if isinstance(config, dict) else None
         if isinstance(size, (tuple, list)) and len(size) == 3:
             return (1, *(int(extent) for extent in size))
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     for module in model.modules():
-        if isinstance(module, convolutions):
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return (1, module.in_channels or 3, *_EXTENTS[len(module.kernel_size)])
     return (1, 3, *_EXTENTS[2])
 
@@ -285,19 +297,18 @@ def default_input(model: nn.Module) -> tuple[int, ...]:
 def number_stages(spots: list[Spot]) -> None:
     """Gives every site the number of its stage; needs channels."""
     names = [spot.name.split(".") for spot in spots]
+    shortest = min(map(len, names))
     depth = 0
-    shortest = min(len(name) for name in names)
     while depth < shortest - 1 and len({name[depth] for name in names}) == 1:
         depth += 1
     order: dict[object, int] = {}
     run = 0
     for number, (spot, name) in enumerate(zip(spots, names, strict=True)):
+        key: object = (spot.name,)
         if spot.kind == "channels":
-            run += number == 0 or spots[number - 1].channels != spot.channels
-            key: object = run
-        elif spot.kind == "site":
-            key = (spot.name,)
-        else:
+            run += number == 0 or spots[number - 1].width != spot.width
+            key = run
+        elif spot.kind == "name":
             rest = ".".join(name[depth:])
             found = re.match(r"\D*\d+", rest)
             key = found[0] if found else rest
@@ -339,15 +350,10 @@ def built(spot: Spot, spec: AttentionSpec, *, asker: str, like: Tensor) -> Chann
     Raises:
         ValueError: It does not fit the channels or the rank of the map there.
     """
-    assert spot.channels is not None
-    size = spot.shape[2:] if spot.shape is not None and len(spot.shape) == 4 else None
+    shape = spot.shape
+    size = None if shape is None or len(shape) != 4 else (shape[2], shape[3])
     try:
-        attention = spec.build(
-            spot.channels,
-            size=None if size is None else (size[0], size[1]),
-            device=like.device,
-            dtype=like.dtype,
-        )
+        attention = spec.build(spot.channels, size=size, device=like.device, dtype=like.dtype)
     except ValueError as error:
         raise ValueError(f"{asker}: {spot.name}: {error}") from None
     if spot.rank not in (None, 4) and not attention.takes_any_rank():
@@ -359,193 +365,146 @@ def built(spot: Spot, spec: AttentionSpec, *, asker: str, like: Tensor) -> Chann
     return attention
 
 
-def costed(spot: Spot, spec: AttentionSpec) -> Site:
+def described(spot: Spot, spec: AttentionSpec | None) -> Site:
     """A site with what an attention costs there: it is built without memory and counted."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    site = spot.site()
-    attention = built(spot, spec, asker="find_sites", like=torch.empty(0, device="meta")).eval()
-    parameters = sum(p.numel() for p in attention.parameters())
-    if site.shape is None:
-        return replace(site, parameters=parameters)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        attention(torch.empty(site.shape, device="meta"))
-    return replace(site, parameters=parameters, flops=counter.get_total_flops())
+    parameters = flops = None
+    if spec is not None:
+        like = torch.empty(0, device="meta")
+        attention = built(spot, spec, asker="find_sites", like=like).eval()
+        parameters = sum(p.numel() for p in attention.parameters())
+        if spot.shape is not None:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                attention(torch.empty(spot.shape, device="meta"))
+            flops = counter.get_total_flops()
+    layer = "" if spot.layer is None or spot.free else type(spot.layer).__name__
+    place = spot.name, type(spot.block).__name__, spot.stage, spot.how, layer
+    return Site(*place, spot.channels, spot.shape, parameters, flops, spot.reason)
 
 
-def _holders(model: nn.Module) -> dict[int, list[Place]]:
-    """Every attribute that holds a module, by the module."""
-    held: dict[int, list[Place]] = {}
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if child is not None:
-                held.setdefault(id(child), []).append((parent, key))
-    return held
-
-
-def _places(spot: Spot, held: dict[int, list[Place]]) -> list[Place]:
-    """Where the layer of a site is held: a network may keep its layers in two containers.
-
-    One activation that many blocks share is held by all of them, and is meant in this block alone.
-    """
-    found = held.get(id(spot.layer), [])
-    if len(found) < 2 or spot.layer is None:
-        return [(spot.parent, spot.key)]
-    if any(True for _ in (*spot.layer.parameters(), *spot.layer.buffers())):
-        return found
-    inside = {id(part) for part in spot.block.modules()}
-    return [place for place in found if id(place[0]) in inside] or [(spot.parent, spot.key)]
-
-
-def _ruled(nodes: list[Node]) -> Iterator[Spot]:
-    """The sites that the table of families names."""
-    for node in nodes:
-        rule = rule_of(node.module)
-        if rule is None:
-            continue
-        for path in rule.find(node.module):
-            yield _spot(node, rule, path)
-
-
-def _spot(node: Node, rule: Rule, path: str) -> Spot:
-    if path:
-        above, _, key = path.rpartition(".")
-        parent = node.module.get_submodule(above) if above else node.module
-    else:
-        parent, key = node.parent, node.key
-    if parent is None:
-        raise ValueError(
-            f"attach: the network is a single {type(node.module).__name__} and has nothing around "
-            f"it. Put it into an nn.Sequential."
-        )
+def _spot(
+    model: nn.Module,
+    name: str,
+    block: nn.Module,
+    how: How,
+    kind: Stage,
+    reason: str,
+    reads: object = None,
+) -> Spot:
+    """The site of a name; None reads the channels off the layer there."""
+    above, _, key = name.rpartition(".")
+    parent = model.get_submodule(above)
     layer = getattr(parent, key)
-    reads: object = layer
-    if rule.reads:
-        reads = node.module
-        for name in rule.reads.split("."):
-            reads = getattr(reads, name, None)
-    name = ".".join(part for part in (node.name, path) if part)
-    reason = f"known block {type(node.module).__name__}"
-    return Spot(name, node.module, parent, key, rule.how, rule.stage, layer, reads, reason)
+    reads = layer if reads is None else reads
+    return Spot(name, block, how, kind, reason, parent, key, layer, reads)
 
 
-def _asked(nodes: list[Node], where: Where, how: How) -> Iterator[Spot]:
+def _join(above: str, name: str) -> str:
+    return f"{above}.{name}" if above and name else above or name
+
+
+def _ruled(model: nn.Module) -> Iterator[Spot]:
+    """The sites that the table of families names."""
+    for name, block in model.named_modules():
+        rule = rule_of(block)
+        for path in [] if rule is None else rule.find(block):
+            assert rule is not None
+            site, kind = _join(name, path), type(block).__name__
+            if not site:
+                raise ValueError(
+                    f"attach: the network is a single {kind} and has nothing around it. Put it "
+                    f"into an nn.Sequential."
+                )
+            reads: object = block
+            for part in rule.reads.split("."):
+                reads = getattr(reads, part, None)
+            yield _spot(model, site, block, rule.how, rule.stage, f"known block {kind}", reads)
+
+
+def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
     """The sites that a function of the caller's names."""
-    by_module = {id(node.module): node for node in nodes}
-    for node in nodes:
-        layer = where(node.module)
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        layer = where(module)
         if layer is None:
             continue
+        here = name or "the network"
         if not isinstance(layer, nn.Module):
             raise TypeError(
-                f"attach: where= gave {layer!r} for {node.name or 'the network'}, which is no "
-                "module. It has to give the norm to follow, or None."
-            )
-        found = by_module.get(id(layer))
-        if found is None or found.parent is None:
-            raise ValueError(
-                f"attach: where= gave a {type(layer).__name__} for {node.name or 'the network'} "
-                f"that is no part of the network. It has to give one of its modules, or None."
+                f"attach: where= gave {layer!r} for {here}, which is no module. It has to give the "
+                f"norm to follow, or None."
             )
         # One activation may be held by many blocks: here it is that of this one.
-        parent, key, name = found.parent, found.key, found.name
-        for inner, child in node.module.named_modules(remove_duplicate=False):
-            if child is layer and inner:
-                above, _, key = inner.rpartition(".")
-                parent = node.module.get_submodule(above)
-                name = f"{node.name}.{inner}" if node.name else inner
-                break
-        reads = channels_of_layer(layer) or layer
-        yield Spot(name, node.module, parent, key, how, "name", layer, reads, "where=")
+        inside = module.named_modules(remove_duplicate=False)
+        own = next((inner for inner, part in inside if part is layer and inner), None)
+        site = names.get(layer) if own is None else _join(name, own)
+        if not site:
+            raise ValueError(
+                f"attach: where= gave a {type(layer).__name__} for {here} that is no part of the "
+                f"network. It has to give one of its modules, or None."
+            )
+        yield _spot(model, site, module, how, "name", "where=", se_channels(layer))
 
 
-def _followed(
-    model: nn.Module, nodes: list[Node], input_shape: tuple[int, ...] | None
-) -> Iterator[Spot]:
+def _existing(model: nn.Module) -> Iterator[Spot]:
+    """The attention layers that a network has: of other libraries, and ours."""
+    within = "\n"
+    for name, module in model.named_modules():
+        ours = isinstance(module, ChannelAttention)
+        if not name or name.startswith(within) or not (ours or existing_layer(module)):
+            continue
+        within = f"{name}."
+        parts = name.split(".")
+        above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+        block = next((m for m in reversed(above[1:]) if rule_of(m) is not None), above[-1])
+        channels = module.channels if ours else se_channels(module)
+        reason = f"has a {type(module).__name__}"
+        yield _spot(model, name, block, "replace", "name", reason, channels)
+
+
+def followed(model: nn.Module, input_shape: tuple[int, ...] | None) -> Iterator[Spot]:
     """The sites of a network that is in no table, found by following a forward pass.
 
     Raises:
         ValueError: There is none.
     """
-    if not any(hasattr(node.module, "kernel_size") for node in nodes):
+    kind = type(model).__name__
+    if not any(hasattr(module, "kernel_size") for module in model.modules()):
         raise ValueError(
-            f"attach: no site found in {type(model).__name__} (no convolutional layers). "
+            f"attach: no site found in {kind} (no convolutional layers). "
             f"Pass where= a rule that names the layers to follow."
         )
     forward = follow(model, lambda: run_once(model, input_shape))
-    names = {id(node.module): node.name for node in nodes}
-    norms = forward.norms if forward.convolutions > 1 else {}
-    ranked: list[list[tuple[Call, Stage, str]]] = [
-        *(
-            [(end.call, "name", f"ends a residual branch of {_convs(end)}") for end in ends]
-            for ends in ends_of_branches(forward)
-        ),
-        [
-            (call, "site", f"last norm at {' x '.join(map(str, extents))}, no residual branches")
-            for extents, call in norms.items()
-        ],
+    names = {module: name for name, module in model.named_modules()}
+    last: list[tuple[Call, str]] = [
+        (call, f"last norm at {' x '.join(map(str, extents))}, no residual branches")
+        for extents, call in (forward.norms.items() if forward.convolutions > 1 else ())
     ]
-    found = next((rank for rank in ranked if rank), [])
-    for number, rank in enumerate(ranked, 1):
-        for call, _, reason in rank:
-            taken = "taken" if rank is found else "not taken"
-            _LOG.info("rank %d, %s: %s, %s", number, taken, names[id(call.module)], reason)
-    for (layer, parent), kind, reason in found:
+    ranked = [
+        [(end.call, f"ends a residual branch of {end.count}") for end in ends]
+        for ends in ends_of_branches(forward)
+    ]
+    found = next((rank for rank in (*ranked, last) if rank), [])
+    for number, rank in enumerate((*ranked, last), 1):
+        taken = "taken" if rank is found else "not taken"
+        for call, reason in rank:
+            _LOG.info("rank %d, %s: %s, %s", number, taken, names[call.module], reason)
+    for (layer, parent), reason in found:
         key = next((key for key, child in parent.named_children() if child is layer), None)
         if key is None:
             raise ValueError(
-                f"attach: {names[id(layer)]} of {type(model).__name__} ends a branch, and no "
-                f"attribute of {names[id(parent)] or 'the network'} holds it. Pass where=."
+                f"attach: {names[layer]} of {kind} ends a branch, and no attribute of "
+                f"{names[parent] or 'the network'} holds it. Pass where=."
             )
-        name = f"{names[id(parent)]}.{key}" if names[id(parent)] else key
-        spot = Spot(name, parent, parent, key, "after", kind, layer, layer, reason)
-        yield spot
+        stage: Stage = "site" if found is last else "name"
+        yield _spot(model, _join(names[parent], key), parent, "after", stage, reason)
     if not found:
-        line = suggestion(model, forward)
+        line = suggestion(model, forward) or "where=..."
         raise ValueError(
-            f"attach: no site found in {type(model).__name__} ({summary(forward)}). Name the "
-            f"layers to follow, for example spem.attach(model, 'spem', {line or 'where=...'})."
+            f"attach: no site found in {kind} ({summary(forward)}). Name the layers to follow, "
+            f"for example spem.attach(model, 'spem', {line})."
         )
-
-
-def _convs(end: End) -> str:
-    return f"{end.convolutions} convolution{'s' if end.convolutions > 1 else ''}"
-
-
-def _existing(nodes: list[Node]) -> Iterator[Spot]:
-    """The attention layers that a network has: of other libraries, and ours."""
-    within = "\n"
-    for node in nodes:
-        ours = isinstance(node.module, ChannelAttention)
-        if node.parent is None or node.name.startswith(within):
-            continue
-        if ours or existing_layer(node.module) is not None:
-            within = f"{node.name}."
-            layer = node.module
-            reads = layer.channels if isinstance(layer, ChannelAttention) else None
-            yield Spot(
-                node.name,
-                _block_of(node, nodes),
-                node.parent,
-                node.key,
-                "replace",
-                "name",
-                layer,
-                channels_of_layer(layer) if reads is None else reads,
-                f"has a {type(layer).__name__}",
-            )
-
-
-def _block_of(node: Node, nodes: list[Node]) -> nn.Module:
-    """The block of a known family that a module lies in; else what holds it."""
-    assert node.parent is not None
-    around = [
-        other.module
-        for other in nodes
-        if node.name.startswith(f"{other.name}.") and rule_of(other.module) is not None
-    ]
-    return around[-1] if around else node.parent
 
 
 def _width(reads: object) -> int | None:
@@ -554,34 +513,11 @@ def _width(reads: object) -> int | None:
         return reads
     if isinstance(reads, Tensor):
         return reads.numel()
-    if not isinstance(reads, nn.Module):
-        return None
     for name in ("num_features", "num_channels", "out_channels"):
         value = getattr(reads, name, None)
         if isinstance(value, int):
             return value
     weight = getattr(reads, "weight", None)
-    if is_norm(reads) and isinstance(weight, Tensor):  # LayerNorm, and torchvision's frozen norm
-        return weight.shape[-1]
+    if isinstance(reads, nn.Module) and is_norm(reads) and isinstance(weight, Tensor):
+        return weight.shape[-1]  # LayerNorm, and torchvision's frozen norm
     return None
-
-
-def _take_shape(spot: Spot, shape: tuple[int, ...] | None) -> None:
-    if shape is None:
-        if spot.channels is None:
-            raise ValueError(
-                f"attach: the forward pass did not come by {spot.name}, so its channels are "
-                f"unknown. Leave it out with include=."
-            )
-        return
-    if not 3 <= len(shape) <= 5 or prod(shape) == 0:
-        raise ValueError(
-            f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 spatial "
-            f"axes. Leave it out with include=, or pass where= another module."
-        )
-    if spot.channels is not None and spot.channels != shape[1]:
-        raise ValueError(
-            f"attach: the map at {spot.name} is {list(shape)}, but its norm says "
-            f"{spot.channels} channels. Pass where= a module whose output is [N, C, ...]."
-        )
-    spot.channels, spot.shape = shape[1], shape

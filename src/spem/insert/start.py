@@ -21,14 +21,6 @@ class IdentityStart(ChannelAttention):
         start. A module that adds to the map (`Needs.adds`), or has a forward of its own, mixes the
         maps: y = x + alpha (attention(x) - x). With alpha = 1 it is the attention itself.
 
-    Shape:
-        x and output: as for the attention.
-
-    Args:
-        inner: The attention.
-        device: Where alpha lives.
-        dtype: Dtype of alpha.
-
     Differences: at the start alpha has a gradient and the attention none, since alpha = 0
     multiplies it; from the second step on both learn.
     """
@@ -121,41 +113,26 @@ SE_LAYERS: dict[str, tuple[str, ...]] = {
 }
 """Squeeze-and-excitation layers: the parts between the average and the factor, in their order."""
 
-OTHER_LAYERS: dict[str, str] = {
-    "timm.layers.squeeze_excite:EffectiveSEModule": "fc",
-    "timm.layers.squeeze_excite:SqueezeExciteCl": "fc1",
-    "timm.layers.eca:EcaModule": "",
-    "timm.layers.eca:CecaModule": "",
-    "timm.layers.cbam:CbamModule": "channel.fc1",
-    "timm.layers.cbam:LightCbamModule": "channel.fc1",
-    "timm.layers.gather_excite:GatherExcite": "",
-    "timm.layers.global_context:GlobalContext": "conv_attn",
-    "timm.layers.coord_attn:CoordAttn": "",
-    "timm.models.hgnet:EseModule": "conv",
+OTHER_LAYERS = {
+    *("timm.layers.squeeze_excite:EffectiveSEModule", "timm.layers.squeeze_excite:SqueezeExciteCl"),
+    *("timm.layers.eca:EcaModule", "timm.layers.eca:CecaModule"),
+    *("timm.layers.cbam:CbamModule", "timm.layers.cbam:LightCbamModule"),
+    *("timm.layers.gather_excite:GatherExcite", "timm.layers.global_context:GlobalContext"),
+    *("timm.layers.coord_attn:CoordAttn", "timm.models.hgnet:EseModule"),
 }
-"""Other attention layers that can be replaced, and the part whose inputs are the channels."""
+"""Other attention layers that can be replaced."""
 
 
 def existing_layer(module: nn.Module) -> str | None:
     """What attention layer a module of a host is: its key in these tables; None if it is none."""
-    for cls in type(module).__mro__:
-        key = f"{cls.__module__}:{cls.__name__}"
-        if key in SE_LAYERS or key in OTHER_LAYERS:
-            return key
-    return None
+    keys = (f"{cls.__module__}:{cls.__name__}" for cls in type(module).__mro__)
+    return next((key for key in keys if key in SE_LAYERS or key in OTHER_LAYERS), None)
 
 
-def channels_of_layer(module: nn.Module) -> int | None:
-    """The channels of such a layer; None if it does not say."""
-    key = existing_layer(module)
-    if key is None:
-        return None
-    path = SE_LAYERS[key][0] if key in SE_LAYERS else OTHER_LAYERS[key]
-    part: object = module
-    for name in path.split(".") if path else ():
-        part = getattr(part, name, None)
-    channels = getattr(part, "in_channels", None)
-    return channels if isinstance(channels, int) else None
+def se_channels(module: nn.Module) -> int | None:
+    """The channels of an SE of a host; None if it is none."""
+    parts = SE_LAYERS.get(existing_layer(module) or "")
+    return None if parts is None else getattr(getattr(module, parts[0]), "in_channels", None)
 
 
 def carries(module: nn.Module) -> bool:
@@ -168,9 +145,6 @@ class FromAverage(Pool):
 
     Formula:
         u = avg + beta (pool - avg), beta one learned number, 0 at the start.
-
-    Args:
-        pool: The other pool.
     """
 
     def __init__(self, pool: PoolSpec, like: Tensor) -> None:
@@ -193,9 +167,6 @@ class CarriedSE(Around, ChannelAttention):
     Formula:
         y = x * s(W2 act(W1 u + b1) + b2); act and s are the host's, u = avg + beta (pool - avg).
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes.
-
     Args:
         host: The layer (`SE_LAYERS`).
         pool: The pool; ``"avg"`` leaves the layer as it is.
@@ -212,8 +183,7 @@ class CarriedSE(Around, ChannelAttention):
     ) -> None:
         ChannelAttention.__init__(self, channels)
         self._hold(host, place)
-        key = existing_layer(host)
-        assert key is not None
+        self._parts = SE_LAYERS[existing_layer(host) or ""]
         like = next(host.parameters())
         if exact and pool != "avg":
             chosen: Pool = FromAverage(pool, like)
@@ -221,10 +191,9 @@ class CarriedSE(Around, ChannelAttention):
             self.needs = dataclasses.replace(self.needs, no_decay=("pool.beta",))
         else:
             chosen = make_pool(pool, device=like.device, dtype=like.dtype)
-        self.add_module("pool", chosen)
+        self.add_module("pool", chosen)  # the host may have one of its own
         self._reads(self.pool.statistics)
         self.reads_map = self.pool.needs_map
-        self._parts = SE_LAYERS[key]
 
     def reset_parameters(self) -> None:
         """beta = 0."""
@@ -236,6 +205,5 @@ class CarriedSE(Around, ChannelAttention):
         """s(W2 act(W1 u + b1) + b2), [N, C]."""
         z = self.pool(stats)[:, :, None, None]
         for name in self._parts:
-            part = self.host.get_submodule(name)
-            z = call(part, z)
+            z = call(self.host.get_submodule(name), z)
         return z.flatten(1)

@@ -17,13 +17,14 @@ class Around(nn.Module):
 
     It answers for nothing but itself: reading ``bn2.weight`` raises an error that names
     ``bn2.norm.weight``, so that nothing takes the layer's numbers and leaves the attention out.
-    Writing reaches the layer: code that tunes a network by attribute (``bn2.momentum = 0.1``)
-    means the layer, and a value stored here would be ignored. Its keys are its names,
-    ``bn2.norm.weight``; weights of the plain network load all the same (`true_keys`).
+    Writing reaches the layer (``bn2.momentum = 0.1``), since a value stored here would be ignored.
+    Its keys are its names, ``bn2.norm.weight``; weights of the plain network load all the same
+    (`true_keys`).
 
     Args:
         layer: The layer of the host.
-        place: Its name in the host, such as ``"bn2"``; for messages.
+        attention: What stands beside it.
+        place: Name of the layer in the host, such as ``"bn2"``; for messages.
     """
 
     inner: ClassVar[str] = "norm"
@@ -31,9 +32,10 @@ class Around(nn.Module):
     role: ClassVar[str] = "with attention after it"
     """Where the layer stands, for messages."""
 
-    def __init__(self, layer: nn.Module, place: str = "") -> None:
+    def __init__(self, layer: nn.Module, attention: ChannelAttention, place: str = "") -> None:
         super().__init__()
         self._hold(layer, place)
+        self.add_module("attention", attention)  # the layer may have one of its own
 
     def _hold(self, layer: nn.Module, place: str) -> None:
         self._place = place
@@ -69,17 +71,7 @@ class Around(nn.Module):
 
 
 class AfterNorm(Around):
-    """attention(norm(x)); the norm may be any other layer that ends a branch.
-
-    Args:
-        norm: The layer of the host.
-        attention: What follows it.
-        place: Its name in the host.
-    """
-
-    def __init__(self, norm: nn.Module, attention: ChannelAttention, place: str = "") -> None:
-        super().__init__(norm, place)
-        self.add_module("attention", attention)  # the layer may have one of its own
+    """attention(norm(x)); the norm may be any other layer that ends a branch."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """attention(norm(x)), [N, C, ...]."""
@@ -87,20 +79,10 @@ class AfterNorm(Around):
 
 
 class BeforeModule(Around):
-    """after(attention(x)): for a branch that ends in a layer without weights, such as drop path.
-
-    Args:
-        layer: The layer of the host.
-        attention: What stands before it.
-        place: Its name in the host.
-    """
+    """after(attention(x)): for a branch that ends in a layer without weights, such as drop path."""
 
     inner = "after"
     role = "with attention before it"
-
-    def __init__(self, layer: nn.Module, attention: ChannelAttention, place: str = "") -> None:
-        super().__init__(layer, place)
-        self.add_module("attention", attention)  # the layer may have one of its own
 
     def forward(self, x: Tensor) -> Tensor:
         """after(attention(x)), [N, C, ...]."""
@@ -114,21 +96,17 @@ def true_keys(model: nn.Module, state: Mapping[str, _V]) -> dict[str, _V]:
     model has stay as they are.
     """
     found = dict(state)
-    for name, module in list(model.named_modules()):
+    for name, module in model.named_modules():
         if isinstance(module, Around):
-            _rename(module, found, f"{name}." if name else "")
+            _load_plain(module, found, f"{name}." if name else "")
     return found
 
 
 def _load_plain(
     module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: object
 ) -> None:
-    """Pre-hook of `load_state_dict`."""
+    """Renames the plain keys of a wrapper; also the pre-hook of its `load_state_dict`."""
     assert isinstance(module, Around)
-    _rename(module, state, prefix)
-
-
-def _rename(module: Around, state: MutableMapping[str, Any], prefix: str) -> None:
     tensors = (*module.named_parameters(), *module.named_buffers())
     own = {prefix + name for name, _ in tensors}
     inner = f"{prefix}{module.inner}."

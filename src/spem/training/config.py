@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from spem.data.names import HUB_IDS, NORMALISATION
+from spem.depths import blocks_per_stage
 
 if TYPE_CHECKING:
     from spem.attention import AttentionSpec
@@ -72,13 +73,7 @@ class ModelConfig:
         if self.start is not None:
             _one_of("model.start", self.start, ("module", "identity"))
         _whole("model.depth", self.depth, 1, DEEPEST)
-        step = 9 if self.block == "bottleneck" else 6
-        if self.depth < step + 2 or (self.depth - 2) % step:
-            below = max(1, (self.depth - 2) // step)
-            raise ValueError(
-                f"model.depth={self.depth} is not {step}n + 2, which {self.block} blocks need. "
-                f"Nearest: {below * step + 2} or {(below + 1) * step + 2}."
-            )
+        blocks_per_stage(self.depth, self.block, label="model.depth")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.attention):
             from spem.attention import AttentionSpec, spec_text  # loads torch
 
