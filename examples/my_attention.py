@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
-from spem.attention.spec import register_attention
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.ops import PlaneStats
 
 
@@ -29,6 +28,8 @@ class Span(ChannelAttention):
         dtype: Dtype of the parameters.
     """
 
+    start_gate = 0.5
+
     def __init__(
         self,
         channels: int,
@@ -39,18 +40,7 @@ class Span(ChannelAttention):
         super().__init__(channels, device=device, dtype=dtype)
         self.weight = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """w = b = 0."""
-        super().reset_parameters()
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    @property
-    def start_gate(self) -> float:
-        """s(0)."""
-        return 0.5
+        self._draw_start({"weight": 0.0, "bias": 0.0})
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(w (M - m) + b), [N, C]."""

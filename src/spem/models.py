@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import AttentionSpec, ChannelAttention, as_spec
-from spem.attention.base import Ending
+from spem.attention.base import Tail
 from spem.attention.options import one_of, positive_int
 from spem.attention.placement import PLACES, Places
 from spem.depths import STEPS, blocks_per_stage
@@ -19,19 +19,23 @@ from spem.seeding import initialise
 BlockName = Literal["bottleneck", "basic"]
 
 
-def residual_tail(z: Tensor, residual: Tensor, norm: nn.Module, attention: Ending | None) -> Tensor:
+def residual_tail(
+    z: Tensor, residual: Tensor, norm: nn.Module, attention: nn.Module | None, shared: Tail | None
+) -> Tensor:
     """The end of a residual branch, [N, C, H, W]: relu(attention(norm(z)) + residual).
 
     One operation where the gate is a function of plane statistics, or absent (`spem.ops`). An
     attention in place of the norm ends the branch itself.
     """
-    if attention is None and isinstance(norm, ChannelAttention):
+    if shared is not None:
+        return shared(z, residual, norm)
+    if isinstance(attention, ChannelAttention):
+        return attention.tail(z, residual, norm)
+    if attention is not None:  # two in a row: `spem.attach` added one
+        return torch.relu(attention(norm(z)) + residual)
+    if isinstance(norm, ChannelAttention):
         return norm.tail(z, residual)
-    if attention is None:
-        return bn_gate_tail(z, residual, norm)
-    if isinstance(attention, nn.Module) and not hasattr(type(attention), "tail"):
-        return torch.relu(attention(norm(z)) + residual)  # two in a row: `spem.attach` added one
-    return attention.tail(z, residual, norm)
+    return bn_gate_tail(z, residual, norm)
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -59,7 +63,7 @@ class Block(nn.Module):
         super().__init__()
         outputs, places = planes * self.expansion, Places(attention)
         self._add_layers(places, inputs, planes, stride)
-        self.attention = places.tail(outputs, size)
+        self.attention = places.at("tail", outputs, size=size)
         self.downsample = None
         if stride != 1 or inputs != outputs:
             conv = places.conv(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
@@ -76,14 +80,13 @@ class Block(nn.Module):
         """The norm that ends the residual branch, before the attention."""
         return self.get_submodule(f"bn{self.norms}")
 
-    def forward(self, x: Tensor, shared: Ending | None = None) -> Tensor:
+    def forward(self, x: Tensor, shared: Tail | None = None) -> Tensor:
         """[N, inputs, H, W] -> [N, expansion planes, H/stride, W/stride].
 
-        ``shared`` is the attention that the blocks of a stage have in common.
+        ``shared`` is the tail of the attention that the blocks of a stage have in common.
         """
         residual = x if self.downsample is None else self.downsample(x)
-        attention = self.attention if shared is None else shared
-        return residual_tail(self._branch(x), residual, self.last_norm, attention)
+        return residual_tail(self._branch(x), residual, self.last_norm, self.attention, shared)
 
 
 class Bottleneck(Block):
@@ -192,8 +195,9 @@ class ResNet(nn.Module):
             outputs = planes * kind.expansion
             first = kind(inputs, planes, stride, attention, size)
             rest = [kind(outputs, planes, 1, attention, size) for _ in range(count - 1)]
-            shared = places.shared(outputs, size)
-            return Stage([first, *rest], shared, places.after(outputs, size, last=last))
+            shared = places.at("tail", outputs, size=size, shared=True)
+            after = None if last else places.at("between", outputs, size=size)
+            return Stage([first, *rest], shared, after or places.at("stage", outputs, size=size))
 
         # The last number is the map's side for the 32 x 32 images of CIFAR; only attention modules
         # that must know it read it.

@@ -111,9 +111,9 @@ def walked(spec: str, impl: str) -> list[Tensor]:
     x = feature_map(3, 8, 6, 5).requires_grad_()
     residual = feature_map(3, 8, 6, 5, key="residual").requires_grad_()
     with use_impl(impl):
-        ending, y = module.begin(), x
+        tail, y = module.begin(), x
         for norm in norms:
-            y = ending.tail(y.sin(), residual, norm)
+            y = tail(y.sin(), residual, norm)
         (y * feature_map(3, 8, 6, 5, key="weights")).sum().backward()
     leaves = [x, residual, *module.parameters(), *(p for norm in norms for p in norm.parameters())]
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tolerance import TOLERANCE
 
 import spem
-from spem.attention import spec as base
+from spem.attention.base import _REGISTRY
 
 
 def roundtrip(text: str) -> str:
@@ -304,11 +305,12 @@ def test_patterns() -> None:
 
 
 @pytest.fixture
-def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_registry() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    registries = [k for k, v in vars(base).items() if isinstance(v, dict) and "spem" in v]
-    assert len(registries) == 1
-    monkeypatch.setattr(base, registries[0], dict(vars(base)[registries[0]]))
+    before = dict(_REGISTRY)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
 
 
 @pytest.mark.usefixtures("clean_registry")

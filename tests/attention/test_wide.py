@@ -107,7 +107,9 @@ def test_fca_on_maps_of_its_size(size: tuple[int, int]) -> None:
 
 def test_fca_filters_are_orthonormal_and_the_first_is_the_scaled_average() -> None:
     module = attention.FCA(16, size=32, reduction=2)
-    bases = [module._cosines(axis, 32, torch.float64, torch.device("cpu")) for axis in (0, 1)]
+    bases = [
+        module._cosines(torch.zeros(1, 16, 32, 32, dtype=torch.float64), axis) for axis in (0, 1)
+    ]
     filters = (bases[0][:, :, None] * bases[1][:, None, :]).flatten(1)
     torch.testing.assert_close(
         filters @ filters.T, torch.eye(16, dtype=torch.float64), **TOLERANCE[torch.float64]

@@ -6,7 +6,13 @@ A new module adds one import line here, which makes its class a name of `spem` a
 # pyright: reportUnusedImport=false
 
 from spem.attention.bam import BAM
-from spem.attention.base import ChannelAttention, Needs, attention_parameters, param_groups
+from spem.attention.base import (
+    ChannelAttention,
+    Needs,
+    attention_parameters,
+    param_groups,
+    register_attention,
+)
 from spem.attention.cbam import CBAM
 from spem.attention.coord import CoordAtt
 from spem.attention.dia import DIA
@@ -35,7 +41,6 @@ from spem.attention.spec import (
     attention_class,
     create_attention,
     list_attention,
-    register_attention,
     spec_text,
 )
 from spem.attention.spem import SPEM
@@ -78,4 +83,4 @@ __all__ = [
     "param_groups",
     "penalty",
     "register_attention",
-]
+]  # fmt: skip

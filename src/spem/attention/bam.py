@@ -6,11 +6,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, hidden_units, one_of, positive_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 
 Placement = Literal["between", "stage", "tail"]
 Fusion = Literal["mul", "add"]
@@ -35,17 +34,12 @@ class BAM(ChannelAttention):
         x: [N, C, H, W], N >= 2 in training.
 
     Args:
-        channels: C.
         placement: ``"between"`` stages (after all but the last, the official place), after every
             ``"stage"``, or at the ``"tail"`` of every block.
         fusion: How the two maps meet, ``"mul"`` or ``"add"``.
-        reduction: r, the hidden width is C // r.
+        reduction: r, the hidden width is C // r >= 1.
         dilation: Of the 3x3 convolutions.
         pool: How a plane becomes a number in Mc.
-
-    Raises:
-        ValueError: An unknown ``placement`` or ``fusion``, a ``dilation`` below 1, or a
-            ``reduction`` that leaves no hidden unit.
 
     Differences: the paper adds the two maps, the official code multiplies them; ``"mul"`` is the
     default, and norms stand where the code has them. Any map may be non-square, which fails there.
@@ -69,20 +63,17 @@ class BAM(ChannelAttention):
         one_of("BAM", get_args(Fusion), fusion=fusion)
         positive_int("BAM", dilation=dilation)
         h = hidden_units("BAM", channels, reduction)
-        self.fusion: Fusion = fusion
+        self.fusion = fusion
         self.needs = replace(self.needs, place=placement)
         self.fc1 = nn.Linear(channels, h, **factory)
         self.norm = nn.BatchNorm1d(h, **factory)
         self.fc2 = nn.Linear(h, channels, **factory)
-
-        def wide() -> nn.Conv2d:
-            return nn.Conv2d(h, h, 3, padding=dilation, dilation=dilation, **factory)
-
+        wide: Any = {"padding": dilation, "dilation": dilation, **factory}
         self.reduce = nn.Conv2d(channels, h, 1, **factory)
         self.reduce_norm = nn.BatchNorm2d(h, **factory)
-        self.context1 = wide()
+        self.context1 = nn.Conv2d(h, h, 3, **wide)
         self.context1_norm = nn.BatchNorm2d(h, **factory)
-        self.context2 = wide()
+        self.context2 = nn.Conv2d(h, h, 3, **wide)
         self.context2_norm = nn.BatchNorm2d(h, **factory)
         self.spatial = nn.Conv2d(h, 1, 1, **factory)
         self._draw_start()
@@ -90,14 +81,11 @@ class BAM(ChannelAttention):
     def gate(self, x: Tensor) -> Tensor:
         """1 + s(Mc Ms), [N, C, H, W]."""
         z = self.pool(self.stats_of(x))
+        v = x.to(z.dtype)
         z = torch.relu(call(self.norm, call(self.fc1, z)))
         channel = call(self.fc2, z)[..., None, None]
-        v = torch.relu(call(self.reduce_norm, call(self.reduce, x.to(z.dtype))))
+        v = torch.relu(call(self.reduce_norm, call(self.reduce, v)))
         v = torch.relu(call(self.context1_norm, call(self.context1, v)))
         v = torch.relu(call(self.context2_norm, call(self.context2, v)))
         spatial = call(self.spatial, v)
         return 1.0 + torch.sigmoid(channel * spatial if self.fusion == "mul" else channel + spatial)
-
-    def extra_repr(self) -> str:
-        """How the maps meet."""
-        return f"fusion={self.fusion}"

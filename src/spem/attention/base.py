@@ -1,12 +1,13 @@
-"""The module contract: what every channel-attention module is, and declares to its users."""
+"""The module contract: what every channel-attention module is and declares, and their registry."""
 
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Literal, Protocol, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +25,13 @@ from spem.seeding import Initialiser
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)  # pyright: ignore[reportPrivateUsage]
 Place = Literal["tail", "conv", "norm", "middle", "between", "stage"]
+Tail = Callable[[Tensor, Tensor, nn.Module | None], Tensor]
+"""relu(attention(norm(z)) + residual) of z, residual and norm."""
 GateObserver = Callable[[Tensor, int], None]
 """Called with a gate, broadcastable to [N, C, ...], and N."""
 
 _computing: ContextVar[frozenset[int]] = ContextVar("computing", default=frozenset())
 """The modules whose gate is being computed, in this thread or task."""
-
-
-class Ending(Protocol):
-    """What ends a residual branch: an attention, or a walk through the blocks of a stage."""
-
-    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """relu(attention(norm(z)) + residual)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -92,6 +87,15 @@ class ChannelAttention(nn.Module):
 
     Shape:
         x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
+
+    Args:
+        channels: C.
+        pool: How a plane becomes a number, of a module that has a pool.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
+
+    Raises:
+        ValueError: A number of channels, or an option, that the module's own text does not allow.
     """
 
     name: ClassVar[str] = ""
@@ -103,6 +107,9 @@ class ChannelAttention(nn.Module):
     random_init: Mapping[str, Initialiser] = {}  # replaced, never changed
     """Rules for randomly drawn parameters (relative names) that differ from torch's default for
     their layer; an instance may have its own."""
+    start_gate: float | None = None
+    """The gate's value at initialisation if it does not depend on the data, else None."""
+    _constants: Mapping[str, float] = {}  # an instance has its own
     _observers: Mapping[int, GateObserver] = {}  # an instance that is observed has its own
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -121,7 +128,6 @@ class ChannelAttention(nn.Module):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        """Checks the channel count and builds the pool, if the module has one."""
         super().__init__()
         positive_int(type(self).__name__, channels=channels)
         self.channels = channels
@@ -154,16 +160,16 @@ class ChannelAttention(nn.Module):
         v = self.gate_from(self.stats_of(x))
         return v.reshape(*v.shape, *[1] * (x.dim() - 2))
 
+    def map_gate(self, x: Tensor) -> Tensor:
+        """The gate of an instance that is no function of plane statistics, though others are."""
+        raise NotImplementedError(f"{type(self).__name__} has neither gate_from nor a gate.")
+
     def stats_of(self, x: Tensor) -> PlaneStats:
         """The plane statistics that gate and pools read; with the map where a pool needs it."""
         stats = plane_stats(x, self.statistics)
         if not (self.reads_map and self.training):
             return stats
         return cast("PlaneStats", MapStats(*stats, x))  # the same fields, and one more
-
-    def map_gate(self, x: Tensor) -> Tensor:
-        """The gate of an instance that is no function of plane statistics, though others are."""
-        raise NotImplementedError(f"{type(self).__name__} has neither gate_from nor a gate.")
 
     def shift(self, x: Tensor) -> Tensor:
         """What a module that adds (`Needs.adds`) adds to x * gate(x), in at least float32."""
@@ -195,9 +201,9 @@ class ChannelAttention(nn.Module):
 
         return self._tail(z, residual, norm, lambda module: module.gate_from, show)
 
-    def begin(self) -> Ending:
-        """What ends the blocks of a stage that share this module, in one forward pass."""
-        return self
+    def begin(self) -> Tail:
+        """The tail of the blocks of a stage that share this module, in one forward pass."""
+        return self.tail
 
     def observe_gates(self, observer: GateObserver) -> RemovableHandle:
         """Calls ``observer(gate, N)`` with every gate that is computed; changes no result.
@@ -224,11 +230,11 @@ class ChannelAttention(nn.Module):
 
     def _why_no_gate(self) -> str | None:
         """Why a tail cannot be fused, with hooks or without."""
-        kind = type(self)
+        kind, name = type(self), self.name or type(self).__name__
         if not self.takes_any_rank():
-            return f"{self.name or kind.__name__} is no function of plane statistics"
+            return f"{name} is no function of plane statistics"
         if self.reads_map and self.training:
-            return f"{self.name or kind.__name__} pools random regions of the map in training"
+            return f"{name} pools random regions of the map in training"
         if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
             return f"{kind.__name__} has a forward of its own"
         return None
@@ -239,11 +245,9 @@ class ChannelAttention(nn.Module):
             drawn = f"{name}.weight" in self.random_init
             if isinstance(part, (LearnedMix, *_NORMS)) and not drawn:
                 part.reset_parameters()
-
-    @property
-    def start_gate(self) -> float | None:
-        """The gate's value at initialisation if it does not depend on the data, else None."""
-        return None
+        for name, value in self._constants.items():
+            owner, _, local = name.rpartition(".")
+            nn.init.constant_(getattr(self.get_submodule(owner), local), value)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -253,6 +257,11 @@ class ChannelAttention(nn.Module):
     def takes_any_rank(self) -> bool:
         """Whether the gate is a function of plane statistics, so that any rank is taken."""
         return type(self).gate_from is not ChannelAttention.gate_from
+
+    def extra_repr(self) -> str:
+        """The channels and the options that it keeps."""
+        kept = [f"{k}={vars(self)[k]}" for k in options_of(type(self)) if k in vars(self)]
+        return ", ".join([str(self.channels), *kept])
 
     def _tail(
         self,
@@ -325,14 +334,18 @@ class ChannelAttention(nn.Module):
         read = {*self.statistics, *names}
         self.statistics = tuple(name for name in STATISTICS if name in read)
 
-    def _draw_start(self) -> None:
-        """Initialises with torch's global generator; called at the end of a constructor."""
+    def _draw_start(self, constants: Mapping[str, float] | None = None) -> None:
+        """Initialises with torch's global generator; called at the end of a constructor.
+
+        ``constants``: What parameters and buffers (relative names) start from, in every position.
+        """
+        self._constants = constants or {}
         for name, rule in self.random_init.items():
             rule(self.get_parameter(name), None)
         self.reset_parameters()
 
     def _check(self, x: Tensor) -> None:
-        label = type(self).__name__
+        label, needs = type(self).__name__, self.needs
         shape = "[N, C, ...] with 1 to 3 spatial axes" if len(self.ranks) > 1 else "[N, C, H, W]"
         if isinstance(x, Proxy):
             raise TypeError(
@@ -357,27 +370,65 @@ class ChannelAttention(nn.Module):
                 f"{label}: the map is on the meta device, which holds no values, and the "
                 f"parameters are not. Move the module to it, or give a map with values."
             )
-        pixels = 1
+        count, pixels = x.shape[0], 1
         for extent in x.shape[2:]:
             pixels = pixels * extent
-        if pixels < self.needs.pixels:
+        if pixels < needs.pixels:
             raise ValueError(
-                f"{label}: needs maps of at least {self.needs.pixels} positions, "
+                f"{label}: needs maps of at least {needs.pixels} positions, "
                 f"got {list(x.shape)}; its definition divides by the deviation of a plane."
             )
-        count = x.shape[0]
-        if not self.training or not self.needs.batch_statistics or count == 0:
+        if not self.training or not needs.batch_statistics or count == 0:
             return
-        if count < self.needs.batch or count * pixels < self.needs.values:
-            least = (
-                f"{self.needs.batch} images"
-                if self.needs.batch > 1
-                else f"{self.needs.values} values (N H W)"
-            )
+        if count < needs.batch or count * pixels < needs.values:
+            images = f"{needs.batch} images" if needs.batch > 1 else ""
             raise ValueError(
-                f"{label}: training needs a batch of at least {least}, since it normalises over "
+                f"{label}: training needs a batch of at least "
+                f"{images or f'{needs.values} values (N H W)'}, since it normalises over "
                 f"the batch; got {list(x.shape)}. Use a larger batch, or eval()."
             )
+
+
+_A = TypeVar("_A", bound=type[ChannelAttention])
+_REGISTRY: dict[str, type[ChannelAttention]] = {}
+
+
+def register_attention(
+    name: str,
+    *,
+    paper: str,
+    needs: Needs = Needs(),  # frozen
+) -> Callable[[_A], _A]:
+    """Registers a module class under a name for specs, the command line and generated tables.
+
+    Args:
+        name: Registry key, an identifier in lower case.
+        paper: Title, year and link of the definition.
+        needs: What its definition demands.
+
+    Raises:
+        ValueError: The name is taken, reserved, or no lower-case identifier.
+    """
+    if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
+        raise ValueError(f"register_attention: {name!r} is no free lower-case identifier.")
+
+    def decorate(cls: _A) -> _A:
+        if name in _REGISTRY:
+            raise ValueError(
+                f"register_attention: {name!r} is already registered, "
+                f"by {_REGISTRY[name].__qualname__}."
+            )
+        cls.name, cls.paper, cls.needs = name, paper, needs
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def options_of(cls: type[ChannelAttention]) -> list[str]:
+    """The keywords of a module's constructor but ``device`` and ``dtype``."""
+    parameters = list(inspect.signature(cls).parameters)[1:]  # the first is the channel count
+    return [name for name in parameters if name not in ("device", "dtype")]
 
 
 def param_groups(

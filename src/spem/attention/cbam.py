@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, hidden_units, odd_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.seeding import kaiming_normal_fan_out
 
 
@@ -32,13 +31,9 @@ class CBAM(ChannelAttention):
         x: [N, C, H, W]; N H W >= 2 in training.
 
     Args:
-        channels: C.
-        reduction: r, the hidden width is C // r.
-        pools: The pools of the channel gate.
+        reduction: r, the hidden width is C // r >= 1.
+        pools: The pools of the channel gate, at least one.
         kernel: k, odd, side of the spatial kernel.
-
-    Raises:
-        ValueError: ``reduction`` leaves no hidden unit, ``kernel`` is even, or ``pools`` is empty.
 
     Paper: eqs. (2), (3).
 
@@ -71,13 +66,7 @@ class CBAM(ChannelAttention):
         self.fc2 = nn.Linear(hidden, channels, **factory)
         self.spatial = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False, **factory)
         self.norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """Biases of the shared network 0; weight and bias of the spatial norm 0."""
-        super().reset_parameters()
-        for parameter in (self.fc1.bias, self.fc2.bias, self.norm.weight, self.norm.bias):
-            nn.init.zeros_(parameter)
+        self._draw_start(dict.fromkeys(("fc1.bias", "fc2.bias", "norm.weight", "norm.bias"), 0.0))
 
     def gate(self, x: Tensor) -> Tensor:
         """c p, [N, C, H, W]."""

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, positive_int
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 LEAST = 8
@@ -32,11 +31,7 @@ class CoordAtt(ChannelAttention):
         x: [N, C, H, W].
 
     Args:
-        channels: C.
         reduction: r; the hidden width is C // r, but at least 8.
-
-    Raises:
-        ValueError: ``reduction`` is no positive integer.
 
     Differences: its authors use it in MobileNetV2, after the depthwise convolution; here it stands
     where any attention stands. timm's layer of this name has other widths and no biases.
@@ -45,7 +40,7 @@ class CoordAtt(ChannelAttention):
     def __init__(
         self, channels: int, *, reduction: int = 32, device: Device = None, dtype: Dtype = None
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         factory: Any = {"device": device, "dtype": dtype}
         positive_int("CoordAtt", reduction=reduction)
         hidden = max(LEAST, channels // reduction)
@@ -58,9 +53,8 @@ class CoordAtt(ChannelAttention):
     def gate(self, x: Tensor) -> Tensor:
         """The product of both gates, [N, C, H, W]."""
         dtype = compute_dtype(x.dtype)
-        along_h = x.mean(3, dtype=dtype)  # [N, C, H]
-        along_w = x.mean(2, dtype=dtype)  # [N, C, W]
-        both = torch.cat([along_h, along_w], dim=2)[..., None]  # [N, C, H + W, 1]
+        means = [x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)]  # [N, C, H], [N, C, W]
+        both = torch.cat(means, dim=2)[..., None]  # [N, C, H + W, 1]
         f = call(self.norm, call(self.conv, both))
         f = f * torch.clamp(f + 3.0, 0.0, 6.0) / 6.0
         f_h, f_w = f.split([x.shape[2], x.shape[3]], dim=2)

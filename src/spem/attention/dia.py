@@ -6,11 +6,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, Tail, register_attention
 from spem.attention.options import Device, Dtype, hidden_units
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 State = tuple[Tensor, ...]
@@ -35,12 +34,8 @@ class DIA(ChannelAttention):
         x: [N, C, ...], one to three spatial axes; every block of a stage with the same N.
 
     Args:
-        channels: C.
-        reduction: Of the hidden layers, 4 in the paper.
+        reduction: r of the hidden layers, 4 in the paper; C // r >= 1.
         pool: How a plane becomes a number.
-
-    Raises:
-        ValueError: ``reduction`` leaves no hidden unit.
 
     Differences: none; h' has a sigmoid of c' where an LSTM has tanh, as in the official code, whose
     dropout acts on nothing and is left out.
@@ -84,71 +79,62 @@ class DIA(ChannelAttention):
         return self._gate_and_state(x, state)[0]
 
     @overload
-    def forward(self, x: Tensor) -> Tensor: ...
+    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, state: State, *, known: tuple[Tensor, State] | None = None
+        self, x: Tensor, state: State, *, gate: Tensor | None = None, after: State = ()
     ) -> tuple[Tensor, State]: ...
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the state beside the gate
-        self, x: Tensor, state: State | None = None, *, known: tuple[Tensor, State] | None = None
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        gate: Tensor | None = None,
+        after: State = (),
     ) -> Tensor | tuple[Tensor, State]:
         """x * gate(x) as in the first block; with a state, the state after it too.
 
-        ``known`` is the gate and the state after it where they are computed already.
+        ``gate``, and ``after``, the state after it, are given where they are known already.
         """
         self._check(x)
-        v, after = known or self._gate_and_state(x, () if state is None else state)
-        y = x * v.to(x.dtype)
+        if gate is None:
+            gate, after = self._gate_and_state(x, state or ())
+        y = x * gate.to(x.dtype)
         return y if state is None else (y, after)
 
-    def walk(
-        self, z: Tensor, residual: Tensor, norm: nn.Module | None, state: State
-    ) -> tuple[Tensor, State]:
-        """`tail` of a block, with the state before it and after it."""
-        after = state
+    def begin(self) -> Tail:
+        """The tail of the blocks of a stage, in their order; it alone holds the state."""
+        state: State = ()
 
-        def gate_of(module: DIA) -> Callable[[PlaneStats], Tensor]:
-            def gate(stats: PlaneStats) -> Tensor:
-                nonlocal after
-                v, after = module.step(stats, state)
-                return v
+        def tail(z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+            nonlocal state
+            before = state
 
-            return gate
+            def gate_of(module: DIA) -> Callable[[PlaneStats], Tensor]:
+                def gate(stats: PlaneStats) -> Tensor:
+                    nonlocal state
+                    v, state = module.step(stats, before)
+                    return v
 
-        def show(x: Tensor, v: Tensor | None = None) -> Tensor:
-            nonlocal after
-            known = None if v is None else (v, after)
-            y, after = self(x, state, known=known)
-            return y
+                return gate
 
-        return self._tail(z, residual, norm, gate_of, show), after
+            def show(x: Tensor, v: Tensor | None) -> Tensor:
+                nonlocal state
+                y, state = self(x, before, gate=v, after=state)
+                return y
 
-    def begin(self) -> "Walk":
-        """A walk that begins with the empty state."""
-        return Walk(self)
+            return self._tail(z, residual, norm, gate_of, show)
+
+        return tail
 
     def computes_gate_in_forward(self) -> bool:
         """Whether the forward is this one, which calls `step`."""
         return type(self).forward is DIA.forward
 
     def _why_no_gate(self) -> str | None:
-        if self.reads_map and self.training:
-            return f"{self.name} pools random regions of the map in training"
-        return None
+        random = self.reads_map and self.training
+        return f"{self.name} pools random regions of the map in training" if random else None
 
     def _gate_and_state(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         v, after = self.step(self.stats_of(x), state)
         return v.reshape(*v.shape, *[1] * (x.dim() - 2)), after
-
-
-class Walk:
-    """One forward pass of a module through the blocks of a stage; it alone holds the state."""
-
-    def __init__(self, attention: DIA) -> None:
-        self._attention = attention
-        self._state: State = ()
-
-    def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """relu(attention(norm(z)) + residual) of the next block."""
-        y, self._state = self._attention.walk(z, residual, norm, self._state)
-        return y

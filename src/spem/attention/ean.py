@@ -1,8 +1,7 @@
 """EAN: one squeeze-and-excitation for all blocks of a stage."""
 
-from spem.attention.base import Needs
+from spem.attention.base import Needs, register_attention
 from spem.attention.se import SE
-from spem.attention.spec import register_attention
 
 
 @register_attention(
@@ -15,20 +14,10 @@ class EAN(SE):
     """Efficient attention network: squeeze-and-excitation that the blocks of a stage share.
 
     Formula:
-        y = x * s(W2 relu(W1 z + b1) + b2) with the same W1, b1, W2, b2 in every block of a stage;
-        as `SE` otherwise. Parameters of one stage: 2 C h + h + C.
+        y = x * s(W2 relu(W1 z + b1) + b2) with the same W1, b1, W2, b2 in every block of a stage.
+        Parameters of one stage: 2 C h + h + C.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes.
-
-    Args:
-        channels: C.
-        reduction: r, the hidden width is C // r.
-        bias: Whether both layers have biases.
-        pool: How a plane becomes a number.
-
-    Raises:
-        ValueError: ``reduction`` leaves no hidden unit.
+    Shape and options are those of `SE`.
 
     Differences: it stands in every block; which blocks keep it is searched there, by policy
     gradient. The shared module is SE; the official code has others too.

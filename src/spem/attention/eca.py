@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from spem.attention.base import ChannelAttention
-from spem.attention.options import Device, Dtype, number, odd_int
+from spem.attention.base import ChannelAttention, register_attention
+from spem.attention.options import Device, Dtype, number, odd_int, positive
 from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call, cast
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.inference import CompiledGate, compiled_by
 from spem.ops.library import has_hooks, is_exporting
@@ -40,14 +39,10 @@ class ECA(ChannelAttention):
         x: [N, C, ...], one to three spatial axes.
 
     Args:
-        channels: C.
         kernel: k, odd; None computes it from the channels (16..64 -> 3, 128..1024 -> 5, 2048 -> 7).
-        gamma: Divisor in the rule for k.
+        gamma: Divisor > 0 in the rule for k.
         b: Offset in the rule for k.
         pool: How a plane becomes a number.
-
-    Raises:
-        ValueError: ``kernel`` is even or not positive, or ``gamma`` is not positive.
 
     Paper: eqs. (9), (12).
 
@@ -127,8 +122,7 @@ def _products(z: Tensor, weight: Tensor) -> Tensor:
 
 
 def _adaptive_kernel(channels: int, gamma: float, b: float) -> int:
-    number("ECA", gamma=gamma, b=b)
-    if gamma <= 0:
-        raise ValueError(f"ECA: gamma={gamma!r} is not a positive number.")
+    positive("ECA", gamma=gamma)
+    number("ECA", b=b)
     t = int(abs(math.log2(channels) + b) / gamma)
     return t if t % 2 else t + 1

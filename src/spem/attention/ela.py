@@ -5,10 +5,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, one_of, positive_int
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 Form = Literal["T", "B", "S", "L"]
@@ -43,9 +42,6 @@ class ELA(ChannelAttention):
         form: ``"T"``, ``"B"``, ``"S"`` or ``"L"``.
         norm_groups: Groups of the norm, must divide C; None is the form's.
 
-    Raises:
-        ValueError: An unknown ``form``, or channels that its groups do not divide.
-
     Differences: there is no official code; this is the widely copied listing. timm's layer of this
     name has a convolution for each axis and another norm.
     """
@@ -59,7 +55,7 @@ class ELA(ChannelAttention):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         factory: Any = {"device": device, "dtype": dtype}
         one_of("ELA", get_args(Form), form=form)
         kernel, together, usual = _FORMS[form]
@@ -71,28 +67,16 @@ class ELA(ChannelAttention):
                     f"ELA: {name}={divisor} of form {form} does not divide channels={channels}. "
                     f"Use another form, norm_groups or number of channels."
                 )
-        self.form: Form = form
-        self.conv = nn.Conv1d(
-            channels,
-            channels,
-            kernel,
-            padding=kernel // 2,
-            groups=channels // together,
-            bias=False,
-            **factory,
-        )
+        self.form = form
+        local: Any = {"padding": kernel // 2, "groups": channels // together, "bias": False}
+        self.conv = nn.Conv1d(channels, channels, kernel, **local, **factory)
         self.norm = nn.GroupNorm(groups, channels, **factory)
         self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """a(p_h) a(p_w), [N, C, H, W]."""
-        dtype = compute_dtype(x.dtype)
-        along_h, along_w = x.mean(3, dtype=dtype), x.mean(2, dtype=dtype)
+        along_h, along_w = (x.mean(axis, dtype=compute_dtype(x.dtype)) for axis in (3, 2))
         return self._along(along_h)[..., None] * self._along(along_w)[:, :, None, :]
 
     def _along(self, p: Tensor) -> Tensor:
         return torch.sigmoid(call(self.norm, call(self.conv, p)))
-
-    def extra_repr(self) -> str:
-        """The form."""
-        return f"form={self.form}"

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention
+from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 
@@ -26,7 +25,6 @@ class ESE(ChannelAttention):
         x: [N, C, ...], one to three spatial axes.
 
     Args:
-        channels: C.
         pool: How a plane becomes a number.
 
     Differences: the paper writes a sigmoid; this is the official code's hard sigmoid.

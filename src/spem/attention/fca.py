@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, Size, divides, hidden_units, is_int, map_size
 from spem.attention.precision import call
 from spem.attention.spa import averaging
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 GRID = 7
@@ -39,14 +38,9 @@ class FCA(ChannelAttention):
         x: [N, C, H, W]; a map of another size than ``size`` is first averaged to it (adaptively).
 
     Args:
-        channels: C.
-        size: H = W, or (H, W), that the filters are made for; at least 7.
+        size: H = W, or (H, W), that the filters are made for; at least 7, and must be given.
         frequencies: F, 1 to 16, must divide C.
-        reduction: r, the hidden width is C // r.
-
-    Raises:
-        ValueError: No ``size``, or one below 7; ``frequencies`` is not in 1 to 16 or does not
-            divide ``channels``; ``reduction`` leaves no hidden unit.
+        reduction: r, the hidden width is C // r >= 1.
 
     Differences: none in value; (0, 0) is sqrt(H W) times the average, as there. The filters are
     computed from F pairs of integers, where the official code saves C H W numbers. A size below 7,
@@ -63,7 +57,7 @@ class FCA(ChannelAttention):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         factory: Any = {"device": device, "dtype": dtype}
         self.size = map_size("FCA", size)
         if min(self.size) < GRID:
@@ -72,9 +66,7 @@ class FCA(ChannelAttention):
                 f"every filter would be the average. Use {GRID} or more."
             )
         if not is_int(frequencies) or not 1 <= frequencies <= len(TOP):
-            raise ValueError(
-                f"FCA: frequencies={frequencies!r} is no integer from 1 to {len(TOP)}."
-            )
+            raise ValueError(f"FCA: frequencies={frequencies!r} is no integer from 1 to 16.")
         divides("FCA", channels, frequencies=frequencies)
         hidden = hidden_units("FCA", channels, reduction)
         self.frequencies = frequencies
@@ -84,30 +76,25 @@ class FCA(ChannelAttention):
 
     def gate(self, x: Tensor) -> Tensor:
         """s(W2 relu(W1 z)), [N, C, 1, 1]."""
-        dtype = compute_dtype(x.dtype)
-        rows, columns = (self._cosines(axis, x.shape[2 + axis], dtype, x.device) for axis in (0, 1))
+        x = x.to(compute_dtype(x.dtype))
+        rows, columns = self._cosines(x, 0), self._cosines(x, 1)
         filters = rows[:, None, :, None] * columns[:, None, None, :]  # [F, 1, H, W]
-        grouped = x.to(dtype).unflatten(1, (self.frequencies, -1))  # [N, F, C/F, H, W]
+        grouped = x.unflatten(1, (self.frequencies, -1))  # [N, F, C/F, H, W]
         z = (grouped * filters).sum((3, 4)).flatten(1)
-        excited = call(self.fc2, torch.relu(call(self.fc1, z)))
-        return torch.sigmoid(excited)[..., None, None]
+        return torch.sigmoid(call(self.fc2, torch.relu(call(self.fc1, z))))[..., None, None]
 
-    def _cosines(self, axis: int, extent: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """B_u of one axis, [F, extent]; for another extent with the averaging to ``size`` in it."""
-        side = self.size[axis]
+    def _cosines(self, x: Tensor, axis: int) -> Tensor:
+        """B_u of a map's axis, [F, extent]; of another extent with the averaging to ``size``."""
+        side, extent, device = self.size[axis], x.shape[2 + axis], x.device
         t, i = torch.arange(side, device=device), torch.arange(self.frequencies, device=device)
         # One number holds all u as its digits: no buffer that a copy to another device could leave
         # without values, and no transfer in every forward pass.
         digits = sum(pair[axis] * 8**k for k, pair in enumerate(TOP))
-        u = (torch.full_like(i, digits) // 8**i % 8) * (side // GRID)
+        u = (torch.full_like(i, digits) // 8**i % 8)[:, None] * (side // GRID)
         # The phase in units of pi / (2 T), as an exact integer within one period.
-        phase = (u[:, None] * (2 * t + 1)) % (4 * side)
-        basis = torch.cos(phase.to(dtype) * (math.pi / (2 * side))) / math.sqrt(side)
-        basis = torch.where(u[:, None] > 0, basis * math.sqrt(2.0), basis)
+        phase = (u * (2 * t + 1)) % (4 * side)
+        basis = torch.cos(phase.to(x.dtype) * (math.pi / (2 * side))) / math.sqrt(side)
+        basis = torch.where(u > 0, basis * math.sqrt(2.0), basis)
         if extent == side:
             return basis
-        return basis @ averaging(side, extent, device=device, dtype=dtype)
-
-    def extra_repr(self) -> str:
-        """Size and number of frequencies."""
-        return f"size={self.size}, frequencies={self.frequencies}"
+        return basis @ averaging(side, extent, device=device, dtype=x.dtype)

@@ -6,10 +6,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, hidden_units, one_of
 from spem.attention.precision import call, without_autocast
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 from spem.seeding import kaiming_normal_fan_in
 
@@ -17,25 +16,18 @@ Fusion = Literal["add", "mul", "both"]
 
 
 class Transform(nn.Module):
-    """W2 relu(LN(W1 c + b1)) + b2, [N, C] -> [N, C]."""
+    """W2 relu(LN(W1 c + b1)) + b2, [N, C] -> [N, C, 1, 1]."""
 
-    def __init__(
-        self, channels: int, hidden: int, *, device: Device = None, dtype: Dtype = None
-    ) -> None:
+    def __init__(self, channels: int, hidden: int, **factory: Any) -> None:
         super().__init__()
-        factory: Any = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(channels, hidden, **factory)
         self.norm = nn.LayerNorm(hidden, **factory)
         self.fc2 = nn.Linear(hidden, channels, **factory)
 
-    def reset_parameters(self) -> None:
-        """W2 = b2 = 0."""
-        nn.init.zeros_(self.fc2.weight)
-        nn.init.zeros_(self.fc2.bias)
-
     def forward(self, context: Tensor) -> Tensor:
         """The transformed context, in its dtype."""
-        return call(self.fc2, torch.relu(call(self.norm, call(self.fc1, context))))
+        hidden = torch.relu(call(self.norm, call(self.fc1, context)))
+        return call(self.fc2, hidden)[..., None, None]
 
 
 @register_attention(
@@ -57,13 +49,9 @@ class GC(ChannelAttention):
         x: [N, C, H, W].
 
     Args:
-        channels: C.
         fusion: ``"add"``, ``"mul"`` or ``"both"``.
         reduction: r, the hidden width is C // r; at least 2, since the norm of one value is a
             constant. The paper has 16 and 4.
-
-    Raises:
-        ValueError: An unknown ``fusion``, or ``reduction`` leaves less than two hidden units.
 
     Differences: none; of timm's layers of this family, one starts away from the identity and the
     other is mul.
@@ -84,28 +72,16 @@ class GC(ChannelAttention):
         one_of("GC", get_args(Fusion), fusion=fusion)
         hidden = hidden_units("GC", channels, reduction, least=2)  # a norm of one is a constant
         factory: Any = {"device": device, "dtype": dtype}
-        self.fusion: Fusion = fusion
+        self.fusion = fusion
         self.needs = replace(self.needs, adds=fusion != "mul")
         self.mask = nn.Conv2d(channels, 1, 1, **factory)
         if fusion != "add":
             self.mul = Transform(channels, hidden, **factory)
         if fusion != "mul":
             self.add = Transform(channels, hidden, **factory)
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """The mask's bias 0; the last layers 0."""
-        super().reset_parameters()
-        assert self.mask.bias is not None
-        nn.init.zeros_(self.mask.bias)
-        for transform in self.children():
-            if isinstance(transform, Transform):
-                transform.reset_parameters()
-
-    @property
-    def start_gate(self) -> float:
-        """1 for add, else 0.5."""
-        return 1.0 if self.fusion == "add" else 0.5
+        self.start_gate = 1.0 if fusion == "add" else 0.5
+        zero = [name for name, _ in self.named_parameters() if ".fc2." in name]
+        self._draw_start(dict.fromkeys(["mask.bias", *zero], 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x * gate(x) + shift(x), the context computed once."""
@@ -116,28 +92,22 @@ class GC(ChannelAttention):
     def _fuse(self, x: Tensor) -> Tensor:
         context = self._context(x)
         # In the precision of the gate, rounded once: a sum that cancels shows every rounding.
-        y = x if self.fusion == "add" else x * self._scale(context)
-        return (y if self.fusion == "mul" else y + self._term(context)).to(x.dtype)
+        y = x if self.fusion == "add" else x * torch.sigmoid(self.mul(context))
+        return (y if self.fusion == "mul" else y + self.add(context)).to(x.dtype)
 
     def gate(self, x: Tensor) -> Tensor:
         """s(delta), [N, C, 1, 1]; ones for add."""
-        if self.fusion == "add":
-            ones = torch.ones((), device=x.device, dtype=compute_dtype(x.dtype))
-            return ones.expand(x.shape[0], self.channels, 1, 1)
-        return self._scale(self._context(x))
+        if self.fusion != "add":
+            return torch.sigmoid(self.mul(self._context(x)))
+        ones = torch.ones((), device=x.device, dtype=compute_dtype(x.dtype))
+        return ones.expand(x.shape[0], self.channels, 1, 1)
 
     def shift(self, x: Tensor) -> Tensor:
         """delta, [N, C, 1, 1], of add and both."""
-        return super().shift(x) if self.fusion == "mul" else self._term(self._context(x))
+        return super().shift(x) if self.fusion == "mul" else self.add(self._context(x))
 
     def _context(self, x: Tensor) -> Tensor:
         """sum_HW a x, [N, C]."""
         wide = x.to(compute_dtype(x.dtype))
         weight = call(self.mask, wide).flatten(2).softmax(2)  # [N, 1, H W]
         return (wide.flatten(2) * weight).sum(2)
-
-    def _scale(self, context: Tensor) -> Tensor:
-        return torch.sigmoid(self.mul(context))[..., None, None]
-
-    def _term(self, context: Tensor) -> Tensor:
-        return self.add(context)[..., None, None]

@@ -6,10 +6,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, one_of
 from spem.attention.precision import cast
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
@@ -35,20 +34,18 @@ class GCT(ChannelAttention):
         x: [N, C, ...], one to three spatial axes; with ``mode="l1"`` [N, C, H, W].
 
     Args:
-        channels: C.
         mode: The norm of a plane, ``"l2"`` or ``"l1"``. Only l2 is a function of plane statistics:
             sum x^2 = K (var + mean^2), K positions.
         placement: At the ``"tail"`` of every block, or before every ``"conv"``, as in the official
             networks.
-
-    Raises:
-        ValueError: An unknown ``mode`` or ``placement``.
 
     Differences: the official networks put it before every convolution (stem and shortcuts too),
     ``placement="conv"``; the default stands where any attention stands. In l2 an infinite value
     makes all gates of its image NaN. Its authors train beta without weight decay
     (`Needs.no_decay`).
     """
+
+    start_gate = 1.0
 
     def __init__(
         self,
@@ -59,7 +56,7 @@ class GCT(ChannelAttention):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         factory: Any = {"device": device, "dtype": dtype}
         one_of("GCT", get_args(Mode), mode=mode)
         one_of("GCT", get_args(Placement), placement=placement)
@@ -68,19 +65,7 @@ class GCT(ChannelAttention):
         self.alpha = nn.Parameter(torch.empty(channels, **factory))
         self.gamma = nn.Parameter(torch.empty(channels, **factory))
         self.beta = nn.Parameter(torch.empty(channels, **factory))
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """alpha = 1, gamma = beta = 0."""
-        super().reset_parameters()
-        nn.init.ones_(self.alpha)
-        nn.init.zeros_(self.gamma)
-        nn.init.zeros_(self.beta)
-
-    @property
-    def start_gate(self) -> float:
-        """1, the identity."""
-        return 1.0
+        self._draw_start({"alpha": 1.0, "gamma": 0.0, "beta": 0.0})
 
     def takes_any_rank(self) -> bool:
         """Whether the norm is l2."""
@@ -89,9 +74,7 @@ class GCT(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """1 + tanh(n + beta) of l2, [N, C]."""
         if self.mode == "l1":
-            raise NotImplementedError(
-                "GCT: mode='l1' is no function of plane statistics; call gate(x)."
-            )
+            return super().gate_from(stats)  # there is none
         assert stats.mean is not None
         assert stats.var is not None
         norm = torch.sqrt(stats.size * (stats.var + stats.mean.square()) + EPS)
@@ -106,7 +89,3 @@ class GCT(ChannelAttention):
 
     def _compare(self, e: Tensor, size: Tensor) -> Tensor:
         return 1.0 + torch.tanh(cast(self.gamma, e) * e / size + cast(self.beta, e))
-
-    def extra_repr(self) -> str:
-        """The norm."""
-        return f"mode={self.mode}"

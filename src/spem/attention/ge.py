@@ -7,19 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spem.attention.base import ChannelAttention
+from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype, Size, hidden_units, is_int, map_size, one_of
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 from spem.seeding import kaiming_normal_fan_in
 
 Form = Literal["theta_minus", "theta", "theta_plus"]
 GLOBAL = "global"
-_NORM = ("norm.weight", "norm.bias")
-_BIASES = ("fc1.bias", "fc2.bias")
 
 
 @register_attention(
@@ -48,18 +45,13 @@ class GE(ChannelAttention):
         N >= 2.
 
     Args:
-        channels: C.
         form: ``"theta_minus"``, ``"theta"`` or ``"theta_plus"``.
         extent: ``"global"``, or for theta_minus an integer e >= 2 (2, 4 and 8 in the paper).
-        reduction: r of theta_plus, the hidden width is C // r.
-        bias: Whether the depthwise convolution has a bias, which the norm takes away again; the
-            port in SRM's repository has one.
+        reduction: r of theta_plus, the hidden width is C // r >= 1.
+        bias: Whether the depthwise convolution of theta and theta_plus has a bias, which the norm
+            takes away again; the port in SRM's repository has one.
         size: H = W, or (H, W), of the maps; theta and theta_plus need it.
         pool: How a plane becomes a number in theta_minus of global extent.
-
-    Raises:
-        ValueError: An unknown ``form`` or ``extent``, options that do not belong together, or no
-            ``size`` for a form that needs it.
 
     Differences: theta and theta_plus only with global extent. Windows over the edge average what
     lies inside the map. Its authors train biases and norms of theta and theta_plus without weight
@@ -79,63 +71,44 @@ class GE(ChannelAttention):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        self._refuse(form, extent, pool)
-        if not isinstance(bias, bool) or (bias and form == "theta_minus"):
-            raise ValueError(
-                f"GE: bias={bias!r} is not True or False, or form={form!r} has no convolution."
-            )
-        pooled = form == "theta_minus" and extent == GLOBAL
-        super().__init__(channels, pool=pool if pooled else None, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
-        self.form: Form = form
-        self.extent = extent
-        if form != "theta_minus":
-            self._build(reduction, map_size("GE", size), bias=bias, factory=factory)
-        self._draw_start()
-
-    @staticmethod
-    def _refuse(form: str, extent: int | str, pool: PoolSpec) -> None:
         one_of("GE", get_args(Form), form=form)
-        if extent != GLOBAL:
-            if not is_int(extent) or extent < 2:
-                raise ValueError(f"GE: extent={extent!r} is neither 'global' nor an integer >= 2.")
-            if form != "theta_minus":
-                raise ValueError(f"GE: form={form!r} has global extent only, got extent={extent}.")
-        if pool != "avg" and (form != "theta_minus" or extent != GLOBAL):
+        minus, whole = form == "theta_minus", extent == GLOBAL
+        pooled = pool if minus and whole else None
+        super().__init__(channels, pool=pooled, device=device, dtype=dtype)
+        if not whole and (not is_int(extent) or extent < 2):
+            raise ValueError(f"GE: extent={extent!r} is neither 'global' nor an integer >= 2.")
+        if not whole and not minus:
+            raise ValueError(f"GE: form={form!r} has global extent only, got extent={extent}.")
+        if pool != "avg" and not (minus and whole):
             raise ValueError(
                 f"GE: pool={pool!r} needs form='theta_minus' and extent='global', "
                 f"got form={form!r} and extent={extent!r}."
             )
+        if not isinstance(bias, bool) or (bias and minus):
+            raise ValueError(
+                f"GE: bias={bias!r} is not True or False, or form={form!r} has no convolution."
+            )
+        self.form, self.extent = form, extent
+        if not minus:
+            self._build(reduction, map_size("GE", size), bias, {"device": device, "dtype": dtype})
 
-    def _build(self, reduction: int, size: tuple[int, int], *, bias: bool, factory: Any) -> None:
+    def _build(self, reduction: int, size: tuple[int, int], bias: bool, factory: Any) -> None:
         """The layers of theta and theta_plus, and what these forms declare."""
         c, self.size = self.channels, size
         self.gather = nn.Conv2d(c, c, size, groups=c, bias=bias, **factory)
         self.norm = nn.BatchNorm2d(c, **factory)
-        no_decay = (*_NORM, "gather.bias") if bias else _NORM
         self.random_init = {"gather.weight": kaiming_normal_fan_in}
+        biases: tuple[str, ...] = ()
         if self.form == "theta_plus":
             hidden = hidden_units("GE", c, reduction)
             self.fc1 = nn.Linear(c, hidden, **factory)
             self.fc2 = nn.Linear(hidden, c, **factory)
-            no_decay += _BIASES
-            self.random_init["fc1.weight"] = normal_hundredth
-            self.random_init["fc2.weight"] = normal_hundredth
-        self.needs = replace(
-            self.needs,
-            batch=2,
-            batch_statistics=True,
-            no_decay=no_decay,
-            size=True,
-            fixed_size=True,
-        )
-
-    def reset_parameters(self) -> None:
-        """Biases 0."""
-        super().reset_parameters()
-        if self.form == "theta_plus":
-            nn.init.zeros_(self.fc1.bias)
-            nn.init.zeros_(self.fc2.bias)
+            self.random_init |= {f"fc{k}.weight": normal_hundredth for k in (1, 2)}
+            biases = ("fc1.bias", "fc2.bias")
+        no_decay = ("norm.weight", "norm.bias", *(["gather.bias"] if bias else []), *biases)
+        sized: Any = {"size": True, "fixed_size": True, "batch": 2, "batch_statistics": True}
+        self.needs = replace(self.needs, no_decay=no_decay, **sized)
+        self._draw_start(dict.fromkeys(biases, 0.0))
 
     def takes_any_rank(self) -> bool:
         """Whether it is theta_minus of global extent."""
@@ -144,17 +117,16 @@ class GE(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(z) of theta_minus, [N, C]."""
         if not self.takes_any_rank():
-            raise NotImplementedError(
-                f"GE: form={self.form!r} with extent={self.extent!r} is no function of plane "
-                f"statistics; call gate(x)."
-            )
+            return super().gate_from(stats)  # there is none
         return torch.sigmoid(self.pool(stats))
 
     def map_gate(self, x: Tensor) -> Tensor:
         """The gate of the other forms, [N, C, 1, 1]; [N, C, H, W] with an extent."""
         wide = x.to(compute_dtype(x.dtype))
         if isinstance(self.extent, int):
-            return self._windows(wide, self.extent)
+            side, step = 2 * self.extent - 1, self.extent
+            means = F.avg_pool2d(wide, side, step, padding=step - 1, count_include_pad=False)
+            return F.interpolate(torch.sigmoid(means), size=x.shape[2:], mode="nearest")
         if tuple(x.shape[2:]) != self.size:
             raise ValueError(
                 f"GE: form={self.form!r} was built for maps of size={self.size}, "
@@ -165,14 +137,6 @@ class GE(ChannelAttention):
             hidden = torch.relu(call(self.fc1, torch.relu(z.flatten(1))))
             z = call(self.fc2, hidden)[..., None, None]
         return torch.sigmoid(z)
-
-    def _windows(self, x: Tensor, extent: int) -> Tensor:
-        means = F.avg_pool2d(x, 2 * extent - 1, extent, padding=extent - 1, count_include_pad=False)
-        return F.interpolate(torch.sigmoid(means), size=x.shape[2:], mode="nearest")
-
-    def extra_repr(self) -> str:
-        """Form and extent."""
-        return f"form={self.form}, extent={self.extent}"
 
 
 def normal_hundredth(weight: Tensor, generator: torch.Generator | None) -> None:

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, positive_int
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 WIDE = 256
@@ -32,13 +31,9 @@ class GSoP(ChannelAttention):
         x: [N, C, H, W]; at least two values a channel, N M, of the reduced map in training.
 
     Args:
-        channels: C.
         dims: D.
         stride: Stride of the reducing convolution; None is the official rule, 2 up to 256 channels,
             1 above.
-
-    Raises:
-        ValueError: ``dims`` or ``stride`` is no positive integer.
 
     Differences: the channel mode only, of which this is the official code.
     """
@@ -52,7 +47,7 @@ class GSoP(ChannelAttention):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         factory: Any = {"device": device, "dtype": dtype}
         step = (2 if channels <= WIDE else 1) if stride is None else stride
         positive_int("GSoP", dims=dims, stride=step)

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype
 from spem.attention.precision import call, cast
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 
@@ -25,16 +24,13 @@ class NAM(ChannelAttention):
     Shape:
         x: [N, C, H, W]; N H W >= 2 in training.
 
-    Args:
-        channels: C.
-
     Differences: only the channel part has official code, and only it is here. As there, no gradient
     flows through w (`Needs.stops_gradients`). The official L1 term on gamma is the training loop's
     matter.
     """
 
     def __init__(self, channels: int, *, device: Device = None, dtype: Dtype = None) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
         self._draw_start()
 

@@ -1,6 +1,7 @@
 """Options that modules share, and their checks: each raises one sentence that names the module."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import TypeGuard
 
 import torch
@@ -11,49 +12,56 @@ Size = int | tuple[int, int]
 """H = W, or (H, W)."""
 
 
+def _all(
+    label: str, options: Mapping[str, object], right: Callable[[object], bool], wrong: str
+) -> None:
+    for name, value in options.items():
+        if not right(value):
+            raise ValueError(f"{label}: {name}={value!r} is {wrong}.")
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether it is an integer; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def positive_int(label: str, **options: object) -> None:
     """Raises ValueError unless every option is a positive integer."""
-    for name, value in options.items():
-        if not is_int(value) or value < 1:
-            raise ValueError(f"{label}: {name}={value!r} is not a positive integer. Use 1 or more.")
+    wrong = "not a positive integer. Use 1 or more"
+    _all(label, options, lambda v: is_int(v) and v >= 1, wrong)
 
 
 def odd_int(label: str, use: str = "3, 5 or 7", **options: object) -> None:
     """Raises ValueError unless every option is an odd positive integer, a kernel's side."""
-    for name, value in options.items():
-        if not is_int(value) or value < 1 or value % 2 == 0:
-            raise ValueError(
-                f"{label}: {name}={value!r} is not an odd positive integer. Use {use}."
-            )
+    wrong = f"not an odd positive integer. Use {use}"
+    _all(label, options, lambda v: is_int(v) and v >= 1 and v % 2 == 1, wrong)
 
 
 def number(label: str, **options: object) -> None:
     """Raises ValueError unless every option is a finite number."""
-    for name, value in options.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not math.isfinite(value)
-        ):
-            raise ValueError(
-                f"{label}: {name}={value!r} is not a finite number. Use an int or a float."
-            )
+
+    def right(value: object) -> bool:
+        return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+    _all(label, options, right, "not a finite number. Use an int or a float")
+
+
+def positive(label: str, most: float = math.inf, **options: float) -> None:
+    """Raises ValueError unless every option is a finite number above 0 and up to ``most``."""
+    number(label, **options)
+    limit = "a positive number" if most == math.inf else f"a number above 0 and up to {most}"
+    _all(label, options, lambda v: isinstance(v, int | float) and 0 < v <= most, f"not {limit}")
 
 
 def one_of(label: str, allowed: tuple[str, ...], **options: object) -> None:
     """Raises ValueError unless every option is one of the words."""
-    for name, value in options.items():
-        if value not in allowed:
-            raise ValueError(
-                f"{label}: {name}={value!r} is unknown. Use one of {', '.join(allowed)}."
-            )
+    wrong = f"unknown. Use one of {', '.join(allowed)}"
+    _all(label, options, lambda value: value in allowed, wrong)
 
 
 def flag(label: str, **options: object) -> None:
     """Raises ValueError unless every option is True or False."""
-    for name, value in options.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{label}: {name}={value!r} is not a bool. Use True or False.")
+    _all(label, options, lambda v: isinstance(v, bool), "not a bool. Use True or False")
 
 
 def divides(label: str, channels: int, **options: int) -> None:
@@ -90,12 +98,5 @@ def map_size(label: str, size: Size | None) -> tuple[int, int]:
         )
     pair = size if isinstance(size, tuple) else (size, size)
     if len(pair) != 2 or not all(map(is_int, pair)) or min(pair) < 1:
-        raise ValueError(
-            f"{label}: size={size!r} is no positive integer and no pair (H, W) of them."
-        )
+        raise ValueError(f"{label}: size={size!r} is no positive integer or pair (H, W) of them.")
     return pair
-
-
-def is_int(value: object) -> TypeGuard[int]:
-    """Whether it is an integer; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,20 +1,15 @@
-"""Pooling strategies on plane statistics: average, maximum, minimum, mixes, random regions.
+"""Pools: what makes one number of a plane. `make_pool` builds them from their descriptions."""
 
-A pool is described by ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, a `Mix` or an `SRP`, and built by
-`make_pool` into a module that takes `PlaneStats` to a descriptor [N, C] in at least float32.
-"""
-
-import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention.options import Device, Dtype, number, one_of, positive_int
 from spem.ops import PlaneStats
-from spem.ops.library import has_hooks, runs_eagerly
+from spem.ops.library import has_hooks
 from spem.ops.stats import compute_dtype
 from spem.seeding import keyed_generator
 
@@ -42,8 +37,7 @@ class Mix:
         parametrization: How a learned lambda is parametrised; must be left alone for a constant.
 
     Raises:
-        ValueError: lam lies outside [0, 1], or the parametrization is unknown or given with a
-            constant.
+        ValueError: An option outside these.
 
     Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eqs. (2), (3),
     (8).
@@ -72,11 +66,8 @@ class Mix:
     def __str__(self) -> str:
         if self.lam is not None:
             return f"mix({self.lam!r})"
-        return (
-            "mix()"
-            if self.parametrization == "squares"
-            else f"mix(parametrization={self.parametrization})"
-        )
+        other = self.parametrization != "squares"
+        return f"mix(parametrization={self.parametrization})" if other else "mix()"
 
 
 @dataclass(frozen=True)
@@ -115,9 +106,8 @@ class SRP:
         object.__setattr__(self, "share", float(self.share))
 
     def __str__(self) -> str:
-        given = [("per", self.per), ("regions", self.regions), ("share", self.share)]
-        plain = SRP.__dataclass_fields__
-        changed = [f"{name}={value}" for name, value in given if value != plain[name].default]
+        given, plain = vars(self), self.__dataclass_fields__
+        changed = [f"{k}={given[k]}" for k in sorted(given) if given[k] != plain[k].default]
         return f"srp({', '.join(changed)})" if changed else "srp"
 
 
@@ -142,31 +132,29 @@ class Pool(nn.Module):
     statistics: tuple[str, ...] = ()
     needs_map: bool = False
     """Whether it must be given `MapStats` in training."""
+    text: str = ""
+    """Its description."""
 
     def forward(self, stats: PlaneStats) -> Tensor:
         """The descriptor, [N, C]."""
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        """Its description."""
+        return self.text
+
 
 class Single(Pool):
     """One statistic as the descriptor: average, maximum or minimum pooling."""
 
-    _STATISTIC: ClassVar[dict[str, str]] = {"avg": "mean", "max": "max", "min": "min"}
-
     def __init__(self, name: Literal["avg", "max", "min"]) -> None:
         super().__init__()
         self.name = name
-        self.statistics = (self._STATISTIC[name],)
+        self.statistics = ("mean" if name == "avg" else name,)
 
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mean, maximum or minimum, [N, C]."""
-        value = getattr(stats, self.statistics[0])
-        assert value is not None
-        return value
-
-    def extra_repr(self) -> str:
-        """The pool's name."""
-        return self.name
+        return getattr(stats, self.statistics[0])
 
 
 def is_average(pool: nn.Module) -> bool:
@@ -186,12 +174,11 @@ class MixPool(Pool):
 
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mixed descriptor, [N, C]."""
-        highest, lowest = stats.max, stats.min
-        assert highest is not None
-        assert lowest is not None
-        lam = self.lam.to(highest.dtype)
+        assert stats.max is not None
+        assert stats.min is not None
+        lam = self.lam.to(stats.max.dtype)
         # Not lerp, which gives another result for infinities.
-        return torch.addcmul(lam * highest, 1.0 - lam, lowest)
+        return torch.addcmul(lam * stats.max, 1.0 - lam, stats.min)
 
 
 class FixedMix(MixPool):
@@ -216,54 +203,53 @@ class FixedMix(MixPool):
         assert stats.min is not None
         return torch.add(self.value * stats.max, stats.min, alpha=1.0 - self.value)
 
-    def extra_repr(self) -> str:
-        """The constant."""
-        return f"lam={self.value}"
-
 
 class LearnedMix(MixPool):
     """Mix-pooling with a learned lambda; `penalty` is its regulariser, without coefficient."""
 
-    @property
-    def magnitude(self) -> Tensor:
-        """The size of the parameter behind lambda: |p|, or |l|; 0-dim, at least float32."""
-        raise NotImplementedError
+    parameter: str
+    """The name of the parameter behind lambda."""
+    start: float
+    """What the parameter starts from, so that lambda = 0.5."""
 
-    def penalty(self) -> Tensor:
-        """The regulariser, a 0-dim tensor in at least float32."""
-        raise NotImplementedError
+    def __init__(self, *size: int, device: Device = None, dtype: Dtype = None) -> None:
+        super().__init__()
+        parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.register_parameter(self.parameter, parameter)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets the parameter to its start, lambda = 0.5."""
-        raise NotImplementedError
+        nn.init.constant_(self.get_parameter(self.parameter), self.start)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """The size of the parameter behind lambda: |p|, or |l|; 0-dim, at least float32."""
+        return torch.linalg.vector_norm(self._wide())
+
+    def penalty(self) -> Tensor:
+        """The regulariser, a 0-dim tensor in at least float32."""
+        return self._wide().square().sum()
+
+    def _wide(self) -> Tensor:
+        value: Tensor = getattr(self, self.parameter)
+        return value.to(compute_dtype(value.dtype))
 
 
 class SquaresMix(LearnedMix):
     """lambda = p0^2 / (p0^2 + p1^2); with ``anchored`` the penalty holds |p|^2 at 1/2."""
 
-    def __init__(
-        self, *, anchored: bool = False, device: Device = None, dtype: Dtype = None
-    ) -> None:
-        super().__init__()
-        self.anchored = anchored
-        self.p = nn.Parameter(torch.empty(2, device=device, dtype=dtype))
-        self.reset_parameters()
+    parameter, start = "p", 0.5
+    p: nn.Parameter
 
-    def reset_parameters(self) -> None:
-        """p = (0.5, 0.5)."""
-        nn.init.constant_(self.p, 0.5)
+    def __init__(self, *, anchored: bool, device: Device = None, dtype: Dtype = None) -> None:
+        super().__init__(2, device=device, dtype=dtype)
+        self.anchored = anchored
 
     @property
     def lam(self) -> Tensor:
         """lambda, exact for any |p| above the smallest normal float32, 0.5 below."""
-        p = self.p.to(compute_dtype(self.p.dtype))
-        if p.device.type == "cpu" and runs_eagerly(p):
-            return _Share.apply(p)
-        return self.formula(p)
-
-    @staticmethod
-    def formula(p: Tensor) -> Tensor:
-        """lambda of p in torch operations."""
+        p = self._wide()
         scale = p.detach().abs().amax(0)  # with its axis, which ONNX asks for
         # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is
         # 1/2 with gradient 0. Written so that a NaN in p is not taken for zero.
@@ -272,90 +258,21 @@ class SquaresMix(LearnedMix):
         total = torch.where(vanished, 1.0, q[0] + q[1])
         return torch.where(vanished, 0.5, q[0] / total)
 
-    @property
-    def magnitude(self) -> Tensor:
-        """|p| = sqrt(p0^2 + p1^2)."""
-        p = self.p.to(compute_dtype(self.p.dtype))
-        return torch.linalg.vector_norm(p)
-
     def penalty(self) -> Tensor:
         """p0^2 + p1^2, or (p0^2 + p1^2 - 1/2)^2 when anchored."""
-        total = self.p.to(compute_dtype(self.p.dtype)).square().sum()
-        return (total - 0.5).square() if self.anchored else total
-
-    def extra_repr(self) -> str:
-        """The parametrisation's name."""
-        return "anchored" if self.anchored else "squares"
-
-
-def _share(p: Tensor) -> float:
-    """`SquaresMix.lam` to the bit, without a dozen operators for two numbers."""
-    a, b = p.tolist()
-    if math.isnan(a) or math.isnan(b):
-        return math.nan
-    scale = max(abs(a), abs(b))
-    if scale < torch.finfo(torch.float32).tiny:
-        return 0.5
-
-    def rounded(x: float) -> float:  # of one operation in double, as float32 has it
-        return ctypes.c_float(x).value if p.dtype == torch.float32 else x
-
-    a, b = (rounded(rounded(x / scale) ** 2) for x in (a, b))
-    return rounded(a / rounded(a + b))
-
-
-class _Share(torch.autograd.Function):
-    """lambda and its gradient with two numbers instead of two dozen operators; on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor) -> Tensor:
-        """lambda, 0-dim."""
-        ctx.save_for_backward(p)
-        return p.new_tensor(_share(p))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """dlambda/dp = 2 p0 p1 (p1, -p0) / |p|^4; differentiable in turn, by the formula."""
-        (p,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return torch.autograd.grad(SquaresMix.formula(p), p, grad, create_graph=True)[0]
-        a, b = p.tolist()
-        scale = max(abs(a), abs(b))
-        if scale < torch.finfo(torch.float32).tiny:
-            return torch.zeros_like(p)
-        a, b = a / scale, b / scale
-        slope = 2.0 * a * b / (a * a + b * b) ** 2 / scale
-        return grad * p.new_tensor((slope * b, -slope * a))
+        return (super().penalty() - 0.5).square() if self.anchored else super().penalty()
 
 
 class SigmoidMix(LearnedMix):
     """lambda = sigmoid(logit), logit = 0 at the start."""
 
-    def __init__(self, *, device: Device = None, dtype: Dtype = None) -> None:
-        super().__init__()
-        self.logit = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """logit = 0."""
-        nn.init.zeros_(self.logit)
+    parameter, start = "logit", 0.0
+    logit: nn.Parameter
 
     @property
     def lam(self) -> Tensor:
         """sigmoid(logit)."""
         return torch.sigmoid(self._wide())
-
-    @property
-    def magnitude(self) -> Tensor:
-        """|logit|."""
-        return self._wide().abs()
-
-    def penalty(self) -> Tensor:
-        """logit^2."""
-        return self._wide().square()
-
-    def _wide(self) -> Tensor:
-        return self.logit.to(compute_dtype(self.logit.dtype))
 
 
 class RegionPool(Pool):
@@ -389,12 +306,11 @@ class RegionPool(Pool):
             return stats.mean
         if not isinstance(stats, MapStats):
             raise TypeError("SRP: needs the map in training; call the module, not gate_from.")
-        x = stats.map
-        starts = self._starts(x)
+        starts = self._starts(stats.map)
         with torch.no_grad():
             self.draws[1].add_(1)
-        wide = x.to(compute_dtype(x.dtype))
-        return torch.stack([self._mean(wide, box) for box in starts]).mean(0)
+        x = stats.map.to(compute_dtype(stats.map.dtype))
+        return torch.stack([self._mean(x, box) for box in starts]).mean(0)
 
     def _mean(self, x: Tensor, starts: list[Tensor]) -> Tensor:
         """The mean over one box of every plane; starts: of each axis, [N or 1, C or 1]."""
@@ -417,17 +333,13 @@ class RegionPool(Pool):
         channel = torch.arange(channels, device=x.device)
         key = _hash(_hash(self.draws[0]) ^ self.draws[1])
         cell = _hash(_hash(key ^ image) ^ channel)  # [images, channels]
+        places = [extent - self._side(extent) + 1 for extent in x.shape[2:]]
         found: list[list[Tensor]] = []
         for box in range(self.spec.regions):
             own = _hash(cell ^ box)
-            axes = range(x.dim() - 2)
-            places = [x.shape[2 + axis] - self._side(x.shape[2 + axis]) + 1 for axis in axes]
-            found.append([(_hash(own ^ (axis + 1)) * places[axis]) >> 32 for axis in axes])
+            drawn = [_hash(own ^ axis) for axis in range(1, x.dim() - 1)]
+            found.append([(v * count) >> 32 for v, count in zip(drawn, places, strict=True)])
         return found
-
-    def extra_repr(self) -> str:
-        """The options."""
-        return f"share={self.spec.share}, regions={self.spec.regions}, per={self.spec.per}"
 
 
 def _hash(value: Tensor) -> Tensor:
@@ -446,26 +358,28 @@ def make_pool(pool: PoolSpec, *, device: Device = None, dtype: Dtype = None) -> 
         ValueError: The specification is none of ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, `Mix`,
             `SRP`.
     """
-    if isinstance(pool, Mix):
-        if pool.lam is not None:
-            return FixedMix(pool.lam)
-        if pool.parametrization == "sigmoid":
-            return SigmoidMix(device=device, dtype=dtype)
-        return SquaresMix(anchored=pool.parametrization == "anchored", device=device, dtype=dtype)
+    factory: Any = {"device": device, "dtype": dtype}
     if pool == "srp" or isinstance(pool, SRP):
-        return RegionPool(SRP() if pool == "srp" else pool, device=device)
-    if pool == "avg" or pool == "max" or pool == "min":
-        return Single(pool)
-    raise ValueError(
-        f"pool={pool!r} is unknown. Use 'avg', 'max', 'min', Mix(), Mix(0.3) or 'srp'."
-    )
+        built = RegionPool(pool if isinstance(pool, SRP) else SRP(), device=device)
+    elif not isinstance(pool, Mix):
+        if pool not in ("avg", "max", "min"):
+            raise ValueError(
+                f"pool={pool!r} is unknown. Use 'avg', 'max', 'min', Mix(), Mix(0.3) or 'srp'."
+            )
+        built = Single(pool)
+    elif pool.lam is not None:
+        built = FixedMix(pool.lam)
+    elif pool.parametrization == "sigmoid":
+        built = SigmoidMix(**factory)
+    else:
+        built = SquaresMix(anchored=pool.parametrization == "anchored", **factory)
+    built.text = str(pool)
+    return built
 
 
 def learned_mixes(model: nn.Module) -> list[tuple[str, LearnedMix]]:
     """Every learned mix of a model with its name, shared ones once."""
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LearnedMix)
-    ]
+    return [(name, mix) for name, mix in model.named_modules() if isinstance(mix, LearnedMix)]
 
 
 def penalty(model: nn.Module) -> Tensor:

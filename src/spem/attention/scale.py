@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention
+from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype, number
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
@@ -28,7 +27,6 @@ class Scale(ChannelAttention):
         x: [N, C, ...], one to three spatial axes.
 
     Args:
-        channels: C.
         start: Value all factors start from.
     """
 
@@ -40,21 +38,11 @@ class Scale(ChannelAttention):
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         number("Scale", start=start)
-        self.start = float(start)
+        self.start = self.start_gate = float(start)
         self.factor = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """All factors at ``start``."""
-        super().reset_parameters()
-        nn.init.constant_(self.factor, self.start)
-
-    @property
-    def start_gate(self) -> float:
-        """``start``."""
-        return self.start
+        self._draw_start({"factor": self.start})
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """The factors, [N, C]."""

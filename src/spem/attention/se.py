@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention
+from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype, flag, hidden_units
 from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 from spem.ops.inference import CompiledGate, compiled_by
 from spem.ops.library import has_hooks
@@ -29,13 +28,9 @@ class SE(ChannelAttention):
         x: [N, C, ...], one to three spatial axes.
 
     Args:
-        channels: C.
-        reduction: r, the hidden width is C // r.
+        reduction: r, the hidden width is C // r >= 1.
         bias: Whether both layers have biases, as in the paper; several ports leave them out.
         pool: How a plane becomes a number; ``Mix(0.3)`` is the paper's Fig. 2.
-
-    Raises:
-        ValueError: ``reduction`` leaves no hidden unit.
 
     Paper: eqs. (2)-(4).
 

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, divides
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import cast
-from spem.attention.spec import register_attention
 
 
 @register_attention(
@@ -30,18 +29,16 @@ class SGE(ChannelAttention):
         x: [N, C, H, W], H W >= 2.
 
     Args:
-        channels: C.
         groups: G, must divide C. 64 is the official value; with C = 64 each group is one channel.
         pool: How a plane becomes a number.
-
-    Raises:
-        ValueError: ``groups`` does not divide ``channels``.
 
     Paper: eqs. (1)-(5).
 
     Differences: computed in float32 for half-precision maps, where the official code overflows. On
     a plane of equal q the deviation's gradient is taken as 0.
     """
+
+    start_gate = 0.7310585786300049
 
     def __init__(
         self,
@@ -58,18 +55,7 @@ class SGE(ChannelAttention):
         self.groups = groups
         self.w = nn.Parameter(torch.empty(groups, **factory))
         self.b = nn.Parameter(torch.empty(groups, **factory))
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """w = 0, b = 1."""
-        super().reset_parameters()
-        nn.init.zeros_(self.w)
-        nn.init.ones_(self.b)
-
-    @property
-    def start_gate(self) -> float:
-        """s(1)."""
-        return 0.7310585786300049
+        self._draw_start({"w": 0.0, "b": 1.0})
 
     def gate(self, x: Tensor) -> Tensor:
         """s(w t + b), [N, C, H, W]: one map a group, the same for all its channels."""
@@ -77,8 +63,7 @@ class SGE(ChannelAttention):
         grouped = x.flatten(2).to(z.dtype).unflatten(1, (self.groups, -1))  # [N, G, C/G, HW]
         q = (grouped * z.unflatten(1, (self.groups, -1))[..., None]).sum(2)  # [N, G, HW]
         centred = q - q.mean(2, keepdim=True)
-        # The weight is multiplied before the division: the product stays small where the deviation
-        # is.
+        # Multiplied before the division: the product stays small where the deviation is.
         w, b = cast(self.w, z)[:, None], cast(self.b, z)[:, None]
         # torch's std warns on an empty batch, where there is nothing to normalise.
         std = q.std(2, keepdim=True) if q.numel() else q.sum(2, keepdim=True)

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from spem.attention.base import ChannelAttention, Needs
-from spem.attention.options import Device, Dtype, number
-from spem.attention.spec import register_attention
+from spem.attention.base import ChannelAttention, Needs, register_attention
+from spem.attention.options import Device, Dtype, positive
 from spem.ops.stats import compute_dtype
 
 
@@ -25,12 +24,8 @@ class SimAM(ChannelAttention):
         x: [N, C, H, W], H W >= 2.
 
     Args:
-        channels: C.
-        lam: lambda, the regulariser. 1e-4 is the official class's default; the official ImageNet
-            commands pass 0.1.
-
-    Raises:
-        ValueError: ``lam`` is not a positive number.
+        lam: lambda > 0, the regulariser. 1e-4 is the official class's default; the official
+            ImageNet commands pass 0.1.
 
     Differences: the official CIFAR networks put it before the norm of the middle convolution; here
     it stands where any attention stands. Computed in float32 for half-precision maps.
@@ -40,9 +35,7 @@ class SimAM(ChannelAttention):
         self, channels: int, *, lam: float = 1e-4, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        number("SimAM", lam=lam)
-        if lam <= 0:
-            raise ValueError(f"SimAM: lam={lam!r} is not a positive number. Use for example 1e-4.")
+        positive("SimAM", lam=lam)
         self.lam = float(lam)
 
     def gate(self, x: Tensor) -> Tensor:
@@ -51,7 +44,3 @@ class SimAM(ChannelAttention):
         d = (wide - wide.mean((2, 3), keepdim=True)).square()
         variance = d.sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3] - 1)
         return torch.sigmoid(d / (4.0 * (variance + self.lam)) + 0.5)
-
-    def extra_repr(self) -> str:
-        """The regulariser."""
-        return f"lam={self.lam}"

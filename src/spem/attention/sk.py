@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, divides, positive_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call, without_autocast
-from spem.attention.spec import register_attention
 from spem.seeding import kaiming_normal_fan_out
 
 
@@ -39,18 +38,12 @@ class SK(ChannelAttention):
         least: The smallest d.
         pool: How a plane of U1 + U2 becomes a number.
 
-    Raises:
-        ValueError: ``groups`` does not divide ``channels``, or an option is no positive integer.
-
     Differences: the paper's networks have 32 groups; narrower layers here have a group a channel.
     Two branches, which then also hold the norm and the ReLU after the convolution they replace.
     `gate` is a_1.
     """
 
-    random_init = {  # noqa: RUF012  # typed in the base class
-        "near.weight": kaiming_normal_fan_out,
-        "far.weight": kaiming_normal_fan_out,
-    }
+    random_init = dict.fromkeys(("near.weight", "far.weight"), kaiming_normal_fan_out)
 
     def __init__(
         self,
@@ -70,24 +63,11 @@ class SK(ChannelAttention):
         groups = min(32, channels) if groups is None else groups
         positive_int("SK", stride=step, reduction=reduction, least=least)
         divides("SK", channels, groups=groups)
-
-        def branch(dilation: int) -> nn.Conv2d:
-            return nn.Conv2d(
-                channels,
-                channels,
-                3,
-                stride=step,
-                padding=dilation,
-                dilation=dilation,
-                groups=groups,
-                bias=False,
-                **factory,
-            )
-
         width = max(channels // reduction, least)
-        self.near = branch(1)
+        branch: Any = {"stride": step, "groups": groups, "bias": False, **factory}
+        self.near = nn.Conv2d(channels, channels, 3, padding=1, **branch)
         self.near_norm = nn.BatchNorm2d(channels, **factory)
-        self.far = branch(2)
+        self.far = nn.Conv2d(channels, channels, 3, padding=2, dilation=2, **branch)
         self.far_norm = nn.BatchNorm2d(channels, **factory)
         self.fc = nn.Linear(channels, width, bias=False, **factory)
         self.norm = nn.BatchNorm1d(width, **factory)

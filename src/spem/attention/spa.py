@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention
+from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype, hidden_units
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 GRIDS = (1, 2, 4)
@@ -30,11 +29,7 @@ class SPA(ChannelAttention):
         x: [N, C, H, W].
 
     Args:
-        channels: C.
-        reduction: r, the hidden width is C // r.
-
-    Raises:
-        ValueError: ``reduction`` leaves no hidden unit.
+        reduction: r, the hidden width is C // r >= 1.
 
     Differences: z comes from the map that is gated; the official network takes it from the block's
     input, through a convolution where the width changes. An infinite value makes all gates of its
@@ -44,7 +39,7 @@ class SPA(ChannelAttention):
     def __init__(
         self, channels: int, *, reduction: int = 16, device: Device = None, dtype: Dtype = None
     ) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
+        super().__init__(channels)
         factory: Any = {"device": device, "dtype": dtype}
         hidden = hidden_units("SPA", channels, reduction)
         inputs = channels * sum(side * side for side in GRIDS)
@@ -54,20 +49,19 @@ class SPA(ChannelAttention):
 
     def gate(self, x: Tensor) -> Tensor:
         """s(W2 relu(W1 z)), [N, C, 1, 1]."""
-        regions = torch.cat([self._regions(x, side) for side in GRIDS], dim=0)  # [21, H W]
-        means = x.flatten(2).to(regions.dtype) @ regions.T  # [N, C, 21]
+        dtype = compute_dtype(x.dtype)
+        grids: list[Tensor] = []
+        for side in GRIDS:
+            rows, columns = (
+                averaging(side, extent, device=x.device, dtype=dtype) for extent in x.shape[2:]
+            )
+            grids.append(torch.kron(rows, columns))  # [side^2, H W]
+        regions = torch.cat(grids)  # [21, H W]
+        means = x.flatten(2).to(dtype) @ regions.T  # [N, C, 21]
         # All regions of a channel side by side, grid after grid: the order of the official layer.
         counts = [side * side for side in GRIDS]
         z = torch.cat([part.flatten(1) for part in means.split(counts, dim=2)], dim=1)
-        excited = call(self.fc2, torch.relu(call(self.fc1, z)))
-        return torch.sigmoid(excited)[..., None, None]
-
-    @staticmethod
-    def _regions(x: Tensor, side: int) -> Tensor:
-        dtype = compute_dtype(x.dtype)
-        rows = averaging(side, x.shape[2], device=x.device, dtype=dtype)
-        columns = averaging(side, x.shape[3], device=x.device, dtype=dtype)
-        return (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)
+        return torch.sigmoid(call(self.fc2, torch.relu(call(self.fc1, z))))[..., None, None]
 
 
 def averaging(regions: int, extent: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,55 +1,23 @@
-"""The registry of modules, and their text form for command line, configs, tables and folders."""
+"""The text form of modules with their options, for command line, configs, tables and folders."""
 
 import ast
-import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from keyword import iskeyword
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
-from spem.attention.base import ChannelAttention, Needs, Place
-from spem.attention.options import Device, Dtype, one_of
+from spem.attention.base import _REGISTRY, ChannelAttention, Place, options_of
+from spem.attention.options import Device, Dtype, Size, one_of
 from spem.attention.pooling import SRP, Mix
 
-_A = TypeVar("_A", bound=type[ChannelAttention])
-_REGISTRY: dict[str, type[ChannelAttention]] = {}
-
-
-def register_attention(
-    name: str,
-    *,
-    paper: str,
-    needs: Needs = Needs(),  # noqa: B008  # frozen
-) -> Callable[[_A], _A]:
-    """Registers a module class under a name for specs, the command line and generated tables.
-
-    Args:
-        name: Registry key, an identifier in lower case.
-        paper: Title, year and link of the definition.
-        needs: What its definition demands.
-
-    Raises:
-        ValueError: The name is taken, reserved, or no lower-case identifier.
-    """
-    if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
-        raise ValueError(f"register_attention: {name!r} is no free lower-case identifier.")
-
-    def decorate(cls: _A) -> _A:
-        if name in _REGISTRY:
-            raise ValueError(
-                f"register_attention: {name!r} is already registered, "
-                f"by {_REGISTRY[name].__qualname__}."
-            )
-        cls.name, cls.paper, cls.needs = name, paper, needs
-        _REGISTRY[name] = cls
-        return cls
-
-    return decorate
+Value = bool | int | float | str | Mix | SRP | tuple["Value", ...] | None
+_POOLS: dict[str, type[Mix] | type[SRP]] = {"mix": Mix, "srp": SRP}
+"""Values that are written as a call."""
 
 
 def attention_class(name: str) -> type[ChannelAttention]:
@@ -61,9 +29,8 @@ def attention_class(name: str) -> type[ChannelAttention]:
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = get_close_matches(name.lower(), [*_REGISTRY, "none"], n=3, cutoff=0.5)
-    hint = (
-        f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(list_attention())}."
-    )
+    known = f"Known: {', '.join(list_attention())}."
+    hint = f"Did you mean {' or '.join(near)}?" if near else known
     raise ValueError(f"unknown attention {name!r}. {hint}")
 
 
@@ -75,15 +42,6 @@ def list_attention(pattern: str = "*") -> list[str]:
         ['se', 'sge']
     """
     return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
-
-
-Value = bool | int | float | str | Mix | SRP | tuple["Value", ...] | None
-
-_POOLS: dict[str, tuple[type[Mix] | type[SRP], tuple[str, ...]]] = {
-    "mix": (Mix, ("lam", "parametrization")),
-    "srp": (SRP, ("share", "regions", "per")),
-}
-"""Values that are written as a call: the class, and the names of its arguments in their order."""
 
 
 @dataclass(frozen=True, init=False)
@@ -107,15 +65,13 @@ class AttentionSpec:
     options: tuple[tuple[str, Value], ...]
 
     def __init__(self, name: str, options: Mapping[str, Value] | None = None) -> None:
-        given = dict(options or {})
-        allowed = _options_of(attention_class(name))
-        for option in given:
+        allowed = options_of(attention_class(name))
+        given = sorted((options or {}).items())
+        for option, _ in given:
             if option not in allowed:
                 raise ValueError(f"{name} has no option {option!r}; it takes {allowed}")
         object.__setattr__(self, "name", name)
-        object.__setattr__(
-            self, "options", tuple(sorted((k, _frozen(v)) for k, v in given.items()))
-        )
+        object.__setattr__(self, "options", tuple((k, _frozen(v)) for k, v in given))
 
     @classmethod
     def parse(cls, text: str) -> "AttentionSpec | None":
@@ -125,22 +81,13 @@ class AttentionSpec:
             ValueError: The text is no name with keyword options of literal values, or names
                 something unknown.
         """
-        try:
-            tree = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise ValueError(_unreadable(text)) from None
-        if isinstance(tree, ast.Constant) and tree.value is None:
+        node = _node(text, text)
+        if isinstance(node, ast.Constant) and node.value is None:
             return None
-        if isinstance(tree, ast.Name):
-            return None if tree.id == "none" else cls(tree.id)
-        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+        name, unnamed, options = _call(node, text)
+        if unnamed:
             raise ValueError(_unreadable(text))
-        options: dict[str, Value] = {}
-        for keyword in tree.keywords:
-            if keyword.arg is None or keyword.arg in options:
-                raise ValueError(_unreadable(text))
-            options[keyword.arg] = _value(keyword.value, text)
-        return cls(tree.func.id, options)
+        return None if name == "none" and isinstance(node, ast.Name) else cls(name, options)
 
     def __str__(self) -> str:
         """The canonical text: sorted options, bare values."""
@@ -152,7 +99,7 @@ class AttentionSpec:
         self,
         channels: int,
         *,
-        size: int | tuple[int, int] | None = None,
+        size: Size | None = None,
         stride: int | None = None,
         device: Device = None,
         dtype: Dtype = None,
@@ -170,7 +117,7 @@ class AttentionSpec:
         cls = attention_class(self.name)
         options: dict[str, Any] = dict(self.options)
         for hint, value in (("size", size), ("stride", stride)):
-            if value is not None and options.get(hint) is None and hint in _options_of(cls):
+            if value is not None and options.get(hint) is None and hint in options_of(cls):
                 options[hint] = value
         return cls(channels, **options, device=device, dtype=dtype)
 
@@ -195,7 +142,7 @@ def create_attention(
     spec: str | AttentionSpec,
     channels: int,
     *,
-    size: int | tuple[int, int] | None = None,
+    size: Size | None = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> ChannelAttention:
@@ -210,6 +157,8 @@ def create_attention(
         channels: C.
         size: H = W, or (H, W), of the maps it will meet; only modules that must know it, and whose
             spec does not say it, read this.
+        device: Where the parameters live.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: The spec is unreadable or unknown, or is ``"none"``, which is a network without
@@ -253,11 +202,6 @@ def spec_text(attention: str | AttentionSpec | None) -> str:
     return "none" if parsed is None else str(parsed)
 
 
-def _options_of(cls: type[ChannelAttention]) -> list[str]:
-    parameters = list(inspect.signature(cls).parameters)[1:]  # the first is the channel count
-    return [name for name in parameters if name not in ("device", "dtype")]
-
-
 def _unreadable(text: str) -> str:
     return (
         f"cannot read attention {text!r}. Write a name, or a name with keyword options of plain "
@@ -265,11 +209,33 @@ def _unreadable(text: str) -> str:
     )
 
 
+def _node(part: str, text: str) -> ast.expr:
+    try:
+        return ast.parse(part.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(_unreadable(text)) from None
+
+
+def _call(node: ast.expr, text: str) -> tuple[str, list[Value], dict[str, Value]]:
+    """The name, the values without and with a keyword of ``name`` or ``name(...)``."""
+    if isinstance(node, ast.Name):
+        return node.id, [], {}
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ValueError(_unreadable(text))
+    named = {part.arg: _value(part.value, text) for part in node.keywords if part.arg}
+    if len(named) < len(node.keywords):  # one twice, or **options
+        raise ValueError(_unreadable(text))
+    return node.func.id, [_value(argument, text) for argument in node.args], named
+
+
 def _value(node: ast.expr, text: str) -> Value:
-    if isinstance(node, ast.Constant) and (
-        node.value is None or isinstance(node.value, (bool, int, float, str))
-    ):
-        return _quoted(node.value, text) if isinstance(node.value, str) else node.value
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        # A quoted mix, as shells and JSON suggest writing it, means the same as a bare one.
+        word = node.value
+        called = word.replace(" ", "").startswith(tuple(f"{name}(" for name in _POOLS))
+        return _value(_node(word, text), text) if called else _word(word)
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | None):
+        return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         inner = _value(node.operand, text)
         if isinstance(inner, (int, float)) and not isinstance(inner, bool):
@@ -279,39 +245,26 @@ def _value(node: ast.expr, text: str) -> Value:
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item, text) for item in node.elts)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _POOLS:
-        return _pool(node, node.func.id, text)
+        return _pool(node, text)
     raise ValueError(_unreadable(text))
 
 
 def _word(word: str) -> Value:
-    return _POOLS[word][0]() if word in _POOLS else word
+    return _POOLS[word]() if word in _POOLS else word
 
 
-def _quoted(value: str, text: str) -> Value:
-    """A quoted mix, as shells and JSON suggest writing it, means the same as a bare one."""
-    if value.replace(" ", "").startswith(tuple(f"{name}(" for name in _POOLS)):
-        try:
-            node = ast.parse(value.strip(), mode="eval").body
-        except SyntaxError:
-            raise ValueError(_unreadable(text)) from None
-        return _value(node, text)
-    return _word(value)
-
-
-def _pool(node: ast.Call, kind: str, text: str) -> Mix | SRP:
-    arguments: dict[str, Any] = {}
-    cls, names = _POOLS[kind]
-    for name, argument in zip(names, node.args, strict=False):
-        arguments[name] = _value(argument, text)
-    if len(node.args) > len(names):
-        raise ValueError(f"{kind} takes at most {len(names)} arguments; it takes {list(names)}")
-    for keyword in node.keywords:
-        if keyword.arg not in names:
-            raise ValueError(f"{kind} has no option {keyword.arg!r}; it takes {list(names)}")
-        if keyword.arg in arguments:
-            raise ValueError(_unreadable(text))
-        arguments[keyword.arg] = _value(keyword.value, text)
-    return cls(**arguments)
+def _pool(node: ast.Call, text: str) -> Mix | SRP:
+    kind, unnamed, options = _call(node, text)
+    names = [field.name for field in fields(_POOLS[kind])]
+    if len(unnamed) > len(names):
+        raise ValueError(f"{kind} takes at most {len(names)} arguments; it takes {names}")
+    if other := [name for name in options if name not in names]:
+        raise ValueError(f"{kind} has no option {other[0]!r}; it takes {names}")
+    arguments: dict[str, Any] = dict(zip(names, unnamed, strict=False))
+    if arguments.keys() & options.keys():  # one of them twice
+        raise ValueError(_unreadable(text))
+    arguments.update(options)
+    return _POOLS[kind](**arguments)
 
 
 def _frozen(value: Any) -> Value:
@@ -341,13 +294,12 @@ def bibtex(name: str) -> str:
         @misc{se,
     """
     paper = attention_class(name).paper
-    entry = _entries().get(name)
-    if entry is not None:
-        return entry
-    match = re.fullmatch(r"(?P<title>.+?) \((?P<year>\d{4})\), (?P<url>https?://\S+)", paper)
+    if name in _entries():
+        return _entries()[name]
+    match = re.fullmatch(r"(.+?) \((\d{4})\), (https?://\S+)", paper)
     if match is None:
         return f"% {name}: {paper}"
-    title, year, url = match["title"], match["year"], match["url"]
+    title, year, url = match.groups()
     return f"@misc{{{name},\n  title = {{{title}}},\n  year = {{{year}}}, url = {{{url}}}\n}}"
 
 

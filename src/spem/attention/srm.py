@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call, cast
-from spem.attention.spec import register_attention
 from spem.ops import PlaneStats
 
 
@@ -36,7 +35,6 @@ class SRM(ChannelAttention):
         x: [N, C, ...], one to three spatial axes, at least two positions; N >= 2 in training.
 
     Args:
-        channels: C.
         pool: What stands in place of the mean.
 
     Paper: eqs. (1)-(4).
@@ -44,6 +42,8 @@ class SRM(ChannelAttention):
     Differences: none. Its authors train all four parameters without weight decay
     (`Needs.no_decay`).
     """
+
+    start_gate = 0.5
 
     def __init__(
         self, channels: int, *, pool: PoolSpec = "avg", device: Device = None, dtype: Dtype = None
@@ -53,18 +53,7 @@ class SRM(ChannelAttention):
         self.a = nn.Parameter(torch.empty(channels, **factory))
         self.d = nn.Parameter(torch.empty(channels, **factory))
         self.norm = nn.BatchNorm1d(channels, **factory)
-        self._draw_start()
-
-    def reset_parameters(self) -> None:
-        """a = d = 0."""
-        super().reset_parameters()
-        nn.init.zeros_(self.a)
-        nn.init.zeros_(self.d)
-
-    @property
-    def start_gate(self) -> float:
-        """0.5."""
-        return 0.5
+        self._draw_start({"a": 0.0, "d": 0.0})
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(BN(a z + d std)), [N, C]."""

@@ -5,19 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs
+from spem.attention.base import ChannelAttention, Needs, register_attention
 from spem.attention.options import Device, Dtype, odd_int
 from spem.attention.precision import call
-from spem.attention.spec import register_attention
 from spem.ops.stats import compute_dtype
 
 
 class Plane(nn.Module):
     """The gate of one plane: s(BN(conv_k([max; mean]))) over the axis that is pooled away."""
 
-    def __init__(self, kernel: int, *, device: Device = None, dtype: Dtype = None) -> None:
+    def __init__(self, kernel: int, **factory: Any) -> None:
         super().__init__()
-        factory: Any = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False, **factory)
         self.norm = nn.BatchNorm2d(1, momentum=0.01, **factory)
 
@@ -45,11 +43,7 @@ class Triplet(ChannelAttention):
         x: [N, C, H, W]; N H W >= 2 in training.
 
     Args:
-        channels: C.
         kernel: k, odd, side of the kernels.
-
-    Raises:
-        ValueError: ``kernel`` is even or not positive.
     """
 
     def __init__(
@@ -58,9 +52,7 @@ class Triplet(ChannelAttention):
         super().__init__(channels)
         odd_int("Triplet", kernel=kernel)
         factory: Any = {"device": device, "dtype": dtype}
-        self.cw = Plane(kernel, **factory)
-        self.hc = Plane(kernel, **factory)
-        self.hw = Plane(kernel, **factory)
+        self.cw, self.hc, self.hw = (Plane(kernel, **factory) for _ in range(3))
         self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:

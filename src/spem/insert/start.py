@@ -25,6 +25,8 @@ class IdentityStart(ChannelAttention):
     multiplies it; from the second step on both learn.
     """
 
+    start_gate = 1.0
+
     def __init__(
         self,
         inner: ChannelAttention,
@@ -52,11 +54,6 @@ class IdentityStart(ChannelAttention):
         """alpha = 0; the attention resets itself."""
         nn.init.zeros_(self.alpha)
         self.inner.reset_parameters()
-
-    @property
-    def start_gate(self) -> float | None:
-        """One."""
-        return 1.0
 
     def takes_any_rank(self) -> bool:
         """Whether the attention does."""

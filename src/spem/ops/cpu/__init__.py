@@ -16,7 +16,6 @@ from torch import Tensor
 from spem.ops.cpu import channels as by_channel
 from spem.ops.cpu import planes as by_plane
 from spem.ops.cpu import scalars
-from spem.ops.cpu import spem as gate_of_spem
 from spem.ops.cpu.inference import fused_tail as fused_tail
 from spem.ops.cpu.inference import norm_stats as norm_stats
 from spem.ops.cpu.launch import SUPPORTED, run
@@ -271,7 +270,7 @@ def _channel_stage(
 ) -> None:
     """Runs a scalar stage that sums over the images."""
     batch, channels = like.shape
-    chunks = _chunks_of_channels(like)
+    chunks = -(-channels // (BYTES // like.element_size()))
     pieces = chunks if like.numel() > _ALONE else 1
     run(kernel, like.dtype, (chunks, 0, batch, channels, size, flags), pieces, *args)
 
@@ -392,47 +391,3 @@ def gradients(
     _channel_stage(scalars.backward, total, flags, size, *args)
     found = None if p is None else Coefficients(p, q, t, s_i, s_j)
     return (weight, s0, found) if flags & SUMS else (None, None, found)
-
-
-def spem_gate(
-    lam: Tensor, high: Tensor, low: Tensor, w_e: Tensor, b_e: Tensor, w_r: Tensor, b_r: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """SPEM's gate [B, C] of the text form, v = s(e) R, and its two factors.
-
-    lam has one element, high and low are [B, C], the weights [C].
-    """
-    ins = _of_gate(lam, high, low, w_e, b_e, w_r, b_r)
-    outs = [torch.empty_like(ins[1]) for _ in range(3)]
-    _channel_stage(gate_of_spem.forward, ins[1], 0, 0, *ins, *outs)
-    return outs[2], outs[0], outs[1]
-
-
-def spem_gate_backward(
-    grad: Tensor,
-    lam: Tensor,
-    high: Tensor,
-    low: Tensor,
-    w_e: Tensor,
-    w_r: Tensor,
-    excited: Tensor,
-    factor: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients of `spem_gate`: of lam, high, low, w_e, b_e, w_r, b_r."""
-    lam, high, low, w_e, w_r = _of_gate(lam, high, low, w_e, w_r)
-    grad = _scalars(tuple(high.shape), high.dtype, grad)
-    outs = [torch.empty_like(high) for _ in range(2)] + [torch.empty_like(w_e) for _ in range(4)]
-    by_chunk = high.new_zeros(_chunks_of_channels(high))
-    args = (grad, lam, high, low, w_e, w_r, excited, factor, *outs, by_chunk)
-    _channel_stage(gate_of_spem.backward, high, 0, 0, *args)
-    return by_chunk.sum().reshape(lam.shape), *outs
-
-
-def _of_gate(lam: Tensor, high: Tensor, low: Tensor, *weights: Tensor) -> list[Tensor]:
-    shape, wide = tuple(high.shape), high.dtype
-    maps = [_scalars(shape, wide, t) for t in (high, low)]
-    rest = [_scalars(shape[1:], wide, t) for t in weights]
-    return [_scalars(tuple(lam.shape), wide, lam), *maps, *rest]
-
-
-def _chunks_of_channels(like: Tensor) -> int:
-    return -(-like.shape[1] // (BYTES // like.element_size()))
