@@ -24,66 +24,6 @@ if TYPE_CHECKING:
 HEADLINES = ("compare", "controls", "table1", *EXPERIMENTS)
 """What the first screen answers: the first of these that was asked."""
 
-DIFFERENCES: tuple[tuple[str, str], ...] = (
-    (
-        "Selection on the test set",
-        "The paper's accuracies are those of the best of 164 epochs of one run, chosen by the "
-        "test images themselves. Here the last epoch is the headline; the best epoch stands "
-        "beside it under its own name, because only that is of the paper's kind. The paper gives "
-        "no seeds and no deviations: its numbers are single draws.",
-    ),
-    (
-        "A small start",
-        "SPEM's gate begins at 0.032, so every residual branch starts almost silent. This alone "
-        "can help a deep network. The paper has no control for it; the experiment “controls” "
-        "has two.",
-    ),
-    (
-        "The formula",
-        "Text, figure 3 and the official program of the paper define three different modules: "
-        "where the sigmoids stand and whether the two pools are mapped before or after they are "
-        "mixed. SPEM means the text's form unless a row says otherwise.",
-    ),
-    (
-        "The penalty",
-        "The program adds 0.1 times the sum of |p|² over all blocks to the loss, so it grows with "
-        "depth. It shrinks |p| and thereby lengthens the steps of lambda, which depends on the "
-        "direction of p only: learned lambdas of single blocks carry little meaning.",
-    ),
-    (
-        "CBAM's parameters",
-        "The paper prints 1.92 M and 1.94 M. The official CBAM has 1.91 M and 1.93 M, and no "
-        "variant of its parts that we know of reproduces both cells without being tuned to them.",
-    ),
-    (
-        "ECA's parameters on CIFAR-100",
-        "The paper prints 1.72 M, less than the plain network with 100 classes already has "
-        "(1.73 M): this cell cannot be reached by any ECA.",
-    ),
-    (
-        "Table 4, (b) to (e)",
-        "The figure that named the reweight variants by letter is lost. Ours are named by their "
-        "formula; which of the four letters they are cannot be recovered.",
-    ),
-    (
-        "Table 4, (f) and (g)",
-        "The text says that the maximum alone is better than the minimum alone and that (f) is "
-        "above (g); the table has (g) above (f). Letters or rows are swapped in the paper.",
-    ),
-    (
-        "Table 3 and Figure 2",
-        "The values of lambda in Table 3 are lost and taken as 0.1, 0.3, 0.5, 0.7, 0.9, the first "
-        "row being 0.1. Figure 2 prints no numbers; its grid of 0.1 to 0.9 is inferred.",
-    ),
-    (
-        "Unknown settings",
-        "The weight decay and the width of SE are not in the text; they are taken from the "
-        "official program and from the printed parameter counts. The authors' code of the other "
-        "modules is not public; those here follow their own papers.",
-    ),
-)
-"""In what the reproduction differs from the paper: (what, how)."""
-
 
 @dataclass(frozen=True)
 class Report:
@@ -114,7 +54,7 @@ def build_report(folder: Path) -> Report:
     require("jinja2", extra="train", purpose="the report")
     frames = read_results(folder)
     tables = build_tables(frames["runs"])
-    tables.sort(key=lambda table: (not len(table.frame), HEADLINES.index(table.experiment)))
+    tables.sort(key=lambda table: HEADLINES.index(table.experiment))
     drawings = draw_all(tables, frames)
     for table in tables:
         _write_table(table, folder / "tables")
@@ -131,45 +71,40 @@ def shown(table: Table) -> pd.DataFrame:
     """A table as people read it: texts, columns without content left out."""
     import pandas as pd
 
-    frame, decimals = table.frame, table.decimals
-    text = pd.DataFrame({"": frame["row"].astype(str)})
-    if "paper" in frame:
-        text["paper"] = [number(value) for value in frame["paper"]]
-    text["accuracy, %"] = [
-        number(mean, decimals) + (f" ± {number(sd, decimals)}" if sd == sd else "")
-        for mean, sd in zip(frame["mean"], frame["sd"], strict=True)
-    ]
-    if "best_mean" in frame:
-        text["best epoch, %"] = [
-            number(mean) + (f" ± {number(sd)}" if sd == sd else "")
-            for mean, sd in zip(frame["best_mean"], frame["best_sd"], strict=True)
+    frame, decimals, none = table.frame, table.decimals, pd.Series(float("nan"), table.frame.index)
+
+    def spread(mean: str, sd: str, decimals: int) -> list[str]:
+        pairs = zip(frame.get(mean, none), frame.get(sd, none), strict=True)
+        return [
+            number(m, decimals) + (f" ± {number(s, decimals)}" if s == s else "") for m, s in pairs
         ]
+
+    def numbers(name: str, decimals: int = 2, *, sign: bool = False) -> list[str]:
+        return [number(value, decimals, sign=sign) for value in frame.get(name, none)]
+
+    ends = zip(*(numbers(name, decimals, sign=True) for name in ("low", "high")), strict=True)
+    p, p_flip, p_holm = (
+        [stats.p_text(x).replace("-", "") for x in frame[n]] for n in ("p", "p_flip", "p_holm")
+    )
     heading = f"{MINUS} {table.reference}" if 0 < len(table.reference) < 16 else "difference"
-    text[heading] = [number(value, decimals, sign=True) for value in frame["difference"]]
-    text["95 % interval"] = [
-        f"[{number(low, decimals, sign=True)}, {number(high, decimals, sign=True)}]"
-        if low == low
-        else ""
-        for low, high in zip(frame["low"], frame["high"], strict=True)
-    ]
-    text["verdict"] = frame["verdict"]
-    text["Holm p"] = [stats.p_text(p).replace("-", "") for p in frame["p_holm"]]
-    text["n"] = frame["n"].astype(str)
-    text["p"] = [stats.p_text(p).replace("-", "") for p in frame["p"]]
-    if frame["p_flip"].notna().any():
-        text["sign-flip p"] = [stats.p_text(p).replace("-", "") for p in frame["p_flip"]]
-    if "against_paper" in frame:
-        text["paper's number"] = frame["against_paper"]
-    if "paper_parameters" in frame and frame["paper_parameters"].notna().any():
-        text["parameters, paper"] = [
-            "" if value != value or value is None else f"{value:.2f} M"
-            for value in frame["paper_parameters"]
-        ]
-    text["parameters"] = [
-        f"{int(value):,}" if value == value else "" for value in frame["parameters"]
-    ]
-    if frame["note"].astype(bool).any():
-        text["note"] = frame["note"]
+    columns = {
+        "": frame["row"].astype(str),
+        "paper": numbers("paper"),
+        "accuracy, %": spread("mean", "sd", decimals),
+        "best epoch, %": spread("best_mean", "best_sd", 2),
+        heading: numbers("difference", decimals, sign=True),
+        "95 % interval": [f"[{low}, {high}]" if low else "" for low, high in ends],
+        "verdict": frame["verdict"],
+        "Holm p": p_holm,
+        "n": frame["n"].astype(str),
+        "p": p,
+        "sign-flip p": p_flip,
+        "paper's number": frame.get("against_paper", ""),
+        "parameters, paper": [f"{text} M" if text else "" for text in numbers("paper_parameters")],
+        "parameters": numbers("parameters", 0),
+        "note": frame["note"],
+    }
+    text = pd.DataFrame(columns)
     empty = [name for name in text.columns[1:] if not text[name].astype(bool).any()]
     return text.drop(columns=empty)
 
@@ -214,8 +149,12 @@ def _write_table(table: Table, folder: Path) -> None:
     text = shown(table)
     _write(folder / f"{table.name}.csv", table.frame.to_csv(index=False, lineterminator="\n"))
     latex = text.style.hide(axis="index").format(escape="latex")
-    latex = latex.format_index(axis="columns", escape="latex")
-    content = latex.to_latex(hrules=True).replace(MINUS, "$-$").replace("±", r"$\pm$")
+    content = (
+        latex.format_index(axis="columns", escape="latex")
+        .to_latex(hrules=True)
+        .replace(MINUS, "$-$")
+        .replace("±", r"$\pm$")
+    )
     _write(folder / f"{table.name}.tex", content)
     _write(folder / f"{table.name}.md", f"{table.title}: {table.where}\n\n{markdown(text)}")
 
@@ -239,21 +178,17 @@ def _page(tables: Sequence[Table], drawings: Sequence[Drawing], runs: pd.DataFra
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     finished = runs[runs["status"] == FINISHED]
     of_paper = any("paper" in table.frame for table in tables)
-    entries: list[dict[str, Any]] = [
-        {
-            "table": table,
-            "text": shown(table),
-            "answer": table.answer.replace("(-", f"({MINUS}"),
-            "notes": notes(table),
-            "figures": [d for d in drawings if d.name.startswith(f"{table.name}-")],
-        }
-        for table in tables
-    ]
+    entries: list[dict[str, Any]] = []
+    for table in tables:
+        figures = [drawing for drawing in drawings if drawing.name.startswith(f"{table.name}-")]
+        answer = table.answer.replace("(-", f"({MINUS}")
+        entry = {"table": table, "text": shown(table), "answer": answer}
+        entries.append(entry | {"notes": notes(table), "figures": figures})
+    names = ["module", "dataset", "depth", "epochs", "seed", "status", "accuracy", "config"]
+    own = runs.reindex(columns=[n for n in names if n in runs]).astype(object)
+    own = own.assign(accuracy=[number(value) for value in runs["accuracy"]]).fillna("")
     return environment.from_string(source).render(
-        entries=entries,
-        machines=_machines(finished),
-        differences=DIFFERENCES if of_paper else (),
-        runs=_runs_text(runs),
+        entries=entries, of_paper=of_paper, machines=_machines(finished), runs=own
     )
 
 
@@ -268,10 +203,3 @@ def _machines(runs: pd.DataFrame) -> list[str]:
         if cells:
             found.append(f"{name}: {'; '.join(cells)}")
     return found
-
-
-def _runs_text(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every run in a row, for the appendix."""
-    names = ["module", "dataset", "depth", "epochs", "seed", "status", "accuracy", "config"]
-    own = runs[[name for name in names if name in runs]].astype(object)
-    return own.assign(accuracy=[number(value) for value in runs["accuracy"]]).fillna("")

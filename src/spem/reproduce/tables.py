@@ -7,6 +7,7 @@ and blocks count from 0; columns that depend on the clock begin with `time_`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FILES = ("runs.csv", "epochs.csv", "mixes.csv", "gates.csv")
-KEY = ["config", "seed"]
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 TEXTS = (
     *("experiment", "scale", "module", "dataset", "config", "setting", "baseline"),
     *("status", "error"),
 )
+_RESULT = (
+    *("accuracy", "loss", "train_accuracy", "train_loss", "validation_accuracy"),
+    *("best_accuracy", "best_epoch", "best_selected_on", "parameters", "attention_parameters"),
+    *("flops", "steps", "impl", "step", "train_sha256", "test_sha256", "hardware", "commit"),
+)
+"""Columns that are fields of a run's result."""
 _COMPARED_WITHIN = ["setting", "dataset", "depth", "epochs", "train_images", "batch", "precision"]
 """What the arms of one comparison share; `setting` is empty in rows written before it was there."""
 COMPARE = "compare"
@@ -59,11 +65,9 @@ def load_runs(folder: Path) -> pd.DataFrame:
         FileNotFoundError: There is no such folder.
         ValueError: `runs.csv` is damaged, or not one that spem wrote.
     """
-    import pandas as pd
-
     if not folder.is_dir():
         raise FileNotFoundError(f"load_runs: there is no folder {folder}.")
-    rows = {(row["config"], int(row["seed"])): row for row in _recorded(folder)}
+    rows = {_key(row): row for row in _read_texts(folder / "runs.csv")}
     unreadable: list[Row] = []
     for path in sorted(folder.rglob("config.json")):
         try:
@@ -71,47 +75,31 @@ def load_runs(folder: Path) -> pd.DataFrame:
         except (OSError, ValueError) as error:
             unreadable.append({"status": "unreadable", "error": str(error)})
             continue
-        before = rows.get((run.config.id, run.config.seed), {})
+        row = run_row(run)
+        before = rows.get(_key(row), {})
         if run.finished or not before:
-            rows[run.config.id, run.config.seed] = before | run_row(run)
-    return _typed(pd.DataFrame([*rows.values(), *unreadable]))
+            rows[_key(row)] = before | row
+    return _typed([*rows.values(), *unreadable])
 
 
 def run_row(run: Run) -> Row:
     """A run in one row."""
-    result = run.result
     row = config_row(run.config) | {"classes": len(run.data.classes), "error": run.error}
+    result = run.result
     if result is None:
         return row | {"status": "unfinished" if run.error is None else DIVERGED}
-    return row | {
-        "status": FINISHED,
-        "accuracy": result.accuracy,
-        "loss": result.loss,
-        "train_accuracy": result.train_accuracy,
-        "train_loss": result.train_loss,
-        "validation_accuracy": result.validation_accuracy,
-        "best_accuracy": result.best_accuracy,
-        "best_epoch": result.best_epoch,
-        "best_selected_on": result.best_selected_on,
-        "parameters": result.parameters,
-        "attention_parameters": result.attention_parameters,
-        "flops": result.flops,
-        "steps": result.steps,
-        "impl": result.impl,
-        "step": result.step,
-        "train_sha256": result.train_sha256,
-        "test_sha256": result.test_sha256,
-        "hardware": result.hardware,
-        "commit": result.commit,
-        "torch": result.versions.get("torch"),
-        "time_train_seconds": result.train_seconds,
-        "time_step_ms": 1000 * result.step_seconds,
-        "time_date": result.date,
-    }
+    return (
+        row
+        | {"status": FINISHED}
+        | {name: getattr(result, name) for name in _RESULT}
+        | {"torch": result.versions.get("torch"), "time_train_seconds": result.train_seconds}
+        | {"time_step_ms": 1000 * result.step_seconds, "time_date": result.date}
+    )
 
 
 def config_row(config: RunConfig) -> Row:
     """What is known of a run before it has been trained."""
+    bare = replace(config, model=replace(config.model, attention="none", branch_start=None))
     return {
         "scale": config.experiment,
         "module": module_name(config.model),
@@ -119,7 +107,7 @@ def config_row(config: RunConfig) -> Row:
         "dataset": Path(config.data.name).name,
         "seed": config.seed,
         "config": config.id,
-        "setting": _setting(config),
+        "setting": bare.id,  # equal for the arms of one comparison
         "epochs": config.optim.epochs,
         "batch": config.optim.batch,
         "train_images": config.data.limit,
@@ -128,24 +116,19 @@ def config_row(config: RunConfig) -> Row:
     }
 
 
-def _setting(config: RunConfig) -> str:
-    """The id of a config without its module: equal for the arms of one comparison."""
-    model = replace(config.model, attention="none", branch_start=None)
-    return replace(config, model=model).id
-
-
 def inner_rows(run: Run) -> dict[str, list[Row]]:
     """Epochs, learned mixes and gates of a run, in rows."""
-    key = {name: config_row(run.config)[name] for name in ("module", "depth", "dataset", *KEY)}
+    of_run = config_row(run.config)
+    key = {name: of_run[name] for name in ("module", "depth", "dataset", "config", "seed")}
     epochs: list[Row] = []
     mixes: list[Row] = []
     for line in run.epochs:
-        norms = list(line.get("gradients", {}).values())
         numbers = {
             f"time_{name}" if "second" in name else name: value
             for name, value in line.items()
             if not isinstance(value, (dict, list))
         }
+        norms = list(line.get("gradients", {}).values())
         ends = {"gradient_first": norms[0], "gradient_last": norms[-1]} if norms else {}
         epochs.append({**key, **numbers, **ends})
         for mix, values in line.get("mixes", {}).items():
@@ -182,12 +165,13 @@ def record(
         OSError: A file cannot be written.
         ValueError: A file that is there is damaged, or not one that spem wrote.
     """
+    there = {_key(row): row.get("experiment", "") for row in _read_texts(out / "runs.csv")}
     tables: dict[str, list[Row]] = {name: [] for name in FILES}
     problems: list[str] = []
     for config, names in planned.items():
-        extra: Row = {"experiment": " ".join(names), "baseline": baseline}
-        folder, error = config.folder(runs), (failed or {}).get(config)
-        run: Run | None = None
+        before = there.get((config.id, str(config.seed)), "").split()
+        row: Row = {"experiment": " ".join(dict.fromkeys([*before, *names])), "baseline": baseline}
+        folder, error, run = config.folder(runs), (failed or {}).get(config), None
         try:
             if error is None and (folder / "result.json").exists():
                 run = read_run(folder)
@@ -195,11 +179,11 @@ def record(
             error = str(damage)
         if run is not None:
             error = run.error
-            tables["runs.csv"].append(extra | run_row(run))
+            tables["runs.csv"].append(row | run_row(run))
             for name, rows in inner_rows(run).items():
                 tables[name] += rows
         elif error is not None:
-            row = extra | config_row(config) | {"status": FAILED, "error": error}
+            row |= config_row(config) | {"status": FAILED, "error": error}
             tables["runs.csv"].append(row)
         if error is not None:
             problems.append(f"{run_name(config)}: {error}")
@@ -214,23 +198,15 @@ def require_tables(out: Path) -> None:
     Raises:
         ValueError: One of them is damaged, not one that spem wrote, or holds a run twice.
     """
-    for name in FILES:
-        if (out / name).exists():
-            _read_texts(out / name)
-    own = [row for row in _recorded(out) if COMPARE in row.get("experiment", "").split()]
-    keys = [
-        tuple(row.get(name, "") for name in (*_COMPARED_WITHIN, "module", "seed")) for row in own
-    ]
+    recorded, *_ = [_read_texts(out / name) for name in FILES]
+    own = [row for row in recorded if COMPARE in row.get("experiment", "").split()]
+    keys = [tuple(row.get(n, "") for n in (*_COMPARED_WITHIN, "module", "seed")) for row in own]
     twice = sorted({f"{key[-2]}, seed {key[-1]}" for key in keys if keys.count(key) > 1})
     if twice:
         raise ValueError(
             f"{out / 'runs.csv'} holds two comparisons that cannot be told apart ({twice[0]} is "
             "there twice). Move it away, or name another folder with --out."
         )
-
-
-def _recorded(folder: Path) -> list[Row]:
-    return _read_texts(folder / "runs.csv") if (folder / "runs.csv").exists() else []
 
 
 def _merge(path: Path, rows: Sequence[Row]) -> None:
@@ -240,21 +216,18 @@ def _merge(path: Path, rows: Sequence[Row]) -> None:
     if not rows:
         return
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in _read_texts(path) if path.exists() else []:
-        groups.setdefault((row["config"], row["seed"]), []).append(row)
-    own: dict[tuple[str, str], list[Row]] = {}
+    for row in _read_texts(path):
+        groups.setdefault(_key(row), []).append(row)
+    groups |= {_key(row): [] for row in rows}
     for row in rows:
-        cells = {name: _text(value) for name, value in row.items()}
-        own.setdefault((cells["config"], cells["seed"]), []).append(cells)
-    for key, lines in own.items():
-        before = groups.get(key, [{}])[0].get("experiment", "").split()
-        for line in lines if before else ():
-            names = dict.fromkeys([*before, *line.get("experiment", "").split()])
-            line["experiment"] = " ".join(names)
-        groups[key] = lines
+        groups[_key(row)].append({name: _text(value) for name, value in row.items()})
     table = pd.DataFrame([row for lines in groups.values() for row in lines])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, table.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _key(row: Row) -> tuple[str, str]:
+    return row["config"], str(row["seed"])
 
 
 def _text(value: Any) -> str:
@@ -264,44 +237,38 @@ def _text(value: Any) -> str:
 
 
 def _read_texts(path: Path) -> list[Row]:
-    """The rows of a CSV file of ours, as the texts that are there.
+    """The rows of a CSV file of ours, as the texts that are there; none where there is no file.
 
     Raises:
         ValueError: It is damaged, or not one that spem wrote.
     """
     import pandas as pd
 
+    if not path.exists():
+        return []
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-        lacking = {*KEY, "module"} - set(table.columns)
     except (ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} cannot be read ({error}). Move it away, or mend it.") from error
+    lacking = sorted({"config", "seed", "module"} - set(table.columns))
     if lacking or not table["seed"].str.fullmatch(r"\d+").all():
-        what = (
-            f"it has no column {', '.join(sorted(lacking))}" if lacking else "a seed is no number"
-        )
+        what = f"it has no column {', '.join(lacking)}" if lacking else "a seed is no number"
         raise ValueError(
             f"{path} is not a table that spem wrote: {what}. Move it away, or use another folder."
         )
     return table.to_dict("records")
 
 
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Numbers where a column holds only numbers, and texts that stay texts."""
+def _typed(rows: Sequence[Row]) -> pd.DataFrame:
+    """A table of rows: numbers where a column holds only numbers, and texts that stay texts."""
     import pandas as pd
 
-    for name in (*TEXTS, "accuracy", "best_accuracy", "classes"):
-        if name not in table.columns:
-            table[name] = None
-    for name in table.columns:
-        if name in TEXTS:
-            table[name] = table[name].astype(object).where(table[name].notna(), "").astype(str)
-        else:
-            cells = table[name].astype(object).replace("", None)
-            numbers = pd.to_numeric(cells, errors="coerce")
-            whole = numbers.notna().sum() == cells.notna().sum()
-            table[name] = numbers if whole else cells
-    return table
+    table = pd.DataFrame(rows)
+    needed = (*TEXTS, "accuracy", "best_accuracy", "classes")
+    table = table.reindex(columns=list(dict.fromkeys([*table.columns, *needed])))
+    text, kinds = io.StringIO(table.to_csv(index=False)), dict.fromkeys(TEXTS, str)
+    typed = pd.read_csv(text, dtype=kinds, keep_default_na=False, na_values=[""])
+    return typed.fillna(dict.fromkeys(TEXTS, ""))
 
 
 def read_results(folder: Path) -> dict[str, pd.DataFrame]:
@@ -311,19 +278,12 @@ def read_results(folder: Path) -> dict[str, pd.DataFrame]:
         FileNotFoundError: It holds no runs.csv.
         ValueError: A file is damaged.
     """
-    import pandas as pd
-
     if not (folder / "runs.csv").is_file():
         raise FileNotFoundError(
             f"report: {folder} holds no runs.csv. Name a folder that `spem reproduce` or `spem "
             "compare` wrote."
         )
-    return {
-        name.removesuffix(".csv"): _typed(
-            pd.DataFrame(_read_texts(folder / name) if (folder / name).exists() else [])
-        )
-        for name in FILES
-    }
+    return {name.removesuffix(".csv"): _typed(_read_texts(folder / name)) for name in FILES}
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -331,7 +291,7 @@ def read_results(folder: Path) -> dict[str, pd.DataFrame]:
 
 @dataclass(frozen=True)
 class Table:
-    """One table of a report.
+    """One table of a report; a row needs a finished run.
 
     Args:
         name: What it is called in file names: `table1-cifar10`, `compare-digits`.
@@ -339,10 +299,9 @@ class Table:
         title: Its heading.
         question: What was asked.
         where: What was trained, in one line.
-        frame: A row for each row of the table that was run: the columns of `spem.stats.compare`
-            and `row`, `module`, `note`, `parameters`, `flops`; where the paper prints numbers of
-            these cells `paper` and `paper_parameters`; with its recipe `best_mean`, `best_sd` and
-            `against_paper`.
+        frame: The columns of `spem.stats.compare` and `row`, `module`, `note`, `parameters`,
+            `flops`; where the paper prints numbers of these cells `paper` and `paper_parameters`;
+            with its recipe `best_mean`, `best_sd` and `against_paper`.
         runs: The runs behind it, with their `row`.
         not_run: Rows without a run.
         paper_recipe: Whether its runs follow the paper's recipe on the paper's data.
@@ -356,7 +315,7 @@ class Table:
     frame: pd.DataFrame
     runs: pd.DataFrame
     not_run: tuple[str, ...]
-    paper_recipe: bool
+    paper_recipe: bool = False
 
     @property
     def reference(self) -> str:
@@ -367,10 +326,8 @@ class Table:
     @property
     def answer(self) -> str:
         """What it shows, in one sentence."""
-        table = self.frame.assign(group=self.frame["row"])
-        if not self.reference:
-            table = table.assign(baseline="the reference of the same group")
-        return stats.answer(table, decimals=self.decimals)
+        several = {} if self.reference else {"baseline": "the reference of the same group"}
+        return stats.answer(self.frame.assign(**several), decimals=self.decimals)
 
     @property
     def decimals(self) -> int:
@@ -379,62 +336,60 @@ class Table:
 
 
 def build_tables(runs: pd.DataFrame) -> list[Table]:
-    """Every table that some rows of `runs` belong to, comparisons that were typed in first."""
-    asked = {name for names in runs["experiment"] for name in names.split()}
-    found = _typed_in(runs) if COMPARE in asked else []
+    """Every table that finished runs belong to, comparisons that were typed in first."""
+
+    def of(name: str) -> pd.DataFrame:
+        return runs.loc[[name in names.split() for names in runs["experiment"]]]
+
+    found = _typed_in(of(COMPARE))
     for name in EXPERIMENTS:
-        if name in asked:
-            for scale in SCALES:
-                found += _of_experiment(experiment(name, scale), runs)
+        own = of(name)
+        for scale in SCALES if len(own) else ():
+            found += _of_experiment(experiment(name, scale), own)
     return found
 
 
 def _of_experiment(one: Experiment, runs: pd.DataFrame) -> list[Table]:
     scale, tables = one.scale.name, list[Table]()
+    runs = runs[runs["scale"].str.startswith(scale)]
     for data in dict.fromkeys(cell.data for cell in one.cells):
         cells = [cell for cell in one.cells if cell.data == data]
         rows = {cell.config.id: cell.row for cell in cells if cell.config is not None}
-        asked = runs["experiment"].str.split().map(lambda names: one.name in names)
-        own = runs[asked & runs["config"].isin(rows) & runs["scale"].str.startswith(scale)]
-        if own.empty:
+        own = runs.assign(row=runs["config"].map(rows)).dropna(subset="row")
+        if not _done(own).any():
             continue
-        own = own.assign(row=own["config"].map(rows))
         dataset = str(own["dataset"].iloc[0])
         of_paper = dataset == data  # digits are not put beside CIFAR's numbers
+        paper_recipe = of_paper and scale == "paper"
         frame = _compared(own, cells)
         if of_paper and any(cell.paper is not None for cell in cells):
-            frame = _beside_paper(frame, own, cells, verdict=scale == "paper")
+            frame = _beside_paper(frame, own, cells, verdict=paper_recipe)
         name = f"{one.name}-{dataset}" + (f"-{scale}" if of_paper and scale != "paper" else "")
         missing = tuple(cell.row for cell in cells if cell.row not in set(frame["row"]))
-        where = f"{_where(own)}; {one.scale.title}" if scale != "paper" else _where(own)
-        paper = of_paper and scale == "paper"
-        tables.append(
-            Table(name, one.name, one.title, one.question, where, frame, own, missing, paper)
-        )
+        where = _where(own) + (f"; {one.scale.title}" if scale != "paper" else "")
+        texts = (name, one.name, one.title, one.question, where)
+        tables.append(Table(*texts, frame, own, missing, paper_recipe))
     return tables
 
 
 def _typed_in(runs: pd.DataFrame) -> list[Table]:
     """The tables of `spem compare`: one for each setting that its arms share."""
-    own = runs[runs["experiment"].str.split().map(lambda names: COMPARE in names)]
-    shared = [name for name in _COMPARED_WITHIN if name in own.columns]
+    shared = [name for name in _COMPARED_WITHIN if name in runs.columns]
     tables: list[Table] = []
-    for _, part in own.groupby(shared, sort=False, dropna=False):
-        names = list(dict.fromkeys(part["module"]))
-        given = str(part["baseline"].iloc[0])
-        reference = given if given in names else names[0]
-        dataset = str(part["dataset"].iloc[0])
-        part = part.assign(row=part["module"])
-        frame = _compared(part, [Cell(name, dataset, None, name == reference) for name in names])
+    for _, own in runs.assign(row=runs["module"]).groupby(shared, sort=False, dropna=False):
+        if not _done(own).any():
+            continue
+        names, given = list(dict.fromkeys(own["module"])), str(own["baseline"].iloc[0])
+        reference, dataset = given if given in names else names[0], str(own["dataset"].iloc[0])
+        cells = [Cell(name, name, dataset, name == reference) for name in names]
+        frame = _compared(own, cells)
         others = [name for name in names if name != reference]
         named = stats.listed(others, len(others))
         question = f"{'Does' if len(others) == 1 else 'Do'} {named} differ from {reference}?"
         name = f"{COMPARE}-{dataset}" + (f"-{len(tables) + 1}" if tables else "")
-        title = f"{named} against {reference}"
         missing = tuple(name for name in names if name not in set(frame["row"]))
-        tables.append(
-            Table(name, COMPARE, title, question, _where(part), frame, part, missing, False)
-        )
+        texts = (name, COMPARE, f"{named} against {reference}", question, _where(own))
+        tables.append(Table(*texts, frame, own, missing))
     return tables
 
 
@@ -444,39 +399,22 @@ def run_name(config: RunConfig) -> str:
     return f"{module_name(config.model)}, {data}, depth {config.model.depth}, seed {config.seed}"
 
 
+def _done(runs: pd.DataFrame) -> pd.Series:
+    return (runs["status"] == FINISHED) & runs["accuracy"].notna()
+
+
 def _compared(runs: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
     """A row for each cell with runs: means over seeds, and differences within its group."""
-    import pandas as pd
-
     cell_of = {cell.row: cell for cell in cells}
-    done = runs[(runs["status"] == FINISHED) & runs["accuracy"].notna()]
-    # One group's reference has another name than the next one's: ResNet83 plain, ResNet164 plain.
-    arms = [stats.REFERENCE if cell_of[row].reference else row for row in done["row"]]
-    done = done.assign(arm=arms, within=[cell_of[row].group for row in done["row"]])
-    frame = pd.DataFrame(columns=["arm"])
-    if len(done):
-        baseline = stats.REFERENCE if stats.REFERENCE in arms else None
-        frame = stats.compare(done, by="arm", baseline=baseline, within="within", together=True)
-        if baseline is None:  # the reference was not run
-            frame = frame.assign(verdict=stats.TOO_FEW).assign(
-                **dict.fromkeys(
-                    ("difference", "low", "high", "p", "p_flip", "p_holm"), float("nan")
-                )
-            )
-    names = {(c.group, stats.REFERENCE if c.reference else c.row): c.row for c in cells}
-    pairs = zip(frame.get("within", []), frame.get("group", []), strict=True)
-    frame = frame.assign(row=[names[pair] for pair in pairs])
-    references = {cell.group: cell.row for cell in cells if cell.reference}
-    frame["baseline"] = [references.get(cell_of[row].group, "") for row in frame["row"]]
-    order = [cell.row for cell in cells]
-    frame = frame.sort_values("row", key=lambda rows: rows.map(order.index), ignore_index=True)
-    by_row = done.groupby("row", sort=False)
-    first = by_row.first()
-    return frame.assign(
-        module=[first["module"][row] for row in frame["row"]],
-        note=[cell_of[row].note for row in frame["row"]],
-        parameters=[first["parameters"][row] for row in frame["row"]],
-        flops=[first["flops"][row] for row in frame["row"]],
+    runs = runs[_done(runs)].assign(within=runs["row"].map(lambda row: cell_of[row].group))
+    references = {(cell.group,): cell.row for cell in cells if cell.reference}
+    frame = stats.compare(runs, by="row", baseline=references, within="within", together=True)
+    order = list(cell_of).index
+    frame = frame.sort_values("group", key=lambda rows: rows.map(order), ignore_index=True)
+    first = runs.groupby("row").first().loc[frame["group"]].reset_index()
+    notes = [cell_of[row].note for row in frame["group"]]
+    return (
+        frame.join(first[["row", "module"]]).assign(note=notes).join(first[["parameters", "flops"]])
     )
 
 
@@ -491,41 +429,38 @@ def _beside_paper(
     printed = {cell.row: cell.paper for cell in cells if cell.paper is not None}
     rows = frame["row"]
     frame = frame.assign(
-        paper=[printed[row].top1 if row in printed else None for row in rows],
-        paper_parameters=[
-            printed[row].parameters_millions if row in printed else None for row in rows
-        ],
+        paper=rows.map({row: paper.top1 for row, paper in printed.items()}),
+        paper_parameters=rows.map({row: p.parameters_millions for row, p in printed.items()}),
     )
     if not verdict:
         return frame
     best = {row: part.dropna() for row, part in runs.groupby("row")["best_accuracy"]}
-    said: list[str] = []
-    for row in rows:
-        ends = stats.prediction_interval(best[row])
+
+    def said(row: str) -> str:
         if row not in printed:
-            said.append("")
-        elif ends is None:
-            said.append("n too small to say")
-        else:
-            said.append("inside" if ends[0] <= printed[row].top1 <= ends[1] else "outside")
+            return ""
+        ends = stats.prediction_interval(best[row])
+        if ends is None:
+            return "n too small to say"
+        return "inside" if ends[0] <= printed[row].top1 <= ends[1] else "outside"
+
     means, spreads = [best[row].mean() for row in rows], [best[row].std() for row in rows]
-    return frame.assign(best_mean=means, best_sd=spreads, against_paper=said)
+    return frame.assign(best_mean=means, best_sd=spreads, against_paper=rows.map(said))
 
 
 def _where(runs: pd.DataFrame) -> str:
     """What was trained, in one line."""
-    one = runs.iloc[0]
-    seeds = runs["seed"].nunique()
-    parts = [data_name(one["dataset"])]
-    if one.get("train_images") == one.get("train_images") and one.get("train_images"):
-        parts[0] += f" ({int(one['train_images']):,} training images)"
-    depths = sorted({int(depth) for depth in runs["depth"]})
-    parts.append(
-        f"ResNet-{depths[0]}" if len(depths) == 1 else f"ResNet-{depths[0]} to {depths[-1]}"
+    one, seeds, depths = (
+        runs.iloc[0],
+        runs["seed"].nunique(),
+        sorted(set(runs["depth"].astype(int))),
     )
-    parts.append(f"{int(one['epochs'])} epoch" + ("s" if one["epochs"] > 1 else ""))
-    parts.append(f"{seeds} seed" + ("s" if seeds > 1 else ""))
-    return ", ".join(parts)
+    images = one.get("train_images")
+    data = data_name(one["dataset"])
+    data += f" ({int(images):,} training images)" if images and images == images else ""
+    depth = f"{depths[0]} to {depths[-1]}" if len(depths) > 1 else f"{depths[0]}"
+    epochs = f"{int(one['epochs'])} epoch" + ("s" if one["epochs"] > 1 else "")
+    return f"{data}, ResNet-{depth}, {epochs}, {seeds} seed" + ("s" if seeds > 1 else "")
 
 
 def data_name(name: str) -> str:
