@@ -1,8 +1,7 @@
 """Sharing networks: a folder of weights, config and card, here or on the Hugging Face hub.
 
-The folder holds `model.safetensors`, `config.json` and the model card, `README.md`. Nothing in it
-is executed when it is read: the config is JSON, every field of it is checked, and the network is
-built by this library, timm or torchvision.
+Nothing in a folder is executed when it is read: the config is JSON, every field of it is checked,
+and the network is built by this library, timm or torchvision.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from spem.export import difference, tensors
 from spem.extras import require
 from spem.files import load_json, read_regular, write_atomic
 from spem.insert import IdentityStart, attach, true_keys
-from spem.insert.attach import remembered
+from spem.insert.attach import Attached, remembered
 from spem.insert.sites import default_input
 from spem.models import ResNet, resnet
 from spem.ops import use_impl
@@ -44,12 +43,7 @@ SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _LARGEST_INPUT = 2**26
 """Numbers in the input that attention was traced with; no image is larger."""
 
@@ -101,17 +95,21 @@ class _Theirs:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Call(Attached):
     """One call of `spem.attach`, on the named part of the network."""
 
-    part: str
-    attention: str
-    include: tuple[str, ...] | None
-    stages: tuple[int, ...] | None
-    replace: bool
-    start: str
-    fuse: bool
-    input_shape: tuple[int, ...] | None
+    where: bool = False
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        if self.where:
+            raise ValueError(
+                f"{self.attention} was attached with where=, a rule that no file can hold. Use "
+                f"include= or stages=, or share the weights with your code."
+            )
+        shape = self.input_shape
+        if shape is not None and (min(shape, default=0) < 1 or math.prod(shape) > _LARGEST_INPUT):
+            raise ValueError(f"attach: input_shape={list(shape)} is no shape of an input.")
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,16 @@ class _Config:
     classes: tuple[str, ...] | None
     weights_sha256: str
 
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
+        host = self.host
+        count = host.classes if isinstance(host, _Ours) else host.options.get("num_classes")
+        if self.classes is not None and count is not None and len(self.classes) != count:
+            raise ValueError(
+                f"{len(self.classes)} names of classes for {count} outputs. Name each of them."
+            )
+
     @property
     def host(self) -> _Ours | _Theirs:
         """The network without what was attached to it."""
@@ -141,17 +149,6 @@ class _Config:
         check_options(kind, host.options, "network")
         return host
 
-    def check(self) -> None:
-        """Raises ValueError where fields contradict each other."""
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
-        host = self.host
-        count = host.classes if isinstance(host, _Ours) else host.options.get("num_classes")
-        if self.classes is not None and count is not None and len(self.classes) != count:
-            raise ValueError(
-                f"{len(self.classes)} names of classes for {count} outputs. Name each of them."
-            )
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -163,20 +160,13 @@ class Shared:
 
 
 def _read(kind: type[Any], values: Any, subject: str) -> Any:
-    """A dataclass of a table from JSON: all fields, none besides, each of its type.
-
-    Raises:
-        ValueError: Otherwise.
-    """
+    """A dataclass of a table: all fields, none besides, each of its type; else a ValueError."""
     dacite = require("dacite", extra="hub", purpose="a shared folder")
     try:
         return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple]))
     except (dacite.DaciteError, AttributeError, TypeError) as error:
-        raise ValueError(f"{subject}: {error}. It takes {_names(kind)}.") from error
-
-
-def _names(kind: type[Any]) -> str:
-    return ", ".join(field.name for field in dataclasses.fields(kind))
+        names = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise ValueError(f"{subject}: {error}. It takes {names}.") from error
 
 
 # ---- writing
@@ -196,28 +186,22 @@ def save_pretrained(
 ) -> Path:
     """Writes a network into a folder from which `from_pretrained` makes it again.
 
-    The folder gets ``model.safetensors``, ``config.json`` (architecture, attention, arguments of
-    `spem.attach`) and a model card, ``README.md``, which states measured results only. Before
+    The folder gets ``model.safetensors``, ``config.json`` and a model card, ``README.md``. Before
     anything is written, the network is built from that config and compared: tensor by tensor, then
     by the outputs of both for one random input.
 
     Args:
-        model: A network of `spem.resnet`, or one of timm or torchvision, with or without attached
-            attention.
+        model: A network of `spem.resnet`, timm or torchvision, with or without attached attention.
         folder: Is made if it is not there; what an earlier call wrote is replaced.
-        results: What was measured, for the card: the folder of a finished run, or tables with
-            ``dataset``, ``metric``, ``value`` and optionally ``split`` and ``note``.
-        arch: The architecture, such as ``"torchvision:resnet50"``; timm's networks say it.
-        options: What the architecture was built with, such as ``{"num_classes": 10}``
+        results: For the card: the folder of a finished run, or tables with ``dataset``, ``metric``,
+            ``value`` and optionally ``split`` and ``note``.
+        arch: Such as ``"torchvision:resnet50"``; timm's networks say it.
+        options: What it was built with, such as ``{"num_classes": 10}``
             (`spem.architectures.OPTIONS`).
-        images: ``size``, ``mean`` and ``std`` of the images it was trained on; timm's networks
-            say it.
+        images: ``size``, ``mean`` and ``std`` of its training images; timm's networks say it.
         classes: Names of the classes in the order of the outputs.
         license: Of the weights, as the hub spells it, such as ``"apache-2.0"``.
         repo_id: Where it will be found, for the card's example.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: The network cannot be made from a config, is of several dtypes, a result is no
@@ -228,20 +212,21 @@ def save_pretrained(
     safetensors = require("safetensors.torch", extra="hub", purpose=asker)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     content: bytes = safetensors.save(state, {"format": "pt"})
-    said = _images_of(model) if images is None else images
+    if images is None and {"mean", "std"} <= (said := _said(model)).keys():
+        size = (said.get("input_size") or [None])[-1]
+        images = {"size": size, "mean": list(said["mean"]), "std": list(said["std"])}
     try:
         config = _Config(
             schema=SCHEMA,
             library_name="spem",
             version=__version__,
             network=_described(model, arch, options, asker),
-            attach=_calls(model),
+            attach=tuple(_Call(**vars(call), part=part) for part, call in remembered(model)),
             dtype=_dtype_of(model),
-            images=None if said is None else _read(Images, dict(said), "images"),
+            images=None if images is None else _read(Images, dict(images), "images"),
             classes=None if classes is None else tuple(classes),
             weights_sha256=hashlib.sha256(content).hexdigest(),
         )
-        config.check()
         built = _built(config)
         wrong = _misfit(state, built.state_dict())
         if wrong is not None:
@@ -255,11 +240,16 @@ def save_pretrained(
         if config.network["kind"] == "torchvision" and [t.dim() for t in outputs] == [2]:
             # The number of outputs, which the network itself does not know.
             config.network["options"]["num_classes"] = outputs[0].shape[1]
-            config.check()
+            config = dataclasses.replace(config)  # checks the names of classes
     except ValueError as error:
         raise ValueError(f"{asker}: {str(error).removeprefix(f'{asker}: ')}") from error
-    card = _card(model, config, _measured(results), license=license, repo_id=repo_id)
-    refuse_foreign(folder, asker)
+    card = _card(model, config, _measured(results), license, repo_id)
+    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    if there and not is_shared(folder):
+        raise ValueError(
+            f"{asker}: {folder / there[0]} is there and was not written by save_pretrained. "
+            f"Name another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # The config last: a folder that has one is whole.
     write_atomic(folder / WEIGHTS, content)
@@ -278,16 +268,6 @@ def is_shared(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("library_name") == "spem"
 
 
-def refuse_foreign(folder: Path, asker: str) -> None:
-    """Raises ValueError where a file would be replaced that `save_pretrained` did not write."""
-    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
-    if there and not is_shared(folder):
-        raise ValueError(
-            f"{asker}: {folder / there[0]} is there and was not written by save_pretrained. "
-            f"Name another folder."
-        )
-
-
 def _described(
     model: nn.Module, arch: str | None, options: Mapping[str, Any] | None, asker: str
 ) -> dict[str, Any]:
@@ -295,53 +275,31 @@ def _described(
     if isinstance(model, ResNet):
         if arch is not None or options:
             raise ValueError("a network of spem.resnet has no arch= and options=.")
-        attention = spec_text(model.spec)
-        ours = _Ours("spem.resnet", model.depth, model.classes, attention, model.block)
-        return dataclasses.asdict(ours)
+        own = {"depth": model.depth, "classes": model.classes, "block": model.block}
+        return {"kind": "spem.resnet", **own, "attention": spec_text(model.spec)}
     if arch is None:
-        said = getattr(model, "pretrained_cfg", None)  # timm's
-        arch = said.get("architecture") if isinstance(said, dict) else None
+        arch = _said(model).get("architecture")
     if not isinstance(arch, str):
         raise ValueError(
             f"{type(model).__name__} does not say what it is called. Pass arch=, its name in timm "
             f"or torchvision, such as 'torchvision:resnet50'."
         )
     library, name = library_of(arch, asker)
-    given = dict(options or {})
-    if library == "timm":  # it shows its number of classes, and what is not usual
-        shown = _shown(model)
-        with torch.random.fork_rng(devices=[]):
-            usual = _shown(build(f"timm:{name}", asker=asker))
-        named = {k: v for k, v in shown.items() if k == "num_classes" or v != usual.get(k, v)}
-        given = named | given
-    return dataclasses.asdict(_Theirs(library, name, given))
+    given: dict[str, Any] = {}
+    if library == "timm":  # whose networks show some of their options
+        found = {option: getattr(model, option, None) for option in ("num_classes", "in_chans")}
+        given = {option: value for option, value in found.items() if isinstance(value, int)}
+        for owner in (getattr(model, "head", None), model):
+            pool = getattr(owner, "global_pool", None)
+            kind = getattr(pool, "pool_type", pool)
+            given |= {"global_pool": kind} if isinstance(kind, str) else {}
+    return {"kind": library, "arch": name, "options": given | dict(options or {})}
 
 
-def _shown(model: nn.Module) -> dict[str, Any]:
-    """The options that a timm network shows."""
-    found = {name: getattr(model, name, None) for name in ("num_classes", "in_chans")}
-    shown: dict[str, Any] = {k: v for k, v in found.items() if isinstance(v, int)}
-    for owner in (model, getattr(model, "head", None)):
-        pool = getattr(owner, "global_pool", None)
-        kind = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
-        if isinstance(kind, str):
-            return shown | {"global_pool": kind}
-    return shown
-
-
-def _calls(model: nn.Module) -> tuple[_Call, ...]:
-    """What was attached to a network, in order."""
-    calls: list[_Call] = []
-    for part, call in remembered(model):
-        if call.where:
-            raise ValueError(
-                f"{call.attention} was attached with where=, a rule that no file can hold. Use "
-                f"include= or stages=, or share the weights with your code."
-            )
-        values = dataclasses.asdict(call)
-        del values["where"]
-        calls.append(_Call(part, **values))
-    return tuple(calls)
+def _said(model: nn.Module) -> dict[str, Any]:
+    """What a timm network says of itself and of the images it was trained on."""
+    said = getattr(model, "pretrained_cfg", None)
+    return said if isinstance(said, dict) else {}
 
 
 def _dtype_of(model: nn.Module) -> str:
@@ -351,16 +309,6 @@ def _dtype_of(model: nn.Module) -> str:
         names = " and ".join(sorted(map(str, found)))
         raise ValueError(f"the network has tensors of {names}. Convert it: model.float().")
     return str(found.pop() if found else torch.float32).removeprefix("torch.")
-
-
-def _images_of(model: nn.Module) -> dict[str, Any] | None:
-    """What a timm network says of the images it was trained on."""
-    said = getattr(model, "pretrained_cfg", None)
-    if not isinstance(said, dict) or "mean" not in said or "std" not in said:
-        return None
-    size = said.get("input_size")
-    side = size[-1] if isinstance(size, (list, tuple)) else None
-    return {"size": side, "mean": list(said["mean"]), "std": list(said["std"])}
 
 
 # ---- the network of a config
@@ -376,30 +324,22 @@ def _built(config: _Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
         if isinstance(host, _Ours):
             model: nn.Module = resnet(
-                host.depth,
-                host.classes,
-                attention=host.attention,
-                block=cast("Any", host.block),
-            ).eval()
+                host.depth, host.classes, attention=host.attention, block=cast("Any", host.block)
+            )
         else:
             model = build(f"{host.kind}:{host.arch}", host.options, asker="network")
+        model.eval()
         for call in config.attach:
-            shape = call.input_shape
-            if shape is not None and (
-                min(shape, default=0) < 1 or math.prod(shape) > _LARGEST_INPUT
-            ):
-                raise ValueError(f"attach: input_shape={list(shape)} is no shape of an input.")
+            arguments: dict[str, Any] = vars(call) | {"where": None}
             try:
-                part = model.get_submodule(call.part)
+                part = model.get_submodule(arguments.pop("part"))
             except AttributeError as error:
                 raise ValueError(f"attach: the network has no part {call.part!r}.") from error
-            arguments: dict[str, Any] = dataclasses.asdict(call)
-            del arguments["part"]
             with warnings.catch_warnings():
                 # Weights that do not go over into attention come from the file.
                 warnings.filterwarnings("ignore", message="attach: the weights of")
                 attach(part, **arguments)
-        return model.to(_DTYPES[config.dtype])
+        return model.to(getattr(torch, config.dtype))
 
 
 def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
@@ -412,12 +352,10 @@ def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | 
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             return f"the weights {what} {names[0]!r}{more}"
     for name, tensor in wanted.items():
-        other = found[name]
-        for what, one, two in (
-            ("shape", list(other.shape), list(tensor.shape)),
-            ("dtype", other.dtype, tensor.dtype),
-        ):
+        for what in ("shape", "dtype"):
+            one, two = getattr(found[name], what), getattr(tensor, what)
             if one != two:
+                one, two = (list(o) if what == "shape" else o for o in (one, two))
                 return f"{name!r} has the {what} {one}, the network's is {two}"
     return None
 
@@ -429,11 +367,11 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
     every channel of the input a number. Then on the device meta, which allocates nothing; what
     cannot be built there is reported by the real build, if its host is of a sane size.
     """
-    host = config.host
     total = sum(tensor.numel() for tensor in state.values())
     bounds = {"depth": len(state), "classes": total, "num_classes": total, "in_chans": total}
-    for name, value in (vars(host) if isinstance(host, _Ours) else host.options).items():
-        if name in bounds and value > bounds[name]:
+    options = config.network.get("options", config.network)
+    for name, most in bounds.items():
+        if (value := options.get(name, 0)) > most:
             return f"{name}={value} is too large for {len(state)} tensors of {total:,} numbers"
     for attached in (True, False):
         try:
@@ -452,33 +390,29 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
 
 
 def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
-    """Raises ValueError unless two networks compute the same: what has no parameters counts too.
+    """The outputs of a network on one random input; ValueError unless the other gives the same.
 
-    Copies of both run on one random input in float64. Scales that are about zero (an untouched
-    identity start, a block's last norm, a layer scale) would hide what they multiply, so they are
-    opened in both alike.
-
-    Returns:
-        The outputs.
+    What has no parameters counts too. Copies of both run in float64. Scales that are about zero (an
+    untouched identity start, a block's last norm, a layer scale) would hide what they multiply, so
+    they are opened in both alike.
     """
     shape = next((c.input_shape for part, c in remembered(model) if not part), None)
     if shape is None:
-        batch, channels, *extents = (
-            (1, 3, 32, 32) if isinstance(model, ResNet) else default_input(model)
-        )
+        shape = (1, 3, 32, 32) if isinstance(model, ResNet) else default_input(model)
         said = getattr(model, "in_chans", None)  # timm's; its config keeps the usual number
-        shape = (batch, said if isinstance(said, int) else channels, *extents)
+        shape = (1, said, *shape[2:]) if isinstance(said, int) else shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((1, *shape[1:]), generator=generator, dtype=torch.float64)
     outputs: list[list[Tensor]] = []
     for network in (model, again):
         twin = copy.deepcopy(network).to("cpu", torch.float64).eval()
-        _open(twin)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), use_impl("reference"):
+                _open(twin)
                 torch.manual_seed(0)
                 outputs.append(tensors(twin(x)))
-        except Exception as error:  # a network says in its own way that an input does not fit
+        except Exception as error:
+            # A network says in its own way that an input does not fit.
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ValueError(
                 f"the network cannot be run on a random input {list(x.shape)}, as it must be to "
@@ -495,7 +429,6 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     return outputs[0]
 
 
-@torch.no_grad()
 def _open(model: nn.Module) -> None:
     """Sets scales that are about zero to 0.5."""
     for module in model.modules():
@@ -523,8 +456,7 @@ def from_pretrained(
 
     Args:
         repo_or_folder: A folder, or the id of a repository on the hub, ``owner/name``.
-        revision: Branch, tag or commit of the repository; a commit is the only one that does not
-            change.
+        revision: Branch, tag or commit of the repository; only a commit never changes.
         token: For private repositories; None takes that of `hf auth login`.
         cache_dir: Where fetched files lie; None is the hub's usual place.
         local_files_only: Fetch nothing; use what was fetched before.
@@ -558,8 +490,8 @@ def from_pretrained(
         except Exception as error:  # the client's types, and those of its transport
             raise OSError(
                 f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this "
-                f"name cannot be fetched: {_first_line(error).rstrip('.')}. Check the name and the "
-                "connection, or name a folder."
+                f"name cannot be fetched: {_first_line(error)} Check the name and the connection, "
+                f"or name a folder."
             ) from error
     return read_shared(folder).model
 
@@ -581,7 +513,17 @@ def read_shared(folder: str | Path) -> Shared:
             )
     content = read_regular(folder / WEIGHTS)
     try:
-        config = _config(folder / CONFIG)
+        try:
+            values = json.loads(read_regular(folder / CONFIG))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{CONFIG} is no JSON ({error}). Fetch it again.") from error
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{CONFIG} is of layout {schema!r}, this version of spem reads {SCHEMA}. "
+                f"Use the version that wrote it, or write it again with save_pretrained."
+            )
+        config: _Config = _read(_Config, values, CONFIG)
         if hashlib.sha256(content).hexdigest() != config.weights_sha256:
             raise ValueError(
                 f"the SHA-256 of {WEIGHTS} is not the one in {CONFIG}; it is damaged or of another "
@@ -591,11 +533,12 @@ def read_shared(folder: str | Path) -> Shared:
             state: dict[str, Tensor] = safetensors.load(content)
         except Exception as error:  # safetensors has its own exception types for broken files
             raise ValueError(f"{WEIGHTS} is no safetensors file ({error}).") from error
-        wrong = _too_large(state, config)
-        model = None if wrong else _built(config)
-        state = state if model is None else true_keys(model, state)
-        wrong = wrong or _misfit(state, {} if model is None else model.state_dict())
-        if wrong or model is None:
+        wrong, model = _too_large(state, config), nn.Module()
+        if not wrong:
+            model = _built(config)
+            state = true_keys(model, state)
+            wrong = _misfit(state, model.state_dict())
+        if wrong:
             raise ValueError(
                 f"{wrong}. Weights and config belong to different networks; fetch both again."
             )
@@ -603,22 +546,6 @@ def read_shared(folder: str | Path) -> Shared:
         raise ValueError(f"{asker}: {error}") from error
     model.load_state_dict(state)
     return Shared(model, config.images, config.classes)
-
-
-def _config(path: Path) -> _Config:
-    try:
-        values = json.loads(read_regular(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON ({error}). Fetch it again.") from error
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(
-            f"{path.name} is of layout {schema!r}, this version of spem reads {SCHEMA}. "
-            f"Use the version that wrote it, or write it again with save_pretrained."
-        )
-    config: _Config = _read(_Config, values, path.name)
-    config.check()
-    return config
 
 
 # ---- the hub
@@ -635,7 +562,7 @@ def push_to_hub(
     commit_message: str = "Weights, config and card written by spem",
     **describing: Any,
 ) -> str:
-    """Writes a network as `save_pretrained` does and sends the folder to the hub.
+    """Writes a network as `save_pretrained` does, sends it to the hub, returns the commit's URL.
 
     Args:
         model: The network.
@@ -645,11 +572,7 @@ def push_to_hub(
         revision: The branch; None is the main one.
         create_pr: Open a pull request instead of committing to the branch.
         commit_message: Of the commit.
-        describing: ``results``, ``arch``, ``options``, ``images``, ``classes`` and ``license`` of
-            `save_pretrained`.
-
-    Returns:
-        The address of the commit.
+        describing: The other arguments of `save_pretrained`.
 
     Raises:
         ValueError: As for `save_pretrained`, or ``repo_id`` is no id.
@@ -673,9 +596,8 @@ def push_to_hub(
             )
         except Exception as error:  # the client's types, and those of its transport
             raise OSError(
-                f"push_to_hub: cannot write to {repo_id}: {_first_line(error)} "
-                f"Look at your connection, and log in with `hf auth login` as somebody who may "
-                f"write there."
+                f"push_to_hub: cannot write to {repo_id}: {_first_line(error)} Look at your "
+                f"connection, and log in with `hf auth login` as somebody who may write there."
             ) from error
     return str(commit.commit_url)
 
@@ -691,7 +613,7 @@ def _is_id(text: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") + "." or type(error).__name__
+    return (str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__) + "."
 
 
 # ---- the card
@@ -711,19 +633,12 @@ class _Measured:
         if isinstance(self.value, bool) or not math.isfinite(self.value):
             raise ValueError(f"save_pretrained: a result's value={self.value!r} is no number.")
 
-    @property
-    def hub_id(self) -> str:
-        """What the hub calls the set."""
-        return HUB_IDS.get(self.dataset, self.dataset)
-
 
 def _measured(results: Results) -> list[_Measured]:
     """Results in any of the forms that `save_pretrained` takes."""
-    if results is None:
-        return []
     if isinstance(results, (str, Path)):
         return [_of_run(Path(results))]
-    tables = [results] if isinstance(results, Mapping) else list(results)
+    tables = [results] if isinstance(results, Mapping) else results or []
     return [_read(_Measured, dict(table), "save_pretrained: a result") for table in tables]
 
 
@@ -737,70 +652,75 @@ def _of_run(folder: Path) -> _Measured:
         )
     run = load_json(path, remedy="Delete it and run the same training again.")
     try:
-        notes = [
-            f"after the last of {run['epochs']} epochs",
-            f"seed {run['seed']}",
-            f"run {run['id']}",
-            f"SHA-256 of the decoded test images {run['test_sha256']}",
-            f"on {run['hardware']}",
-        ]
-        notes += [f"commit {run['commit']}"] if run.get("commit") else []
+        note = (
+            f"after the last of {run['epochs']} epochs, seed {run['seed']}, run {run['id']}, "
+            f"SHA-256 of the decoded test images {run['test_sha256']}, on {run['hardware']}"
+        )
         name, value = run["dataset"], float(run["accuracy"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"save_pretrained: {path} lacks {error}. Has the run failed?") from error
+    note += f", commit {run['commit']}" if run.get("commit") else ""
     # Where a folder lies is nobody's business, and it is not the known set it may be named after.
     name = known_name(name) or f"{Path(name).name} (a folder of the author's)"
-    return _Measured(name, "accuracy", value, note=", ".join(notes))
+    return _Measured(name, "accuracy", value, note=note)
 
 
 def _card(
     model: nn.Module,
     config: _Config,
     results: Sequence[_Measured],
-    *,
     license: str | None,
     repo_id: str | None,
 ) -> str:
     """The text of `README.md`: metadata for the hub, then what a reader needs."""
     hub = require("huggingface_hub", extra="hub", purpose="save_pretrained")
-    network = config.network
-    texts = [network.get("attention", "none"), *(call.attention for call in config.attach)]
-    specs = list(dict.fromkeys(text for text in texts if text != "none"))
+    host, images, calls = config.host, config.images, config.attach
+    specs = [config.network.get("attention", "none"), *(call.attention for call in calls)]
+    specs = [text for text in dict.fromkeys(specs) if text != "none"]
     names = list(dict.fromkeys(spec.partition("(")[0] for spec in specs))
-    name = " + ".join([network.get("arch") or f"resnet{network['depth']}", *specs])
-    if isinstance(host := config.host, _Ours):
+    if isinstance(host, _Ours):
+        arch, extras = f"resnet{host.depth}", "hub"
         what = f"CIFAR ResNet of depth {host.depth} ({host.block} blocks), {host.classes} classes."
     else:
-        starts = " and ".join(sorted({call.start for call in config.attach}))
+        arch, extras = host.arch, "hub,timm"
+        starts = " and ".join(sorted({call.start for call in calls}))
         how = f", attention attached with start={starts}" if starts else ""
         what = f"{host.kind}'s {host.arch}{how}."
+    title = " + ".join([arch, *specs])
+    ids = [HUB_IDS.get(r.dataset, r.dataset) for r in results]
     data = hub.ModelCardData(
         library_name="spem",
         pipeline_tag="image-classification",
         license=license,
         tags=["spem", "channel-attention", "image-classification", "pytorch", *names],
-        datasets=list(dict.fromkeys(r.hub_id for r in results if "/" in r.hub_id)) or None,
+        datasets=list(dict.fromkeys(i for i in ids if "/" in i)) or None,
         metrics=list(dict.fromkeys(r.metric for r in results)) or None,
-        model_name=name if results else None,
+        model_name=title if results else None,
         eval_results=[
             hub.EvalResult(
                 task_type="image-classification",
-                dataset_type=r.hub_id,
+                dataset_type=hub_id,
                 dataset_name=r.dataset,
                 dataset_split=r.split,
                 metric_type=r.metric,
                 metric_value=r.value,
             )
-            for r in results
+            for r, hub_id in zip(results, ids, strict=True)
         ]
         or None,
     )
-    extras = "hub" if network["kind"] == "spem.resnet" else "hub,timm"
     total = sum(p.numel() for p in model.parameters())
     where = json.dumps(repo_id or "path/to/this/folder")
+    size = f" of {images.size}x{images.size} pixels" if images and images.size else ""
+    rows = ["| on | metric | value | how |", "|---|---|---|---|"]
+    for r in results:
+        cells = (f"{r.dataset}, {r.split}", r.metric, f"{r.value:.6g}", r.note or "-")
+        plain = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+        rows.append(f"| {' | '.join(plain)} |")
+    cited = "\n".join(bibtex(name) for name in names if attention_class(name).paper)
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
+        f"# {title}",
         f"{what} Attention: `{', '.join(specs) or 'none'}`. {total:,} parameters, "
         f"{attention_parameters(model):,} of them attention's; {config.dtype}.",
         "## Load",
@@ -808,40 +728,21 @@ def _card(
         f"model = spem.from_pretrained({where})  # in evaluation mode, on the CPU\n```",
         "Nothing in the folder is executed: the weights are safetensors, the config is JSON. "
         f'Install, from a checkout of spem: `pip install ".[{extras}]"`.',
-    ]
-    if config.images is not None:
-        size = f" of {config.images.size}x{config.images.size} pixels" if config.images.size else ""
-        parts.append(
-            f"Images{size}, red, green and blue, as (pixels / 255 - mean) / std with "
-            f"mean {list(config.images.mean)} and std {list(config.images.std)}."
-        )
-    parts += [
+        images
+        and f"Images{size}, red, green and blue, as (pixels / 255 - mean) / std with "
+        f"mean {list(images.mean)} and std {list(images.std)}.",
         "## Results",
         "Measured; accuracies in percent." if results else "No results are stated.",
+        results and "\n".join(rows),
+        names and "## Attention",
+        *(f"`{name}`:\n\n```text\n{formula(name)}\n```" for name in names),
+        names and f"## Citation\n\n```bibtex\n{cited}\n```",
     ]
-    if results:
-        rows = [
-            f"| {_cell(r.dataset)}, {_cell(r.split)} | {_cell(r.metric)} | {r.value:.6g} "
-            f"| {_cell(r.note) or '-'} |"
-            for r in results
-        ]
-        parts.append("\n".join(["| on | metric | value | how |", "|---|---|---|---|", *rows]))
-    if names:
-        parts.append("## Attention")
-        parts += [f"`{n}`:\n\n```text\n" + "\n".join(formula(n)) + "\n```" for n in names]
-        cited = "\n".join(bibtex(n) for n in names if attention_class(n).paper)
-        parts += ["## Citation", f"```bibtex\n{cited}\n```"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def formula(name: str) -> list[str]:
-    """The lines of the formula in the docstring of a registered attention."""
+def formula(name: str) -> str:
+    """The formula in the docstring of a registered attention, else the docstring's first line."""
     text = inspect.getdoc(attention_class(name)) or ""
-    found = re.search(r"^Formula:\n((?:    .*\n|\n)+)", text + "\n", re.M)
-    if found is None:
-        return [text.partition("\n")[0]]
-    return [line.removeprefix("    ") for line in found[1].rstrip().splitlines()]
+    found = re.search(r"^Formula:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
+    return text.partition("\n")[0] if found is None else inspect.cleandoc(found[1])

@@ -79,7 +79,7 @@ def test_a_timm_network_with_two_attentions_comes_back(tmp_path: Path):
     assert config["network"] == {
         "kind": "timm",
         "arch": "test_resnet",
-        "options": {"num_classes": 5},
+        "options": {"num_classes": 5, "in_chans": 3, "global_pool": "avg"},
     }
     assert [call["attention"] for call in config["attach"]] == ["spem", "se(reduction=4)"]
     assert config["images"]["mean"] == list(timm_config(model)["mean"])
