@@ -19,9 +19,7 @@ def run(
     network: Named,
     attention: Annotated[str, "ATTENTION", 'such as "se(reduction=8)"'] = "spem",
     *,
-    include: Annotated[
-        str | None, "PATTERN", "only sites of such names; * stands for any characters"
-    ] = None,
+    include: Annotated[str | None, "PATTERN", "only sites of such names, as layer1*"] = None,
     stages: Annotated[Sequence[int], "N", "only these stages, from 1"] = (),
     replace: Annotated[bool, "put it in the place of attention that the network has"] = False,
     start: Annotated[

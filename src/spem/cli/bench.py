@@ -91,7 +91,7 @@ def _calls(
         network, attention=None if attention == "none" else attention, start="module", size=size
     ).model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
     trained.train()
-    images = torch.randn(known.shape(size, batch), device=runtime.device)
+    images = torch.randn(known.shape(batch), device=runtime.device)
     images = images.contiguous(memory_format=layout)
     with torch.no_grad():
         classes = model(images[:1]).shape[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from spem.cli.options import Kind, Option, integer, typed
+from spem.cli.options import Kind, Option, number, typed
 
 if TYPE_CHECKING:
     from spem.training.config import RunConfig
@@ -49,7 +50,7 @@ def config_options(*left_out: str) -> list[Option]:
         helps = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE))
         for name, hint in get_type_hints(kind).items():
             fields[f"{section}.{name}"] = hint, " ".join(helps.get(name, "").split()).rstrip(".")
-    seed = Option("seed", ("--seed",), "N", "of weights and order of images", integer(0))
+    seed = Option("seed", ("--seed",), "N", "of weights and order of images", number(0, int))
     found = [] if "seed" in left_out else [seed]
     for name in dict.fromkeys((*_USUAL, *fields)):
         if name in left_out:
@@ -63,7 +64,7 @@ def config_options(*left_out: str) -> list[Option]:
                 Option(name, (no,), "", "the opposite", lambda _: False, rare=True),
             ]
             continue
-        kind, metavar, many = typed(hint, lowest=None)  # the config says itself what it takes
+        kind, metavar, many = typed(hint, -math.inf)  # the config says itself what it takes
         if NoneType in get_args(hint):
             kind = _or_none(kind)
         if name in _USUAL:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import Attention, Classes, Named, Size, load_network
+from spem.cli.network import NETWORK, Named, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, print_table, say
 
@@ -16,24 +16,20 @@ if TYPE_CHECKING:
 def run(
     network: Named,
     *,
-    attention: Attention = None,
-    classes: Classes = None,
-    size: Size = None,
     layers: Annotated[bool, "a row for every layer, not for every stage"] = False,
-    fuse: Annotated[
-        bool, "give attention in networks of timm and torchvision the fused tail"
-    ] = False,
+    fuse: Annotated[bool, "give blocks of timm and torchvision the fused tail"] = False,
     batch: Annotated[int, "N", "images in the batch"] = 1,
     device: Annotated[Literal["cpu", "cuda"], "name what runs the tails there"] = "cpu",
     precision: Annotated[Literal["fp32", "bf16"], "of their maps"] = "fp32",
     json: Json = False,
+    **named: Annotated[Any, NETWORK],
 ) -> None:
     """Count parameters and FLOPs of a network. Needs no data."""
     import torch
 
     from spem.cost import count, tails_text
 
-    found = load_network(network, attention=attention, classes=classes, size=size, fuse=fuse)
+    found = load_network(network, fuse=fuse, **named)
     shape = found.shape(batch=batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:

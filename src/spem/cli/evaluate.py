@@ -7,18 +7,9 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import (
-    Attention,
-    Classes,
-    Named,
-    Network,
-    Size,
-    Start,
-    Weights,
-    load_network,
-)
+from spem.cli.network import NETWORK, Named, Network, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, say
 
@@ -29,20 +20,12 @@ if TYPE_CHECKING:
 def run(
     network: Named,
     *,
-    attention: Attention = None,
-    weights: Weights = None,
-    classes: Classes = None,
-    size: Size = None,
-    start: Start = None,
-    data: Annotated[
-        str | None, "SET", "images; without it those the weights were trained on"
-    ] = None,
+    data: Annotated[str | None, "SET", "images; else those it was trained on"] = None,
     root: Annotated[Path | None, "DIR", "folder that holds the named data sets"] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], "where"] = "auto",
-    predictions: Annotated[
-        Path | None, "CSV", "write label and prediction of every image here"
-    ] = None,
+    predictions: Annotated[Path | None, "CSV", "write what it answers for every image"] = None,
     json: Json = False,
+    **named: Annotated[Any, NETWORK],
 ) -> None:
     """Accuracy of a network on test images, in float32, normalised as in training."""
     from spem.files import require_regular, write_atomic
@@ -50,7 +33,7 @@ def run(
     if data is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(data, root=root, size=size)
+        check_images(data, root=root, size=named.get("size"))
     if predictions is not None:
         if not predictions.parent.is_dir():
             raise ValueError(f"--predictions: there is no folder {predictions.parent}.")
@@ -65,9 +48,7 @@ def run(
     if device == "cuda" and not there:
         raise ValueError("--device cuda: this machine has none that torch can use. Use cpu.")
     place = ("cuda" if there else "cpu") if device == "auto" else device
-    found = load_network(
-        network, attention=attention, start=start, classes=classes, weights=weights, size=size
-    )
+    found = load_network(network, **named)
     images = _images(found, network, data, root)
     model, how, config = found.model.to(place), (found.mean, found.std), found.config
     _require_outputs(found, images, place)
@@ -92,21 +73,14 @@ def run(
             content = table.to_csv(index_label="index", lineterminator="\n")
             write_atomic(predictions, content.encode())
     if json:
-        print_json(
-            {
-                "network": network,
-                "attention": attention if config is None else config.model.attention,
-                "depth": None if config is None else config.model.depth,
-                "seed": None if config is None else config.seed,
-                "id": None if config is None else config.id,
-                "data": images.name,
-                "data_sha256": images.sha256,
-                "accuracy": accuracy.top1,
-                "correct": accuracy.correct,
-                "count": accuracy.count,
-                "loss": accuracy.loss,
-            }
-        )
+        told: dict[str, Any] = {"network": network, "attention": named.get("attention")}
+        told |= {"depth": None, "seed": None, "id": None}
+        if config is not None:
+            told |= {"attention": config.model.attention, "depth": config.model.depth}
+            told |= {"seed": config.seed, "id": config.id}
+        told |= {"data": images.name, "data_sha256": images.sha256, "accuracy": accuracy.top1}
+        counted = {"correct": accuracy.correct, "count": accuracy.count, "loss": accuracy.loss}
+        print_json(told | counted)
         return
     seed = "" if config is None else f", seed {config.seed}"
     say(f"{network}: {found.text}{seed}{', random weights' * found.random}")

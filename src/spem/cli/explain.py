@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.network import Attention, Classes, Named, Network, Size, Start, Weights, load_network
+from spem.cli.network import NETWORK, Named, Network, load_network
 from spem.cli.options import Json, unknown
 from spem.cli.output import print_json, print_table, say
 
@@ -20,23 +20,16 @@ def run(
     image: Annotated[
         str,
         "IMAGE",
-        "an image file, scaled to what the network takes; or test:N, number N, from 0, of the test "
-        "images",
+        "an image file, scaled to what the network takes; or test:N, a test image, from 0",
     ],
     *,
     out: Annotated[Path, "PICTURE", "a .png, .svg or .pdf"] = Path("explain.png"),
-    class_: Annotated[
-        str | None, "CLASS", "show the probability of this class too, by name or number"
-    ] = None,
-    attention: Attention = None,
-    weights: Weights = None,
-    classes: Classes = None,
-    size: Size = None,
-    start: Start = None,
-    root: Annotated[Path | None, "DIR", "folder that holds the named data sets, for test:N"] = None,
+    class_: Annotated[str | None, "CLASS", "name or number of one more to show"] = None,
+    root: Annotated[Path | None, "DIR", "folder of the named data sets, for test:N"] = None,
     blocks: Annotated[int, "N", "rows of the picture"] = 6,
     top: Annotated[int, "N", "channels shown of those most, and least, kept"] = 4,
     json: Json = False,
+    **named: Annotated[Any, NETWORK],
 ) -> None:
     """Show an image to a network: gates block by block, channels most and least kept, answer."""
     from spem.files import require_regular
@@ -51,19 +44,16 @@ def run(
     from spem import explain as looking
     from spem.data import normalise
 
-    if attention is not None and weights is None:
-        start = start or "module"  # an identity start would show nothing
-    found = load_network(
-        network, attention=attention, start=start, classes=classes, weights=weights, size=size
-    )
+    if "attention" in named and "weights" not in named:
+        named.setdefault("start", "module")  # an identity start would show nothing
+    found = load_network(network, **named)
     shown, said = pixels(image, found, root)
     seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))
     answered = [] if seen.probabilities is None else seen.probabilities.tolist()
     names = found.classes or tuple(map(str, range(len(answered))))
     marked = None
     if class_ is not None:
-        numbers = dict(zip(map(str, range(len(names))), range(len(names)), strict=True))
-        numbers |= {name: number for number, name in enumerate(names)}
+        numbers = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
         if class_ not in numbers:
             raise ValueError(f"--class: {unknown('class', class_, names)}")
         marked = numbers[class_]
@@ -75,19 +65,11 @@ def run(
     best += [marked] if answered and marked is not None and marked not in best else []
     answers = [{"class": names[k], "number": k, "probability": answered[k]} for k in best]
     if json:
+        keys = ("name", "attention", "spatial", "mean", "closed", "lambdas", "alpha")
         views = [
-            {
-                "name": block.name,
-                "attention": block.attention,
-                "spatial": block.spatial,
-                "mean": block.mean,
-                "closed": block.closed,
-                "most": block.order[:top],
-                "least": block.order[::-1][:top],
-                "gates": block.kept.tolist(),
-                "lambdas": block.lambdas,
-                "alpha": block.alpha,
-            }
+            {key: getattr(block, key) for key in keys}
+            | {"most": block.order[:top], "least": block.order[::-1][:top]}
+            | {"gates": block.kept.tolist()}
             for block in seen.blocks
         ]
         told = {"network": network, "image": image, "picture": str(out), "answers": answers}
@@ -140,13 +122,9 @@ def _print(blocks: list[BlockView], top: int) -> None:
     columns += ["lambda"] * mixed + ["alpha"] * started
     rows: list[list[str]] = []
     for block in blocks:
-        order = block.order
-        row = [block.name, block.attention, str(len(order)), f"{block.mean:.4f}"]
-        row.append(f"{100 * block.closed:.0f} %")
-        row += [
-            " ".join(f"{c}:{number(float(block.kept[c]))}" for c in channels)
-            for channels in (order[:top], order[::-1][:top])
-        ]
+        row = [block.name, block.attention, str(len(block.kept)), f"{block.mean:.4f}"]
+        kept = [f"{c}:{number(float(block.kept[c]))}" for c in block.order]
+        row += [f"{100 * block.closed:.0f} %", " ".join(kept[:top]), " ".join(kept[::-1][:top])]
         row += [" ".join(f"{lam:.3f}" for lam in block.lambdas.values())] * mixed
         row += ["" if block.alpha is None else f"{block.alpha:.4f}"] * started
         rows.append(row)

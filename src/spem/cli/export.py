@@ -5,18 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import (
-    Attention,
-    Classes,
-    Named,
-    Network,
-    Size,
-    Start,
-    Weights,
-    load_network,
-)
+from spem.cli.network import NETWORK, Named, Network, load_network
 from spem.cli.options import RARE, Json
 from spem.cli.output import print_json
 
@@ -29,20 +20,14 @@ _FOLDED_OVER = 512
 def run(
     network: Named,
     *,
-    attention: Attention = None,
-    weights: Weights = None,
-    classes: Classes = None,
-    size: Size = None,
-    start: Start = None,
     out: Annotated[Path | None, "FILE", "the ONNX file to write"] = None,
-    fold: Annotated[
-        str | None, "SET", "make gates constants: their mean over training images of this set"
-    ] = None,
+    fold: Annotated[str | None, "SET", "make gates constants: their mean over these images"] = None,
     dynamic_size: Annotated[bool, "let height and width of the input change"] = False,
     fixed_batch: Annotated[bool, "keep the batch at one"] = False,
     precision: Annotated[Literal["fp32", "fp16"], "fp16 with gates in float32"] = "fp32",
     opset: Annotated[int | None, "N", "version of ONNX's operators", RARE] = None,
     json: Json = False,
+    **named: Annotated[Any, NETWORK],
 ) -> None:
     """Write a network as ONNX, after onnxruntime has run it beside PyTorch."""
     if out is None:
@@ -50,15 +35,14 @@ def run(
     if fold is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(fold, size=size)
+        check_images(fold, size=named.get("size"))
     from spem.export import to_onnx
 
-    found = load_network(
-        network, attention=attention, start=start, classes=classes, weights=weights, size=size
-    )
-    if attention not in (None, "none") and (weights is None or found.lacking):
+    found = load_network(network, **named)
+    attention, weights = named.get("attention", "none"), named.get("weights")
+    if attention != "none" and (weights is None or found.lacking):
         what = "has no weights" if weights is None else f"has no weights in {weights}"
-        if start != "module":
+        if named.get("start") != "module":
             raise ValueError(
                 f"--attention {attention} {what} and starts as the identity, so the file would "
                 f"hold no attention. Give --weights with trained attention, or --start module for "

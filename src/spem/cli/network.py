@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.options import RARE, unknown
+from spem.cli.options import Option, number, one_of, unknown
 from spem.extras import require
 
 if TYPE_CHECKING:
@@ -27,19 +27,22 @@ NETWORK_HELP = (
     "a name of timm or torchvision (resnet50), cifar:29 for ours, file.py:function for your own, "
     "or a run's folder or weights"
 )
+Named = Annotated[str, "NETWORK", NETWORK_HELP]
+_SIZE = "side of its images; else what it is made for"
+Size = Annotated[int | None, "PIXELS", _SIZE]
+_START = "how attention without weights starts: as if it were not there, or as the module does"
+NETWORK = [
+    Option("attention", ("--attention",), "ATTENTION", 'put into it: spem, "se(reduction=8)" ...'),
+    Option("weights", ("--weights",), "FILE", "weights (.safetensors) of a named network", Path),
+    Option("classes", ("--classes",), "N", "outputs of a named network", number(1, int)),
+    Option("size", ("--size",), "PIXELS", _SIZE, number(1, int)),
+    Option(
+        "start", ("--start",), "identity|module", _START, one_of("identity", "module"), rare=True
+    ),
+]
+"""What `load_network` takes beside the name."""
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of images where nothing else is known."""
-
-Named = Annotated[str, "NETWORK", NETWORK_HELP]
-Attention = Annotated[str | None, "ATTENTION", 'put into it, such as spem or "se(reduction=8)"']
-Weights = Annotated[Path | None, "FILE", "a .safetensors file of weights for a named network"]
-Classes = Annotated[int | None, "N", "outputs of a named network"]
-Size = Annotated[int | None, "PIXELS", "side of its images; else what it is made for"]
-Start = Annotated[
-    Literal["identity", "module"] | None,
-    "how attention without weights starts: as if it were not there, or as the module does",
-    RARE,
-]
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,10 @@ class Network:
     Attributes:
         model: In evaluation mode, on the CPU.
         text: What it is, in words.
-        channels: Of the images.
         size: Height and width of the images, or None.
-        mean: Of the normalisation.
-        std: Of the normalisation.
-        classes: Names of the classes, or None.
-        random: Whether its weights are random.
         lacking: Whether a file of weights held none of its attention.
-        config: Of the run that trained it, or None.
-        data: What that run was trained on, or None.
-        impl: What ran its tails then, or None.
+        config: Of the run that trained it, or None; with what it was trained on, and what ran its
+            tails.
     """
 
     model: nn.Module
@@ -74,19 +71,18 @@ class Network:
     data: DataIdentity | None = None
     impl: str | None = None
 
-    def shape(self, size: int | None = None, batch: int = 1) -> tuple[int, int, int, int]:
-        """Of its input, at another size if one is given.
+    def shape(self, batch: int = 1) -> tuple[int, int, int, int]:
+        """Of its input.
 
         Raises:
             ValueError: Trained weights do not say how large their images were.
         """
-        side = size or self.size
-        if side is None and self.config is not None:
+        if self.size is None and self.config is not None:
             raise ValueError(
                 f"the weights do not say how large the images of {self.config.data.name} were. "
                 f"Give --size."
             )
-        return batch, self.channels, side or 224, side or 224
+        return batch, self.channels, self.size or 224, self.size or 224
 
     def require_classes(self, images: ImageSet) -> None:
         """Refuse images whose labels mean something else than the network's outputs.
@@ -121,36 +117,34 @@ def load_network(
             ``cifar:29`` or ``29`` (ours; ``cifar:basic-56`` has basic blocks),
             ``path/to/file.py:function`` (called without arguments, returns the module), the folder
             of a run or of `save_pretrained`, or weights that a training wrote.
-        attention: Attention to put into a named network.
+        attention: Put into a named network.
         start: None is what the weights were trained with, without weights the identity.
         fuse: Give blocks of timm and torchvision the fused tail.
         classes: Number of outputs of a named network.
-        weights: Weights of a named network; those of its attention may be missing.
+        weights: Of a named network; those of its attention may be missing.
         size: Height and width of the images.
 
     Raises:
         FileNotFoundError: There is no such file, or no weights in the folder.
-        ValueError: The text names nothing, what it names cannot be built, or an option
-            contradicts it.
+        ValueError: Nothing has this name, it cannot be built, or an option contradicts it.
     """
-    if Path(text).is_dir() or text.endswith(".safetensors"):
+    own, ours = re.search(r"\.py(:|$)", text), re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
+    trained = Path(text).is_dir() or text.endswith(".safetensors")
+    attention = None if attention == "none" and not trained else attention
+    state = None if weights is None or trained else _read(weights)
+    if trained:
         given = {"--attention": attention, "--start": start, "--weights": weights}
         for flag, value in (given | {"--classes": classes, "--fuse": fuse or None}).items():
             if value is not None:
                 raise ValueError(f"{flag} is for a named network; trained weights bring their own.")
         found = _trained(Path(text))
-        return found if size is None else replace(found, size=size)
-    attention = None if attention == "none" else attention
-    state = None if weights is None else _read(weights)
-    if state is not None and start is None:
-        start = "identity" if any(key.endswith(".alpha") for key in state) else "module"
-    ours, own = re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text), re.search(r"\.py(:|$)", text)
-    if fuse and (ours or attention is None):
-        said = f"{text} is fused without --fuse. Leave it out."
-        raise ValueError(said if ours else "--fuse is for attention that --attention names.")
-    if own and classes is not None:
+    elif own and classes is not None:
         raise ValueError("--classes is for a network of a package; yours says it itself.")
-    if ours:
+    elif ours and fuse:
+        raise ValueError(f"{text} is fused without --fuse. Leave it out.")
+    elif fuse and attention is None:
+        raise ValueError("--fuse is for attention that --attention names.")
+    elif ours:
         from spem.models import resnet
 
         depth, block = int(ours[2]), "basic" if ours[1] else "bottleneck"
@@ -158,18 +152,21 @@ def load_network(
         found = Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
     else:
         found = _own(text) if own else _architecture(text, classes)
+    found = replace(found, size=size or found.size)
     plain = set(found.model.state_dict())
     if attention is not None:
-        if not ours:
-            from spem.insert import attach
-
-            options: Any = {"start": start or "identity", "fuse": fuse}
-            attach(found.model, attention, input_shape=found.shape(size), **options)
         found = replace(found, text=f"{found.text}, attention {attention}")
+    if attention is not None and not ours:
+        from spem.insert import attach
+
+        if start is None:  # as the weights were trained
+            tells = state is None or any(key.endswith(".alpha") for key in state)
+            start = "identity" if tells else "module"
+        attach(found.model, attention, start=start, fuse=fuse, input_shape=found.shape())
     if state is not None:
         lacking = _load(found.model, state, f"--weights {weights}", plain)
         found = replace(found, random=False, lacking=lacking)
-    return found if size is None else replace(found, size=size)
+    return found
 
 
 def _architecture(text: str, classes: int | None) -> Network:
@@ -207,12 +204,7 @@ def _own(text: str) -> Network:
 
 
 def _from_file(text: str, what: str, accepts: Callable[[Any], bool]) -> Any:
-    """What `file.py:name` names, in a Python file of the user's.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file cannot be imported, or has nothing of this name and kind.
-    """
+    """What `file.py:name` names, in a Python file of the user's."""
     file, _, name = text.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
         raise ValueError(f"{text!r} does not name the {what}: write file.py:{what}.")
@@ -289,11 +281,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load(model: nn.Module, state: dict[str, Any], title: str, plain: set[str]) -> bool:
-    """Loads weights; those of attention may all be missing, and whether they are is returned.
-
-    Args:
-        plain: The keys of the network before attention was put in, which must all be there.
-    """
+    """Loads weights, all keys of the plain network at least; whether attention's are missing."""
     from spem.insert.wrap import true_keys
 
     missing, unexpected, reason = list[str](), list[str](), ""
@@ -322,16 +310,12 @@ def _load(model: nn.Module, state: dict[str, Any], title: str, plain: set[str]) 
 def register_from_file(where: str) -> str:
     """Register a class of the user's, so that a spec can name it: what `--module` takes.
 
-    The registered name ends in a part of the file's SHA-256: runs trained with an edited file are
-    other runs. (What the file itself imports is not looked at.)
+    The name, which is returned, ends in a part of the file's SHA-256: runs trained with an edited
+    file are other runs. (What the file itself imports is not looked at.)
 
     Args:
-        where: `path/to/file.py:ClassName`. The class takes the number of channels first and its
-            `forward` a map [N, C, H, W] to one of the same shape: a `ChannelAttention`, or any
-            `torch.nn.Module`.
-
-    Returns:
-        The name.
+        where: `path/to/file.py:ClassName`, a `ChannelAttention` or any `torch.nn.Module`. It takes
+            the number of channels first, and a map [N, C, H, W] to one of the same shape.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -358,18 +342,13 @@ def register_from_file(where: str) -> str:
         own, needs = _wrapped(kind), Needs(adds=True)
     register_attention(label, paper=f"{name} of {path.name}", needs=needs)(own)
     try:
-        x = torch.zeros(2, 64, 8, 8)
-        y = own(64)(x)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-        got = list(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
-        raise ValueError(
-            f"{name} of {path} must return a map of its input's shape [2, 64, 8, 8], got {got}."
-        )
+        got = list(own(64)(torch.zeros(2, 64, 8, 8)).shape)
+        said = f"it must return a map of its input's shape [2, 64, 8, 8], got {got}."
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it is told
+        got, said = None, f"{type(error).__name__}: {error}"
+    if got != [2, 64, 8, 8]:
+        tried = f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]"
+        raise ValueError(f"{tried}: {said}")
     return label
 
 
@@ -380,8 +359,6 @@ def _wrapped(kind: type[nn.Module]) -> Any:
     from spem.attention import ChannelAttention
 
     class Wrapped(ChannelAttention):
-        """A module of the user's own."""
-
         def __init__(self, channels: int, *, device: Any = None, dtype: Any = None) -> None:
             super().__init__(channels, device=device, dtype=dtype)
             self.inner = kind(channels).to(device=device, dtype=dtype)
@@ -389,15 +366,12 @@ def _wrapped(kind: type[nn.Module]) -> Any:
             self.random_init = {f"inner.{name}": _draw_like(kind, channels, name) for name in names}
 
         def gate(self, x: Tensor) -> Tensor:
-            """1: how much of the output is a factor cannot be known from outside."""
             return torch.ones_like(x[:, :, :1, :1])
 
         def shift(self, x: Tensor) -> Tensor:
-            """What the module changes."""
             return self.inner(x) - x
 
         def forward(self, x: Tensor) -> Tensor:
-            """The module's output."""
             self._check(x)
             return self.inner(x)
 

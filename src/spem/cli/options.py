@@ -9,9 +9,10 @@
         \"\"\"Accuracy of a network on test images.\"\"\"
 
 A parameter before the star is an argument, one behind it an option: `--batch`. Its type is followed
-by what it takes, the line of the help, and perhaps `RARE` (only `--help-all` shows it) or a
-function that makes the value of the text. The docstring is the head of the help; more paragraphs of
-it come last. A mistake is answered at once: importing a command must not load torch.
+by what it takes, its line of the help, and perhaps `RARE` (only `--help-all` shows it) or a
+function that makes the value of the text; behind that of ``**rest`` stands a list of options. The
+docstring is the head of the help, and what follows its first line comes last. A mistake is answered
+at once: importing a command must not load torch.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ import inspect
 import math
 import re
 import shutil
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import fill
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 Kind = Callable[[str], Any]
 RARE, ABSENT, REQUIRED = object(), object(), object()
 Json = Annotated[bool, "print the result as JSON"]
+_FLAG = re.compile(r"-[^\d.]")  # a negative number is none
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Option:
     many: bool = False
     rare: bool = False
 
+    def value(self, words: Sequence[str], where: str = "") -> Any:
+        """The value of these words; ValueError begins with where they stand."""
+        try:
+            return [self.kind(word) for word in words] if self.many else self.kind(words[0])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where}{error}") from error
+
 
 class Options:
     """What a command takes.
@@ -71,9 +80,13 @@ class Options:
         self.run, self._prog = run, f"spem {command}"
         self._text, _, self._more = (inspect.getdoc(run) or "").partition("\n\n")
         self.options = sorted(_options(run), key=lambda option: option.name == "json")
-        self._arguments = [option for option in self.options if not option.flags]
         own = Option("module", ("--module",), "FILE:CLASS", "", module)
         self.flags = {flag: option for option in (own, *self.options) for flag in option.flags}
+        self._arguments = [option for option in self.options if not option.flags]
+        self._usage = self._prog
+        for option in self._arguments:
+            name = f"{option.metavar} ..." if option.many else option.metavar
+            self._usage += f" {name}" if option.default is REQUIRED else f" [{name}]"
         self._typed: dict[str, str] = {}
 
     def read(self, words: Sequence[str]) -> dict[str, Any] | None:
@@ -91,59 +104,60 @@ class Options:
             if word == "--":
                 free += rest
                 break
-            if not _is_flag(word):
+            if not _FLAG.match(word):
                 free.append(word)
                 continue
             flag, sign, value = word.partition("=")
             option = self._named(flag := flag.replace("_", "-"))
             given = [value] if sign else list[str]()
-            if option.metavar and not sign:
-                while rest and not _is_flag(rest[0]) and (option.many or not given):
-                    given.append(rest.pop(0))
+            while not sign and rest and not _FLAG.match(rest[0]):
+                if not option.metavar or (given and not option.many):
+                    break
+                given.append(rest.pop(0))
             if bool(given) != bool(option.metavar):
                 takes = f"needs a value, {option.metavar}" if option.metavar else "takes no value"
-                raise self._error(f"{flag} {takes}")
-            found[option.name] = _value(option, given or [""], f"{flag}: ")
-        usage = " ".join([self._prog, *map(_in_usage, self._arguments)])
+                raise ValueError(f"{flag} {takes}. See {self._prog} --help.")
+            found[option.name] = option.value(given or [""], f"{flag}: ")
         for option in self._arguments:
             given, free = (free, []) if option.many else (free[:1], free[1:])
             if given:
-                found[option.name] = _value(option, given, "")
+                found[option.name] = option.value(given)
             elif option.default is REQUIRED:
-                raise self._error(f"{option.metavar} is missing: {usage}")
+                missing = f"{option.metavar} is missing: {self._usage}"
+                raise ValueError(f"{missing}. See {self._prog} --help.")
         if free:
-            raise self._error(f"{free[0]!r} is one argument too many: {usage}")
+            many = f"{free[0]!r} is one argument too many: {self._usage}"
+            raise ValueError(f"{many}. See {self._prog} --help.")
         values = {option.name: found.get(option.name, option.default) for option in self.options}
         return {name: value for name, value in values.items() if value is not ABSENT}
+
+    def _named(self, flag: str) -> Option:
+        if flag not in self.flags:
+            near = get_close_matches(flag, self.flags, n=2, cutoff=0.7)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"See {self._prog} --help-all."
+            raise ValueError(f"unknown option {flag}. {hint}")
+        self._typed[self.flags[flag].name] = flag
+        return self.flags[flag]
 
     def help(self, *, everything: bool = False) -> str:
         """The text of `--help`, or of `--help-all`."""
         width = shutil.get_terminal_size().columns - 2
         shown = [option for option in self.options if everything or not option.rare]
-
-        def left(option: Option) -> str:
-            names = ", ".join(option.flags if everything else option.flags[:1])
-            return "  " + f"{names} {option.metavar}".strip()
-
-        column = min(24, max(len(left(option)) for option in shown)) + 2
-
-        def line(option: Option) -> str:
-            name, indent = left(option), " " * column
-            above, name = (f"{name}\n", "") if len(name) > column - 2 else ("", name)
-            return above + textwrap.fill(
-                option.help, width, initial_indent=name.ljust(column), subsequent_indent=indent
-            )
-
+        names = [", ".join(o.flags if everything else o.flags[:1]) for o in shown]
+        names = ["  " + f"{n} {o.metavar}".strip() for n, o in zip(names, shown, strict=True)]
+        column = min(24, max(map(len, names))) + 2
+        lines: dict[bool, list[str]] = {False: [], True: []}
+        for name, option in zip(names, shown, strict=True):
+            if len(name) > column - 2:
+                lines[bool(option.flags)].append(name)
+                name = ""
+            text = fill(option.help, width - column).replace("\n", "\n" + " " * column)
+            lines[bool(option.flags)].append(name.ljust(column) + text)
         hidden = len(self.options) - len(shown)
-        parts = [
-            " ".join([f"usage: {self._prog}", *map(_in_usage, self._arguments), "[OPTIONS]"]),
-            textwrap.fill(self._text, width),
-            "\n".join(line(option) for option in shown if not option.flags),
-            "\n".join(line(option) for option in shown if option.flags),
-            textwrap.fill(self._more, width),
-            f"{hidden} more option{'s' * (hidden > 1)}: {self._prog} --help-all" if hidden else "",
-        ]
-        return "\n\n".join(part for part in parts if part)
+        more = f"{hidden} more option{'s' * (hidden > 1)}: {self._prog} --help-all" * bool(hidden)
+        head, last = fill(self._text, width), fill(self._more, width)
+        parts = [f"usage: {self._usage} [OPTIONS]", head, *map("\n".join, lines.values())]
+        return "\n\n".join(part for part in (*parts, last, more) if part)
 
     def in_flags(self, text: str) -> str:
         """A message of the library with its keywords (`optim.lr=-1`, `root=`) as they are typed."""
@@ -154,20 +168,8 @@ class Options:
                 text = re.sub(keyword, lambda at, flag=flag: flag + " " * bool(at[1]), text)
         return text
 
-    def _named(self, flag: str) -> Option:
-        option = self.flags.get(flag)
-        if option is None:
-            near = get_close_matches(flag, self.flags, n=2, cutoff=0.7)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"See {self._prog} --help-all."
-            raise ValueError(f"unknown option {flag}. {hint}")
-        self._typed[option.name] = flag
-        return option
 
-    def _error(self, text: str) -> ValueError:
-        return ValueError(f"{text}. See {self._prog} --help.")
-
-
-def typed(hint: Any, lowest: int | None = 1) -> tuple[Kind, str, bool]:
+def typed(hint: Any, lowest: float = 1) -> tuple[Kind, str, bool]:
     """How a word becomes a value of this type, what it is called, and whether there are several.
 
     Args:
@@ -181,27 +183,27 @@ def typed(hint: Any, lowest: int | None = 1) -> tuple[Kind, str, bool]:
         return *typed(parts[0], lowest)[:2], True
     if get_origin(hint) is Literal:
         return one_of(*parts), "|".join(parts), False
-    if hint is int:
-        return integer(lowest), "N", False
-    return (number(), "X", False) if hint is float else (hint, "TEXT", False)
+    kinds: dict[Any, tuple[Kind, str]] = {
+        bool: (lambda _: True, ""),
+        int: (number(lowest, int), "N"),
+        float: (number(), "X"),
+    }
+    return *kinds.get(hint, (hint, "TEXT")), False
 
 
 def _options(run: Callable[..., Any]) -> list[Option]:
-    """The options in a signature; of ``**given``, those that stand in a list behind its type."""
     found: list[Option] = []
     hints = get_type_hints(run, include_extras=True)
     for name, parameter in inspect.signature(run).parameters.items():
         hint, said = hints[name].__origin__, hints[name].__metadata__
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found += said[0]
+        if parameter.kind is parameter.VAR_KEYWORD:  # before the command's own
+            place = sum(not option.flags for option in found)
+            found[place:place] = said[0]
             continue
-        default = REQUIRED if parameter.default is parameter.empty else parameter.default
+        kind, takes, many = typed(hint)
+        kind = next((part for part in said if callable(part)), kind)
         *metavar, help = (part for part in said if isinstance(part, str))
-        if hint is bool:
-            kind, takes, many = (lambda _: True), "", False
-        else:
-            kind, takes, many = typed(hint)
-            kind = next((part for part in said if callable(part)), kind)
+        default = REQUIRED if parameter.default is parameter.empty else parameter.default
         if isinstance(default, (str, int, float, Path)) and default is not False:
             help += f" (default {default})"
         flag = f"--{name.strip('_').replace('_', '-')}"
@@ -211,48 +213,24 @@ def _options(run: Callable[..., Any]) -> list[Option]:
     return found
 
 
-def _in_usage(option: Option) -> str:
-    name = f"{option.metavar} ..." if option.many else option.metavar
-    return name if option.default is REQUIRED else f"[{name}]"
+def number(lowest: float = -math.inf, kind: type[float] = float) -> Kind:
+    """Finite numbers from here on, whole ones for int.
 
-
-def _value(option: Option, given: Sequence[str], where: str) -> Any:
-    try:
-        return [option.kind(word) for word in given] if option.many else option.kind(given[0])
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}{error}") from error
-
-
-def _is_flag(word: str) -> bool:
-    return len(word) > 1 and word.startswith("-") and not _is_number(word)
-
-
-def integer(lowest: int | None = None) -> Kind:
-    """Whole numbers, from here on if that is given.
-
-    >>> integer(1)("0")
+    >>> number(1, int)("0")
     Traceback (most recent call last):
     ValueError: '0' is no whole number from 1 on.
     """
-
-    def make(text: str) -> int:
-        found = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
-        if found is None or (lowest is not None and found < lowest):
-            least = "" if lowest is None else f" from {lowest} on"
-            raise ValueError(f"{text!r} is no whole number{least}.")
-        return found
-
-    return make
-
-
-def number(lowest: float = -math.inf) -> Kind:
-    """Finite numbers from here on."""
+    what = "whole number" if kind is int else "number"
+    what += "" if lowest == -math.inf else f" from {lowest:g} on"
 
     def make(text: str) -> float:
-        if not _is_number(text) or not lowest <= float(text) < math.inf:
-            least = "" if lowest == -math.inf else f" from {lowest:g} on"
-            raise ValueError(f"{text!r} is no number{least}.")
-        return float(text)
+        try:
+            found = kind(text)
+        except ValueError:
+            found = math.nan
+        if not (lowest <= found and abs(found) < (1e18 if kind is int else math.inf)):
+            raise ValueError(f"{text!r} is no {what}.")
+        return found
 
     return make
 
@@ -282,10 +260,3 @@ def unknown(what: str, name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}."
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

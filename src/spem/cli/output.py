@@ -6,9 +6,8 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
-
-from spem.extras import require
 
 
 def decimals_for(spreads: Iterable[float | None]) -> int:
@@ -47,18 +46,16 @@ def print_table(
         title: A line above the table.
     """
     cells = [[plain(cell) for cell in row] for row in (columns, *rows)]
-    if sys.stdout.isatty():
-        require("rich", extra="train", purpose="the table on a terminal")
+    if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for column, side in zip(cells[0], align, strict=True):
-            if side == "r":  # a number is never broken
-                table.add_column(column, justify="right", no_wrap=True)
-            else:
-                table.add_column(column, overflow="fold")
+            right = side == "r"  # a number is never broken
+            justify = "right" if right else "left"
+            table.add_column(column, justify=justify, no_wrap=right, overflow="fold")
         for row in cells[1:]:
             table.add_row(*row)
         Console(highlight=False, markup=False).print(table)

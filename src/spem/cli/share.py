@@ -14,12 +14,8 @@ def run(
     run: Annotated[str, "RUN", "folder of a finished run, or its weights alone, without results"],
     *,
     folder: Annotated[Path | None, "DIR", "write here"] = None,
-    to: Annotated[
-        str | None, "OWNER/NAME", "send it to this repository of the Hugging Face hub"
-    ] = None,
-    license: Annotated[
-        str | None, "ID", "of the weights, as the hub spells it, such as apache-2.0"
-    ] = None,
+    to: Annotated[str | None, "OWNER/NAME", "send it to this Hugging Face repository"] = None,
+    license: Annotated[str | None, "ID", "of the weights, such as apache-2.0"] = None,
     private: Annotated[bool, "make a new repository private"] = False,
     json: Json = False,
 ) -> None:

@@ -16,9 +16,7 @@ _RECIPE = one_of(*RECIPES, what="recipe")
 def run(
     recipe: Annotated[str | None, "RECIPE", RECIPE_HELP, _RECIPE] = None,
     *,
-    recipe_: Annotated[
-        str | None, "RECIPE", "the same, as other commands take it", _RECIPE, RARE
-    ] = None,
+    recipe_: Annotated[str | None, "RECIPE", "the same, as in compare", _RECIPE, RARE] = None,
     runs: Annotated[Path, "DIR", "folder of all runs"] = Path("runs"),
     folder: Annotated[Path | None, "DIR", "folder of this run, instead of one in --runs"] = None,
     json: Json = False,
