@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from spem.attention import ChannelAttention
 from spem.attention.pooling import MixPool
@@ -20,12 +19,11 @@ from spem.insert.sites import attentions_of
 
 @dataclass(frozen=True, eq=False)
 class GateRecord:
-    """One gate that was computed.
+    """One gate that was computed, in at least float32, without gradient.
 
     Shape:
-        gate, own: [N, C] where the factor of a channel is one number, else that of every position,
-            [N, C, H, W]; in at least float32, without gradient.
-        shift: [N, C] or [N, C, H, W].
+        gate, own, shift: [N, C] where the factor of a channel is one number, else that of every
+            position, [N, C, H, W].
 
     Attributes:
         name: The attention's name in the state dict. One that the blocks of a stage share has the
@@ -33,8 +31,7 @@ class GateRecord:
         module: The attention; of an identity start, what it starts.
         gate: What the map was multiplied by. A module that replaces a norm or a convolution says in
             its own words what its gate is (`Needs.replaces`).
-        own: The attention's own gate v; differs from ``gate`` where an identity start makes it
-            1 + alpha (v - 1).
+        own: The attention's own gate v; an identity start makes ``gate`` 1 + alpha (v - 1).
         shift: What was added to the map, for a module that adds (`Needs.adds`).
     """
 
@@ -56,7 +53,10 @@ class Inspection:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"inspect: needs a torch.nn.Module, got {type(model).__name__}.")
-        if any(_is_compiled(module) for module in model.modules()):
+        if any(
+            "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None)
+            for module in model.modules()
+        ):
             raise ValueError(
                 "inspect: the network is compiled, and compiled code does not show its gates. "
                 "Inspect the network it was compiled from."
@@ -112,11 +112,18 @@ class Inspection:
             raise RuntimeError("inspect: this inspection is running. Begin another one.")
         with ExitStack() as stack:
             for name, attention in self._found.items():
-                stack.callback(self._listen(name, attention).remove)
+                inner = _inner(attention)
+                if inner.computes_gate_in_forward():
+                    handle = inner.observe_gates(partial(self._write, name, attention))
+                else:
+                    see = partial(self._before, name, attention)
+                    handle = inner.register_forward_pre_hook(see)
+                stack.enter_context(handle)
                 if attention.needs.shared and name:
+                    # Its blocks are numbered from 0 in every pass of their stage.
                     stage = self._model.get_submodule(name.rpartition(".")[0])
-                    first = stage.register_forward_pre_hook(partial(self._begin, name))
-                    stack.callback(first.remove)
+                    begin = lambda *_, name=name: self._blocks.update({name: 0})  # noqa: E731
+                    stack.enter_context(stage.register_forward_pre_hook(begin))
             self._open = stack.pop_all()
         return self
 
@@ -124,13 +131,6 @@ class Inspection:
         assert self._open is not None
         self._open.close()
         self._open = None
-
-    def _listen(self, name: str, attention: ChannelAttention) -> RemovableHandle:
-        """Records the gates of one attention; where its forward is its own, they are computed."""
-        inner = _inner(attention)
-        if not inner.computes_gate_in_forward():
-            return inner.register_forward_pre_hook(partial(self._before, name, attention))
-        return inner.observe_gates(partial(self._write, name, attention))
 
     def _before(
         self, name: str, attention: ChannelAttention, module: nn.Module, inputs: tuple[Any, ...]
@@ -166,10 +166,6 @@ class Inspection:
             name = f"{name}[{block}]"
         self.records.append(GateRecord(name, inner, full, own, shift))
 
-    def _begin(self, name: str, *_: object) -> None:
-        """The blocks that share an attention are numbered from 0 in every pass of their stage."""
-        self._blocks[name] = 0
-
 
 def inspect(model: nn.Module) -> Inspection:
     """Records the gates of every attention of a network, for the length of a ``with`` block.
@@ -177,13 +173,6 @@ def inspect(model: nn.Module) -> Inspection:
     Outputs, gradients, running statistics and random numbers are those without it, bit for bit,
     with fused tails and composed ones, in training and in evaluation. Nothing stays on the network
     afterwards, also if the block ends in an exception.
-
-    Args:
-        model: A network of `spem.resnet`, one with `spem.attach`ed attention, or any other module
-            that contains attention of this library; not a compiled one.
-
-    Returns:
-        An `Inspection`: ``gates``, ``records``, ``lambdas`` and ``alphas``.
 
     Raises:
         ValueError: There is no attention in it, or it is compiled.
@@ -197,13 +186,6 @@ def inspect(model: nn.Module) -> Inspection:
         [(2, 64), (2, 128), (2, 256)]
     """
     return Inspection(model)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether it is what torch.compile gave, or was compiled in place."""
-    return "_orig_mod" in dict(module.named_children()) or (
-        getattr(module, "_compiled_call_impl", None) is not None
-    )
 
 
 def _inner(attention: ChannelAttention) -> ChannelAttention:
