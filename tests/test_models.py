@@ -28,13 +28,13 @@ def build(
         return spem.resnet(depth, classes, attention=attention, block=block)
 
 
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @cache
 def network_count(depth: int, classes: int, attention: str = PLAIN) -> int:
     return count(build(depth, classes, attention))
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -101,39 +101,25 @@ VARIANTS = {
 NOT_REPRODUCIBLE = {("cbam", "CIFAR10"), ("cbam", "CIFAR100"), ("eca", "CIFAR100")}
 
 
-def paper_cells() -> list[dict[str, str]]:
-    with PAPER.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["params_millions"]]
-
-
-def millions(parameters: int) -> str:
-    return str((Decimal(parameters) / 10**6).quantize(Decimal("0.01"), ROUND_HALF_UP))
-
-
-def test_the_paper_prints_48_counts() -> None:
-    assert len(paper_cells()) == 48
-    assert {cell["table"] for cell in paper_cells()} == {"1", "2", "4"}
-
-
-@pytest.mark.parametrize(
-    "cell", paper_cells(), ids=lambda c: f"{c['table']}-{c['row']}-{c['attention']}{c['variant']}"
-)
-def test_parameter_cells_of_the_paper(cell: dict[str, str]) -> None:
+def test_parameter_cells_of_the_paper() -> None:
     """45 of 48 by ordinary rounding; both CBAM cells and ECA on CIFAR100 do not come out."""
-    attention = VARIANTS[cell["variant"]] if cell["attention"] == "spem" else cell["attention"]
-    classes = {"CIFAR10": 10, "CIFAR100": 100}[cell["dataset"]]
-    ours = millions(network_count(int(cell["depth"]), classes, attention))
-    if (cell["attention"], cell["dataset"]) in NOT_REPRODUCIBLE:
-        assert ours != cell["params_millions"]
-    else:
-        assert ours == cell["params_millions"]
+    with PAPER.open(newline="") as file:
+        cells = [row for row in csv.DictReader(file) if row["params_millions"]]
+    assert len(cells) == 48
+    assert {cell["table"] for cell in cells} == {"1", "2", "4"}
+    other: set[tuple[str, str]] = set()
+    for cell in cells:
+        attention = VARIANTS[cell["variant"]] if cell["attention"] == "spem" else cell["attention"]
+        classes = {"CIFAR10": 10, "CIFAR100": 100}[cell["dataset"]]
+        ours = Decimal(network_count(int(cell["depth"]), classes, attention)) / 10**6
+        if str(ours.quantize(Decimal("0.01"), ROUND_HALF_UP)) != cell["params_millions"]:
+            other.add((cell["attention"], cell["dataset"]))
+    assert other == NOT_REPRODUCIBLE
+    # The plain network alone rounds to 1.73, so that ECA cannot have the printed count.
+    assert network_count(164, 100) > 1_725_000
 
 
-def test_eca_on_cifar100_cannot_have_the_printed_count() -> None:
-    assert network_count(164, 100) > 1_725_000  # the plain network alone rounds to 1.73
-
-
-@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+@pytest.mark.parametrize("depth", [20, 56, 110])
 def test_basic_networks(depth: int) -> None:
     """Two 3x3 convs and norms per block, a 1x1 projection where stride or width change."""
 
@@ -152,7 +138,7 @@ def test_basic_networks(depth: int) -> None:
 
 
 @pytest.mark.parametrize("block", ["bottleneck", "basic"])
-@pytest.mark.parametrize("depth", [0, 1, 2, 10, 12, 18, 165, -7, 19])
+@pytest.mark.parametrize("depth", [2, 10, 165, -7, True])
 def test_a_depth_that_does_not_exist_is_refused(depth: int, block: str) -> None:
     formula = r"9 ?\*? ?n ?\+ ?2" if block == "bottleneck" else r"6 ?\*? ?n ?\+ ?2"
     with pytest.raises(ValueError, match=rf"(?s){depth}.*{formula}|{formula}.*{depth}"):
@@ -231,10 +217,14 @@ def functional(model: spem.ResNet, x: Tensor, gates: dict[str, Tensor]) -> Tenso
 
 
 @pytest.mark.parametrize(
-    ("depth", "block"), [(11, "bottleneck"), (29, "bottleneck"), (14, "basic")]
+    ("depth", "block", "attention", "size"),
+    [
+        (11, "bottleneck", "none", (33, 20)),
+        (29, "bottleneck", "scale", (32, 32)),
+        (14, "basic", "scale", (33, 20)),
+        (14, "basic", "none", (32, 32)),
+    ],
 )
-@pytest.mark.parametrize("attention", ["none", "scale"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 20)], ids=str)
 def test_forward(depth: int, block: str, attention: str, size: tuple[int, int]) -> None:
     """Equal to the description; the factor acts on the last norm, before the shortcut is added."""
     model = randomise(
@@ -250,18 +240,19 @@ def test_forward(depth: int, block: str, attention: str, size: tuple[int, int]) 
     torch.testing.assert_close(model(x), functional(model, x, gates), **TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("block", ["bottleneck", "basic"])
-@pytest.mark.parametrize("attention", ["spem", "cbam", "srm"])
+@pytest.mark.parametrize(
+    ("block", "attention"),
+    [
+        ("bottleneck", "spem"),
+        ("bottleneck", "srm"),
+        ("basic", "spem"),
+        ("basic", "cbam(reduction=4)"),
+    ],
+)
 def test_attention_sees_the_last_norm_and_leaves_the_shortcut(block: str, attention: str) -> None:
-    model = randomise(
-        spem.resnet(
-            11 if block == "bottleneck" else 8, attention=f"{attention}", block=block
-        ).double()
-        if not (attention == "cbam" and block == "basic")
-        else spem.resnet(8, attention="cbam(reduction=4)", block=block).double(),
-        "placement",
-        attention,
-    ).eval()
+    depth = 11 if block == "bottleneck" else 8
+    model = spem.resnet(depth, attention=attention, block=block).double()
+    randomise(model, "placement", attention).eval()
     seen: dict[str, Tensor] = {}
     for stage in (model.layer1, model.layer2, model.layer3):
         first = stage[0]
@@ -277,8 +268,7 @@ def test_attention_sees_the_last_norm_and_leaves_the_shortcut(block: str, attent
         assert not torch.allclose(out, (seen["branch"] + shortcut).relu())
 
 
-@pytest.mark.parametrize("size", [(1, 1), (5, 9), (32, 32), (64, 64), (17, 40)], ids=str)
-@pytest.mark.parametrize("classes", [2, 100])
+@pytest.mark.parametrize(("size", "classes"), [((1, 1), 2), ((64, 64), 100), ((17, 40), 3)])
 def test_any_input_size_and_any_number_of_classes(size: tuple[int, int], classes: int) -> None:
     model = randomise(spem.resnet(11, classes, attention="spem"), "size").eval()
     logits = model(feature_map(3, 3, *size, dtype=torch.float32))
@@ -286,10 +276,7 @@ def test_any_input_size_and_any_number_of_classes(size: tuple[int, int], classes
     assert torch.isfinite(logits).all()
 
 
-ATTENTIONS = ["none", "spem", "se", "cbam", "eca", "srm", "sge", "scale"]
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ["none", "spem", "se", "cbam", "eca", "srm", "sge", "scale"])
 def test_a_training_step_moves_every_parameter(attention: str) -> None:
     model = randomise(spem.resnet(11, attention=attention), "step", attention)
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
@@ -302,10 +289,9 @@ def test_a_training_step_moves_every_parameter(attention: str) -> None:
 
 
 def test_the_penalty_of_a_network_is_the_sum_over_its_blocks() -> None:
-    for depth, total in ((11, 1.5), (29, 4.5), (83, 13.5)):
-        assert spem.penalty(spem.resnet(depth, attention="spem")).item() == pytest.approx(
-            total, abs=1e-6
-        )
+    for depth, total in ((11, 1.5), (29, 4.5)):
+        penalty = spem.penalty(spem.resnet(depth, attention="spem"))
+        assert penalty.item() == pytest.approx(total, abs=1e-6)
 
 
 def test_compiles_and_keeps_channels_last() -> None:

@@ -25,24 +25,9 @@ def test_the_same_key_gives_the_same_numbers() -> None:
 
 def test_different_keys_give_different_numbers() -> None:
     keys = [
-        (0,),
-        (1,),
-        (0, "a"),
-        (0, "b"),
-        (0, "ab"),
-        (0, "a", "b"),
-        (0, "b", "a"),
-        (0, "a/b"),
-        (0, "a,b"),
-        (0, "a", ""),
-        (0, "epoch", 1),
-        (0, "epoch", "1"),
-        (0, "epoch", 11),
-        (0, "epoch", 1, 1),
-        (0, "epoch1"),
-        (10, "epoch"),
-        (1, "0", "epoch"),
-        (-1, "a"),
+        *((0,), (1,), (0, "a"), (0, "b"), (0, "ab"), (0, "a", "b"), (0, "b", "a"), (0, "a/b")),
+        *((0, "a,b"), (0, "a", ""), (0, "epoch", 1), (0, "epoch", "1"), (0, "epoch", 11)),
+        *((0, "epoch", 1, 1), (0, "epoch1"), (10, "epoch"), (1, "0", "epoch"), (-1, "a")),
         (2**40, "a"),
     ]
     draws = {tuple(draw(*key).tolist()) for key in keys}
@@ -51,9 +36,8 @@ def test_different_keys_give_different_numbers() -> None:
 
 def test_streams_are_not_shifted_copies_of_one_another() -> None:
     """Seeds 0, 1, 2 ... must not give overlapping or correlated streams."""
-    streams = torch.stack(
-        [torch.randn(4096, generator=keyed_generator(seed, "x")) for seed in range(8)]
-    )
+    draws = (torch.randn(4096, generator=keyed_generator(seed, "x")) for seed in range(8))
+    streams = torch.stack([*draws])
     correlation = torch.corrcoef(streams) - torch.eye(8)
     assert correlation.abs().max() < 0.09  # 5.7 standard errors
     assert len(set(streams.flatten().tolist())) > 0.99 * streams.numel()
@@ -88,16 +72,9 @@ def test_the_numbers_do_not_depend_on_the_process() -> None:
 
 
 def test_initialise_depends_on_the_names_not_on_the_order() -> None:
-    first = nn.ModuleDict(
-        {"a": nn.Conv2d(3, 8, 3, bias=False), "b": nn.Conv2d(3, 8, 3, bias=False)}
-    )
-    second = nn.ModuleDict(
-        {
-            "b": nn.Conv2d(3, 8, 3, bias=False),
-            "x": nn.Linear(3, 3),
-            "a": nn.Conv2d(3, 8, 3, bias=False),
-        }
-    )
+    conv = lambda: nn.Conv2d(3, 8, 3, bias=False)  # noqa: E731
+    first = nn.ModuleDict({"a": conv(), "b": conv()})
+    second = nn.ModuleDict({"b": conv(), "x": nn.Linear(3, 3), "a": conv()})
     spem.initialise(first, 4)
     spem.initialise(second, 4)
     for name in ("a", "b"):

@@ -41,24 +41,20 @@ def keyed_generator(seed: int, *purpose: str | int) -> torch.Generator:
 def kaiming_normal_fan_out(weight: Tensor, generator: torch.Generator | None) -> None:
     """N(0, 2 / (k k out)): Kaiming normal over fan_out (the paper's backbone, official CBAM)."""
     fan_out = weight.shape[0] * math.prod(weight.shape[2:])
-    with torch.no_grad():
-        weight.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
+    nn.init.normal_(weight, 0.0, math.sqrt(2.0 / fan_out), generator)
 
 
 def kaiming_normal_fan_in(weight: Tensor, generator: torch.Generator | None) -> None:
     """N(0, 2 / fan_in): Kaiming normal over fan_in, Caffe's "msra"."""
-    fan_in = math.prod(weight.shape[1:])
-    with torch.no_grad():
-        weight.normal_(0.0, math.sqrt(2.0 / fan_in), generator=generator)
+    nn.init.normal_(weight, 0.0, math.sqrt(2.0 / math.prod(weight.shape[1:])), generator)
 
 
 def uniform_fan_in(fan_in: int) -> Initialiser:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for Linear and Conv layers."""
+    bound = 1.0 / math.sqrt(fan_in)
 
     def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
-        bound = 1.0 / math.sqrt(fan_in)
-        with torch.no_grad():
-            parameter.uniform_(-bound, bound, generator=generator)
+        nn.init.uniform_(parameter, -bound, bound, generator)
 
     return fill
 
@@ -72,8 +68,8 @@ def initialise(
     statistics 0/1), linear layers torch's default. An attention module owns its initialisation (its
     ``random_init`` and ``reset_parameters``); inside it, layers without a rule of their own get
     torch's default. Bare parameters outside attention modules are left as they are. Draws are made
-    on the CPU in float32, so they do not depend on device or dtype. Modules that draw in training
-    (those with a method ``reseed``) start their sequences, keyed by (seed, name) too.
+    on the CPU in float32, whatever the device and dtype. Modules that draw in training (those with
+    a method ``reseed``) start their sequences, keyed by (seed, name) too.
 
     Args:
         model: The network, changed in place.
@@ -86,20 +82,19 @@ def initialise(
     """
     if scope not in ("backbone", "all"):
         raise ValueError(f"initialise: scope={scope!r} is unknown. Use 'backbone' or 'all'.")
-    owners = {
+    owners: dict[str, Mapping[str, Initialiser]] = {
         name: rules
         for name, module in model.named_modules()
         if (rules := getattr(module, "random_init", None)) is not None
     }
     for name, module in model.named_modules():
         owner = _owner(name, owners)
+        overwritten = scope == "all" and isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
         if isinstance(module, _Norm):
             module.reset_running_stats()
         for local, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{local}" if name else local
-            if owner is None or (
-                scope == "all" and isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
-            ):
+            if owner is None or overwritten:
                 rule = _backbone_rule(module, local)
             else:
                 inner = full[len(owner) + 1 :] if owner else full
@@ -150,10 +145,8 @@ def _default_rule(module: nn.Module, local: str) -> Initialiser | None:
 
 
 def _constant(value: float) -> Initialiser:
-    def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
-        del generator
-        with torch.no_grad():
-            parameter.fill_(value)
+    def fill(parameter: Tensor, _generator: torch.Generator | None) -> None:
+        nn.init.constant_(parameter, value)
 
     return fill
 

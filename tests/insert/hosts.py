@@ -7,11 +7,14 @@ parameters and running statistics are drawn.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+from spem.insert.sites import attentions_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -20,109 +23,104 @@ with warnings.catch_warnings():
 
 M = TypeVar("M", bound=nn.Module)
 
-
-class Host(NamedTuple):
-    """An architecture, how many sites and stages it has, and why so many."""
-
-    name: str
-    sites: int
-    stages: int
-    why: str
-
-
-# run forward and backward, with all that is checked of a family
-RUN = [
-    Host("timm:resnet18", 8, 4, "2 blocks in each of 4 stages"),
-    Host("timm:seresnext26t_32x4d", 8, 4, "2 blocks in each of 4 stages, after their SE"),
-    Host("timm:skresnet18", 8, 4, "2 blocks in each of 4 stages"),
-    Host("timm:legacy_seresnet18", 8, 4, "2 blocks in each of 4 stages, after their SE"),
-    Host("timm:regnetx_002", 13, 4, "1 + 1 + 4 + 7 blocks"),
-    Host("timm:regnety_002", 13, 4, "1 + 1 + 4 + 7 blocks, their SE is in the middle"),
-    Host("timm:resnest14d", 4, 4, "1 block in each of 4 stages"),
-    Host("timm:densenet121", 4, 4, "3 transitions and the final norm"),
-    Host("timm:mobilenetv2_050", 17, 7, "1 + 2 + 3 + 4 + 3 + 3 + 1 blocks"),
-    Host(
-        "timm:mobilenetv3_small_050", 11, 5, "1 + 2 + 3 + 2 + 3 blocks; the head's has no shortcut"
-    ),
-    Host(
-        "timm:mobilenetv4_conv_small", 12, 2, "6 + 6 universal blocks; the others are bare layers"
-    ),
-    Host("timm:efficientnet_b0", 16, 7, "1 + 2 + 2 + 3 + 3 + 4 + 1 blocks"),
-    Host("timm:tf_efficientnetv2_b0", 20, 5, "2 + 2 + 3 + 5 + 8 blocks; the first stage is bare"),
-    Host("timm:ghostnet_050", 16, 9, "16 ghost bottlenecks in 9 stages"),
-    Host("timm:convnext_atto", 12, 4, "2 + 2 + 6 + 2 blocks"),
-    Host("timm:dla46_c", 12, 4, "trees of depth 1, 2, 2, 1: 2 + 4 + 4 + 2 blocks"),
-    Host(
-        "timm:hrnet_w18_small", 23, 8, "1, then 2 per branch of 1 x 2, 1 x 3, 1 x 4; 4 in the head"
-    ),
-    Host("timm:cspresnet50", 13, 4, "2 + 3 + 5 + 3 blocks, their first convolutions in one"),
-    Host("timm:cspdarknet53", 23, 5, "1 + 2 + 8 + 8 + 4 blocks"),
-    Host("timm:repvgg_a0", 22, 5, "the stem, then 2 + 4 + 14 + 1 blocks"),
-    Host("timm:gernet_s", 14, 5, "1 + 3 + 7 + 2 + 1 blocks"),
-    Host(
-        "timm:ese_vovnet19b_dw", 4, 4, "1 one-shot aggregation in each of 4 stages, after their ESE"
-    ),
-    Host("timm:hgnetv2_b0", 5, 4, "1 + 1 + 2 + 1 blocks"),
-    Host("timm:rexnet_100", 16, 16, "16 blocks, each of a width of its own"),
-    Host("timm:resnetv2_18", 8, 4, "2 blocks in each of 4 stages"),
-    Host("timm:dpn48b", 16, 4, "3 + 4 + 6 + 3 dual-path blocks"),
-    Host(
-        "timm:repvit_m0_9", 26, 4, "2 + 2 + 14 + 2 blocks, and 2 branches before each of 3 stages"
-    ),
-    Host("timm:fasternet_t0", 13, 4, "1 + 2 + 8 + 2 blocks"),
-    Host("torchvision:resnet18", 8, 4, "2 blocks in each of 4 stages"),
-    Host("torchvision:resnext50_32x4d", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("torchvision:regnet_y_400mf", 16, 4, "1 + 3 + 6 + 6 blocks"),
-    Host("torchvision:densenet121", 4, 4, "3 transitions and the final norm"),
-    Host("torchvision:mobilenet_v2", 17, 7, "1 + 2 + 3 + 4 + 3 + 3 + 1 blocks"),
-    Host("torchvision:mobilenet_v3_small", 11, 5, "1 + 2 + 3 + 2 + 3 blocks"),
-    Host("torchvision:efficientnet_b0", 16, 7, "1 + 2 + 2 + 3 + 3 + 4 + 1 blocks"),
-    Host("torchvision:convnext_tiny", 18, 4, "3 + 3 + 9 + 3 blocks"),
-    Host("torchvision:mnasnet0_5", 16, 6, "3 + 3 + 3 + 2 + 4 + 1 blocks"),
-    Host("torchvision:shufflenet_v2_x0_5", 16, 3, "4 + 8 + 4 blocks"),
-    Host("torchvision:googlenet", 9, 3, "2 + 5 + 2 inception modules"),
-    Host("torchvision:squeezenet1_1", 8, 4, "2 fire modules of each of 4 widths"),
-]
+# the blocks of each stage; run forward and backward, with all that is checked of a family
+RUN = {
+    "timm:resnet18": "2 2 2 2",
+    "timm:seresnext26t_32x4d": "2 2 2 2",  # after their SE
+    "timm:skresnet18": "2 2 2 2",
+    "timm:legacy_seresnet18": "2 2 2 2",  # after their SE
+    "timm:regnetx_002": "1 1 4 7",
+    "timm:regnety_002": "1 1 4 7",  # their SE is in the middle
+    "timm:resnest14d": "1 1 1 1",
+    "timm:densenet121": "1 1 1 1",  # 3 transitions and the final norm
+    "timm:mobilenetv2_050": "1 2 3 4 3 3 1",
+    "timm:mobilenetv3_small_050": "1 2 3 2 3",  # the head's has no shortcut
+    "timm:mobilenetv4_conv_small": "6 6",  # universal blocks; the others are bare layers
+    "timm:efficientnet_b0": "1 2 2 3 3 4 1",
+    "timm:tf_efficientnetv2_b0": "2 2 3 5 8",  # the first stage is bare
+    "timm:ghostnet_050": "1 1 1 1 1 1 5 1 4",
+    "timm:convnext_atto": "2 2 6 2",
+    "timm:dla46_c": "2 4 4 2",  # trees of depth 1, 2, 2, 1
+    "timm:hrnet_w18_small": "1 4 6 8 1 1 1 1",  # 2 a branch of 1 x 2, 1 x 3, 1 x 4; 4 in the head
+    "timm:cspresnet50": "3 3 5 2",  # their first convolutions in one
+    "timm:cspdarknet53": "1 2 8 8 4",
+    "timm:repvgg_a0": "1 2 4 14 1",  # the first is the stem
+    "timm:gernet_s": "1 3 7 2 1",
+    "timm:ese_vovnet19b_dw": "1 1 1 1",  # after their ESE
+    "timm:hgnetv2_b0": "1 1 2 1",
+    "timm:rexnet_100": "1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1",  # each of a width of its own
+    "timm:resnetv2_18": "2 2 2 2",
+    "timm:dpn48b": "3 4 6 3",
+    "timm:repvit_m0_9": "2 4 16 4",  # 2 + 2 + 14 + 2, and 2 branches before each of 3 stages
+    "timm:fasternet_t0": "1 2 8 2",
+    "torchvision:resnet18": "2 2 2 2",
+    "torchvision:resnext50_32x4d": "3 4 6 3",
+    "torchvision:regnet_y_400mf": "1 3 6 6",
+    "torchvision:densenet121": "1 1 1 1",
+    "torchvision:mobilenet_v2": "1 2 3 4 3 3 1",
+    "torchvision:mobilenet_v3_small": "1 2 3 2 3",
+    "torchvision:efficientnet_b0": "1 2 2 3 3 4 1",
+    "torchvision:convnext_tiny": "3 3 9 3",
+    "torchvision:mnasnet0_5": "3 3 3 2 4 1",
+    "torchvision:shufflenet_v2_x0_5": "4 8 4",
+    "torchvision:googlenet": "2 5 2",
+    "torchvision:squeezenet1_1": "2 2 2 2",  # of 4 widths
+}
 
 # only counted: too large to be run here; their blocks are those of the families above
-COUNTED = [
-    Host("timm:resnet50", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:resnet50d", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:resnext50_32x4d", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:wide_resnet50_2", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:seresnet50", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:ecaresnet50t", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:resnext26ts", 8, 4, "2 blocks in each of 4 stages"),
-    Host("timm:res2net50_26w_4s", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:resnest50d", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:dla34", 12, 4, "trees of depth 1, 2, 2, 1: 2 + 4 + 4 + 2 blocks"),
-    Host("timm:darknet53", 23, 5, "1 + 2 + 8 + 8 + 4 blocks"),
-    Host("timm:cspresnext50", 13, 4, "2 + 3 + 5 + 3 blocks"),
-    Host("timm:vgg11_bn", 5, 5, "5 poolings"),
-    Host("timm:vgg16", 5, 5, "5 poolings, after a convolution for want of norms"),
-    Host("timm:mobileone_s0", 43, 5, "the stem, then 4 + 16 + 20 + 2 blocks"),
-    Host("timm:inception_v3", 11, 3, "3 + 5 + 3 modules"),
-    Host("timm:inception_v4", 16, 3, "4 + 1 + 7 + 1 + 3 modules"),
-    Host("timm:inception_resnet_v2", 40, 3, "10 + 20 + 10 residual modules"),
-    Host("timm:legacy_xception", 12, 4, "12 modules of 128, 256, 728 and 1024 channels"),
-    Host("timm:xception41", 13, 5, "3 + 8 + 2 modules of 128, 256, 728, 1024 and 2048 channels"),
-    Host("timm:tresnet_m", 21, 4, "3 + 4 + 11 + 3 blocks"),
-    Host("timm:resnetv2_50", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("timm:nf_resnet26", 8, 4, "2 blocks in each of 4 stages"),
-    Host("timm:mnasnet_100", 17, 7, "1 + 3 + 3 + 3 + 2 + 4 + 1 blocks"),
-    Host("timm:fbnetc_100", 21, 7, "1 + 3 + 4 + 4 + 4 + 4 + 1 blocks"),
-    Host("timm:repghostnet_050", 16, 9, "16 ghost bottlenecks in 9 stages"),
-    Host("timm:dpn68", 22, 4, "3 + 4 + 12 + 3 dual-path blocks"),
-    Host("timm:selecsls42", 6, 6, "6 modules"),
-    Host("timm:fastvit_t8", 10, 4, "2 + 2 + 4 + 2 blocks"),
-    Host("torchvision:resnet50", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("torchvision:wide_resnet50_2", 16, 4, "3 + 4 + 6 + 3 blocks"),
-    Host("torchvision:vgg16_bn", 5, 5, "5 poolings"),
-    Host("torchvision:efficientnet_v2_s", 40, 6, "2 + 4 + 4 + 6 + 9 + 15 blocks"),
-    Host("torchvision:inception_v3", 11, 3, "3 + 5 + 3 modules"),
-    Host("torchvision:alexnet", 3, 3, "3 poolings"),
-    Host("torchvision:maxvit_t", 11, 4, "2 + 2 + 5 + 2 blocks, their convolutional parts"),
-]
+COUNTED = {
+    **dict.fromkeys(
+        [
+            *("timm:resnet50", "timm:resnet50d", "timm:resnext50_32x4d", "timm:wide_resnet50_2"),
+            *("timm:seresnet50", "timm:ecaresnet50t", "timm:res2net50_26w_4s", "timm:resnest50d"),
+            *("timm:resnetv2_50", "torchvision:resnet50", "torchvision:wide_resnet50_2"),
+        ],
+        "3 4 6 3",
+    ),
+    "timm:resnext26ts": "2 2 2 2",
+    "timm:dla34": "2 4 4 2",
+    "timm:darknet53": "1 2 8 8 4",
+    "timm:cspresnext50": "3 3 5 2",
+    "timm:vgg11_bn": "1 1 1 1 1",  # poolings
+    "timm:vgg16": "1 1 1 1 1",  # after a convolution for want of norms
+    "timm:mobileone_s0": "1 4 16 20 2",  # the first is the stem
+    "timm:inception_v3": "3 5 3",
+    "timm:inception_v4": "4 8 4",
+    "timm:inception_resnet_v2": "10 20 10",
+    "timm:legacy_xception": "1 1 9 1",  # modules of 128, 256, 728 and 1024 channels
+    "timm:xception41": "1 1 9 1 1",  # of 128, 256, 728, 1024 and 2048 channels
+    "timm:tresnet_m": "3 4 11 3",
+    "timm:nf_resnet26": "2 2 2 2",
+    "timm:mnasnet_100": "1 3 3 3 2 4 1",
+    "timm:fbnetc_100": "1 3 4 4 4 4 1",
+    "timm:repghostnet_050": "1 1 1 1 1 1 5 1 4",
+    "timm:dpn68": "3 4 12 3",
+    "timm:selecsls42": "1 1 1 1 1 1",
+    "timm:fastvit_t8": "2 2 4 2",
+    "torchvision:vgg16_bn": "1 1 1 1 1",
+    "torchvision:efficientnet_v2_s": "2 4 4 6 9 15",
+    "torchvision:inception_v3": "3 5 3",
+    "torchvision:alexnet": "1 1 1",
+    "torchvision:maxvit_t": "2 2 5 2",
+}
+
+# one of each way in which attention is put in; the others are run with the slow tests
+FAST = {
+    *("timm:resnet18", "timm:seresnext26t_32x4d", "timm:convnext_atto", "timm:densenet121"),
+    *("timm:mobilenetv4_conv_small", "timm:efficientnet_b0", "timm:mobilenetv3_small_050"),
+    *("torchvision:resnet18", "torchvision:mobilenet_v2", "torchvision:squeezenet1_1"),
+    *("torchvision:mobilenet_v3_small", "timm:vgg11_bn", "timm:inception_v3", "timm:resnet50"),
+}
+
+
+def sampled(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those that are not `FAST` are slow."""
+    return [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in names]
+
+
+def stages_of(name: str) -> list[int]:
+    """The number of sites in each stage."""
+    return [int(number) for number in (RUN | COUNTED)[name].split()]
 
 
 def build(name: str, classes: int = 7) -> nn.Module:
@@ -159,14 +157,42 @@ def images(batch: int = 2, size: int = 64, dtype: torch.dtype = torch.float32) -
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attention modules that stand in a network by themselves, not those inside others."""
-    from spem import ChannelAttention
+def small(norm: Any = nn.BatchNorm2d, block: str = "BasicBlock", **options: Any) -> nn.Module:
+    """torchvision's ResNet with one block a stage."""
+    kind = getattr(models.resnet, block)
+    return models.resnet.ResNet(kind, [1, 1, 1, 1], num_classes=5, norm_layer=norm, **options)
 
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, ChannelAttention) and id(module) not in inside:
-            found.append(module)
-            inside |= {id(part) for part in module.modules()}
-    return found
+
+def small_timm(block: str = "BasicBlock", layers: Any = (1, 1, 1, 1), **options: Any) -> nn.Module:
+    """timm's."""
+    return timm.models.resnet.ResNet(
+        getattr(timm.models.resnet, block), layers, num_classes=5, **options
+    )
+
+
+def meta(name: str) -> nn.Module:
+    """An architecture on the meta device, where one of any size is built and run in no time."""
+    if "regnet" in name and name.startswith("torchvision"):
+        return build(name)  # it computes its widths with tensors
+    with torch.device("meta"):
+        return build(name)
+
+
+def attentions(model: nn.Module) -> list[Any]:
+    """The attention modules that stand in a network by themselves, not those inside others."""
+    return list(attentions_of(model).values())
+
+
+def set_alpha(model: nn.Module, value: float) -> None:
+    """Sets the alpha of every identity start."""
+    for module in attentions(model):
+        nn.init.constant_(module.alpha, value)
+
+
+def draw_inner(model: nn.Module, std: float) -> None:
+    """Draws what every identity start starts."""
+    rng = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in attentions(model):
+            for parameter in module.inner.parameters():
+                parameter.normal_(0.0, std, generator=rng)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from insert.hosts import attentions, models, scattered
+from insert.hosts import attentions, models, scattered, set_alpha, small
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 
@@ -60,9 +60,13 @@ ENDS: dict[str, tuple[Callable[[int, int], list[nn.Module]], int]] = {
 }
 
 
-@pytest.mark.parametrize("act", [None, torch.relu], ids=["", "late relu"])
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    ("end", "rank", "act"),
+    [
+        *zip(ENDS, [1, 2, 3] * 2, [None, torch.relu] * 3, strict=True),
+        *zip(ENDS, [2, 3, 1] * 2, [torch.relu, None] * 3, strict=True),
+    ],
+)
 def test_what_ends_a_branch_gets_the_attention(
     end: str, rank: int, act: Callable[[Tensor], Tensor] | None
 ) -> None:
@@ -75,8 +79,7 @@ def test_what_ends_a_branch_gets_the_attention(
     names = spem.attach(network, "spem", input_shape=(1, 3, *[6] * rank))
     assert names == [f"{block}.branch.{last}" for block in (1, 2)]
     torch.testing.assert_close(network(x), expected, **TOLERANCE[torch.float32])
-    for module in attentions(network):
-        nn.init.constant_(module.alpha, 0.5)
+    set_alpha(network, 0.5)
     assert not torch.allclose(network(x), expected)
     assert spem.detach(network) == names
     assert torch.equal(network(x), expected)
@@ -247,8 +250,7 @@ def test_layers_that_are_held_twice_are_wrapped_under_every_parent() -> None:
     expected = network(x)
     names = spem.attach(network, "eca", input_shape=(1, 3, 32, 32))
     assert len(names) == len(attentions(network)) == 5
-    for module in attentions(network):
-        nn.init.constant_(module.alpha, 0.5)
+    set_alpha(network, 0.5)
     assert not torch.allclose(network(x), expected)
     assert spem.detach(network) == names
     assert [dict(part.named_children()) for part in network.modules()] == modules
@@ -260,8 +262,7 @@ class Unused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        make = lambda: models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)  # noqa: E731
-        self.runs, self.idle = make(), make()
+        self.runs, self.idle = small(), small()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.runs(x)

@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from insert.hosts import models, timm
+from insert.hosts import models, small, timm
 from torch import nn
 
 import spem
 from spem.insert import find_sites
-
-
-def network() -> nn.Module:
-    return models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
 
 
 class Permuted(nn.Module):
@@ -48,35 +44,35 @@ def norm_of(module: nn.Module) -> nn.Module | None:
 
 
 REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
-    (network, "speem", {}, "unknown attention 'speem'. Did you mean spem"),
-    (network, "none", {}, "'none' is the plain network; there is nothing to put in"),
-    (network, "se(reduction=100)", {}, r"layer1.0.bn2: SE: reduction=100 .* Use reduction <= 64"),
-    (network, "sge(groups=48)", {}, r"layer1.0.bn2: SGE: .*48"),
-    (network, "bam", {}, "bam stands after every stage but the last.*placement 'tail'"),
-    (network, "sk", {}, "sk stands in place of the 3x3 convolution"),
-    (network, "dia", {}, "dia is one module for all blocks of a stage, which only spem.resnet has"),
+    (small, "speem", {}, "unknown attention 'speem'. Did you mean spem"),
+    (small, "none", {}, "'none' is the plain network; there is nothing to put in"),
+    (small, "se(reduction=100)", {}, r"layer1.0.bn2: SE: reduction=100 .* Use reduction <= 64"),
+    (small, "sge(groups=48)", {}, r"layer1.0.bn2: SGE: .*48"),
+    (small, "bam", {}, "bam stands after every stage but the last.*placement 'tail'"),
+    (small, "sk", {}, "sk stands in place of the 3x3 convolution"),
+    (small, "dia", {}, "dia is one module for all blocks of a stage, which only spem.resnet has"),
     (
         lambda: spem.resnet(11, attention="dia"),
         "spem",
         {},
         "layer1.0.attention would not run, because the blocks of layer1 share one dia",
     ),
-    (network, "spem", {"start": "zero"}, "start='zero' is unknown. Use 'identity' or 'module'"),
-    (network, "spem", {"stages": (3, 5)}, r"stages=\[3, 5\], but this network has stages 1 to 4"),
-    (network, "spem", {"include": "layer9*"}, r"include='layer9\*' matches no site.*layer1.0.bn2"),
+    (small, "spem", {"start": "zero"}, "start='zero' is unknown. Use 'identity' or 'module'"),
+    (small, "spem", {"stages": (3, 5)}, r"stages=\[3, 5\], but this network has stages 1 to 4"),
+    (small, "spem", {"include": "layer9*"}, r"include='layer9\*' matches no site.*layer1.0.bn2"),
     (
-        network,
+        small,
         "spem",
         {"where": lambda module: None},
         "where= gave None for every module",
     ),
-    (network, "spem", {"where": lambda module: "bn2"}, "where= gave 'bn2' for the network"),
-    (network, "spem", {"where": lambda module: nn.ReLU()}, "that is no part of the network"),
-    (network, spem.SE(64), {}, "got one SE, and every site needs its own. .* such as 'se'"),
-    (network, 64, {}, "a text like .* or an AttentionSpec, got int"),
-    (network, None, {}, "'none' is the plain network"),
-    (network, type("Mine", (spem.ChannelAttention,), {}), {}, "Mine has no name. Register"),
-    (network, "spem", {"where": "layer1"}, r"where='layer1' is no function.*include='layer1\*'"),
+    (small, "spem", {"where": lambda module: "bn2"}, "where= gave 'bn2' for the network"),
+    (small, "spem", {"where": lambda module: nn.ReLU()}, "that is no part of the network"),
+    (small, spem.SE(64), {}, "got one SE, and every site needs its own. .* such as 'se'"),
+    (small, 64, {}, "a text like .* or an AttentionSpec, got int"),
+    (small, None, {}, "'none' is the plain network"),
+    (small, type("Mine", (spem.ChannelAttention,), {}), {}, "Mine has no name. Register"),
+    (small, "spem", {"where": "layer1"}, r"where='layer1' is no function.*include='layer1\*'"),
     (
         one_dimensional,
         "cbam(reduction=2)",
@@ -91,7 +87,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         {"where": lambda m: m if isinstance(m, nn.LazyBatchNorm2d) else None},
         "1 is a LazyBatchNorm2d that has seen no data.*Run one batch",
     ),
-    (network, "fca", {"input_shape": (1, 4, 64, 64)}, r"does not run on .*\[1, 4, 64, 64\].*Pass"),
+    (small, "fca", {"input_shape": (1, 4, 64, 64)}, r"does not run on .*\[1, 4, 64, 64\].*Pass"),
     (
         Permuted,
         "spem",
@@ -126,7 +122,7 @@ def test_refused(
 
 
 def test_attention_is_put_in_once() -> None:
-    model = network()
+    model = small()
     spem.attach(model, "spem", stages=(1, 2))
     with pytest.raises(ValueError, match=r"attention at layer1.0.bn2 already.*spem.detach"):
         spem.attach(model, "se")
@@ -136,7 +132,7 @@ def test_attention_is_put_in_once() -> None:
 def test_no_module_and_no_network() -> None:
     with pytest.raises(TypeError, match=r"needs a torch.nn.Module, got str"):
         spem.attach("resnet50", "spem")
-    assert spem.detach(network()) == []
+    assert spem.detach(small()) == []
 
 
 def test_layers_a_forward_pass_does_not_come_by() -> None:
@@ -161,7 +157,7 @@ def test_a_network_that_processes_share_is_refused() -> None:
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(network()))
+        wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(small()))
         with pytest.raises(ValueError, match=r"is in a DistributedDataParallel.* Attach first"):
             spem.attach(wrapped, "spem")
     finally:
@@ -169,7 +165,7 @@ def test_a_network_that_processes_share_is_refused() -> None:
 
 
 def test_a_class_is_taken_as_its_spec() -> None:
-    model = network()
+    model = small()
     assert len(spem.attach(model, spem.SPEM)) == 4
     assert isinstance(model.layer1[0].bn2.attention.inner, spem.SPEM)
 
@@ -179,7 +175,7 @@ class Picky(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = network(), nn.Linear(1, 1)
+        self.body, self.head = small(), nn.Linear(1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert x.shape[-1] == 48
@@ -212,7 +208,7 @@ def test_new_modules_take_the_mode_of_their_place_and_old_ones_that_of_the_netwo
     replaced.eval()
     spem.detach(replaced)
     assert not [name for name, module in replaced.named_modules() if module.training]
-    frozen = network().train()
+    frozen = small().train()
     for module in frozen.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from insert.hosts import attentions, build, models, scattered, timm
+from insert.hosts import attentions, build, scattered, small, small_timm
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -32,22 +32,9 @@ class Case(NamedTuple):
     x: Tensor
 
 
-def small_timm() -> nn.Module:
-    return timm.models.resnet.ResNet(
-        timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(16, 16, 32, 32)
-    )
-
-
-def small_torchvision() -> nn.Module:
-    return models.resnet.ResNet(
-        models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=4, width_per_group=8
-    )
-
-
-HOSTS = {
-    "timm, fused": (small_timm, True),
-    "torchvision, fused": (small_torchvision, True),
-    "torchvision": (small_torchvision, False),
+HOSTS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "timm, fused": (lambda: small_timm(channels=(16, 16, 32, 32)), True),
+    "torchvision": (lambda: small(block="Bottleneck", groups=4, width_per_group=8), False),
     "timm resnet50": (lambda: build("timm:resnet50"), False),
     "timm resnet50, fused": (lambda: build("timm:resnet50"), True),
     "torchvision resnet50": (lambda: build("torchvision:resnet50"), False),
@@ -241,15 +228,11 @@ LOOSE = {"bfloat16": 0.1, "half": 0.02}
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-@pytest.mark.parametrize(
-    "host",
-    [pytest.param(h, marks=[pytest.mark.slow] if "resnet50" in h else []) for h in HOSTS],
-)
+@pytest.mark.parametrize("host", ["timm, fused", "torchvision"])
 def test_tool(host: str, tool: str) -> None:
     case = case_of(host)
     with torch.no_grad():
-        for attention in attentions(case.network):
-            assert attention.alpha != 0
+        assert all(attention.alpha != 0 for attention in attentions(case.network))
         expected = case.network(case.x)
         y = TOOLS[tool](case)
     limit = LOOSE.get(tool, 1e-4) * expected.abs().max()
@@ -257,7 +240,14 @@ def test_tool(host: str, tool: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", [host for host in HOSTS if "resnet50" in host])
+def test_all_tools_on_a_whole_network(host: str) -> None:
+    for tool in TOOLS:
+        test_tool(host, tool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["timm, fused", "torchvision", "torchvision resnet50, fused"])
 def test_two_processes(host: str) -> None:
     case = doubled(case_of(host))  # in float32 a ReLU that flips moves gradients by far more
     expected = case.network(case.x)

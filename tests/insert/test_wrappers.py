@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from insert.hosts import attentions, build, images, models, scattered, timm
+from insert.hosts import attentions, build, images, models, scattered, set_alpha, timm
 from tolerance import TOLERANCE
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -23,7 +23,7 @@ from spem.insert.wrap import BeforeModule
 
 
 class Conv(nn.Module):
-    """A layer as detectors write it; `fold` does as their fuse()."""
+    """A layer as detectors write it."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -44,35 +44,37 @@ class Block(nn.Module):
         return x + self.cv2(self.cv1(x))
 
 
-def detector(where: Callable[[Block], nn.Module]) -> nn.Module:
+def detector(end: str) -> nn.Module:
     network = nn.Sequential(Conv(3, 8), Block(8), Block(8)).eval()
-    spem.attach(
-        network, "se(reduction=2)", where=lambda m: where(m) if isinstance(m, Block) else None
-    )
+    where = lambda m: m.cv2.get_submodule(end) if isinstance(m, Block) else None  # noqa: E731
+    spem.attach(network, "se(reduction=2)", where=where)
     return working(network)
 
 
 def working(network: nn.Module) -> nn.Module:
     """Everything at random and attention at work."""
-    scattered(network)
-    for module in attentions(network):
-        nn.init.constant_(module.alpha, 0.8)
+    set_alpha(scattered(network), 0.8)
     return network
 
 
 def test_reading_the_layers_attributes_names_where_they_are() -> None:
-    network = detector(lambda block: block.cv2.bn)
-    wrapper = network[1].cv2.bn
-    with pytest.raises(AttributeError, match=r"bn is a BatchNorm2d .* Use bn\.norm\.weight"):
-        _ = wrapper.weight
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = wrapper.nothing
-    assert not hasattr(wrapper, "running_mean")
-    assert not isinstance(wrapper, nn.BatchNorm2d)
+    norm, se = nn.BatchNorm2d(8), timm.layers.SEModule(8, rd_channels=2)
+    for module, name, words in (
+        (AfterNorm(norm, spem.SE(8, reduction=2), "bn2"), "weight", "attention after it"),
+        (BeforeModule(norm, spem.SE(8, reduction=2), "drop"), "weight", "attention before it"),
+        (CarriedSE(se, "avg", channels=8, exact=True, place="se"), "fc1", "took over its weights"),
+    ):
+        use = rf"{words}.*Use {module._place}\.{module.inner}\.{name}"
+        with pytest.raises(AttributeError, match=use):
+            getattr(module, name)
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = module.nothing
+        assert not hasattr(module, "running_mean")
+        assert not isinstance(module, nn.BatchNorm2d)
 
 
 def test_what_is_written_reaches_the_layer() -> None:
-    wrapper = detector(lambda block: block.cv2.bn)[1].cv2.bn
+    wrapper = detector("bn")[1].cv2.bn
     norm, attention = wrapper.norm, wrapper.attention
     wrapper.momentum, wrapper.eps = 0.5, 0.1
     assert (norm.momentum, norm.eps) == (0.5, 0.1)
@@ -84,20 +86,20 @@ def test_what_is_written_reaches_the_layer() -> None:
     assert wrapper.mark == 3
 
 
-@pytest.mark.parametrize("end", ["norm", "activation"])
+@pytest.mark.parametrize("end", ["bn", "act"])
 def test_folders_of_norms_keep_the_attention_or_stop(end: str) -> None:
-    network = detector(lambda block: block.cv2.bn if end == "norm" else block.cv2.act)
+    network = detector(end)
     x = images(2, 16)
     expected = network(x)
     count = len(attentions(network))
 
-    def fold() -> None:
+    def fold() -> None:  # as detectors' fuse()
         for module in network.modules():
             if isinstance(module, Conv) and hasattr(module, "bn"):
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)
                 module.bn = nn.Identity()
 
-    if end == "norm":
+    if end == "bn":
         with pytest.raises(AttributeError, match=r"Use bn\.norm\."):
             fold()
     else:
@@ -106,15 +108,23 @@ def test_folders_of_norms_keep_the_attention_or_stop(end: str) -> None:
     torch.testing.assert_close(network(x), expected, **TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("name", ["timm:levit_conv_128s", "timm:efficientvit_m0"])
-def test_what_folds_itself_is_wrapped_whole(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm:levit_conv_128s", 224),
+        pytest.param("timm:efficientvit_m0", 224, marks=pytest.mark.slow),
+        pytest.param("timm:repvit_m0_9", 64, marks=pytest.mark.slow),
+        ("timm:repvgg_a0", 64),
+    ],
+)
+def test_what_folds_itself_keeps_the_attention(name: str, size: int) -> None:
     """timm puts what fuse() gives in the place of a layer, attention inside it or not."""
     from timm.utils.model import reparameterize_model
 
     network = build(name)
-    x = images(1, 224)
-    spem.attach(network, "spem")
-    working(network)
+    x = images(1, size)
+    spem.attach(network, "spem", input_shape=(1, 3, size, size))
+    working(network).eval()
     with torch.no_grad():
         expected = network(x)
         folded = reparameterize_model(network)
@@ -131,28 +141,21 @@ PARAMETRISED: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("kind", PARAMETRISED)
+@pytest.mark.parametrize(
+    ("kind", "fuse"), [*((kind, False) for kind in PARAMETRISED), ("weight norm", True)]
+)
 def test_copies_of_parametrised_layers_keep_the_attention(kind: str, fuse: bool) -> None:
     """Such layers have special methods of their own, which a wrapper must not hand on."""
     network = models.resnet18(num_classes=5)
-    if not fuse:
-        last = network.layer4[1]
-        last.bn2 = torch.fx.symbolic_trace(nn.Sequential(last.bn2)) if kind == "fx" else last.bn2
-        spem.attach(
-            network,
-            "spem",
-            where=lambda m: m.bn2 if hasattr(m, "bn2") else None,
-            input_shape=(1, 3, 32, 32),
-        )
-    else:
-        spem.attach(network, "spem", fuse=True)
+    last = network.layer4[1]
+    last.bn2 = torch.fx.symbolic_trace(nn.Sequential(last.bn2)) if kind == "fx" else last.bn2
+    where = None if fuse else lambda m: getattr(m, "bn2", None)
+    spem.attach(network, "spem", where=where, fuse=fuse, input_shape=(1, 3, 32, 32))
     working(network).eval()
     for module in list(network.modules()):
         if isinstance(module, nn.Conv2d):
             PARAMETRISED[kind](module)
-    if kind == "weight norm":
-        for module in [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]:
+        elif isinstance(module, nn.BatchNorm2d) and kind == "weight norm":
             parametrizations.weight_norm(module, dim=None)
     x = images(2, 32)
     with torch.no_grad():
@@ -238,24 +241,22 @@ def test_plain_weights_load_where_the_layer_has_the_wrappers_names() -> None:
     assert torch.equal(plain[1].norm.norm.weight, state["1.norm.weight"])
 
 
-PLAIN = {
-    # network, and its keys without the names of wrappers
-    "torchvision:resnet18": lambda key: key.replace(".norm.", "."),
-    "torchvision:densenet121": lambda key: key.replace("norm5.norm.", "norm5."),
-    "timm:resnet18": lambda key: key,
-    "timm:convnext_atto": lambda key: key,
-}
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_keys_without_the_names_of_wrappers_are_found(name: str) -> None:
-    network = build(name)
+# network, and the names of wrappers in its keys
+@pytest.mark.parametrize(
+    ("name", "longer", "plain"),
+    [
+        ("torchvision:resnet18", ".norm.", "."),
+        ("torchvision:densenet121", "norm5.norm.", "norm5."),
+        ("timm:convnext_atto", "none", "none"),
+    ],
+)
+def test_keys_without_the_names_of_wrappers_are_found(name: str, longer: str, plain: str) -> None:
+    network, other = build(name), build(name)
     spem.attach(network, "spem")
-    state = scattered(network).state_dict()
-    written = {PLAIN[name](key): value.clone() for key, value in state.items()}
-    assert len(written) == len(state)
-    other = build(name)
     spem.attach(other, "spem")
+    state = scattered(network).state_dict()
+    written = {key.replace(longer, plain): value.clone() for key, value in state.items()}
+    assert len(written) == len(state)
     mapped = true_keys(other, written)
     assert sorted(mapped) == sorted(state)
     other.load_state_dict(mapped)
@@ -299,15 +300,3 @@ def test_low_rank_adapters_around_a_wrapped_layer_and_in_the_attention() -> None
     after.sum().backward()
     assert slot.fc1.gain.grad not in (None, 0)
     assert network.layer1[0].conv2.gain.grad not in (None, 0)
-
-
-def test_the_message_says_where_the_attention_stands() -> None:
-    norm, se = nn.BatchNorm2d(8), timm.layers.SEModule(8, rd_channels=2)
-    for module, words in (
-        (AfterNorm(norm, spem.SE(8, reduction=2), "bn2"), "attention after it"),
-        (BeforeModule(norm, spem.SE(8, reduction=2), "drop"), "attention before it"),
-        (CarriedSE(se, "avg", channels=8, exact=True, place="se"), "took over its weights"),
-    ):
-        name = "fc1" if isinstance(module, CarriedSE) else "weight"
-        with pytest.raises(AttributeError, match=f"{words}.*Use {module._place}.{module.inner}"):
-            getattr(module, name)

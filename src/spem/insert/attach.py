@@ -136,18 +136,7 @@ def find_sites(
     """What `attach` with these arguments would change: every site with its map and its cost.
 
     The network runs once, in evaluation mode, and is left as it was. Sizes of maps are missing if
-    it does not run on the input that was guessed.
-
-    Args:
-        model: As for `attach`, and so are the other arguments.
-        attention: The attention whose cost is counted; None counts none.
-        where: As for `attach`.
-        include: As for `attach`.
-        stages: As for `attach`.
-        replace: As for `attach`.
-        start: As for `attach`.
-        fuse: As for `attach`.
-        input_shape: The input for which sizes of maps are given.
+    it does not run on the input that was guessed; costs, if no attention is named.
 
     Raises:
         ValueError: As `attach` does.

@@ -36,8 +36,8 @@ class FoldedSite:
         name: Dotted name of the attention.
         channels: C.
         gate: Mean of the constant over channels.
-        spread: How far the gate of an image strays from the constant: the root mean square over
-            images and channels, relative to that of the constant. 0 is a gate that was constant.
+        spread: Root mean square over images and channels of how far the gate strays from the
+            constant, relative to that of the constant; 0 is a gate that was constant.
     """
 
     name: str
@@ -89,14 +89,12 @@ class FoldReport:
 
 
 class _Gate(NamedTuple):
-    """An attention, where it stands, and what its constant is multiplied into."""
+    """An attention, what holds it, and the name of the norm or layer that takes its factor."""
 
     name: str
     attention: ChannelAttention
     parent: nn.Module
-    key: str
     into: str
-    """Name of the norm, convolution or layer scale."""
 
 
 def fold(
@@ -110,19 +108,15 @@ def fold(
         v x with x = gamma n + beta becomes (m gamma) n + m beta, m[c] the mean of v[n, c] over the
         images.
 
-    No attention is left: the network is changed in place into the plain one, with its operations
-    and its speed in every runtime. What differed between images is lost, and the report
-    says how much; training the folded network further for an epoch recovers part of it. If anything
-    fails, the network is as it was.
+    The network is changed in place into the plain one, with its operations and its speed in every
+    runtime. What differed between images is lost, and the report says how much; training on for an
+    epoch recovers part of it. If anything fails, the network is as it was.
 
     Args:
         model: A trained network with attention, from `spem.attach` or `spem.resnet`.
         batches: Typical inputs [N, C, ...], or pairs (inputs, labels), as a data loader gives them;
             gone through twice. A few hundred images do.
         labels: Classes of all images in the order of the batches; None takes those of the pairs.
-
-    Returns:
-        What it did to gates and outputs.
 
     Raises:
         ValueError: No attention, a gate that is no factor per channel (it differs between
@@ -166,7 +160,7 @@ def _gates(model: nn.Module) -> list[_Gate]:
             raise ValueError(
                 f"fold: {name} and {found[into].name} share {into}; each needs its own."
             )
-        found[into] = _Gate(name, module, parent, key, into)
+        found[into] = _Gate(name, module, parent, into)
     if not found:
         raise ValueError(f"fold: there is no attention in {type(model).__name__}.")
     return list(found.values())

@@ -34,14 +34,13 @@ class Site:
         name: Dotted name in the host of what it follows, or of the slot it takes.
         block: Class of the block it belongs to.
         stage: Number of its stage, from 1.
-        how: ``"slot"``: it takes a free slot of the block; ``"after"``: it follows a module;
-            ``"before"``: it stands before one; ``"replace"``: it takes the place of a layer.
-        layer: Class of the module it follows, precedes or replaces; "" for a free slot.
+        how: ``"slot"``: it takes a free slot of the block; ``"after"`` or ``"before"``: it follows
+            or precedes a module; ``"replace"``: it takes the place of a layer.
+        layer: Class of that module or layer; "" for a free slot.
         channels: C.
         shape: Shape of the map there; None if no forward was traced.
         parameters: Parameters that the attention adds; None if none was named.
-        flops: FLOPs of its forward pass for that map, 2 per multiply-add, convolutions and matrix
-            products only (as `spem.cost.count`); None without a shape.
+        flops: FLOPs of its forward pass for that map (as `spem.cost.count`); None without a shape.
         reason: Why it is one: a known block, the end of a residual branch, the last norm of a
             resolution.
     """
