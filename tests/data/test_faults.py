@@ -36,10 +36,8 @@ def folder_case(root: Path, kind: str) -> Case:
 
 CASES: dict[str, Callable[[Path], Case]] = {
     "parquet-png": lambda root: parquet_case(root, "PNG", "snappy"),
-    "parquet-webp": lambda root: parquet_case(root, "WEBP", "none"),
     "folder-png": lambda root: folder_case(root, "PNG"),
     "folder-jpeg": lambda root: folder_case(root, "JPEG"),
-    "folder-webp": lambda root: folder_case(root, "WEBP"),
 }
 
 

@@ -18,29 +18,12 @@ from spem.training.config import Impl, differing_fields
 from spem.training.step import make_optimizer, set_rate
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_paper_recipe_is_the_papers(dataset: str):
-    config = recipes.paper(dataset)
-    assert (config.model.depth, config.model.attention, config.model.block) == (
-        164,
-        "spem",
-        "bottleneck",
-    )
-    assert config.model.init_scope == "backbone"
-    assert config.optim == OptimConfig(
-        epochs=164,
-        batch=128,
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=1e-4,
-        milestones=(81, 122),
-        factor=0.1,
-        penalty=0.1,
-        rules="host",
-    )
-    assert config.data == DataConfig(
-        name=dataset, val=0, augment=True, flip=True, pad=4, normalisation="paper"
-    )
+def test_paper_recipe_is_the_papers():
+    config, runtime = recipes.paper("cifar100"), RuntimeConfig(channels_last=False)
+    model = ModelConfig(164, "spem", "bottleneck", init_scope="backbone")
+    data = DataConfig("cifar100", val=0, augment=True, flip=True, pad=4, normalisation="paper")
+    optim = OptimConfig(164, 128, 0.1, 0.9, 1e-4, (81, 122), 0.1, 0.1, "host")
+    assert config == RunConfig(model, data, optim, runtime)
     assert config.runtime.precision == "fp32"
 
 
@@ -75,14 +58,6 @@ def test_schedule_of_the_paper_is_81_41_42_epochs():
         assert returned == rates[-1]
     expected = [0.1] * 81 + [0.01] * 41 + [0.001] * 42
     assert rates == pytest.approx(expected, rel=1e-12)
-
-
-def test_rate_of_an_epoch_does_not_depend_on_the_epochs_before():
-    optim = recipes.paper().optim
-    fresh, used = (make_optimizer(torch.nn.Linear(2, 2), optim) for _ in range(2))
-    for epoch in range(123):
-        set_rate(used, optim, epoch)
-    assert set_rate(fresh, optim, 122) == set_rate(used, optim, 122)
 
 
 def test_host_rules_decay_everything_and_declared_rules_do_not():
@@ -144,14 +119,12 @@ def test_id_is_stable_between_versions():
     assert RunConfig().id == "d2ba1ed038"
 
 
-def test_equal_attention_texts_give_one_run():
+def test_equal_configs_give_one_run():
     a = ModelConfig(attention="se(reduction=8, pool=mix(0.3))")
-    b = ModelConfig(attention="se( pool = mix(0.3), reduction = 8 )")
-    assert a == b
-
-
-def test_numbers_of_either_type_give_one_id():
+    assert a == ModelConfig(attention="se( pool = mix(0.3), reduction = 8 )")
     assert RunConfig(optim=OptimConfig(lr=1)).id == RunConfig(optim=OptimConfig(lr=1.0)).id
+    long = RunConfig(data=DataConfig(name="uoft-cs/cifar10"))
+    assert long.id == RunConfig(data=DataConfig(name="cifar10")).id
 
 
 def test_folder_is_readable_and_safe():
@@ -176,19 +149,14 @@ def test_fields_of_before_are_defaults_and_other_runtimes_are_passed_over():
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
-        (None, "colour", 1, "colour"),
         ("optim", "nesterov", True, "nesterov"),
         ("optim", "epochs", "many", r"optim.epochs.*int.*many"),
-        ("optim", "epochs", True, r"optim.epochs=True must be a whole number"),
         ("optim", "lr", float("nan"), r"optim.lr=nan must be a number from 0 on"),
         ("optim", "lr", 10**400, "int too large"),
-        ("optim", "mix_lr", -1.0, r"optim.mix_lr=-1.0 must be a number from 0 on"),
         ("model", "depth", 12, r"depth=12 is not 9n \+ 2, .* Nearest: 11 or 20"),
         ("model", "depth", 900_002, r"depth=900002 is too large. Use at most 5000"),
         ("model", "attention", "speem", "speem"),
-        ("model", "attention", "se(", r"cannot read attention 'se\('"),
         ("model", "attention", "se(\x00)", "cannot read attention"),
-        ("model", "start", "end", r"model.start"),
         ("data", "val", -1, r"data.val=-1 is too small"),
         ("data", "size", 60_000, r"data.size=60000 is too large"),
         ("data", "test", 1.5, r"data.test=1.5 is no share"),
@@ -211,14 +179,14 @@ def test_wrong_fields_are_refused_by_name(
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RuntimeConfig(step="grahp"), r"step='grahp' is unknown.*Did you mean 'graph'"),
         (lambda: RuntimeConfig(impl="numbra"), r"impl='numbra' is unknown.*Did you mean 'numba'"),
         (lambda: DataConfig(normalisation="cifar1"), r"'cifar1'.*Did you mean 'cifar10'"),
         (lambda: RunConfig(model=ModelConfig(attention="speem")).id, "speem.*spem"),
         (lambda: OptimConfig(rules="declared", mix_lr=-1), r"optim.mix_lr=-1 must be a number"),
+        (lambda: OptimConfig(mix_lr=0.1), "has no effect"),
     ],
 )
-def test_typing_errors_get_the_nearest_name(build: Callable[[], object], message: str):
+def test_what_python_asks_for_is_checked_too(build: Callable[[], object], message: str):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -241,25 +209,11 @@ def test_names_of_implementations_are_those_of_the_library():
     assert set(get_args(Impl)) == set(IMPLEMENTATIONS)
 
 
-def test_a_hub_id_is_the_same_run_as_its_short_name():
-    long = RunConfig(data=DataConfig(name="uoft-cs/cifar10"))
-    assert long.id == RunConfig(data=DataConfig(name="cifar10")).id
-
-
 def test_bf16_is_the_default_where_the_processor_computes_in_it(monkeypatch: pytest.MonkeyPatch):
-    for flags, precision in (
-        ("avx2 avx512f", "fp32"),
-        ("avx512_bf16", "bf16"),
-        ("amx_bf16", "bf16"),
-    ):
+    for flags, precision in (("avx2 avx512f", "fp32"), ("amx_bf16", "bf16")):
         monkeypatch.setattr(Path, "read_text", lambda *_, flags=flags: f"flags : fpu {flags} x\n")
         monkeypatch.setattr(Path, "exists", lambda *_: True)
         assert recipes.short().runtime.precision == precision
-
-
-def test_mix_rate_without_its_rules_is_refused():
-    with pytest.raises(ValueError, match="has no effect"):
-        OptimConfig(mix_lr=0.1)
 
 
 def test_differing_fields_are_named_with_both_values():

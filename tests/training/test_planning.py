@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -45,19 +44,6 @@ def test_a_wrong_sum_of_the_images_is_refused_before_the_folder_is_made(tmp_path
     train(good, tmp_path / "run", progress=Silent())
 
 
-@pytest.mark.slow
-def test_many_compiled_networks_in_one_process(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for attention in ("none", "se", "eca", "srm", "spem"):
-        config = tiny(attention, step="compile")
-        model = build_network(config, 10).train()
-        step = make_step(model, make_optimizer(model, config.optim), config.optim, config.runtime)
-        for batch in (4, 3):
-            output = step(torch.randn(batch, 3, 8, 8), torch.zeros(batch, dtype=torch.int64))
-            assert output.loss.isfinite()
-    torch.compiler.reset()
-
-
 def test_attention_that_starts_as_the_identity_changes_no_output():
     config = tiny("se")
     plain = build_network(tiny("none"), classes=10)
@@ -69,20 +55,16 @@ def test_attention_that_starts_as_the_identity_changes_no_output():
     assert torch.equal(model.eval()(images), plain.eval()(images))
     alphas = {name: p for name, p in model.named_parameters() if name.endswith("alpha")}
     assert len(alphas) == 3
-    step = make_step(
-        model.train(), make_optimizer(model, config.optim), config.optim, config.runtime
-    )
+    optimizer = make_optimizer(model.train(), config.optim)
+    step = make_step(model, optimizer, config.optim, config.runtime)
     for _ in range(2):
         step(images, torch.arange(4))
     assert all(float(p.detach().abs().max()) > 0 for p in alphas.values())
-    own = replace(config, model=replace(config.model, start="module"))
-    assert sum(p.numel() for p in build_network(own, 10).parameters()) == sum(
-        p.numel() for p in build_network(config, 10).parameters()
-    )
 
 
-@pytest.mark.parametrize("attention", ["none", "se", "spem"])
-@pytest.mark.parametrize("start", [None, "identity"])
+@pytest.mark.parametrize(
+    ("attention", "start"), [("none", None), ("spem", None), ("se", "identity")]
+)
 def test_a_run_starts_from_the_weights_of_another_backbone(
     attention: str, start: str | None, tmp_path: Path
 ):

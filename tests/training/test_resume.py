@@ -46,19 +46,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig
     known: dict[str, dict[str, Any]] = {}
 
     def get(config: RunConfig) -> dict[str, Any]:
-        key = repr(config)
-        if key not in known:
+        if repr(config) not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
             trained(config, folder)
-            known[key] = outcome(folder)
-        return known[key]
+            known[repr(config)] = outcome(folder)
+        return known[repr(config)]
 
     return get
 
 
 # 7 steps an epoch. The signal comes during a step's report and is honoured after the next step,
 # so 13 stops in epoch 2 after its last step, 14 stops at the end of epoch 2, 3 in mid-epoch.
-@pytest.mark.parametrize("stops", [[14], [3], [6], [13], [1, 1, 1], [20]])
+@pytest.mark.parametrize("stops", [[14], [3], [13], [1, 1, 1]])
 def test_four_epochs_equal_two_stopped_and_two_more(
     stops: list[int], tmp_path: Path, undisturbed: Callable[[RunConfig], dict[str, Any]]
 ):
@@ -70,19 +69,16 @@ def test_four_epochs_equal_two_stopped_and_two_more(
 @pytest.mark.parametrize(
     "config",
     [
-        tiny("none"),
         tiny("srm"),
-        tiny("cbam"),
         tiny("spem", precision="bf16"),
-        tiny("spem", channels_last=False),
+        tiny("none", channels_last=False),
         validated(tiny(), 40),
         replace(tiny(), optim=replace(tiny().optim, rules="declared", mix_lr=0.01)),
         shortened(tiny(threads=2), images=80),
         shortened(tiny(step="compile"), images=120),
     ],
     ids=[
-        *("none", "srm", "cbam", "bf16", "contiguous", "validation", "declared", "threads2"),
-        "compile",
+        *("srm", "bf16", "contiguous", "validation", "declared", "threads2", "compile"),
     ],
 )
 def test_resume_is_exact_in_every_mode(
@@ -153,7 +149,8 @@ def test_torn_metrics_are_written_anew(
         train(tiny(), tmp_path, progress=Stop(16))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
-    assert len(read_metrics(tmp_path)) == 1
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: line 2 .*Go on with the run"):
+        read_metrics(tmp_path)
     trained(tiny(), tmp_path)
     assert outcome(tmp_path)["metrics"] == undisturbed(tiny())["metrics"]
 
@@ -218,13 +215,6 @@ def test_other_images_are_refused(tmp_path: Path):
     Image.fromarray(pixels).save(data / "train" / "a" / "3.png")
     with pytest.raises(ValueError, match=r"the images differ.*Use another folder"):
         train(config, tmp_path / "run", progress=Silent())
-
-
-def test_threads_are_given_back(tmp_path: Path):
-    before = torch.get_num_threads()
-    config = shortened(tiny(epochs=1, threads=before + 1), images=40)
-    train(config, tmp_path, progress=Silent())
-    assert torch.get_num_threads() == before
 
 
 def test_settings_of_torch_are_given_back_as_they_were():

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from spem import initialise
+from spem.models import ResNet
 from spem.training import (
     DataConfig,
     ModelConfig,
@@ -24,8 +26,10 @@ from spem.training import (
     read_run,
     train,
 )
-from spem.training.folder import CHECKPOINT, load_checkpoint
+from spem.training.capture import Step
+from spem.training.folder import CHECKPOINT, build_network, load_checkpoint
 from spem.training.progress import Status
+from spem.training.step import make_optimizer, make_step
 
 CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
 """Numbers of a metrics line that depend on the clock."""
@@ -72,6 +76,14 @@ def validated(config: RunConfig, count: int) -> RunConfig:
 def shortened(config: RunConfig, images: int) -> RunConfig:
     """The same run on fewer images."""
     return replace(config, data=replace(config.data, limit=images))
+
+
+def begun(config: RunConfig) -> tuple[ResNet, Step]:
+    """A network of ten classes before its first step, and what takes its steps."""
+    model = build_network(config, classes=10)
+    initialise(model, 0)
+    optimizer = make_optimizer(model.train(), config.optim)
+    return model, make_step(model, optimizer, config.optim, config.runtime)
 
 
 class Keep:

@@ -33,12 +33,7 @@ def epoch_plan(seed: int, epoch: int, n: int, *, pad: int = 4) -> EpochPlan:
         epoch: The number of the epoch.
         n: How many images the epoch has.
         pad: Width of the padding that the crops move in, in pixels.
-
-    Raises:
-        ValueError: ``n`` or ``pad`` is negative.
     """
-    if n < 0 or pad < 0:
-        raise ValueError(f"epoch_plan: n={n} and pad={pad} must not be negative.")
     generator = keyed_generator(seed, "epoch", epoch)
     permutation = torch.randperm(n, generator=generator, device="cpu")
     offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator, device="cpu")
@@ -63,22 +58,8 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> 
         offsets: Row and column of each crop in the padded image, 0 to 2 * pad.
         flips: Which crops to mirror.
         pad: Width of the padding, in pixels; the one the plan was drawn with.
-
-    Raises:
-        ValueError: A shape does not fit, or ``pad`` is negative.
-        IndexError: An offset lies beyond the padded image (on a GPU: a device-side assertion).
     """
-    if images.dim() != 4 or pad < 0:
-        raise ValueError(
-            f"augment: images must be [n, C, H, W] and pad >= 0, "
-            f"got {images.dim()} dimensions and pad={pad}."
-        )
     n, channels, height, width = images.shape
-    if offsets.shape != (n, 2) or flips.shape != (n,):
-        raise ValueError(
-            f"augment: {n} images need offsets of shape ({n}, 2) and flips of shape ({n},), "
-            f"got {tuple(offsets.shape)} and {tuple(flips.shape)}."
-        )
     device = images.device
     offsets = offsets.to(device, non_blocking=True)
     flips = flips.to(device, non_blocking=True)
@@ -102,25 +83,15 @@ def normalise(
 
     Shape:
         images: uint8 [n, C, H, W]; the result has the same shape and memory format.
-
-    Args:
-        images: The pixels.
-        mean: Mean of each channel, on the scale 0 .. 1.
-        std: Deviation of each channel, on the scale 0 .. 1; positive.
-        dtype: Floating-point type of the result.
+        mean, std: Of each channel, on the scale 0 .. 1.
 
     Raises:
         ValueError: Images are not uint8, or mean and std do not fit their channels.
     """
-    if images.dtype != torch.uint8 or images.dim() != 4:
+    if images.dtype != torch.uint8 or not len(mean) == len(std) == images.shape[1]:
         raise ValueError(
-            f"normalise: images must be torch.uint8 [n, C, H, W], "
-            f"got {images.dtype} of shape {tuple(images.shape)}."
-        )
-    if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
-        raise ValueError(
-            f"normalise: {images.shape[1]} channels need as many means and positive deviations, "
-            f"got {tuple(mean)} and {tuple(std)}."
+            f"normalise: images must be torch.uint8 with a mean and a deviation for each of "
+            f"{images.shape[1]} channels, got {images.dtype}, {tuple(mean)} and {tuple(std)}."
         )
     working = torch.promote_types(dtype, torch.float32)
     constants = torch.tensor([list(mean), list(std)], dtype=working)

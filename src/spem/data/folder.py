@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import io
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spem.extras import require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     from numpy.typing import NDArray
-
-    Progress = Callable[[int, int], None]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 """Of Pillow: those that are pixels and nothing else. It knows others that start programs."""
@@ -35,22 +29,16 @@ MAX_PIXELS = 89_478_485
 """Of one image; beyond it Pillow warns of a trap as well."""
 MAX_BYTES = 32 * 2**30
 """A set is held whole in memory; beyond these a file is taken for damaged."""
-_REPORT_EVERY = 500
 _LISTED = 10
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What lies in a folder of images.
-
-    Args:
-        classes: their names, sorted; the index is the label.
-        files: the images of each split with their labels, by class and path. A folder without
-            splits has them all under "all".
-    """
+class Listing(NamedTuple):
+    """What lies in a folder of images."""
 
     classes: tuple[str, ...]
+    """Their names, sorted; the index is the label."""
     files: dict[str, list[tuple[Path, int]]]
+    """The images of each split with their labels, by class and path; "all" without splits."""
 
 
 def is_image_folder(folder: Path) -> bool:
@@ -72,11 +60,10 @@ def look(folder: Path) -> Listing:
     """
     names = [path.name for path in _folders(folder)]
     test = next((name for name in _TESTS if name in names), None)
-    if "train" not in names and test is None:
-        splits = {"all": folder}
-    elif "train" in names and test is not None:
+    splits = {"all": folder}
+    if "train" in names and test is not None:
         splits = {"train": folder / "train", "test": folder / test}
-    else:
+    elif "train" in names or test is not None:
         there, lacking = ("train", "test") if test is None else (test, "train")
         raise FileNotFoundError(
             f"{folder}: there is {there}/ but no {lacking}/. Put one folder a class into both; or "
@@ -85,11 +72,11 @@ def look(folder: Path) -> Listing:
     faults: list[str] = []
     found = {split: {p.name: p for p in _folders(where)} for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))
-    files: dict[str, list[tuple[Path, int]]] = {split: [] for split in splits}
     if not classes:
         faults.append(f"{', '.join(map(str, splits.values()))} holds no folders, one a class")
+    files: dict[str, list[tuple[Path, int]]] = {split: [] for split in splits}
     for split, where in splits.items():
-        strangers = [p.name for p in _entries(where) if _is_image(p)]
+        strangers = [p.name for p in _entries(where) if p.suffix.lower() in SUFFIXES]
         if strangers and split != "all":
             faults.append(f"{where} holds images that lie in no class ({_few(strangers)})")
         for label, name in enumerate(classes):
@@ -100,8 +87,8 @@ def look(folder: Path) -> Listing:
             files[split] += [(path, label) for path in images]
             if others:
                 faults.append(
-                    f"{where / name} holds images of a kind that is not read "
-                    f"({_few([path.name for path in others])}): convert them or take them away"
+                    f"{where / name} holds images of a kind that is not read ({_few(others)}): "
+                    "convert them or take them away"
                 )
             elif not images:
                 faults.append(f"{where / name} holds no image ({', '.join(SUFFIXES)})")
@@ -111,49 +98,35 @@ def look(folder: Path) -> Listing:
 
 
 def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -> None:
-    """Read the head of every image file, which is quick, and report all that cannot be used.
-
-    Raises:
-        ValueError: files are no images (unless they are skipped), or differ in size and no size is
-            given that they could be brought to.
-    """
+    """Read the head of every image file, which is quick, and refuse all that cannot be used."""
     pillow = require("PIL.Image", extra="train", purpose="reading images")
     faults: list[str] = []
     sizes: dict[str, str] = {}
     for path in paths:
         try:
             with pillow.open(path, formats=FORMATS) as image:
-                sizes.setdefault(_shown_size(image), str(path))
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
+                turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+                shown = f"{height}x{width}" if turned else f"{width}x{height}"
+                sizes.setdefault(shown, str(path))
         except Exception as error:  # noqa: BLE001  # whatever a damaged file makes Pillow raise
             faults.append(f"{path}: {_reason(error, pillow)}")
-    if not skip_broken:
-        refuse(faults)
-    if size is None:
-        require_one_size(sizes)
+    _refuse([] if skip_broken else faults, sizes if size is None else {})
 
 
-def refuse(faults: Sequence[str]) -> None:
-    """Refuse images that cannot be read, all in one message.
-
-    Raises:
-        ValueError: there are some.
-    """
+def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
+    """Refuse broken images, and several sizes (with an image of each), all in one message."""
     if faults:
-        more = f"\n... and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        lines = list(faults[:_LISTED])
+        if len(faults) > _LISTED:
+            lines.append(f"... and {len(faults) - _LISTED} more")
         raise ValueError(
             f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Mend or remove "
             "them, or leave them out with --data.skip-broken (skip_broken=True):\n"
-            + "\n".join(faults[:_LISTED])
-            + more
+            + "\n".join(lines)
         )
-
-
-def require_one_size(sizes: dict[str, str]) -> None:
-    """Refuse images of several sizes; the keys are sizes, the values where each was found first.
-
-    Raises:
-        ValueError: there is more than one.
-    """
     if len(sizes) > 1:
         few = ", ".join(f"{size} ({where})" for size, where in list(sizes.items())[:3])
         raise ValueError(
@@ -168,19 +141,10 @@ def decode_all(
     *,
     size: int | None = None,
     skip_broken: bool = False,
-    progress: Progress | None = None,
 ) -> tuple[NDArray[np.uint8], list[int]]:
     """Decode images into uint8 [n, H, W, 3]; also gives the positions of those that were kept.
 
-    Args:
-        sources: (what to call it in a message, the file or its bytes), ``count`` of them.
-        count: how many there are.
-        size: height and width that all are brought to; None keeps theirs, which must be one.
-        skip_broken: leave out what cannot be read.
-        progress: called with (done, count) now and then.
-
-    Raises:
-        ValueError: images that cannot be read or differ in size, all of them in one message.
+    A source is what to call an image in a message, and the file or its bytes; there are `count`.
     """
     import numpy as np
 
@@ -193,25 +157,21 @@ def decode_all(
             image = decode(label, source, size=size)
         except ValueError as error:
             faults.append(str(error))
-            image = None
-        if image is not None:
-            if pixels is None:
-                if count * image.size > MAX_BYTES:
-                    raise ValueError(
-                        f"{label}: {count} images of {image.shape[1]}x{image.shape[0]} would take "
-                        f"{count * image.size / 2**30:.0f} GiB; at most {MAX_BYTES // 2**30} are "
-                        "held in memory. Give a smaller size: --data.size 224 (size=224)."
-                    )
-                pixels = np.empty((count, *image.shape), dtype=np.uint8)
-            sizes.setdefault(f"{image.shape[1]}x{image.shape[0]}", label)
-            if image.shape == pixels.shape[1:]:
-                pixels[len(kept)] = image
-                kept.append(index)
-        if progress is not None and ((index + 1) % _REPORT_EVERY == 0 or index + 1 == count):
-            progress(index + 1, count)
-    if not skip_broken:
-        refuse(faults)
-    require_one_size(sizes)
+            continue
+        shown = f"{image.shape[1]}x{image.shape[0]}"
+        if pixels is None:
+            if count * image.size > MAX_BYTES:
+                raise ValueError(
+                    f"{label}: {count} images of {shown} would take "
+                    f"{count * image.size / 2**30:.0f} GiB; at most {MAX_BYTES // 2**30} are held "
+                    "in memory. Give a smaller size: --data.size 224 (size=224)."
+                )
+            pixels = np.empty((count, *image.shape), dtype=np.uint8)
+        sizes.setdefault(shown, label)
+        if len(sizes) == 1:
+            pixels[len(kept)] = image
+            kept.append(index)
+    _refuse([] if skip_broken else faults, sizes)
     if pixels is None:
         raise ValueError("there is no image that can be read." + "".join(faults[:1]))
     return pixels[: len(kept)], kept
@@ -285,25 +245,12 @@ def _colour(image: Any) -> Any:
 def _fitted(image: Any, size: int | None) -> Any:
     if size is None or image.size == (size, size):
         return image
-    width, height = image.size
-    short = min(width, height)
-    scaled = (int(size * width / short), int(size * height / short))
-    if scaled[0] * scaled[1] > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} is too narrow to be brought to {size}x{size}")
-    if image.size != scaled:
-        image = image.resize(scaled, 2)  # bilinear; Pillow averages where it makes smaller
-    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _shown_size(image: Any) -> str:
-    """Width and height after the EXIF rotation; only the head of the file is read."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
-    if image.getexif().get(0x0112) in (5, 6, 7, 8):
-        width, height = height, width
-    return f"{width}x{height}"
+    transforms = require("torchvision.transforms.functional", extra="train", purpose="--data.size")
+    if max(image.size) / min(image.size) * size**2 > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width}x{image.height} is too narrow to be brought to {size}x{size}"
+        )
+    return transforms.center_crop(transforms.resize(image, size), [size])
 
 
 def _reason(error: Exception, pillow: Any) -> str:
@@ -322,28 +269,22 @@ def _folders(folder: Path) -> list[Path]:
     return [path for path in _entries(folder) if path.is_dir()]
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The images below a folder by path, links followed, and those of kinds that are not read."""
+def _walk(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images below a folder by path, links followed, and names of kinds that are not read."""
     images: list[Path] = []
-    others: list[Path] = []
-    seen: Counter[tuple[int, int]] = Counter()
+    others: list[str] = []
+    seen: set[str] = set()
     for where, inside, names in os.walk(folder, followlinks=True):
-        stat = Path(where).stat()
-        seen[stat.st_dev, stat.st_ino] += 1
-        if seen[stat.st_dev, stat.st_ino] > 1:  # a link that leads back
-            inside.clear()
-            continue
-        inside[:] = sorted(name for name in inside if name[0] != "." and name != "__MACOSX")
-        for path in (Path(where, name) for name in names if name[0] != "."):
-            if _is_image(path):
+        real = os.path.realpath(where)
+        again = real in seen  # a link that leads back
+        seen.add(real)
+        inside[:] = [] if again else [n for n in inside if n[0] != "." and n != "__MACOSX"]
+        for path in [] if again else (Path(where, name) for name in names if name[0] != "."):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
                 images.append(path)
             elif path.suffix.lower() in _UNREAD:
-                others.append(path)
+                others.append(path.name)
     return sorted(images), sorted(others)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
 
 
 def _few(names: Sequence[str]) -> str:

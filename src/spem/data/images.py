@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,23 @@ class ImageSet:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        _check(self)
+        images, labels = self.images, self.labels
+        shape, n = tuple(images.shape), len(images)
+        if images.dtype != torch.uint8 or shape[1:-2] != (3,):
+            raise ValueError(
+                f"ImageSet: images are {images.dtype} of shape {shape}; they must be torch.uint8 "
+                "of shape (n, 3, H, W)."
+            )
+        if (labels.dtype, labels.shape, labels.device) != (torch.int64, (n,), images.device):
+            raise ValueError(
+                f"ImageSet: labels are {labels.dtype} of shape {tuple(labels.shape)} on "
+                f"{labels.device}; {n} images need torch.int64 of shape ({n},) on {images.device}."
+            )
+        if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise ValueError(
+                f"ImageSet: labels run from {int(labels.min())} to {int(labels.max())}, with "
+                f"{len(self.classes)} classes they must lie in 0 to {len(self.classes) - 1}."
+            )
         if not self.sha256:
             object.__setattr__(self, "sha256", checksum(self.images, self.labels))
 
@@ -90,32 +106,3 @@ def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
         )
     order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"), device="cpu")
     return train.take(order[count:].sort().values), train.take(order[:count].sort().values)
-
-
-def check_split(split: str) -> None:
-    """Raises ValueError unless ``split`` is "train" or "test"."""
-    if split not in get_args(Split):
-        raise ValueError(f"load_images: split={split!r} is unknown. Use 'train' or 'test'.")
-
-
-def _check(data: ImageSet) -> None:
-    images, labels = data.images, data.labels
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"ImageSet: images are {images.dtype} of shape {tuple(images.shape)}; "
-            "they must be torch.uint8 of shape (n, 3, H, W)."
-        )
-    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"ImageSet: labels are {labels.dtype} of shape {tuple(labels.shape)}; "
-            f"{len(images)} images need torch.int64 of shape ({len(images)},)."
-        )
-    if labels.device != images.device:
-        raise ValueError(
-            f"ImageSet: images are on {images.device}, labels on {labels.device}. Move both to one."
-        )
-    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= len(data.classes)):
-        raise ValueError(
-            f"ImageSet: labels run from {int(labels.min())} to {int(labels.max())}, "
-            f"with {len(data.classes)} classes they must lie in 0 to {len(data.classes) - 1}."
-        )

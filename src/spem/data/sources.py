@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from spem.data.folder import Progress
     from spem.data.images import ImageSet, Split
 
 TEST_SHARE = 0.2
@@ -26,7 +26,6 @@ TEST_SHARE = 0.2
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("fine_label", "label")  # CIFAR-100 has a coarse one beside the fine one
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet$")
 
 
 class _Read(NamedTuple):
@@ -55,18 +54,18 @@ def check_images(
     """
     short = known_name(name_or_path)
     if short == "digits":
-        _check_digits(size)
+        _digits_size(size)
         return
     where = _where(name_or_path, root)
     if where is None:
         return  # the hub is asked when the images are fetched
     kind = _kind(where)
-    if test is not None and not _splits_at(kind, where):
+    listing = image_folder.look(where) if kind == "folder" else None
+    if test is not None and (listing is None or "all" not in listing.files):
         raise ValueError(
             f"{where}: has a split for the test, so data.test={test} has no effect. Leave it out."
         )
-    if kind == "folder":
-        listing = image_folder.look(where)
+    if listing is not None:
         paths = [path for files in listing.files.values() for path, _ in files]
         image_folder.check_files(paths, size=size, skip_broken=skip_broken)
     elif kind == "parquet":
@@ -83,7 +82,6 @@ def load_images(
     test: float | None = None,
     skip_broken: bool = False,
     sha256: str | None = None,
-    progress: Progress | None = None,
 ) -> ImageSet:
     """Load one split of a set of images into memory, from wherever it lies.
 
@@ -105,12 +103,10 @@ def load_images(
         split: "train" or "test".
         root: folder in which named sets lie, each under its short name.
         size: height and width in pixels. The digits are magnified to it (multiples of 8, 16 if
-            left out); other images are scaled and cropped as torchvision does
-            (`spem.data.decode`).
+            left out); other images are scaled and cropped as torchvision does (`decode`).
         test: share of each class held out where a folder has no splits; None is a fifth.
         skip_broken: leave out image files that cannot be read.
         sha256: expected `ImageSet.sha256`, in hex.
-        progress: called with (images done, images in all) while image files are decoded.
 
     Raises:
         FileNotFoundError: there is no such name or folder, or files of it are missing.
@@ -121,25 +117,23 @@ def load_images(
     """
     import torch
 
-    from spem.data.images import ImageSet, check_split
+    from spem.data.images import ImageSet
 
-    check_split(split)
+    if split not in ("train", "test"):
+        raise ValueError(f"load_images: split={split!r} is unknown. Use 'train' or 'test'.")
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256={sha256!r} is not a SHA-256 sum. Give its 64 hex digits.")
     short = known_name(name_or_path)
     if short == "digits":
-        pixels, labels, classes = _digits(split, size)
+        read, size = _digits(split, _digits_size(size)), None
+    elif (where := _where(name_or_path, root)) is None:
+        read = _hub(HUB_IDS[short or ""], split)
     else:
-        where = _where(name_or_path, root)
-        if where is None:
-            read = _hub(HUB_IDS[short or ""], split)
-        else:
-            read = _READERS[_kind(where)](where, split, test or TEST_SHARE)
-        pixels, labels = _decoded(read, size, skip_broken, progress)
-        classes = read.classes
+        read = _READERS[_kind(where)](where, split, test or TEST_SHARE)
+    pixels, labels = _decoded(read, size, skip_broken)
     name = short or Path(name_or_path).expanduser().resolve().name
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), classes, name)
+    images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), read.classes, name)
     if sha256 is not None and images.sha256 != sha256.lower():
         raise ValueError(
             f"{name_or_path}: the SHA-256 of the {split} images is {images.sha256}, expected "
@@ -166,17 +160,16 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
                 f"{folder}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
             )
         return folder
-    if root is not None:
-        folder = Path(root).expanduser() / short
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{short}: {folder} is not there. Give the folder that holds {short}/ as the root, "
-                "or leave it out."
-            )
-        return folder
-    base = os.environ.get("SPEM_DATA")
+    base = os.environ.get("SPEM_DATA") if root is None else root
     folder = Path(base).expanduser() / short if base else None
-    return folder if folder is not None and folder.is_dir() else None
+    if folder is not None and folder.is_dir():
+        return folder
+    if root is not None:
+        raise FileNotFoundError(
+            f"{short}: {folder} is not there. Give the folder that holds {short}/ as the root, "
+            "or leave it out."
+        )
+    return None
 
 
 def _kind(folder: Path) -> str:
@@ -196,87 +189,62 @@ def _kind(folder: Path) -> str:
     )
 
 
-def _splits_at(kind: str, folder: Path) -> bool:
-    """Whether a test split has to be held out."""
-    return kind == "folder" and "all" in image_folder.look(folder).files
-
-
 def _image_folder(folder: Path, split: Split, share: float) -> _Read:
-    listing = image_folder.look(folder)
-    files = listing.files.get(split)
-    if files is None:
-        files = _held_out(folder, listing, split, share)
-    images = ((str(path), path) for path, _ in files)
-    return _Read(images, [label for _, label in files], listing.classes)
-
-
-def _held_out(
-    folder: Path, listing: image_folder.Listing, split: Split, share: float
-) -> list[tuple[Path, int]]:
-    """The part of a folder without splits that is the training or the test split.
-
-    It depends on the share and the number of images of a class, never on the seed of a run.
-    """
-    import torch
+    """Read a split; where there are none, a part of each class, never by the seed of a run."""
+    from torch import randperm
 
     from spem.seeding import keyed_generator
 
-    kept: list[tuple[Path, int]] = []
-    for label, name in enumerate(listing.classes):
-        files = [file for file in listing.files["all"] if file[1] == label]
-        count = max(1, round(share * len(files)))
-        if count >= len(files):
+    listing = image_folder.look(folder)
+    files = listing.files.get(split, [])
+    for label, name in enumerate(listing.classes if "all" in listing.files else ()):
+        of_class = [file for file in listing.files["all"] if file[1] == label]
+        count = max(1, round(share * len(of_class)))
+        if count >= len(of_class):
             raise ValueError(
-                f"{folder / name}: of {len(files)} image(s) none would be left to train on. Add "
+                f"{folder / name}: of {len(of_class)} image(s) none would be left to train on. Add "
                 "images, or put them into train/ and test/."
             )
         generator = keyed_generator(0, "test split", label)
-        order = torch.randperm(len(files), generator=generator, device="cpu")
+        order = randperm(len(of_class), generator=generator, device="cpu")
         chosen = set(order[:count].tolist())
-        kept += [f for i, f in enumerate(files) if (i in chosen) == (split == "test")]
-    return kept
+        files += [f for i, f in enumerate(of_class) if (i in chosen) == (split == "test")]
+    images = ((str(path), path) for path, _ in files)
+    return _Read(images, [label for _, label in files], listing.classes)
 
 
 def _parquet(folder: Path, split: Split, share: float) -> _Read:
     """Read a folder in the hub's layout with pyarrow, which `datasets` brings."""
     parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
     datasets = require("datasets", extra="train", purpose="reading parquet files")
-    shards = _shards(folder, split)
-    tables: list[Any] = []
-    for path in shards:
+    parts: list[_Read] = []
+    for path in _shards(folder, split):
         # Damaged bytes make pyarrow raise its own errors, OSError, ValueError, MemoryError ...
         try:
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                sizes = [
-                    file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)
-                ]
+                groups = range(file.num_row_groups)
+                sizes = [file.metadata.row_group(i).total_byte_size for i in groups]
                 if sum(sizes) > image_folder.MAX_BYTES or min(sizes, default=0) < 0:
                     raise ValueError(f"it claims to hold {sum(sizes)} bytes")
-                names = cast("list[str]", file.schema_arrow.names)
-                wanted = [c for c in names if c in _IMAGE_COLUMNS + _LABEL_COLUMNS]
+                known = _IMAGE_COLUMNS + _LABEL_COLUMNS
+                wanted = [c for c in file.schema_arrow.names if c in known]
                 table = file.read(columns=wanted, use_threads=False)
                 table.validate(full=True)
-            # The hub's names of the classes lie in the schema, for the columns that are not read
-            # too.
+            # The hub's names of the classes lie in the schema of the whole file.
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
         except Exception as error:
             raise ValueError(
                 f"{path}: not a readable parquet file ({error}). Fetch the file again."
             ) from error
-        tables.append(_columns(str(path), table, features))
-    if len({classes for _, _, classes in tables}) > 1:
+        parts.append(_columns(str(path), table, features))
+    if len({part.classes for part in parts}) > 1:
         raise ValueError(
             f"{folder}: the files of {split} disagree on the classes. Fetch the set again."
         )
-    blobs = (
-        (f"{path}, row {row}", blob)
-        for path, (found, _, _) in zip(shards, tables, strict=True)
-        for row, blob in enumerate(found)
-    )
-    labels = [label for _, found, _ in tables for label in found]
+    labels = [label for part in parts for label in part.labels]
     if not labels:
-        raise ValueError(f"{shards[0]}: there are no images. Fetch the set again.")
-    return _Read(blobs, labels, tables[0][2])
+        raise ValueError(f"{_shards(folder, split)[0]}: there are no images. Fetch the set again.")
+    return _Read(chain.from_iterable(p.images for p in parts), labels, parts[0].classes)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
@@ -290,20 +258,18 @@ def _shards(folder: Path, split: str) -> list[Path]:
         )
     if len({path.parent for path in shards}) > 1:
         raise ValueError(f"{folder}: several folders hold the split {split!r}. Name one of them.")
-    numbers = [_SHARD.search(path.name) for path in shards]
-    if any(numbers):
-        total = int(next(n[2] for n in numbers if n))
-        wanted = [f"-{i:05}-of-{total:05}.parquet" for i in range(min(total, 10_000))]
-        missing = [w for w in wanted if not any(p.name.endswith(w) for p in shards)]
-        if missing:
-            raise FileNotFoundError(
-                f"{shards[0].parent}: {split}{missing[0]} is missing. Fetch the whole set."
-            )
-        if len(shards) != total:
-            raise ValueError(
-                f"{shards[0].parent}: files of several versions of {split!r} lie side by side. "
-                "Keep one version."
-            )
+    numbered = re.search(r"-of-(\d+)\.parquet$", shards[0].name)
+    total = int(numbered[1]) if numbered else len(shards)
+    names = {re.sub(r"^.*-(\d+-of-)", r"\1", path.name) for path in shards}
+    for i in range(min(total, 10_000) if numbered else 0):
+        if f"{i:05}-of-{total:05}.parquet" not in names:
+            name = f"{split}-{i:05}-of-{total:05}.parquet"
+            raise FileNotFoundError(f"{shards[0].parent}: {name} is missing. Fetch the whole set.")
+    if len(shards) != total:
+        raise ValueError(
+            f"{shards[0].parent}: files of several versions of {split!r} lie side by side. "
+            "Keep one version."
+        )
     return shards
 
 
@@ -320,14 +286,10 @@ def _hub(hub_id: str, split: Split) -> _Read:
             f"({type(error).__name__}: {error}). Point SPEM_DATA or --data.root at a folder that "
             "holds the set."
         ) from error
-    blobs, labels, classes = _columns(hub_id, table, data.features)
-    named = ((f"{hub_id}, row {row}", blob) for row, blob in enumerate(blobs))
-    return _Read(named, labels, classes)
+    return _columns(hub_id, table, data.features)
 
 
-def _columns(
-    source: str, table: Any, features: Any
-) -> tuple[list[bytes], list[int], tuple[str, ...]]:
+def _columns(source: str, table: Any, features: Any) -> _Read:
     """Encoded images, labels and class names of a pyarrow table."""
     names = cast("list[str]", table.column_names)
     image = next((column for column in _IMAGE_COLUMNS if column in names), None)
@@ -344,20 +306,18 @@ def _columns(
             f"{source}: column {label!r} carries no class names. Write the file with datasets' "
             "Dataset.to_parquet and a ClassLabel column."
         )
-    try:
-        blobs = [row["bytes"] for row in table.column(image).to_pylist()]
-        labels = table.column(label).to_pylist()
-    except Exception as error:
-        raise ValueError(
-            f"{source}: column {image!r} must hold structs with the bytes of an image ({error})."
-        ) from error
+    rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
+    blobs = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(blob, bytes) for blob in blobs):
-        raise ValueError(f"{source}: column {image!r} has rows without the bytes of an image.")
+        raise ValueError(
+            f"{source}: column {image!r} must hold structs with the bytes of an image in every row."
+        )
     if not all(isinstance(value, int) and 0 <= value < len(classes) for value in labels):
         raise ValueError(
             f"{source}: column {label!r} has rows whose label is none of {len(classes)} classes."
         )
-    return blobs, labels, tuple(classes)
+    named = [(f"{source}, row {row}", blob) for row, blob in enumerate(blobs)]
+    return _Read(named, labels, tuple(classes))
 
 
 def _cifar(folder: Path, split: Split, share: float) -> _Read:
@@ -387,7 +347,7 @@ _READERS = {
 
 
 def _decoded(
-    read: _Read, size: int | None, skip_broken: bool, progress: Progress | None
+    read: _Read, size: int | None, skip_broken: bool
 ) -> tuple[NDArray[np.uint8], list[int]]:
     """Pixels [n, H, W, 3] and labels, of the asked size and without what is to be skipped."""
     import numpy as np
@@ -397,35 +357,29 @@ def _decoded(
             return read.images, read.labels
         return np.stack([image_folder.fit(image, size) for image in read.images]), read.labels
     pixels, kept = image_folder.decode_all(
-        read.images, len(read.labels), size=size, skip_broken=skip_broken, progress=progress
+        read.images, len(read.labels), size=size, skip_broken=skip_broken
     )
     return pixels, [read.labels[i] for i in kept]
 
 
-def _digits(split: Split, size: int | None) -> tuple[NDArray[np.uint8], list[int], tuple[str, ...]]:
-    """The 1797 handwritten digits that come with scikit-learn, as colour images.
+def _digits(split: Split, size: int) -> _Read:
+    """The 1797 handwritten 8x8 digits that come with scikit-learn, as colour images.
 
-    They are 8x8 grey pixels, scaled up and repeated to three channels. The first 1437 images are
-    the training split, the last 360 the test split. The order is kept on purpose: images come
-    writer by writer, so the last fifth is by other hands than the rest. A shuffled split would show
-    the network every test writer beforehand, and its accuracy would say little of new ones.
-
-    Values 0 .. 16 become 0 .. 255, rounded. Each pixel becomes a square of ``size / 8`` pixels,
-    without interpolation: no information is added, and the map is large enough for the stages of a
-    CIFAR network.
+    The last 360 are the test split. The order is kept on purpose: images come writer by writer, so
+    they are by other hands than the rest. Values 0 .. 16 become 0 .. 255, rounded, and each pixel a
+    square, without interpolation, so that the map is large enough for the stages of a network.
     """
     import numpy as np
 
-    size = _check_digits(size)
     bunch = require("sklearn.datasets", extra="train", purpose="the digits").load_digits()
     chosen = slice(None, 1437) if split == "train" else slice(1437, None)
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # from 0 .. 16
     large = pixels.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
     labels = [int(label) for label in bunch.target[chosen]]
-    return np.stack([large] * 3, axis=-1), labels, tuple(str(n) for n in bunch.target_names)
+    return _Read(np.stack([large] * 3, axis=-1), labels, tuple(map(str, bunch.target_names)))
 
 
-def _check_digits(size: int | None) -> int:
+def _digits_size(size: int | None) -> int:
     size = DIGITS_SIZE if size is None else size
     if size < 8 or size % 8 or size > 512:
         raise ValueError(

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +33,6 @@ class StepOutput(NamedTuple):
 
 Step = Callable[[Tensor, Tensor], StepOutput]
 """Takes normalised images and labels, updates the network, and does not wait for the device."""
-
-
-class Capturer(Protocol):
-    """What records the work of a function on a device."""
-
-    def warm_up(self, run: Callable[[], StepOutput]) -> None:
-        """Run it, so that nothing is left to compile or to choose."""
-        ...
-
-    def capture(self, run: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
-        """Record it; return its results, and what renews them by replaying the recording."""
-        ...
 
 
 class CudaCapturer:
@@ -78,63 +65,47 @@ class CudaCapturer:
         return output, graph.replay
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """One batch size: buffers that the graph reads and writes, and what replays it."""
-
-    images: Tensor
-    labels: Tensor
-    output: StepOutput
-    replay: Callable[[], None]
-
-
 class CapturedStep:
     """A training step that is recorded for a batch size when it first occurs, and replayed.
 
     The learning rates of the optimiser's groups stay plain numbers, in checkpoints too; they are
     carried over into the tensors the graph reads. Weights, buffers and momentum end where the same
-    steps without a graph would end.
+    steps without a graph would end. A checkpoint is loaded before the first step: the graph keeps
+    the momentum that it was recorded with.
+
+    Args:
+        step: to record.
+        model: that it trains.
+        optimizer: that it uses.
+        capturer: a `CudaCapturer`, or what does the same elsewhere.
     """
 
     def __init__(
-        self, step: Step, model: nn.Module, optimizer: torch.optim.Optimizer, capturer: Capturer
+        self, step: Step, model: nn.Module, optimizer: torch.optim.Optimizer, capturer: CudaCapturer
     ) -> None:
         self._step, self._model, self._optimizer = step, model, optimizer
         self._capturer = capturer
-        self._recordings: dict[int, _Recording] = {}
-        self._momenta: list[Tensor] = []
+        self._recordings: dict[int, tuple[Tensor, Tensor, StepOutput, Callable[[], None]]] = {}
         device = next(model.parameters()).device
-        self._filled = [float(group["lr"]) for group in optimizer.param_groups]
-        self._rates = [
-            torch.tensor(rate, dtype=torch.float32, device=device) for rate in self._filled
-        ]
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
         """Take one step; its results are the caller's to keep."""
-        recording = self._recording(images, labels)
-        recording.images.copy_(images)
-        recording.labels.copy_(labels)
+        self.prepare(images, labels)
+        kept_images, kept_labels, output, replay = self._recordings[len(images)]
+        kept_images.copy_(images)
+        kept_labels.copy_(labels)
         self._fill_rates()
-        recording.replay()
-        return StepOutput(*(value.clone() for value in recording.output))
+        replay()
+        return StepOutput(*(value.clone() for value in output))
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
         """Record for this batch size, without taking a step; the weights stay as they are."""
-        self._recording(images, labels)
-
-    def _recording(self, images: Tensor, labels: Tensor) -> _Recording:
-        if self._recordings and not self._same_momenta():
-            self._recordings.clear()  # a checkpoint was loaded: the momentum lies elsewhere now
-        found = self._recordings.get(len(images))
-        if found is None:
-            found = self._record(images.clone(), labels.clone())
-            self._recordings[len(images)] = found
-        return found
-
-    def _record(self, images: Tensor, labels: Tensor) -> _Recording:
-        """Warm up and record on these buffers, then put everything back to where it was."""
-        self._momenta = momenta_from_zero(self._optimizer)
-        kept = [*self._model.parameters(), *self._model.buffers(), *self._momenta]
+        if len(images) in self._recordings:
+            return
+        images, labels = images.clone(), labels.clone()
+        momenta = momenta_from_zero(self._optimizer)
+        kept = [*self._model.parameters(), *self._model.buffers(), *momenta]
         copies = [tensor.detach().clone() for tensor in kept]
 
         def run() -> StepOutput:
@@ -155,14 +126,11 @@ class CapturedStep:
             with torch.no_grad():
                 for tensor, copy in zip(kept, copies, strict=True):
                     tensor.copy_(copy)
-        return _Recording(images, labels, output, replay)
+        self._recordings[len(images)] = images, labels, output, replay
 
     def _fill_rates(self) -> None:
-        for i, group in enumerate(self._optimizer.param_groups):
-            rate = float(group["lr"])
-            if rate != self._filled[i]:
-                self._rates[i].fill_(rate)
-                self._filled[i] = rate
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
 
     @contextmanager
     def _tensor_rates(self) -> Generator[None]:
@@ -178,12 +146,6 @@ class CapturedStep:
             for group, number in zip(groups, numbers, strict=True):
                 group["lr"] = number
 
-    def _same_momenta(self) -> bool:
-        if not self._momenta:
-            return True
-        first = next(p for p in _with_momentum(self._optimizer))
-        return self._optimizer.state[first].get("momentum_buffer") is self._momenta[0]
-
 
 def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The momentum of every parameter, zero where there is none yet.
@@ -192,15 +154,10 @@ def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     zero the ordinary step computes the same, bit for bit.
     """
     momenta: list[Tensor] = []
-    for parameter in _with_momentum(optimizer):
-        state = optimizer.state[parameter]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        momenta.append(state["momentum_buffer"])
-    return momenta
-
-
-def _with_momentum(optimizer: torch.optim.Optimizer) -> Generator[Tensor]:
     for group in optimizer.param_groups:
-        if group["momentum"]:
-            yield from (p for p in group["params"] if p.requires_grad)
+        for parameter in group["params"] if group["momentum"] else []:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+            momenta.append(state["momentum_buffer"])
+    return momenta

@@ -9,8 +9,10 @@ import math
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from spem.data.names import HUB_IDS, NORMALISATION
 from spem.depths import blocks_per_stage
@@ -21,15 +23,24 @@ if TYPE_CHECKING:
 Impl = Literal["reference", "formula", "numba", "triton"]
 Step = Literal["auto", "eager", "compile", "graph"]
 
-DEEPEST = 5_000
-"""No network of these blocks was ever deeper than 1,202; a file that asks for more is crafted."""
-LARGEST_IMAGE = 4_096
+_RANGES: dict[str, tuple[int, int | None]] = {
+    # No network of these blocks was ever deeper than 1,202; a file that asks for more is crafted.
+    "model.depth": (1, 5_000),
+    **dict.fromkeys(("data.pad", "runtime.threads"), (0, 4_096)),
+    "data.size": (1, 4_096),
+    **dict.fromkeys(("data.limit", "data.test_limit"), (1, None)),
+    **dict.fromkeys(("optim.epochs", "optim.batch", "optim.milestones"), (1, None)),
+    "seed": (-(2**63), 2**63 - 1),
+}
+"""The least and the largest of whole numbers; others are from 0 on."""
 
 SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 
 _NOT_IN_ID = ("root", "sha256", "test_sha256")
 """Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
+_CHOOSING = ("impl", "step", "channels_last", "deterministic")
+"""Fields of `RuntimeConfig` that are part of the id where they are not what they are by default."""
 _LATER = (
     *("branch_start", "start", "weights_sha256", "test", "test_limit", "limit_seed", "skip_broken"),
     "schedule",
@@ -68,17 +79,12 @@ class ModelConfig:
     weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("model.block", self.block, ("bottleneck", "basic"))
-        _one_of("model.init_scope", self.init_scope, ("backbone", "all"))
-        if self.start is not None:
-            _one_of("model.start", self.start, ("module", "identity"))
-        _whole("model.depth", self.depth, 1, DEEPEST)
+        _check(self, "model.")
         blocks_per_stage(self.depth, self.block, label="model.depth")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.attention):
             from spem.attention import AttentionSpec, spec_text  # loads torch
 
             object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
-        _number(self, "model", "branch_start")
         if (self.weights is None) != (self.weights_sha256 is None):
             raise ValueError(
                 "model.weights needs model.weights_sha256, by which the run is known, and the "
@@ -142,15 +148,8 @@ class DataConfig:
         # A set has one name: its hub id must not give another run than its short name.
         short = {hub_id: name for name, hub_id in HUB_IDS.items()}
         object.__setattr__(self, "name", short.get(self.name, self.name))
+        _check(self, "data.")
         _one_of("data.normalisation", self.normalisation, tuple(NORMALISATION))
-        _whole("data.val", self.val, 0)
-        _whole("data.pad", self.pad, 0, LARGEST_IMAGE)
-        for name in ("limit", "test_limit"):
-            if getattr(self, name) is not None:
-                _whole(f"data.{name}", getattr(self, name), 1)
-        if self.size is not None:
-            _whole("data.size", self.size, 1, LARGEST_IMAGE)
-        _number(self, "data", "test")
         if self.test is not None and not 0 < self.test < 1:
             raise ValueError(
                 f"data.test={self.test} is no share of the images. Use a number between 0 and 1."
@@ -190,15 +189,7 @@ class OptimConfig:
     schedule: Literal["steps", "cosine"] | None = None
 
     def __post_init__(self) -> None:
-        _whole("optim.epochs", self.epochs, 1)
-        _whole("optim.batch", self.batch, 1)
-        for name in ("lr", "momentum", "weight_decay", "factor", "penalty", "mix_lr"):
-            _number(self, "optim", name)
-        _one_of("optim.rules", self.rules, ("host", "declared"))
-        if self.schedule is not None:
-            _one_of("optim.schedule", self.schedule, ("steps", "cosine"))
-        for milestone in self.milestones:
-            _whole("optim.milestones", milestone, 1)
+        _check(self, "optim.")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
                 f"optim.milestones={self.milestones} must be rising epoch numbers from 1 on. "
@@ -242,12 +233,7 @@ class RuntimeConfig:
     checkpoint_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        _one_of("runtime.precision", self.precision, ("fp32", "bf16"))
-        _one_of("runtime.step", self.step, get_args(Step))
-        if self.impl is not None:
-            _one_of("runtime.impl", self.impl, get_args(Impl))
-        _whole("runtime.threads", self.threads, 0, 4_096)
-        _number(self, "runtime", "checkpoint_minutes")
+        _check(self, "runtime.")
 
 
 @dataclass(frozen=True)
@@ -266,7 +252,7 @@ class RunConfig:
     experiment: str = "train"
 
     def __post_init__(self) -> None:
-        _whole("seed", self.seed, -(2**63), 2**63 - 1)
+        _check(self)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.experiment):
             raise ValueError(
                 f"experiment={self.experiment!r} must be a folder name of letters, digits, dots, "
@@ -287,17 +273,14 @@ class RunConfig:
             for name in _LATER:
                 if full[section].get(name) in (None, False):
                     full[section].pop(name, None)
-        how = self.runtime
-        chosen: dict[str, Any] = {"impl": how.impl} if how.impl is not None else {}
-        chosen |= {"step": how.step} if how.step != "eager" else {}
-        chosen |= {"channels_last": False} if not how.channels_last else {}
-        chosen |= {"deterministic": True} if how.deterministic else {}
+        how = full["runtime"]
+        chosen = {k: how[k] for k in _CHOOSING if how[k] != getattr(RuntimeConfig, k)}
         return {
             "schema": SCHEMA,
             "model": full["model"],
             "data": {k: v for k, v in full["data"].items() if k not in _NOT_IN_ID},
             "optim": full["optim"],
-            "precision": how.precision,
+            "precision": how["precision"],
             **({"runtime": chosen} if chosen else {}),
         }
 
@@ -360,33 +343,49 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{k} {a.get(k)} -> {b.get(k)}" for k in changed)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(cast("dict[str, Any]", value), f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix[:-1]: values}
+    parts = (_flat(v, f"{prefix}{k}.") for k, v in cast("dict[str, Any]", values).items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
-def _whole(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+_hints = cache(get_type_hints)
+
+
+def _check(part: Any, section: str = "") -> None:
+    """Check every field by its type: a listed word, a whole number, or a number from 0 on.
+
+    Numbers are kept as floats where the field is one: 1 and 1.0 must give one id.
+    """
+    for field_name, hint in _hints(type(part)).items():
+        name, value = f"{section}{field_name}", getattr(part, field_name)
+        parts = get_args(hint)
+        optional = NoneType in parts
+        if optional and value is None:
+            continue
+        kind = parts[0] if optional else hint
+        if get_origin(kind) is Literal:
+            _one_of(name, value, get_args(kind))
+        elif kind is float:
+            if isinstance(value, (bool, str)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a number from 0 on.")
+            object.__setattr__(part, field_name, float(value))
+        elif kind is int:
+            _whole(name, value)
+        elif get_origin(kind) is tuple:
+            for number in value:
+                _whole(name, number)
+
+
+def _whole(name: str, value: Any) -> None:
+    lowest, highest = _RANGES.get(name, (0, None))
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a whole number.")
     if value < lowest:
         raise ValueError(f"{name}={value} is too small. Use at least {lowest}.")
     if highest is not None and value > highest:
         raise ValueError(f"{name}={value} is too large. Use at most {highest}.")
-
-
-def _number(section: Any, title: str, name: str) -> None:
-    """Check an optional number from 0 on, and keep it as a float: 1 and 1.0 must give one id."""
-    value = getattr(section, name)
-    if value is None:
-        return
-    if isinstance(value, (bool, str)) or not 0 <= value < math.inf:
-        raise ValueError(f"{title}.{name}={value!r} must be a number from 0 on.")
-    object.__setattr__(section, name, float(value))
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

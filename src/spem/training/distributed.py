@@ -8,7 +8,6 @@ process group, everything else over one for the CPU, so that no GPU is waited fo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -33,11 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=1)
 """How long a process waits for what the first one does alone, such as an evaluation. One that has
 ended is noticed at once, since its connections close."""
-_DONE, _FAILED = b"+", b"-"
 
 
 class LostProcessError(RuntimeError):
@@ -50,27 +47,19 @@ class FollowerError(RuntimeError):
 
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Generator[bool]:
-    """Join the processes that torchrun started, for the length of a `with` block.
+    """Join the processes that torchrun started, if it did, for the length of a `with` block.
 
-    Without torchrun's variables, or with a WORLD_SIZE of 1, nothing is joined. The processes
-    communicate over gloo, and over NCCL for tensors on GPUs.
+    They communicate over gloo, and over NCCL for tensors on GPUs.
 
     Args:
         device: where the processes will train: "auto", "cpu", "cuda" ...
 
     Yields:
         Whether this is the first process, the one that reports for all.
-
-    Raises:
-        ValueError: this torch cannot connect processes.
     """
-    if not set(_VARIABLES) <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
+    if not dist.is_available() or not dist.is_torchelastic_launched():
         yield True
         return
-    if not dist.is_available():
-        raise ValueError(
-            "train: this torch was built without torch.distributed. Start it without torchrun."
-        )
     cuda = device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield dist.get_rank() == 0
@@ -80,13 +69,7 @@ def process_group(device: str = "auto") -> Generator[bool]:
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that train one run together; without a process group, this one alone.
-
-    Args:
-        rank: number of this process, from 0.
-        size: how many there are.
-        control: the process group for their messages; None if there is only one process.
-    """
+    """The processes that train one run together; without a process group, this one alone."""
 
     rank: int = 0
     size: int = 1
@@ -97,58 +80,43 @@ class Team:
         """Whether this is the first process."""
         return self.rank == 0
 
-    def share(self, work: Callable[[], bytes]) -> bytes:
+    def lead(self, work: Callable[[], T]) -> T:
         """Let the first process do something and give all of them what it returns.
 
         Raises:
             Interrupted: the work was stopped by a signal; in all processes.
-            FollowerError: the work failed; in the other processes, the first one raises its own
-                error.
+            FollowerError: the work failed; the first process raises its own error instead.
         """
         if self.size == 1:
             return work()
+        said: list[Any] = [None, None]  # what was returned, and how it failed
         if self.leads:
             try:
-                content = work()
+                said[0] = work()
             except BaseException as error:
-                failure = {"message": str(error), "code": getattr(error, "code", None)}
+                said[1] = (str(error), getattr(error, "code", None))
                 # The error counts, even if there is nobody left to hear of it.
                 with contextlib.suppress(RuntimeError):
-                    self._broadcast(_FAILED + json.dumps(failure).encode())
+                    dist.broadcast_object_list(said, 0, self.control)
                 raise
-            self._broadcast(_DONE + content)
-            return content
-        received = self._broadcast(b"")
-        if received[:1] == _DONE:
-            return received[1:]
-        failure = json.loads(received[1:])
-        if isinstance(failure["code"], int):
-            raise Interrupted(failure["message"], failure["code"])
-        raise FollowerError(f"train: the first process of this run stopped. {failure['message']}")
+        dist.broadcast_object_list(said, 0, self.control)
+        if said[1] is None:
+            return said[0]
+        message, code = said[1]
+        if isinstance(code, int):
+            raise Interrupted(message, code)
+        raise FollowerError(f"train: the first process of this run stopped. {message}")
 
-    def lead(self, work: Callable[[], T]) -> T:
-        """As `share`, for what JSON can hold."""
-        if self.size == 1:
-            return work()
-        return json.loads(self.share(lambda: json.dumps(work()).encode()))
+    def alone(self, work: Callable[[], object]) -> None:
+        """As `lead`, but what is returned is dropped."""
 
-    def alone(self, work: Callable[[], T]) -> T | None:
-        """As `share`, but the result stays in the first process; the others get None."""
-        found: list[T] = []
+        def done() -> None:
+            work()
 
-        def done() -> bytes:
-            found.append(work())
-            return b""
-
-        self.share(done)
-        return found[0] if found else None
+        self.lead(done)
 
     def require_same(self, name: str, mine: Any) -> None:
-        """Refuse to train together what is not the same in this process and in the first one.
-
-        Raises:
-            ValueError: the plain values differ.
-        """
+        """Raise ValueError where plain values are not those of the first process."""
         first = self.lead(lambda: mine)
         if first != mine:
             raise ValueError(
@@ -156,11 +124,10 @@ class Team:
                 f"({first} -> {mine}). Give all processes the same command and the same images."
             )
 
-    def agree(self, stop: StopSignals, due: bool) -> tuple[bool, bool]:
+    def agree(self, stop: StopSignals, due: bool = False) -> tuple[bool, bool]:
         """Whether to stop here, asked for in any process, and what the first process finds due.
 
-        All processes get the same answers, so that all stop after the same step. It does not wait
-        for a GPU.
+        All get the same answers, so that all stop after the same step. It does not wait for a GPU.
         """
         if self.size == 1:
             return stop.received is not None, due
@@ -184,9 +151,8 @@ class Team:
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
-        for gradient, whole in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        wholes = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, whole in zip(gradients, wholes, strict=True):
             gradient.copy_(whole.view(gradient.shape))
 
     def part(self, images: int) -> slice:
@@ -194,11 +160,7 @@ class Team:
         return slice(self.rank * images // self.size, (self.rank + 1) * images // self.size)
 
     def device(self, kind: str) -> torch.device:
-        """The device of this process: the planned one, or the GPU of its local rank.
-
-        Raises:
-            ValueError: this machine has fewer GPUs than processes.
-        """
+        """The device of this process: the planned one, or the GPU of its local rank."""
         device = torch.device(kind)
         if self.size == 1 or device.type != "cuda":
             return device
@@ -213,35 +175,20 @@ class Team:
 
     @contextlib.contextmanager
     def watched(self, checkpoint: Path) -> Generator[None]:
-        """Turn what a broken connection raises in a `with` block into a sentence on what to do.
-
-        Raises:
-            LostProcessError: another process has ended or cannot be reached.
-        """
+        """Raise `LostProcessError`, which says what to do, for what a broken connection raises."""
         try:
             yield
         except RuntimeError as error:
             if self.size == 1 or not _of_a_connection(error):
                 raise
-            again = "There is no checkpoint yet; run the same command again."
-            if checkpoint.exists():
-                again = (
-                    f"The checkpoint is {checkpoint}; run the same command again to go on from it."
-                )
+            there = (
+                f"The checkpoint is {checkpoint}" if checkpoint.exists() else "No checkpoint yet"
+            )
             raise LostProcessError(
                 f"train: another of the {self.size} processes of this run is gone: killed, out of "
-                f"memory, or ended by an error that it has reported itself. {again}"
+                f"memory, or ended by an error that it has reported itself. {there}; run the same "
+                "command again to go on."
             ) from error
-
-    def _broadcast(self, content: bytes) -> bytes:
-        """The first process's bytes, in all processes."""
-        length = torch.tensor([len(content)])
-        dist.broadcast(length, 0, group=self.control)
-        payload = torch.zeros(int(length), dtype=torch.uint8)
-        if self.leads:
-            payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        dist.broadcast(payload, 0, group=self.control)
-        return payload.numpy().tobytes()
 
 
 @contextlib.contextmanager
@@ -263,14 +210,6 @@ def _of_a_connection(error: RuntimeError) -> bool:
     )
 
 
-# ---- the step
-#
-# What comes out is the step that one process takes with the whole batch, within rounding: norms
-# share their statistics, and loss, penalty and gradient are sums over the processes, each weighted
-# by its share of the images. So the penalty counts once. Gradients are added in one exchange after
-# the backward pass: a CIFAR ResNet has too few of them for overlapping to gain anything.
-
-
 def shared_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -280,23 +219,23 @@ def shared_step(
 ) -> Step:
     """Build the step of one process of several; its batch norms become shared ones.
 
+    What comes out is the step that one process takes with the whole batch, within rounding: norms
+    share their statistics, and loss, penalty and gradient are sums over the processes, each
+    weighted by its share of the images, so the penalty counts once. Gradients are added in one
+    exchange after the backward pass: a CIFAR ResNet has too few for overlapping to gain anything.
+
     The step is given the whole batch in every process and takes its part. A batch that would leave
     a process fewer images than the network's modules need in training, such as the last one of an
     epoch, is taken whole by every process. The loss and the correct answers it returns are this
     process's parts of the batch's.
 
-    Args:
-        model: in training mode, on the process's device, the same in all processes.
-        optimizer: of `make_optimizer`.
-        optim: gives the coefficient of the penalty and the size of a batch.
-        runtime: gives the precision.
-        team: the processes.
-
     Raises:
         ValueError: a module cannot be trained by several processes, or the batch is too small.
     """
     norms = share_norms(model)
-    least = max((_least(m) for m in model.modules() if isinstance(m, ChannelAttention)), default=1)
+    # How many images each module certainly can train on; of the smallest maps, one position.
+    needs = [m.needs for m in model.modules() if isinstance(m, ChannelAttention)]
+    least = max((max(need.batch, need.values) for need in needs), default=1)
     if optim.batch < least * team.size:
         raise ValueError(
             f"train: optim.batch={optim.batch} leaves each of {team.size} processes fewer than the "
@@ -323,16 +262,10 @@ def shared_step(
 
 
 def share_norms(model: nn.Module) -> list[SharedBatchNorm]:
-    """Put shared norms in the place of a network's batch norms, with the same tensors.
-
-    Raises:
-        ValueError: a module normalises over the batch without a batch norm of torch, or draws at
-            random by an image's place in its batch.
-    """
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, BATCH_NORMS):
-                setattr(module, name, SharedBatchNorm.of(child))
+    """Put shared norms in the place of a network's batch norms, with the same tensors."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, BATCH_NORMS):
+            model.set_submodule(name, SharedBatchNorm.of(module))
     for name, module in model.named_modules():
         reason = _unshareable(module)
         if reason is not None:
@@ -350,8 +283,3 @@ def _unshareable(module: nn.Module) -> str | None:
     if unshared and not any(isinstance(inner, SharedBatchNorm) for inner in module.modules()):
         return "takes statistics of the batch by itself"
     return None
-
-
-def _least(module: ChannelAttention) -> int:
-    """How many images a module certainly can train on; of the smallest maps, one position."""
-    return max(module.needs.batch, module.needs.values)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spem.attention import ChannelAttention
-from spem.data import NORMALISATION, ImageSet, load_images, normalise
+from spem.data import NORMALISATION, ImageSet, normalise
 from spem.data.names import known_name
 from spem.gates import inspect
 from spem.models import blocks
+from spem.ops.library import BATCH_NORMS
 from spem.training.config import RunConfig
 from spem.training.folder import DataIdentity
 from spem.training.sets import load_test
@@ -30,14 +31,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean cross entropy and share of correct answers.
-
-    Args:
-        loss: mean cross entropy, in nats.
-        top1: percent of images whose class has the largest logit.
-        correct: their number.
-        count: number of images.
-    """
+    """Mean cross entropy (nats), percent of correct answers, their number, number of images."""
 
     loss: float
     top1: float
@@ -88,11 +82,7 @@ def predict(
     normalisation: str | Normalisation = "paper",
     batch: int = 500,
 ) -> Tensor:
-    """The class a network answers for each image: what `evaluate` counts, on the CPU.
-
-    Shape:
-        output: int64 [n].
-    """
+    """The class a network answers for each image, int64 [n] on the CPU: what `evaluate` counts."""
     answers = [logits.argmax(1) for logits, _ in _answers(model, data, normalisation, batch)]
     return torch.cat(answers).cpu()
 
@@ -158,9 +148,8 @@ def load_test_images(
                 f"{images.sha256[:10]} here). Name the images with --data PATH."
             )
     else:
-        images = load_images(
-            name, "test", root=root, size=own.size, test=own.test, skip_broken=own.skip_broken
-        )
+        other = replace(own, name=name, root=None if root is None else str(root), test_limit=None)
+        images = load_test(other)
     if data is not None:
         data.require_classes(images)
     return images
@@ -188,11 +177,6 @@ def describe_gates(
 ) -> list[dict[str, Any]]:
     """Describe the gates of every attention module on the first test images.
 
-    Args:
-        model: the network.
-        data: the test images.
-        normalisation: a key of `spem.data.NORMALISATION`.
-
     Returns:
         For each module, from the first block to the last: its name, `mean` and `sd` over all values
         of its gate, their quantiles `q05` to `q95`, `sd_channels` (over channels, of the mean over
@@ -204,37 +188,34 @@ def describe_gates(
         return []  # the plain network
     with inspect(model) as inside:
         predict(model, few, normalisation=normalisation, batch=GATE_IMAGES)
-    return [
-        {"block": seen.name, "channels": seen.module.channels, **_describe(seen.gate)}
-        for seen in inside.records
-        if not seen.module.needs.adds
-    ]
-
-
-def _describe(gate: Tensor) -> dict[str, float]:
-    values = gate.cpu().double()
-    values = values.flatten(2).mean(2) if values.dim() > 2 else values  # [N, C]
-    quantiles = torch.quantile(values.flatten(), values.new_tensor(QUANTILES))
-    numbers = {
-        "mean": values.mean(),
-        "sd": values.std(correction=0),
-        **{f"q{100 * q:02.0f}": v for q, v in zip(QUANTILES, quantiles, strict=True)},
-        "sd_channels": values.mean(0).std(correction=0),
-        "sd_images": values.std(0, correction=0).mean(),
-    }
-    return {key: float(value) for key, value in numbers.items()}
+    described: list[dict[str, Any]] = []
+    for seen in inside.records:
+        if seen.module.needs.adds:
+            continue
+        values = seen.gate.cpu().double()
+        values = values.flatten(2).mean(2) if values.dim() > 2 else values  # [N, C]
+        quantiles = torch.quantile(values.flatten(), values.new_tensor(QUANTILES)).tolist()
+        described.append(
+            {
+                "block": seen.name,
+                "channels": seen.module.channels,
+                "mean": float(values.mean()),
+                "sd": float(values.std(correction=0)),
+                **{f"q{100 * q:02.0f}": v for q, v in zip(QUANTILES, quantiles, strict=True)},
+                "sd_channels": float(values.mean(0).std(correction=0)),
+                "sd_images": float(values.std(0, correction=0).mean()),
+            }
+        )
+    return described
 
 
 def norm_report(model: nn.Module, count: int = 4) -> str:
     """The norm layers with NaN or with the largest running variance, for an error message."""
     found: list[tuple[float, str]] = []
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     for name, module in model.named_modules():
-        if isinstance(module, norms) and module.running_var is not None:
-            variance = float(module.running_var.max())
-            weight = float(module.weight.detach().norm())
+        if isinstance(module, (*BATCH_NORMS, nn.SyncBatchNorm)) and module.running_var is not None:
+            variance, weight = float(module.running_var.max()), float(module.weight.detach().norm())
             badness = variance if math.isfinite(variance) else math.inf
-            found.append(
-                (badness, f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})")
-            )
+            said = f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})"
+            found.append((badness, said))
     return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:count])

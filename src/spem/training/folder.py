@@ -14,7 +14,6 @@ Each file is whole or refused, and nothing is ever unpickled beyond tensors and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -22,10 +21,10 @@ import os
 import re
 import socket
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,12 +50,27 @@ FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, RESULT, LOCK)
 _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp")
 """Of a process that was killed while it wrote (`spem.files.write_atomic`)."""
 
-dacite = require("dacite", extra="train", purpose="training")
-
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
 _LARGEST_OPTION = 4_096
 """Of an attention in a file: no module of a CIFAR network takes a larger number."""
+_AGAIN = "Delete the folder to train the run again."
+
+T = TypeVar("T")
+dacite = require("dacite", extra="train", purpose="training")
+
+
+def _build(kind: type[T], values: Any) -> T:
+    """A dataclass of this file from JSON; values of another shape are a ValueError."""
+    hooks = {
+        RunConfig: RunConfig.from_dict,
+        # A run's own section, read by the rules of a whole config.
+        RuntimeConfig: lambda section: RunConfig.from_dict({"runtime": section}).runtime,
+    }
+    try:
+        return dacite.from_dict(kind, values, dacite.Config(cast=[tuple], type_hooks=hooks))
+    except (dacite.DaciteError, TypeError, AttributeError) as error:
+        raise ValueError(f"{error} (a file of another kind or version)") from error
 
 
 class HeldError(RuntimeError):
@@ -79,28 +93,18 @@ class DataIdentity:
     train_sha256: str
     test_sha256: str
 
-    @classmethod
-    def of(cls, name: str, train: ImageSet, test: ImageSet) -> DataIdentity:
-        """The identity of a training and a test set."""
-        return cls(name, train.classes, train.sha256, test.sha256)
-
     def is_test_set(self, images: ImageSet) -> bool:
         """Whether these are the very images that the run was tested on."""
         return images.sha256 == self.test_sha256 and images.classes == self.classes
 
     def require_classes(self, images: ImageSet) -> None:
-        """Refuse images whose labels mean something else than the network's outputs.
-
-        Raises:
-            ValueError: the names of the classes differ, or their order.
-        """
+        """Raise ValueError where the images' labels mean something else than the outputs."""
         mine, theirs = self.classes, images.classes
         if mine == theirs:
             return
-        if len(mine) != len(theirs):
-            difference = f"{len(mine)} against {len(theirs)}"
-        else:
-            i = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        difference = f"{len(mine)} against {len(theirs)}"
+        if len(mine) == len(theirs):
+            i = next(i for i in range(len(mine)) if mine[i] != theirs[i])
             difference = f"class {i} is {mine[i]!r} there and {theirs[i]!r} here"
         raise ValueError(
             f"the network was trained on the classes of {self.name}, and those of {images.name} "
@@ -157,18 +161,6 @@ class Result:
     files: dict[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of each file that stays in the folder."""
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Result:
-        """Build a result from plain values.
-
-        Raises:
-            ValueError: they are not those of a result.
-        """
-        try:
-            return dacite.from_dict(cls, values, dacite.Config(strict=True))
-        except (dacite.DaciteError, TypeError) as error:
-            raise ValueError(str(error)) from error
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -189,31 +181,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values."""
-        return {
-            "schema": SCHEMA,
-            "id": self.config.id,
-            "config": self.config.to_dict(),
-            "runtime": dataclasses.asdict(self.runtime),
-            "data": {**dataclasses.asdict(self.data), "classes": list(self.data.classes)},
-            "starts": self.starts,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Plan:
-        """Build a plan from `to_dict`'s values.
-
-        Raises:
-            ValueError: they are not those of a plan.
-        """
-        try:
-            config = RunConfig.from_dict(values["config"])
-            # A run's own section, read by the rules of a whole config.
-            whole = RunConfig.from_dict({"runtime": values["runtime"]})
-            data = dacite.from_dict(DataIdentity, values["data"], dacite.Config(cast=[tuple]))
-            starts = [{**start} for start in values["starts"]]
-            return cls(config, whole.runtime, data, starts)
-        except (dacite.DaciteError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"config: {error!r} (a file of another kind or version)") from error
+        values = {"schema": SCHEMA, "id": self.config.id, **asdict(self)}
+        return json.loads(json.dumps(values))
 
 
 @dataclass(frozen=True)
@@ -246,9 +215,8 @@ class Run(Plan):
         if self.result is None:
             why = self.error or "It has not finished: run the same training again to go on."
             raise ValueError(f"{self.folder}: the run has no trained weights. {why}")
-        path = self.folder / WEIGHTS
-        _require_sum(path, read_regular(path), self.result.files)
-        return read_weights(path)
+        _require_sum(self.folder / WEIGHTS, self.result.files)
+        return read_weights(self.folder / WEIGHTS)
 
     def network(self) -> ResNet:
         """The trained network, in evaluation mode on the CPU; raises as `weights`."""
@@ -279,9 +247,8 @@ class Weights:
 def held(folder: Path) -> Generator[None]:
     """Hold a run folder, made if needed, for the length of a `with` block.
 
-    The operating system keeps the lock for as long as this process lives, also while it is
-    suspended, and frees it when the process ends, however it ends. So nobody can take a folder over
-    from a process that may still write.
+    The operating system keeps the lock while this process lives, also suspended, and frees it when
+    it ends, however. So nobody can take a folder over from a process that may still write.
 
     Raises:
         HeldError: another process holds the folder; the message says which.
@@ -295,9 +262,13 @@ def held(folder: Path) -> Generator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads(note.read_text())
+            who = f"process {said['pid']} on {said['host']} since {said['since']}"
         raise HeldError(
-            f"train: {folder} is in use by {_holder(note)}. Wait for it to end, stop it, or train "
-            "into another folder."
+            f"train: {folder} is in use by {who}. Wait for it to end, stop it, or train into "
+            "another folder."
         ) from None
     try:
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
@@ -312,23 +283,11 @@ def held(folder: Path) -> Generator[None]:
         lock.release()
 
 
-def _holder(path: Path) -> str:
-    try:
-        who = json.loads(path.read_text())
-        return f"process {who['pid']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
 def require_own(folder: Path) -> None:
-    """Refuse to train where something else lies.
+    """Raise ValueError where something else lies, or stands in the place of a file of the run.
 
     A run goes into a folder that is new or empty, or where it was begun; other files beside those
     of a run that is at home there are left alone.
-
-    Raises:
-        ValueError: there are files of another origin, or a link, device or folder stands in the
-            place of one of the run's files.
     """
     try:
         entries = {path.name: path for path in folder.iterdir()}
@@ -336,18 +295,16 @@ def require_own(folder: Path) -> None:
         return
     except NotADirectoryError:
         raise ValueError(f"train: {folder} is a file. Name a folder for the run.") from None
-    for name in FILES:
-        if name in entries:
-            require_regular(entries[name])
+    for name in entries.keys() & set(FILES):
+        require_regular(entries[name])
     ours = entries.keys() & {CONFIG, CHECKPOINT, RESULT}
-    if not any(_is_ours(entries[name]) for name in ours):
-        foreign = sorted(n for n in entries if n != LOCK and not _LEFTOVER.fullmatch(n))
-        if foreign:
-            few = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
-            raise ValueError(
-                f"train: {folder} holds files that are not of a run ({few}). They are left as they "
-                "are; name a new folder."
-            )
+    foreign = sorted(n for n in entries if n != LOCK and not _LEFTOVER.fullmatch(n))
+    if foreign and not any(_is_ours(entries[name]) for name in ours):
+        few = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
+        raise ValueError(
+            f"train: {folder} holds files that are not of a run ({few}). They are left as they "
+            "are; name a new folder."
+        )
 
 
 def _is_ours(path: Path) -> bool:
@@ -363,20 +320,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# ---- config.json
-
-
-def write_plan(plan: Plan, folder: Path) -> None:
-    """Write `config.json`."""
-    save_json(plan.to_dict(), folder / CONFIG)
+# ---- config.json and metrics.jsonl
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """Read `config.json`; where it was lost, what the checkpoint knows of it; None without both.
-
-    Raises:
-        ValueError: the file is damaged, edited, or from another version.
-    """
+    """Read `config.json`; where it was lost, what the checkpoint knows of it; None without both."""
     path = folder / CONFIG
     if path.exists():
         values = load_json(
@@ -384,84 +332,45 @@ def read_plan(folder: Path) -> Plan | None:
         )
     elif (folder / CHECKPOINT).exists():
         path = folder / CHECKPOINT
-        values = cast("dict[str, Any]", load_checkpoint(path).get("plan", {}))
+        values = load_checkpoint(path).get("plan", {})
     else:
         return None
     try:
-        return Plan.from_dict(values)
+        return _build(Plan, values)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this version of spem. {error}") from error
 
 
 def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
-    """Refuse to continue one run with the config of another.
-
-    Raises:
-        ValueError: id or seed differ; the message names the fields.
-    """
+    """Raise ValueError where id or seed differ, with the fields that do."""
+    differing = f"belongs to seed {stored.seed}, this config has seed {asked.seed}"
     if stored.id != asked.id:
         fields = differing_fields(stored.identity, asked.identity)
-        raise ValueError(
-            f"train: {folder} belongs to run {stored.id}, this config is {asked.id} ({fields}). "
-            "Use another folder."
-        )
-    if stored.seed != asked.seed:
-        raise ValueError(
-            f"train: {folder} belongs to seed {stored.seed}, this config has seed {asked.seed}. "
-            "Use another folder."
-        )
-
-
-# ---- metrics.jsonl
+        differing = f"belongs to run {stored.id}, this config is {asked.id} ({fields})"
+    if (stored.id, stored.seed) != (asked.id, asked.seed):
+        raise ValueError(f"train: {folder} {differing}. Use another folder.")
 
 
 def write_metrics(history: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Rewrite `metrics.jsonl`, such as from a checkpoint's history: a last line may be torn."""
-    write_atomic(folder / METRICS, "".join(_json_line(line) for line in history).encode())
-
-
-def append_metrics(line: dict[str, Any], folder: Path) -> None:
-    """Add an epoch's line."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        try:
-            file.write(_json_line(line))
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = str(folder / METRICS)
-            raise
+    """Write `metrics.jsonl`, whole as every file of a run."""
+    lines = [json.dumps(line, allow_nan=False) + "\n" for line in history]
+    write_atomic(folder / METRICS, "".join(lines).encode())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read the epochs of a run folder; a torn last line, of a killed run, is left out."""
+    """Read the epochs of a run folder; raises ValueError for a damaged file."""
     path = folder / METRICS
     if not path.exists():
         return []
-    return _parse_metrics(read_regular(path), path)
-
-
-def _parse_metrics(content: bytes, path: Path) -> list[dict[str, Any]]:
-    lines = content.splitlines()
     epochs: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_regular(path).splitlines(), start=1):
         try:
-            values = json.loads(line)
-            if not isinstance(values, dict):
-                raise ValueError("no table")
-        except Exception as error:
-            if number == len(lines):
-                break
-            raise damaged(
-                path,
-                f"line {number} cannot be read ({error or type(error).__name__})",
-                "Go on with the run, which rewrites the file from its checkpoint.",
-            ) from error
-        epochs.append(cast("dict[str, Any]", values))
+            epochs.append({**json.loads(line)})
+        except Exception as error:  # RecursionError among others
+            finding = f"line {number} cannot be read ({error or type(error).__name__})"
+            remedy = "Go on with the run, which rewrites the file from its checkpoint."
+            raise damaged(path, finding, remedy) from error
     return epochs
-
-
-def _json_line(line: dict[str, Any]) -> str:
-    return json.dumps(line, allow_nan=False) + "\n"
 
 
 # ---- checkpoint.pt
@@ -476,34 +385,18 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    return unpack_checkpoint(read_regular(path), path)
-
-
-def unpack_checkpoint(content: bytes, path: Path) -> dict[str, Any]:
-    """Take apart the bytes of a file of `save_checkpoint`; the path is for messages.
-
-    Raises:
-        ValueError: the bytes are damaged.
-    """
+    """Read what `save_checkpoint` wrote, on the CPU; raises ValueError for a damaged file."""
+    content = read_regular(path)
     payload, footer = content[:-_FOOTER], content[-_FOOTER:]
     if footer != _MAGIC + hashlib.sha256(payload).digest():
-        raise damaged(
-            path, "its SHA-256 does not match", "Delete it to train this run from the start."
-        )
+        remedy = "Delete it to train this run from the start."
+        raise damaged(path, "its SHA-256 does not match", remedy)
     try:
-        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
         # The sum is right, so these bytes were written on purpose, by another program or version.
-        reason = str(error).partition("\n")[0]
-        raise damaged(
-            path, f"it cannot be read ({reason})", "Train into another folder."
-        ) from error
-    return cast("dict[str, Any]", state)
+        finding = f"it cannot be read ({str(error).partition(chr(10))[0]})"
+        raise damaged(path, finding, "Train into another folder.") from error
 
 
 # ---- model.safetensors
@@ -535,22 +428,20 @@ def start_from(model: ResNet, path: str, sha256: str | None) -> None:
             "config means, or set model.weights_sha256 to this sum."
         )
     try:
-        tensors = cast("dict[str, Tensor]", safetensors.load(content))
+        tensors = safetensors.load(content)
         kept = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
         missing, unexpected = model.load_state_dict(kept, strict=False)
+        lacking = [k for k in missing if not k.startswith("fc.") and ".attention." not in k]
+        if lacking or unexpected:
+            raise ValueError(
+                f"it lacks {lacking[0]}" if lacking else f"it also holds {unexpected[0]}"
+            )
     except Exception as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
             f"train: {path} does not fit the network: {reason.rstrip('.')}. Use weights of the "
             "same depth and block."
         ) from error
-    lacking = [k for k in missing if not k.startswith("fc.") and ".attention." not in k]
-    if lacking or unexpected:
-        raise ValueError(
-            f"train: {path} does not fit the network: it "
-            + (f"lacks {lacking[0]}." if lacking else f"also holds {unexpected[0]}.")
-            + " Use weights of the same depth and block."
-        )
 
 
 def save_weights(
@@ -563,19 +454,9 @@ def save_weights(
 ) -> None:
     """Write a network's weights as safetensors: equal weights of equal runs give equal files.
 
-    The metadata hold the config, what is known of the data, and a SHA-256 over all of it. Where the
-    data lay is nobody's business when the weights are passed on, so names of folders are cut to
-    their last part.
-
-    Args:
-        model: the network.
-        config: of the run.
-        path: the file.
-        data: what it was trained on.
-        impl: what ran its tails.
-
-    Raises:
-        ImportError: safetensors is not installed.
+    The metadata hold the config, what is known of the data and what ran the tails (`impl`), and a
+    SHA-256 over all of it. Where the data lay is nobody's business when the weights are passed on,
+    so names of folders are cut to their last part.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="save_weights")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -583,22 +464,23 @@ def save_weights(
     published["data"] |= {"root": None, "name": Path(config.data.name).name}
     if config.model.weights is not None:
         published["model"]["weights"] = Path(config.model.weights).name
-    about: dict[str, Any] = {"impl": impl, "data": None}
-    if data is not None:
-        about["data"] = {**dataclasses.asdict(data), "name": Path(data.name).name}
+    trained_on = data and {**asdict(data), "name": Path(data.name).name}
+    about = {"impl": impl, "data": trained_on}
     texts = {"config": canonical_json(published).decode(), "about": canonical_json(about).decode()}
     metadata = {"format": "pt", **texts, "sha256": _weights_sum(tensors, texts)}
-    write_atomic(Path(path), _sorted_header(safetensors.save(tensors, metadata)))
-
-
-def _sorted_header(content: bytes) -> bytes:
-    """The same safetensors file with the metadata in order; the library writes them in any."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    content = safetensors.save(tensors, metadata)
+    # The library writes the metadata in any order.
+    length, header = _header(content)
+    header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+    write_atomic(Path(path), len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def _header(content: bytes) -> tuple[int, dict[str, Any]]:
+    """Length and content of the header of a safetensors file."""
+    length = int.from_bytes(content[:8], "little")
+    return length, json.loads(content[8 : 8 + length])
 
 
 def read_weights(path: Path) -> Weights:
@@ -608,7 +490,6 @@ def read_weights(path: Path) -> Weights:
 
     Raises:
         ValueError: the file is damaged or was not written by `save_weights`.
-        ImportError: safetensors is not installed.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="reading weights")
     path = Path(path)
@@ -616,8 +497,7 @@ def read_weights(path: Path) -> Weights:
     remedy = "Fetch it again, or train it again."
     try:
         tensors = cast("dict[str, Tensor]", safetensors.load(content))
-        length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        metadata = _header(content)[1].get("__metadata__") or {}
     except Exception as error:  # safetensors has its own exception types for broken files
         raise damaged(path, f"it is not a whole safetensors file ({error})", remedy) from error
     texts = {name: metadata[name] for name in ("config", "about") if name in metadata}
@@ -629,8 +509,7 @@ def read_weights(path: Path) -> Weights:
     try:
         config = RunConfig.from_dict(json.loads(texts["config"]))
         about = json.loads(texts.get("about", "{}"))
-        stored = about.get("data")
-        data = stored and dacite.from_dict(DataIdentity, stored, dacite.Config(cast=[tuple]))
+        data = about.get("data") and _build(DataIdentity, about["data"])
         network = _fitting(config, tensors, data)
     except Exception as error:
         # The sum is right, so this was written on purpose, by another program or version.
@@ -671,8 +550,7 @@ def _numbers(value: Any) -> Generator[float]:
 def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
     """SHA-256 over the texts and over name, dtype, shape and bytes of every tensor, by name."""
     digest = hashlib.sha256("".join(texts.values()).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -681,30 +559,19 @@ def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 # ---- result.json
 
 
-def write_result(result: Result, folder: Path) -> None:
-    """Write `result.json`, which declares the run finished, with the sums of what stays."""
-    values = {**dataclasses.asdict(result), "files": _sums(folder)}
-    save_json(values, folder / RESULT)
+def write_result(result: dict[str, Any], folder: Path) -> None:
+    """Write `result.json`, which declares the run finished, with the sums of what stays.
 
-
-def write_error(config: RunConfig, message: str, folder: Path) -> None:
-    """Write `result.json` of a run that ends in an error whenever it is trained."""
-    values = {"id": config.id, "seed": config.seed, "error": message, "files": _sums(folder)}
-    save_json(values, folder / RESULT)
-
-
-def _sums(folder: Path) -> dict[str, str]:
+    It holds the fields of `Result`; or id, seed and error of a run that always ends in that error.
+    """
     staying = (folder / name for name in (CONFIG, METRICS, WEIGHTS))
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in staying if p.exists()}
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in staying if p.exists()}
+    save_json({**result, "files": sums}, folder / RESULT)
 
 
-def _require_sum(path: Path, content: bytes, sums: dict[str, str]) -> None:
-    if sums.get(path.name) != hashlib.sha256(content).hexdigest():
-        raise damaged(
-            path,
-            "it is not the file that result.json was written for",
-            "Delete the folder to train the run again.",
-        )
+def _require_sum(path: Path, sums: dict[str, str]) -> None:
+    if sums.get(path.name) != hashlib.sha256(read_regular(path)).hexdigest():
+        raise damaged(path, "it is not the file that result.json was written for", _AGAIN)
 
 
 def read_result(folder: Path) -> Result | None:
@@ -722,7 +589,7 @@ def _read_result(folder: Path) -> tuple[Result | None, str | None, dict[str, str
     try:
         if "error" in values:
             return None, str(values["error"]), dict(values["files"])
-        result = Result.from_dict(values)
+        result = _build(Result, values)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of spem ({error}). {remedy}") from error
     return result, None, result.files
@@ -745,12 +612,11 @@ def read_run(folder: str | Path) -> Run:
     if result is not None and (result.id, result.seed) != (plan.config.id, plan.config.seed):
         raise ValueError(
             f"{folder}: {RESULT} is of run {result.id}, seed {result.seed}, and {CONFIG} of run "
-            f"{plan.config.id}, seed {plan.config.seed}. Delete the folder to train the run again."
+            f"{plan.config.id}, seed {plan.config.seed}. {_AGAIN}"
         )
     for name in sums.keys() & {CONFIG, METRICS}:
-        path = folder / name
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing. Delete the folder to train the run again.")
-        _require_sum(path, read_regular(path), sums)
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing. {_AGAIN}")
+        _require_sum(folder / name, sums)
     epochs = read_metrics(folder)
     return Run(**vars(plan), folder=folder, result=result, error=error, epochs=epochs)

@@ -19,7 +19,8 @@ from spem.attention import attention_parameters, learned_mixes
 from spem.cost import count
 from spem.data import NORMALISATION, ImageSet, normalise
 from spem.extras import require
-from spem.models import blocks, start_branches
+from spem.files import save_json
+from spem.models import ResNet, blocks, start_branches
 from spem.ops import use_impl
 from spem.seeding import initialise
 from spem.training.capture import CapturedStep
@@ -35,26 +36,24 @@ from spem.training.evaluation import (
 )
 from spem.training.folder import (
     CHECKPOINT,
+    CONFIG,
+    RESULT,
     WEIGHTS,
     DataIdentity,
     Plan,
     Result,
-    append_metrics,
     build_network,
     held,
+    load_checkpoint,
     now,
     read_plan,
-    read_result,
     read_run,
     require_own,
     require_same_run,
     save_checkpoint,
     save_weights,
     start_from,
-    unpack_checkpoint,
-    write_error,
     write_metrics,
-    write_plan,
     write_result,
 )
 from spem.training.progress import Progress, Silent, Status, choose_progress
@@ -118,71 +117,46 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
         else:
             progress = Silent()
         team.alone(partial(require_own, folder))
-        result = _finished(config, folder, team, progress)
-        if result is not None:
-            return result
-        # Before the folder is made: where the images lack there is nothing to train.
-        sets = load_sets(config.data, config.seed)
-        team.require_same("images", [sets.train.sha256, sets.test.sha256])
-        team.alone(lambda: until.enter_context(held(folder)))
-        result = _finished(config, folder, team, progress)  # by another process, meanwhile
-        if result is not None:
-            return result
-        plan = Plan.from_dict(team.lead(lambda: _plan(config, folder, sets, progress, team.size)))
-        try:
-            with execution(plan.runtime, team.device(plan.runtime.device)) as device:
-                return _Training(plan, folder, sets, device, stop, team, progress).run()
-        except FloatingPointError as error:
-            if team.leads:
-                write_error(config, str(error), folder)
-            raise
+        finished = partial(_finished, config, folder)
+        result = team.lead(finished)
+        if result is None:
+            # Before the folder is made: where the images lack there is nothing to train.
+            sets = load_sets(config.data, config.seed)
+            team.require_same("images", [sets.train.sha256, sets.test.sha256])
+            team.alone(lambda: until.enter_context(held(folder)))
+            result = team.lead(finished)  # by another process, meanwhile
+            if result is None:
+                plan = team.lead(lambda: _plan(config, folder, sets, progress, team.size))
+                with execution(plan.runtime, team.device(plan.runtime.device)) as device:
+                    return _Training(plan, folder, sets, device, stop, team, progress).run()
+        progress.message(f"finished on {result.date}, so nothing is trained: {folder}")
+        return result
 
 
-def _finished(config: RunConfig, folder: Path, team: Team, progress: Progress) -> Result | None:
-    """The result of this very run, if the folder holds it.
-
-    Raises:
-        ValueError: the folder holds another run, or a damaged file.
-        FloatingPointError: the run has diverged.
-    """
-
-    def look() -> dict[str, Any] | None:
-        if not (folder / "result.json").exists():
-            return None
-        run = read_run(folder)
-        require_same_run(run.config, config, folder)
-        if run.error is not None:
-            raise FloatingPointError(f"{run.error} (Trained before, in {folder}.)")
-        assert run.result is not None
-        return asdict(run.result)
-
-    found = team.lead(look)
-    if found is None:
+def _finished(config: RunConfig, folder: Path) -> Result | None:
+    """The result of this very run, if the folder holds it; raises the error of a diverged one."""
+    if not (folder / RESULT).exists():
         return None
-    result = Result.from_dict(found)
-    progress.message(f"finished on {result.date}, so nothing is trained: {folder}")
-    return result
+    run = read_run(folder)
+    require_same_run(run.config, config, folder)
+    if run.error is not None:
+        raise FloatingPointError(f"{run.error} (Trained before, in {folder}.)")
+    return run.result
 
 
-def _plan(
-    config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int
-) -> dict[str, Any]:
+def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int) -> Plan:
     """Resolve what a config leaves open, or take over how the folder's run was planned.
 
-    Several processes take their steps eagerly, and each on a device of its own: a run that one
-    process planned otherwise goes on so.
+    Several processes step eagerly, each on a device of its own, also in a run begun otherwise.
     """
-    data = DataIdentity.of(config.data.name, sets.train, sets.test)
+    train, test = sets.train, sets.test
+    data = DataIdentity(config.data.name, train.classes, train.sha256, test.sha256)
     stored = read_plan(folder)
     begun = (folder / CHECKPOINT).exists()
     runtime = config.runtime
     if stored is not None:
         require_same_run(stored.config, config, folder)
-        if (stored.data.train_sha256, stored.data.test_sha256, stored.data.classes) != (
-            data.train_sha256,
-            data.test_sha256,
-            data.classes,
-        ):
+        if replace(stored.data, name=data.name) != data:
             raise ValueError(
                 f"train: the images differ from those that the run in {folder} was begun on "
                 f"({stored.data.train_sha256[:10]} -> {data.train_sha256[:10]}, "
@@ -203,8 +177,7 @@ def _plan(
         if processes > 1 and config.runtime.step in ("auto", "eager"):
             runtime = replace(runtime, step="eager", device=runtime.device.partition(":")[0])
     try:
-        attention = config.model.attention != "none"
-        runtime = _resolved(runtime, processes, attention=attention)
+        runtime = _resolved(runtime, processes, attention=config.model.attention != "none")
     except ValueError as error:
         if not begun:
             raise
@@ -218,8 +191,8 @@ def _plan(
     }
     earlier = stored.starts if stored is not None and begun else []
     plan = Plan(config, runtime, data, [*earlier, start])
-    write_plan(plan, folder)
-    return plan.to_dict()
+    save_json(plan.to_dict(), folder / CONFIG)
+    return plan
 
 
 def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) -> RuntimeConfig:
@@ -254,6 +227,17 @@ def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True)
     return replace(settled, impl=choose_impl(settled, kind, attention=attention).impl)
 
 
+def _starting_network(config: RunConfig, classes: int) -> ResNet:
+    """The network before the first step, on the CPU."""
+    model, start = build_network(config, classes), config.model
+    initialise(model, config.seed, scope=start.init_scope)
+    if start.weights is not None:
+        start_from(model, start.weights, start.weights_sha256)
+    if start.branch_start is not None:
+        start_branches(model, start.branch_start)
+    return model
+
+
 @dataclass
 class _State:
     """Where a run stands: everything of a checkpoint but model and optimiser."""
@@ -284,27 +268,21 @@ class _Training:
         progress: Progress,
     ) -> None:
         self.plan, self.config, self.runtime = plan, plan.config, plan.runtime
-        config, runtime = self.config, self.runtime
         self.folder, self.device, self.stop, self.team = folder, device, stop, team
-        self.progress = progress
-        self.sets = sets.to(device)
-        model = build_network(config, classes=len(sets.train.classes))
-        initialise(model, config.seed, scope=config.model.init_scope)
-        if config.model.weights is not None:
-            start_from(model, config.model.weights, config.model.weights_sha256)
-        if config.model.branch_start is not None:
-            start_branches(model, config.model.branch_start)
+        self.progress, self.sets = progress, sets.to(device)
+        optim, runtime = self.config.optim, self.runtime
+        model = _starting_network(self.config, classes=len(sets.train.classes))
         self.format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
-        require_batches(self.model, len(sets.train), config.optim.batch)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        require_batches(self.model, len(sets.train), optim.batch)
+        self.optimizer = make_optimizer(self.model, optim)
         if team.size > 1:
-            self.take_step = shared_step(self.model, self.optimizer, config.optim, runtime, team)
+            self.take_step = shared_step(self.model, self.optimizer, optim, runtime, team)
         else:
-            self.take_step = make_step(self.model, self.optimizer, config.optim, runtime)
+            self.take_step = make_step(self.model, self.optimizer, optim, runtime)
         self.mixes = learned_mixes(self.model)
         self.blocks = [name for name, _ in blocks(self.model)]
-        self.steps = math.ceil(len(sets.train) / config.optim.batch)
+        self.steps = math.ceil(len(sets.train) / optim.batch)
         self.state = _State(self._zero_sums())
         self.saved_at = time.monotonic()
 
@@ -317,35 +295,27 @@ class _Training:
             rate = set_rate(self.optimizer, optim, state.epoch)
             self._train_epoch()
             line = self.team.lead(partial(self._epoch_line, rate, self._totals()))
-            state.history.append(line)
-            state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
-            state.sums = self._zero_sums()
+            history = [*state.history, line]
+            state = self.state = _State(self._zero_sums(), state.epoch + 1, history=history)
             self._save()
             if self.team.leads:
-                append_metrics(line, self.folder)
+                write_metrics(history, self.folder)
             self.progress.epoch(line, optim.epochs)
-            if self._asked_to_stop() and state.epoch < optim.epochs:
-                raise self.stop.interruption(f"after epoch {state.epoch}", self._go_on())
-        result = self.team.lead(lambda: asdict(self._finish()))
-        if self._asked_to_stop():
+            if self.team.agree(self.stop)[0] and state.epoch < optim.epochs:
+                raise self._interruption(f"after epoch {state.epoch}")
+        result = self.team.lead(self._finish)
+        if self.team.agree(self.stop)[0]:
             raise self.stop.interruption("after its last epoch", "The result is written.")
-        return Result.from_dict(result)
-
-    def _asked_to_stop(self) -> bool:
-        return self.team.agree(self.stop, False)[0]
+        return result
 
     def _train_epoch(self) -> None:
         """Take the missing steps of the current epoch, without waiting for the device between."""
         config, state = self.config, self.state
+        data, seed, batch = config.data, config.seed, config.optim.batch
         before = lambdas(self.model)
         started, carried, first = time.monotonic(), state.seconds, state.step
         for images, labels in epoch_batches(
-            self.sets.train,
-            config.data,
-            config.seed,
-            state.epoch,
-            batch=config.optim.batch,
-            first=first,
+            self.sets.train, data, seed, state.epoch, batch=batch, first=first
         ):
             output = self.take_step(self._normalised(images), labels)
 
@@ -364,16 +334,19 @@ class _Training:
             if stop or due:
                 self._save()
             if stop:
-                raise self._interruption()
+                raise self._interruption(self._place())
             if self.progress.due():
                 self.progress.step(self._status(state.step - first, time.monotonic() - started))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         state.seconds = carried + time.monotonic() - started
 
-    def _interruption(self) -> Interrupted:
-        where = f"in epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps}"
-        return self.stop.interruption(where, self._go_on())
+    def _place(self) -> str:
+        return f"in epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps}"
+
+    def _interruption(self, where: str) -> Interrupted:
+        again = "run the same command again to go on from there"
+        return self.stop.interruption(where, f"The checkpoint lies in {self.folder}; {again}.")
 
     def _normalised(self, images: Tensor) -> Tensor:
         mean, std = NORMALISATION[self.config.data.normalisation]
@@ -403,7 +376,7 @@ class _Training:
         def stop_if_asked() -> None:
             if self.stop.received:
                 self._write_checkpoint(sums)
-                raise self._interruption()
+                raise self._interruption(self._place())
 
         started = time.monotonic()
         test = self._evaluate(self.sets.test, stop_if_asked)
@@ -433,32 +406,22 @@ class _Training:
             }
             for (name, mix), change in zip(self.mixes, sums["change"].tolist(), strict=True)
         }
-        norms = sums["gradients"].tolist()
-        line["gradients"] = dict(zip(self.blocks, norms, strict=True))
+        line["gradients"] = dict(zip(self.blocks, sums["gradients"].tolist(), strict=True))
         return line
 
     def _evaluate(self, images: ImageSet, between: Callable[[], None]) -> Accuracy:
+        normalisation = self.config.data.normalisation
         with use_impl(evaluation_impl(self.runtime.impl)):
-            return evaluate(
-                self.model,
-                images,
-                normalisation=self.config.data.normalisation,
-                between=between,
-            )
-
-    def _go_on(self) -> str:
-        return (
-            f"The checkpoint lies in {self.folder}; run the same command again to go on from there."
-        )
+            return evaluate(self.model, images, normalisation=normalisation, between=between)
 
     def _finish(self) -> Result:
         """Write weights and result, and take the checkpoint away."""
         impl = self.runtime.impl
         path = self.folder / WEIGHTS
         save_weights(self.model, self.config, path, data=self.plan.data, impl=impl)
-        write_result(self._result(), self.folder)
+        write_result(asdict(self._result()), self.folder)
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        result = read_result(self.folder)
+        result = read_run(self.folder).result
         assert result is not None
         return result
 
@@ -511,8 +474,8 @@ class _Training:
 
     def _totals(self) -> dict[str, Tensor]:
         """The epoch's sums over all processes."""
-        total = self.team.total
-        return {k: total(v) if k in DIVIDED else v for k, v in self.state.sums.items()}
+        sums = self.state.sums
+        return {k: self.team.total(v) if k in DIVIDED else v for k, v in sums.items()}
 
     def _write_checkpoint(self, sums: dict[str, Tensor]) -> None:
         self._require_finite("training loss", float(sums["loss"]))
@@ -531,41 +494,36 @@ class _Training:
         """Go to where the checkpoint stands, if there is one."""
         path = self.folder / CHECKPOINT
         # The first process reads for all: another machine need not have the folder.
-        stored = self.team.share(lambda: path.read_bytes() if path.exists() else b"")
-        if stored:
-            content = unpack_checkpoint(stored, path)
-            require_same_run(Plan.from_dict(content["plan"]).config, self.config, self.folder)
+        content = self.team.lead(lambda: load_checkpoint(path) if path.exists() else None)
+        if content is not None:
+            require_same_run(
+                RunConfig.from_dict(content["plan"]["config"]), self.config, self.folder
+            )
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
-            names = vars(self.state).keys()
-            self.state = _State(**{name: content[name] for name in names})
+            self.state = _State(**{name: content[name] for name in vars(self.state)})
             self.state.sums = {k: v.to(self.device) for k, v in self.state.sums.items()}
             if not self.team.leads:
                 for name in DIVIDED:
                     self.state.sums[name].zero_()
-            self.progress.message(
-                f"resuming in epoch {self.state.epoch + 1} after step {self.state.step}"
-            )
+            self.progress.message(f"resuming {self._place()}")
         if self.team.leads:
             write_metrics(self.state.history, self.folder)
 
     def _require_finite(self, name: str, value: float) -> None:
-        """Refuse to go on with a number that is infinite or NaN.
-
-        Raises:
-            FloatingPointError: the message says where, what the norm layers look like, and where
-                the last good checkpoint lies.
-        """
+        """Raise FloatingPointError, and end the run so, for infinity and NaN."""
         if math.isfinite(value):
             return
-        checkpoint, rate = self.folder / CHECKPOINT, self.optimizer.param_groups[0]["lr"]
-        good = "There is no checkpoint yet"
-        if checkpoint.exists():
-            good = f"The last good checkpoint is {checkpoint}"
-        raise FloatingPointError(
+        path, rate = self.folder / CHECKPOINT, self.optimizer.param_groups[0]["lr"]
+        there = path.exists()
+        good = f"The last good checkpoint is {path}" if there else "There is no checkpoint yet"
+        said = (
             f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
             f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
         )
+        failed = {"id": self.config.id, "seed": self.config.seed, "error": said}
+        write_result(failed, self.folder)
+        raise FloatingPointError(said)
 
     def _status(self, steps_now: int, seconds_now: float) -> Status:
         state, config = self.state, self.config
@@ -585,15 +543,15 @@ class _Training:
 
     def _zero_sums(self) -> dict[str, Tensor]:
         """The sums of an epoch before its first step."""
-        device = self.device
-        real = torch.float32 if device.type == "mps" else torch.float64
-        return {
-            "loss": torch.zeros((), dtype=real, device=device),
-            "penalty": torch.zeros((), dtype=real, device=device),
-            "correct": torch.zeros((), dtype=torch.int64, device=device),
-            "change": torch.zeros(len(self.mixes), dtype=real, device=device),
-            "gradients": torch.zeros(len(self.blocks), dtype=real, device=device),
+        real = torch.float32 if self.device.type == "mps" else torch.float64
+        sums = {
+            "loss": torch.zeros((), dtype=real),
+            "penalty": torch.zeros((), dtype=real),
+            "correct": torch.zeros((), dtype=torch.int64),
+            "change": torch.zeros(len(self.mixes), dtype=real),
+            "gradients": torch.zeros(len(self.blocks), dtype=real),
         }
+        return {name: total.to(self.device) for name, total in sums.items()}
 
 
 def best_line(history: list[dict[str, Any]]) -> dict[str, Any]:

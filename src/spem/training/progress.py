@@ -9,9 +9,6 @@ from typing import Any, Protocol, TextIO
 
 from spem.extras import require
 
-PLAIN_SECONDS = 30.0
-LIVE_SECONDS = 0.2
-
 
 @dataclass(frozen=True)
 class Status:
@@ -31,10 +28,8 @@ class Status:
         """One line for people."""
         parts = [f"epoch {self.epoch + 1}/{self.epochs}", f"step {self.step}/{self.steps}"]
         if self.last is not None:
-            parts += [
-                f"loss {self.last['loss']:.3f}",
-                f"accuracy {self.last['test_accuracy']:.2f} %",
-            ]
+            accuracy = f"accuracy {self.last['test_accuracy']:.2f} %"
+            parts += [f"loss {self.last['loss']:.3f}", accuracy]
         parts += [f"{self.images_per_second:.0f} images/s", f"{duration(self.seconds_left)} left"]
         return ", ".join(parts)
 
@@ -44,115 +39,92 @@ class Progress(Protocol):
 
     def due(self) -> bool:
         """Whether it is time for another `step`."""
-        ...
-
-    def step(self, status: Status) -> None:
-        """Progress within an epoch."""
-        ...
-
-    def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """An epoch is complete; `line` is its line of `metrics.jsonl`."""
-        ...
-
-    def message(self, text: str) -> None:
-        """Something worth a line of its own."""
-        ...
-
-    def close(self) -> None:
-        """The run has ended, in whatever way."""
-        ...
-
-
-class Silent:
-    """No progress at all."""
-
-    def due(self) -> bool:
-        """Never."""
         return False
 
     def step(self, status: Status) -> None:
-        """Nothing."""
+        """Progress within an epoch."""
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Nothing."""
+        """An epoch is complete; `line` is its line of `metrics.jsonl`."""
 
     def message(self, text: str) -> None:
-        """Nothing."""
+        """Something worth a line of its own."""
 
     def close(self) -> None:
-        """Nothing."""
+        """The run has ended, in whatever way."""
 
 
-class PlainLines:
-    """A line an epoch and one every half minute, for logs and pipes."""
+class Silent(Progress):
+    """No progress at all."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._next = time.monotonic() + PLAIN_SECONDS
+
+class Lines(Progress):
+    """Text for people; what shows it is said by `show` and `message`."""
+
+    seconds: float
+    """Between two reports within an epoch."""
+    _next = 0.0
 
     def due(self) -> bool:
-        """Every half minute."""
+        """Whether `seconds` have passed since the last report."""
         return time.monotonic() >= self._next
 
     def step(self, status: Status) -> None:
-        """Print the status."""
-        self.show(status.epoch, status.epochs, status.text)
+        """Show the status."""
+        done, total = status.epoch * status.steps + status.step, status.epochs * status.steps
+        self.show(done, total, status.text)
 
     def show(self, done: float, total: float, text: str) -> None:
-        """Print the text; the next one is due half a minute later."""
-        self._next = time.monotonic() + PLAIN_SECONDS
-        self.message(text)
+        """Show that `done` of `total` is done, with a text; the next one is due in a while."""
+        self._next = time.monotonic() + self.seconds
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Print the epoch's figures."""
-        self._next = time.monotonic() + PLAIN_SECONDS
-        self.message(epoch_text(line, epochs))
+        """Show the epoch's figures."""
+        self._next = time.monotonic() + self.seconds
+        self.message(
+            f"epoch {line['epoch'] + 1}/{epochs}: rate {line['lr']:.3g}, loss {line['loss']:.4f}, "
+            f"train {line['train_accuracy']:.2f} %, test {line['test_accuracy']:.2f} % "
+            f"(best {line['best_test_accuracy']:.2f} %), {line['images_per_second']:.0f} images/s"
+        )
+
+
+class PlainLines(Lines):
+    """A line an epoch and one every half minute, for logs and pipes."""
+
+    seconds = 30.0
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._next = time.monotonic() + self.seconds
+
+    def show(self, done: float, total: float, text: str) -> None:
+        """Print the text."""
+        super().show(done, total, text)
+        self.message(text)
 
     def message(self, text: str) -> None:
         """Print the text."""
         self._stream.write(text + "\n")
         self._stream.flush()
 
-    def close(self) -> None:
-        """Nothing to do."""
 
-
-class LiveBar:
+class LiveBar(Lines):
     """A bar that moves in place, for terminals."""
 
+    seconds = 0.2
+
     def __init__(self) -> None:
-        console = require("rich.console", extra="train", purpose="live progress").Console(
-            stderr=True
-        )
+        console = require("rich.console", extra="train", purpose="live progress")
         bars = require("rich.progress", extra="train", purpose="live progress")
-        self._bar = bars.Progress(
-            bars.BarColumn(bar_width=24),
-            bars.TaskProgressColumn(),
-            bars.TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-        )
+        columns = bars.BarColumn(24), bars.TaskProgressColumn(), "{task.description}"
+        self._bar = bars.Progress(*columns, console=console.Console(stderr=True), transient=True)
         self._task = self._bar.add_task("starting", total=None)
         self._bar.start()
-        self._next = 0.0
-
-    def due(self) -> bool:
-        """Five times a second."""
-        return time.monotonic() >= self._next
-
-    def step(self, status: Status) -> None:
-        """Move the bar."""
-        done, total = status.epoch * status.steps + status.step, status.epochs * status.steps
-        self.show(done, total, status.text)
 
     def show(self, done: float, total: float, text: str) -> None:
-        """Move the bar to `done` of `total`, with a text beside it."""
-        self._next = time.monotonic() + LIVE_SECONDS
+        """Move the bar."""
+        super().show(done, total, text)
         self._bar.update(self._task, completed=done, total=total, description=text)
-
-    def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Print the epoch's figures above the bar."""
-        self.message(epoch_text(line, epochs))
 
     def message(self, text: str) -> None:
         """Print the text above the bar."""
@@ -166,15 +138,6 @@ class LiveBar:
 def choose_progress() -> LiveBar | PlainLines:
     """A live bar where standard error is a terminal, plain lines otherwise."""
     return LiveBar() if sys.stderr.isatty() else PlainLines()
-
-
-def epoch_text(line: dict[str, Any], epochs: int) -> str:
-    """One line for people on a finished epoch."""
-    return (
-        f"epoch {line['epoch'] + 1}/{epochs}: rate {line['lr']:.3g}, loss {line['loss']:.4f}, "
-        f"train {line['train_accuracy']:.2f} %, test {line['test_accuracy']:.2f} % "
-        f"(best {line['best_test_accuracy']:.2f} %), {line['images_per_second']:.0f} images/s"
-    )
 
 
 def duration(seconds: float) -> str:

@@ -36,8 +36,7 @@ def load_sets(data: DataConfig, seed: int = 0) -> Sets:
 
     Both are fixed choices that do not depend on the run's seed, unless `limit_seed` asks for it.
     """
-    train = _loaded(data, "train", data.sha256)
-    validation = None
+    train, validation = _loaded(data, "train", data.sha256), None
     if data.val:
         train, validation = hold_out(train, data.val)
     train = _limited(train, data.limit, "limit", seed if data.limit_seed else 0)
@@ -56,15 +55,8 @@ def load_test(data: DataConfig) -> ImageSet:
 
 
 def _loaded(data: DataConfig, split: Split, sha256: str | None) -> ImageSet:
-    return load_images(
-        data.name,
-        split,
-        root=data.root,
-        size=data.size,
-        test=data.test,
-        skip_broken=data.skip_broken,
-        sha256=sha256,
-    )
+    how = {name: getattr(data, name) for name in ("root", "size", "test", "skip_broken")}
+    return load_images(data.name, split, sha256=sha256, **how)
 
 
 def _limited(images: ImageSet, limit: int | None, purpose: str, seed: int = 0) -> ImageSet:
@@ -99,11 +91,7 @@ def epoch_batches(
 
 
 def require_batches(model: nn.Module, images: int, batch: int) -> None:
-    """Refuse before the first step what would fail at the last one of the epoch.
-
-    Raises:
-        ValueError: the smallest batch of an epoch is too small for a module's batch statistics.
-    """
+    """Raise ValueError before the first step for what would fail at the last one of the epoch."""
     smallest = images % batch or batch
     for module in model.modules():
         if isinstance(module, ChannelAttention) and smallest < module.needs.batch:

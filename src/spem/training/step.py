@@ -11,7 +11,6 @@ import math
 import os
 import platform
 from collections.abc import Callable, Generator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +38,9 @@ def make_step(
         optim: gives the coefficient of the penalty.
         runtime: gives precision, and whether forward and loss are compiled, or the whole step is
             captured as a CUDA graph.
-
-    Raises:
-        ValueError: "graph" off CUDA.
     """
     device = next(model.parameters()).device
-    if runtime.step == "auto":
-        runtime = replace(runtime, step="graph" if device.type == "cuda" else "eager")
     forward = make_forward(model, runtime)
-
     if runtime.step == "compile":
         # Every run compiles this function again; without a reset the compilations of a comparison's
         # networks add up to dynamo's limit for one function.
@@ -64,7 +57,6 @@ def make_step(
 
     if runtime.step != "graph":
         return step
-    require_cuda(device.type)
     return capture.CapturedStep(step, model, optimizer, capture.CudaCapturer(device))
 
 
@@ -86,11 +78,7 @@ def make_forward(
 
 
 def require_cuda(device: str) -> None:
-    """Refuse `step="graph"` on a device without CUDA graphs.
-
-    Raises:
-        ValueError: the device is not CUDA.
-    """
+    """Raise ValueError for `step="graph"` on a device without CUDA graphs."""
     if device != "cuda":
         raise ValueError(
             f"train: runtime.step='graph' captures the step as a CUDA graph, which {device!r} does "
@@ -132,11 +120,7 @@ def decay(optim: OptimConfig, epoch: int) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, epoch: int) -> float:
-    """Set the rates of an epoch; a function of the epoch alone, so a resumed run cannot lose it.
-
-    Returns:
-        The rate of the parameters without one of their own.
-    """
+    """Set the rates of an epoch, by the epoch alone, and return the common one."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * decay(optim, epoch)
     return optim.lr * decay(optim, epoch)
@@ -182,13 +166,8 @@ def map_dtypes(runtime: RuntimeConfig) -> tuple[torch.dtype, ...]:
 def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) -> Choice:
     """Decide the implementation of all tails of a run, in training and evaluation alike.
 
-    Args:
-        runtime: gives precision and step, and the implementation asked for.
-        device: type of the run's device.
-        attention: whether the network has any.
-
     Raises:
-        ValueError: an implementation was asked for that cannot run for every dtype that will occur.
+        ValueError: one was asked for that cannot run for every dtype that will occur.
     """
     graph = attention and runtime.step == "graph"
     choices = [
@@ -247,10 +226,10 @@ def stored_impl(
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next allocation; for processes that train on a CPU.
 
-    By default glibc takes each feature map as fresh pages from the kernel and gives them back as
-    soon as the map is freed, so every step pays for clearing hundreds of megabytes again. Kept, the
-    process stays at its highest size until it ends. Results do not depend on it. It concerns the
-    whole process and cannot be undone, so the commands call it and the library does not.
+    By default glibc takes each feature map as fresh pages from the kernel and gives them back when
+    it is freed, so every step pays for clearing hundreds of megabytes again. Kept, the process
+    stays at its highest size until it ends. It concerns the whole process and cannot be undone, so
+    the commands call it and the library does not.
 
     Returns:
         Whether it took effect; not with another C library than glibc.
