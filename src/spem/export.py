@@ -28,7 +28,6 @@ from spem.ops import use_impl
 from spem.version import __version__
 
 __all__ = [
-    "ConstantStart",
     "Difference",
     "Exported",
     "Session",
@@ -39,7 +38,6 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound=nn.Module)
-
 Precision = Literal["fp32", "fp16"]
 
 TOLERANCE: dict[str, float] = {"fp32": 1e-3, "fp16": 3e-2}
@@ -47,12 +45,9 @@ TOLERANCE: dict[str, float] = {"fp32": 1e-3, "fp16": 3e-2}
 float32 it is some 1e-6 as a rule; gates that divide by the deviation of a plane go further."""
 
 _STEP = 32
-"""Pixels by which the second size differs in height, and twice that in width: hosts take
-multiples."""
-
+"""Pixels by which the second height differs, and half of those of the second width."""
 _OLDEST = 7
 """The oldest version of ONNX's operators that onnxruntime runs."""
-
 _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself is that sensitive."
 
 
@@ -110,10 +105,9 @@ def to_onnx(
 
     A copy in evaluation mode on the CPU is exported; the network stays as it is. The alpha of an
     identity start and the lambda of a learned mix become constants; where alpha is 0 the
-    attention is left out, which changes no output. Tails are composed of ONNX's standard operators.
-    The graph runs in onnxruntime beside the network in PyTorch: on the example, on a second batch
-    if the batch is dynamic, and on a second height and width if they are. The file appears whole,
-    after that.
+    attention is left out, which changes no output. Tails are composed of standard operators. The
+    graph runs beside the network in PyTorch: on the example, on a second batch if the batch is
+    dynamic, and on a second height and width if they are. The file appears whole, after that.
 
     Shape:
         input: [N, C, H, W], as the network takes it; outputs are the tensors that it returns.
@@ -135,9 +129,6 @@ def to_onnx(
         metadata: Entries of the file's metadata, beside ``spem_version``, ``spem_attention`` and
             ``spem_precision``.
 
-    Returns:
-        Operators, size and differences of the file.
-
     Raises:
         ImportError: The extra ``export`` is not installed.
         FileNotFoundError: There is no such folder.
@@ -146,51 +137,63 @@ def to_onnx(
             network that cannot be exported so; a graph whose outputs differ from the network's. No
             file is written then.
     """
-    target = _target(model, path, precision, opset)
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package, extra="export", purpose="to_onnx")
+    onnx: Any = require("onnx", extra="export", purpose="to_onnx")
+    name, target = type(model).__name__, Path(path)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")
+    if precision not in get_args(Precision):
+        raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
+    newest: int = onnx.defs.onnx_opset_version()
+    if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
+        raise ValueError(
+            f"to_onnx: opset={opset!r} is no integer from {_OLDEST} to {newest}. Leave it out."
+        )
+    require_regular(target, missing_ok=True)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
     if dynamic_size:
-        refuse_fixed_sizes(model)
+        _refuse_fixed_sizes(model)
     x = _example(model, input_shape if example is None else example)
     network, given = constant_start(model).cpu().float(), x
     if precision == "fp16":
         network, given = network.half(), x.half()
-    program = capture(network, given, batch=dynamic_batch, size=dynamic_size)
-    proto = _converted(program, opset, type(model).__name__)
-    clean(proto)
-    about = {
-        "spem_version": __version__,
-        "spem_attention": _attention(network),
-        "spem_precision": precision,
-    }
-    for key, value in {**about, **(metadata or {})}.items():
+    program = _captured(network, given, batch=dynamic_batch, size=dynamic_size)
+    proto, written = _converted(program, opset, name)
+    _clean(proto.graph)
+    about = {"version": __version__, "attention": _attention(network), "precision": precision}
+    for key, value in ({f"spem_{k}": v for k, v in about.items()} | dict(metadata or {})).items():
         proto.metadata_props.add(key=key, value=value)
-    content = content_of(proto, type(model).__name__)
+    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise ValueError(
+            f"to_onnx: {name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds. "
+            f"Use precision='fp16'."
+        )
+    onnx.checker.check_model(proto)
+    content: bytes = proto.SerializeToString()
     found: tuple[Difference, ...] = ()
     if check:
         limit = TOLERANCE[precision] if tolerance is None else tolerance
         inputs = _inputs(given.float(), batch=dynamic_batch, size=dynamic_size)
         found = _compared(model, content, inputs, limit)
     write_atomic(target, content)
-    return Exported(target, len(content), precision, opset_of(proto), operators_of(proto), found)
+    # Operators of another domain have its name.
+    operators = Counter("::".join(filter(None, (n.domain, n.op_type))) for n in proto.graph.node)
+    return Exported(
+        target, len(content), precision, written, dict(sorted(operators.items())), found
+    )
 
 
-def _target(model: nn.Module, path: str | Path, precision: str, opset: int | None) -> Path:
-    """The path to write to, before any work is done."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, extra="export", purpose="to_onnx")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"to_onnx: needs a torch.nn.Module, got {type(model).__name__}.")
-    if precision not in get_args(Precision):
-        raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
-    newest: int = require("onnx", extra="export", purpose="to_onnx").defs.onnx_opset_version()
-    if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
-        raise ValueError(
-            f"to_onnx: opset={opset!r} is no integer from {_OLDEST} to {newest}. Leave it out."
-        )
-    target = Path(path)
-    require_regular(target, missing_ok=True)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
-    return target
+def _refuse_fixed_sizes(model: nn.Module) -> None:
+    """Raises ValueError if a module of the network is built for one map size."""
+    for name, module in model.named_modules():
+        if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
+            place = f"{name} ({module.name})" if name else module.name
+            raise ValueError(
+                f"to_onnx: dynamic_size=True: {place} is built for maps of one size. "
+                f"Leave dynamic_size out."
+            )
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -210,110 +213,14 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _inputs(x: Tensor, *, batch: bool, size: bool) -> list[Tensor]:
-    """The example, and inputs of another batch and of another size if these may change."""
-    rng = torch.Generator().manual_seed(1)
-    count, *rest = x.shape
-    shapes: list[list[int]] = []
-    if batch:
-        shapes.append([3 if count == 1 else 1, *rest])
-    if size:
-        steps = [0] + [_STEP * number for number in range(1, len(rest))]
-        shapes.append([count, *(e + step for e, step in zip(rest, steps, strict=True))])
-    others = [torch.randn(shape, generator=rng) for shape in shapes]
-    return [x, *(other.to(torch.float16).float() for other in others)]
-
-
-def _converted(program: torch.export.ExportedProgram, opset: int | None, name: str) -> Any:
-    """The ONNX graph of a captured network."""
-    torch_onnx: Any = torch.onnx  # its annotations differ between the versions of torch
-    outputs = len(program.graph_signature.user_outputs)
-    names = ["output"] if outputs == 1 else [f"output_{number}" for number in range(outputs)]
-    options: dict[str, Any] = {"input_names": ["input"], "output_names": names, "optimize": True}
-    if opset is not None:
-        options["opset_version"] = opset
-    try:
-        proto = torch_onnx.export(program, dynamo=True, verbose=False, **options).model_proto
-    except torch_onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ValueError(f"to_onnx: {name} has no ONNX graph: {reason}") from error
-    if opset is not None and opset_of(proto) != opset:
-        raise ValueError(
-            f"to_onnx: the graph of {name} cannot be written with opset={opset}, only with "
-            f"{opset_of(proto)}. Leave opset out."
-        )
-    return proto
-
-
-def _attention(network: nn.Module) -> str:
-    """The spec of one of our networks, else the names of the attention modules in the graph.
-
-    Args:
-        network: The one with constants: what an alpha of 0 leaves out is not in the graph.
-    """
-    spec = getattr(network, "spec", None) if isinstance(network, ResNet) else None
-    if spec is not None:
-        return str(spec)
-    names: set[str] = set()
-    out: set[nn.Module] = set()
-    for module in network.modules():  # a start comes before what is in it
-        if isinstance(module, ConstantStart) and module.constant == 0.0:
-            out.update(module.modules())
-        elif isinstance(module, ChannelAttention) and module.name and module not in out:
-            names.add(module.name)
-    return ", ".join(sorted(names)) or "none"
-
-
-def _compared(
-    model: nn.Module, content: bytes, inputs: list[Tensor], limit: float
-) -> tuple[Difference, ...]:
-    """The graph beside the network; refuses a graph that differs.
-
-    The network is not the one with constants, so that the two share nothing but the weights.
-    """
-    network, session = copy.deepcopy(model).eval().cpu().float(), Session(content)
-    differences: list[Difference] = []
-    for x in inputs:
-        try:
-            with torch.no_grad(), use_impl("reference"):
-                expected = tensors(network(x))
-        except Exception as error:
-            # Whatever the network raises on a size that it does not take.
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise ValueError(
-                f"to_onnx: nothing was written: {type(model).__name__} does not run on an input "
-                f"{list(x.shape)}: {reason}. Leave dynamic_size out, or pass dynamic_batch=False."
-            ) from error
-        try:
-            found = difference(x.shape, expected, session(x))
-        except ValueError as error:
-            raise ValueError(f"{_refused(model, x)}: {error} {_REMEDY}") from error
-        if not found.relative <= limit:  # a NaN too
-            raise ValueError(
-                f"{_refused(model, x)} differs from PyTorch by {found.relative:.2g} of the largest "
-                f"output, more than {limit:.2g}. {_REMEDY}"
-            )
-        differences.append(found)
-    return tuple(differences)
-
-
-def _refused(model: nn.Module, x: Tensor) -> str:
-    return f"to_onnx: nothing was written: the graph of {type(model).__name__} on {list(x.shape)}"
-
-
 # ---- what only training needs
 
 
 class ConstantStart(IdentityStart):
-    """An attention that started as the identity, with its alpha as a constant of the graph.
+    """An identity start in evaluation, whose alpha is a constant of the graph.
 
     Formula:
-        y = x * ((1 - alpha) + alpha v), v the gate of the attention; a module that mixes maps gives
-        y = (1 - alpha) x + alpha attention(x). With alpha = 0, y = x: the attention is not computed
-        at all, and no operation of it stands in an exported graph.
-
-    Shape:
-        x and output: as for the attention.
+        As `IdentityStart`; with alpha = 0, y = x, and nothing of the attention is computed.
 
     Args:
         start: The trained module; its attention is taken over, not copied.
@@ -323,7 +230,7 @@ class ConstantStart(IdentityStart):
         super().__init__(start.inner)
         del self.alpha
         self.constant = float(start.alpha.detach())
-        self.train(start.training)
+        self.eval()
 
     def why_composed(self) -> str:
         """That exported tails are composed of modules."""
@@ -342,11 +249,7 @@ class ConstantStart(IdentityStart):
 
 
 def constant_start(model: _M) -> _M:
-    """A copy of a network in evaluation mode, its learned scalars as constants.
-
-    The alpha of every identity start and the lambda of every learned mix become numbers of the
-    graph. The network itself is left as it is.
-    """
+    """A copy of a network in evaluation mode, whose alphas and lambdas are numbers of the graph."""
     twin = copy.deepcopy(model).eval()
     holder = nn.ModuleList([twin])  # so that a single module can be replaced too
     for parent in list(holder.modules()):
@@ -361,20 +264,10 @@ def constant_start(model: _M) -> _M:
 # ---- the graph
 
 
-def capture(
+def _captured(
     model: nn.Module, example: Tensor, *, batch: bool, size: bool
 ) -> torch.export.ExportedProgram:
-    """Captures a network in evaluation mode; tails are composed of torch's own operations.
-
-    Args:
-        model: The network.
-        example: An input [N, C, ...].
-        batch: Whether N may change.
-        size: Whether the axes after C may.
-
-    Raises:
-        ValueError: The network cannot be captured, or is tied to the size of the example.
-    """
+    """A network as torch.export sees it; tails are composed of torch's operations."""
     if batch and example.shape[0] == 1:
         example = torch.cat([example, example])  # an axis of length one is taken for a constant
     axes = [0] * batch + list(range(2, example.dim())) * size
@@ -384,92 +277,119 @@ def capture(
     with use_impl("reference"), torch.no_grad():
         try:
             return torch.export.export(model, (example,), **call)
-        except Exception as error:
-            # Whatever the network raises, and many types of torch's own.
-            if not dynamic:
-                why = f"with an input {list(example.shape)}"
-                remedy = "Check that it runs on such an input."
-            elif size:
-                why = "with a dynamic height and width"
-                remedy = "Leave dynamic_size out."
-            else:
-                why = "with a dynamic batch"
-                remedy = "Pass dynamic_batch=False."
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(
-                f"to_onnx: {type(model).__name__} cannot be exported {why}: {reason.rstrip('.')}. "
-                f"{remedy}"
-            ) from error
+        except Exception as error:  # whatever the network raises, and many types of torch's own
+            why = f"with an input {list(example.shape)}"
+            remedy = "Check that it runs on such an input."
+            if size:
+                why, remedy = "with a dynamic height and width", "Leave dynamic_size out."
+            elif batch:
+                why, remedy = "with a dynamic batch", "Pass dynamic_batch=False."
+            what = f"{type(model).__name__} cannot be exported {why}"
+            raise ValueError(f"to_onnx: {what}: {_first(error)}. {remedy}") from error
 
 
-def refuse_fixed_sizes(model: nn.Module) -> None:
-    """Raises if a module of the network is built for one map size.
-
-    Raises:
-        ValueError: There is one; the message names it.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
-            place = f"{name} ({module.name})" if name else module.name
-            raise ValueError(
-                f"to_onnx: dynamic_size=True: {place} is built for maps of one size. "
-                f"Leave dynamic_size out."
-            )
-
-
-def opset_of(proto: Any) -> int:
-    """The version of ONNX's own operators in a graph."""
-    return next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-
-
-def operators_of(proto: Any) -> dict[str, int]:
-    """How often each operator occurs in a graph; one of another domain with the domain's name."""
-    names = Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        for node in proto.graph.node
-    )
-    return dict(sorted(names.items()))
+def _converted(
+    program: torch.export.ExportedProgram, opset: int | None, name: str
+) -> tuple[Any, int]:
+    """The ONNX graph of a captured network, and the version of its operators."""
+    torch_onnx: Any = torch.onnx  # its annotations differ between the versions of torch
+    outputs = len(program.graph_signature.user_outputs)
+    names = ["output"] if outputs == 1 else [f"output_{number}" for number in range(outputs)]
+    options: dict[str, Any] = {"input_names": ["input"], "output_names": names, "optimize": True}
+    if opset is not None:
+        options["opset_version"] = opset
+    try:
+        proto = torch_onnx.export(program, dynamo=True, verbose=False, **options).model_proto
+    except torch_onnx.OnnxExporterError as error:
+        raise ValueError(
+            f"to_onnx: {name} has no ONNX graph: {_first(error.__cause__ or error)}"
+        ) from error
+    written = next(entry.version for entry in proto.opset_import if not entry.domain)
+    if opset not in (None, written):
+        raise ValueError(
+            f"to_onnx: the graph of {name} cannot be written with opset={opset}, only with "
+            f"{written}. Leave opset out."
+        )
+    return proto, written
 
 
-def clean(proto: Any) -> None:
-    """Takes out what the exporter notes on every node, and gives the input's axes their names.
-
-    The notes hold the paths of source files on the machine that exported; a file that is passed on
-    has no use for them.
-    """
-    graph = proto.graph
+def _clean(graph: Any) -> None:
+    """Takes out the exporter's notes, which hold paths of its machine; names the axes."""
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")
     axes = graph.input[0].type.tensor_type.shape.dim
     spatial = ("height", "width") if len(axes) == 4 else tuple(f"axis{i}" for i in range(2, 5))
-    wanted = dict(enumerate(("batch", "channels", *spatial)))
-    names = {axis.dim_param: wanted[i] for i, axis in enumerate(axes) if axis.dim_param}
+    wanted = zip(axes, ("batch", "channels", *spatial), strict=False)
+    names = {axis.dim_param: name for axis, name in wanted if axis.dim_param}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param:
-                # Axes further on are written as expressions of the input's.
+            if axis.dim_param:  # further on an expression of the input's
                 axis.dim_param = re.sub(
                     r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), axis.dim_param
                 )
 
 
-def content_of(proto: Any, name: str) -> bytes:
-    """The bytes of a graph that is a valid one.
-
-    Raises:
-        ValueError: It is larger than a file of the format may be.
-    """
-    onnx = require("onnx", extra="export", purpose="writing an ONNX file")
-    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise ValueError(
-            f"to_onnx: {name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds. "
-            f"Use precision='fp16'."
-        )
-    onnx.checker.check_model(proto)
-    return proto.SerializeToString()
+def _attention(network: nn.Module) -> str:
+    """The spec of one of our networks, else the names of the attention modules in the graph."""
+    if isinstance(network, ResNet) and network.spec is not None:
+        return str(network.spec)
+    names: set[str] = set()
+    out: set[nn.Module] = set()
+    for module in network.modules():  # a start comes before what is in it
+        if isinstance(module, ConstantStart) and module.constant == 0.0:
+            out.update(module.modules())
+        elif isinstance(module, ChannelAttention) and module.name and module not in out:
+            names.add(module.name)
+    return ", ".join(sorted(names)) or "none"
 
 
 # ---- beside the network
+
+
+def _inputs(x: Tensor, *, batch: bool, size: bool) -> list[Tensor]:
+    """The example, and inputs of another batch and of another size if these may change."""
+    rng = torch.Generator().manual_seed(1)
+    count, *rest = x.shape
+    shapes: list[list[int]] = []
+    if batch:
+        shapes.append([3 if count == 1 else 1, *rest])
+    if size:
+        shapes.append([count, *(extent + _STEP * axis for axis, extent in enumerate(rest))])
+    return [x, *(torch.randn(shape, generator=rng).half().float() for shape in shapes)]
+
+
+def _compared(
+    model: nn.Module, content: bytes, inputs: list[Tensor], limit: float
+) -> tuple[Difference, ...]:
+    """The graph beside the network, not the one with constants: they share but the weights.
+
+    Raises:
+        ValueError: The graph differs, or one of them does not run.
+    """
+    network, session = copy.deepcopy(model).eval().cpu().float(), Session(content)
+    differences: list[Difference] = []
+    for x in inputs:
+        refused = "to_onnx: nothing was written:"
+        graph = f"{refused} the graph of {type(model).__name__} on {list(x.shape)}"
+        try:
+            with torch.no_grad(), use_impl("reference"):
+                expected = tensors(network(x))
+        except Exception as error:  # whatever it raises on a size that it does not take
+            raise ValueError(
+                f"{refused} {type(model).__name__} does not run on an input {list(x.shape)}: "
+                f"{_first(error)}. Leave dynamic_size out, or pass dynamic_batch=False."
+            ) from error
+        try:
+            found = difference(x.shape, expected, session(x))
+        except ValueError as error:
+            raise ValueError(f"{graph}: {error} {_REMEDY}") from error
+        if not found.relative <= limit:  # a NaN too
+            raise ValueError(
+                f"{graph} differs from PyTorch by {found.relative:.2g} of the largest "
+                f"output, more than {limit:.2g}. {_REMEDY}"
+            )
+        differences.append(found)
+    return tuple(differences)
 
 
 class Session:
@@ -490,8 +410,7 @@ class Session:
         providers = ["CPUExecutionProvider"]
         try:
             self._session = runtime.InferenceSession(content, options, providers=providers)
-        except Exception as error:
-            # Its exception types have no base of their own.
+        except Exception as error:  # its exception types have no base of their own
             raise ValueError(
                 f"onnxruntime cannot load the graph: {_first(error)}. "
                 f"Use another opset or precision."
@@ -501,11 +420,7 @@ class Session:
         self.half: bool = first.type == "tensor(float16)"
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The outputs for one input, in float32.
-
-        Raises:
-            ValueError: The graph does not run on it.
-        """
+        """The outputs for one input, in float32; ValueError where the graph does not run on it."""
         fed = (x.half() if self.half else x.float()).contiguous().numpy()
         try:
             found = self._session.run(None, {self.input: fed})
@@ -516,29 +431,27 @@ class Session:
         return [torch.from_numpy(output).float() for output in found]
 
 
-def _first(error: Exception) -> str:
-    """The first line of a message of onnxruntime's."""
-    return str(error).strip().partition("\n")[0].rstrip(". ")
+def _first(error: BaseException) -> str:
+    """The first line of a message, without its full stop."""
+    return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
 
 
 def tensors(output: Any) -> list[Tensor]:
     """The tensors of an output in float32, or float64, however it holds them."""
     if isinstance(output, Tensor):
         return [output if output.dtype == torch.float64 else output.float()]
-    if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in tensors(value)]
-    if isinstance(output, (tuple, list)):
-        return [tensor for value in output for tensor in tensors(value)]
-    return []
+    parts = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, (Mapping, tuple, list)):
+        return []
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def difference(
     shape: Sequence[int], expected: Sequence[Tensor], found: Sequence[Tensor]
 ) -> Difference:
     """Compares two lists of outputs; another number or shape of them is an infinite difference."""
-    inf = float("inf")
     if [e.shape for e in expected] != [f.shape for f in found]:
-        return Difference(tuple(shape), inf, inf)
+        return Difference(tuple(shape), float("inf"), float("inf"))
     pairs = [(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
     if not pairs:
         return Difference(tuple(shape), 0.0, 0.0)

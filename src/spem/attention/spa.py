@@ -55,7 +55,8 @@ class SPA(ChannelAttention):
             rows, columns = (
                 averaging(side, extent, device=x.device, dtype=dtype) for extent in x.shape[2:]
             )
-            grids.append(torch.kron(rows, columns))  # [side^2, H W]
+            # Not torch.kron, whose graph is one of this map size alone.
+            grids.append((rows[:, None, :, None] * columns[:, None]).flatten(2).flatten(0, 1))
         regions = torch.cat(grids)  # [21, H W]
         means = x.flatten(2).to(dtype) @ regions.T  # [N, C, 21]
         # All regions of a channel side by side, grid after grid: the order of the official layer.
