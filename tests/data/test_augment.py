@@ -60,14 +60,6 @@ def test_augment_equals_torchvision() -> None:
         assert torch.equal(result[i], expected)
 
 
-def test_augment_of_nothing_is_nothing() -> None:
-    plan = epoch_plan(0, 0, 0)
-    images = torch.empty(0, 3, 7, 5, dtype=torch.uint8)
-    result = augment(images, plan.offsets, plan.flips)
-    assert result.shape == (0, 3, 7, 5)
-    assert result.dtype == torch.uint8
-
-
 def test_plan_is_a_pure_function_of_its_arguments() -> None:
     torch.manual_seed(0)
     first = epoch_plan(1, 2, 50)

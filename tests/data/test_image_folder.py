@@ -143,12 +143,14 @@ def test_sizes_are_those_of_torchvision(tmp_path: Path, shape: tuple[int, int], 
 
 def test_grey_and_palette_images_become_colour(tmp_path: Path) -> None:
     grey = CATS[0, ..., 0]
-    assert np.array_equal(one(tmp_path / "a", "0.png", grey), np.dstack([grey] * 3))
-    palette = Image.fromarray(grey).convert("P")
-    assert np.array_equal(one(tmp_path / "b", "0.png", palette), np.dstack([grey] * 3))
     black = np.where(grey > 100, 255, 0).astype(np.uint8)
-    bits = Image.fromarray(grey > 100)
-    assert np.array_equal(one(tmp_path / "c", "0.png", bits), np.dstack([black] * 3))
+    cases = {
+        "grey": (Image.fromarray(grey), grey),
+        "palette": (Image.fromarray(grey).convert("P"), grey),
+        "bits": (Image.fromarray(grey > 100), black),
+    }
+    for name, (image, expected) in cases.items():
+        assert np.array_equal(one(tmp_path / name, "0.png", image), np.dstack([expected] * 3)), name
 
 
 @pytest.mark.parametrize("kind", ["png", "tif"])

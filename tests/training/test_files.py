@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +26,6 @@ from spem.training.folder import (
 )
 
 
-class Kind(NamedTuple):
-    """One of the files of a run, and how it is read."""
-
-    name: str
-    load: Callable[[Path], Any]
-    same: Callable[[Any, Any], bool]
-
-
 def same_tensors(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
@@ -44,14 +36,6 @@ def same_tensors(a: Any, b: Any) -> bool:
     return a == b
 
 
-def loaded(kind: Kind, path: Path) -> Any:
-    """What a file is read as, or the error it ends in; no other kind of error may come."""
-    try:
-        return kind.load(path)
-    except (ValueError, FileNotFoundError) as error:
-        return error
-
-
 def whole_run(path: Path) -> Any:
     """A run folder as a user reads it, weights and all."""
     run = read_run(path.parent)
@@ -60,22 +44,22 @@ def whole_run(path: Path) -> Any:
     return network.state_dict(), run.config.to_dict(), said, run.epochs, asdict(run.data)
 
 
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("checkpoint.pt", load_checkpoint, same_tensors),
-        *(
-            Kind(name, whole_run, same_tensors)
-            for name in ("model.safetensors", "config.json", "result.json", "metrics.jsonl")
-        ),
-    )
-}
+KINDS = dict.fromkeys(
+    ("model.safetensors", "config.json", "result.json", "metrics.jsonl"), whole_run
+) | {"checkpoint.pt": load_checkpoint}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     trained(tiny(epochs=1), folder)
+    return folder
+
+
+def copied(finished: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for path in finished.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
 
@@ -97,33 +81,32 @@ def damage(content: bytes, trial: int, chance: random.Random) -> bytes:
 def test_random_damages_end_in_a_sentence_or_change_nothing(
     name: str, count: int, finished: Path, tmp_path: Path
 ):
-    kind, chance = KINDS[name], random.Random(name)
-    for path in finished.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = tmp_path / name
+    read, chance = KINDS[name], random.Random(name)
+    path = copied(finished, tmp_path) / name
     if name == "checkpoint.pt":
         path.write_bytes(kept_checkpoint(finished).read_bytes())
-    whole, right = path.read_bytes(), kind.load(path)
+    whole, right = path.read_bytes(), read(path)
     refused = 0
     for trial in range(count):
         path.write_bytes(damage(whole, trial, chance))
-        found = loaded(kind, path)
-        if isinstance(found, Exception):
+        found, message = None, ""
+        try:
+            found = read(path)
+        except (ValueError, FileNotFoundError) as error:  # no other kind may come
+            message = str(error)
+        if message:
             refused += 1
-            assert str(path) in str(found)
-            assert str(found).count("\n") == 0
+            assert str(path) in message
+            assert "\n" not in message
         else:
-            assert kind.same(found, right), f"trial {trial} was read as something else"
+            assert same_tensors(found, right), f"trial {trial} was read as something else"
     # Only a change of white space, or of nothing that is read, may go through.
     assert refused >= 0.9 * count
 
 
 def test_a_damaged_file_of_a_finished_run_is_never_trained_over(finished: Path, tmp_path: Path):
     for name in ("config.json", "metrics.jsonl", "result.json"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for path in finished.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+        folder = copied(finished, tmp_path / name)
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:50] + bytes(20) + content[70:])
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -134,10 +117,7 @@ def test_a_damaged_file_of_a_finished_run_is_never_trained_over(finished: Path, 
 
 def test_a_pipe_in_a_run_folder_does_not_hang(finished: Path, tmp_path: Path):
     for name in ("config.json", "metrics.jsonl", "result.json", "model.safetensors"):
-        folder = tmp_path / name
-        folder.mkdir()
-        for path in finished.iterdir():
-            (folder / path.name).write_bytes(path.read_bytes())
+        folder = copied(finished, tmp_path / name)
         (folder / name).unlink()
         os.mkfifo(folder / name)
         with pytest.raises(ValueError, match=rf"{name} is a pipe, not a file"):

@@ -307,7 +307,8 @@ def _columns(source: str, table: Any, features: Any) -> _Read:
             "Dataset.to_parquet and a ClassLabel column."
         )
     rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
-    blobs = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
+    found = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
+    blobs = cast("list[bytes]", found)
     if not all(isinstance(blob, bytes) for blob in blobs):
         raise ValueError(
             f"{source}: column {image!r} must hold structs with the bytes of an image in every row."
@@ -338,12 +339,7 @@ def _cifar(folder: Path, split: Split, share: float) -> _Read:
     return _Read(found.data, found.targets, tuple(found.classes))
 
 
-_READERS = {
-    "folder": _image_folder,
-    "parquet": _parquet,
-    "CIFAR10": _cifar,
-    "CIFAR100": _cifar,
-}
+_READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CIFAR100": _cifar}
 
 
 def _decoded(
