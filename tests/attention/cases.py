@@ -1,396 +1,245 @@
-"""Every module with every option that changes its formula, beside its oracle."""
+"""Every module with every option that changes its formula, beside its oracle; and all by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from itertools import product
+from typing import Any, get_args
 
 import numpy as np
-from attention import oracles, oracles_wide
-from torch import nn
+import pytest
+import torch
+from attention import oracles
+from attention.drawing import feature_map, randomise
+from torch import Tensor
 
 import spem
-from spem import attention
+from spem.attention.spem import Reweight
 
+Oracle = Callable[..., np.ndarray]
 CHANNELS = 8
-
-REWEIGHTS = (
-    "shared_sum",
-    "unshared_sum",
-    "sum_of_sigmoids",
-    "product_of_sigmoids",
-    "sigmoid_of_product",
-    "linear_sum",
-    "linear_product",
-    "double_sigmoid",
-    "max_only",
-    "min_only",
-    "none",
-)
-
-# label -> (how to make the constructor's argument, the oracle's word for it)
-POOLS: dict[str, tuple[Callable[[], object], oracles.Pool]] = {
-    "avg": (lambda: "avg", "avg"),
-    "max": (lambda: "max", "max"),
-    "min": (lambda: "min", "min"),
-    "mix0.3": (lambda: spem.Mix(0.3), 0.3),
-    "squares": (spem.Mix, "squares"),
-    "anchored": (lambda: spem.Mix(parametrization="anchored"), "anchored"),
-    "sigmoid": (lambda: spem.Mix(parametrization="sigmoid"), "sigmoid"),
+REWEIGHTS: tuple[str, ...] = get_args(Reweight)
+POOLS: dict[str, oracles.Pool] = {
+    "avg": "avg",
+    "mix()": "squares",
+    "max": "max",
+    "min": "min",
+    "mix(0.3)": 0.3,
+    "mix(parametrization=anchored)": "anchored",
+    "mix(parametrization=sigmoid)": "sigmoid",
 }
+"""A pool's text, and the oracle's word for it."""
+POOLED: dict[str, tuple[str, Oracle]] = {
+    "se": ("reduction=2", oracles.se),
+    "eca": ("kernel=None", oracles.eca),
+    "srm": ("", oracles.srm),
+    "sge": ("groups=4", partial(oracles.sge, groups=4)),
+    "ese": ("", oracles.ese),
+    "ge": ("", oracles.ge_minus),
+    "ean": ("reduction=1", oracles.se),
+    "dia": ("reduction=1", oracles.dia_first),
+    "iebn": ("", oracles.iebn),
+    "bam": ("reduction=2", partial(oracles.bam, fusion="mul", dilation=4)),
+    "sk": ("groups=8, least=3, reduction=2", partial(oracles.sk, groups=8)),
+}
+"""The modules with a pool: other options, and the oracle that takes ``pool``."""
+OTHERS: dict[str, Oracle] = {
+    "se(bias=False, reduction=4)": partial(oracles.se, pool="avg"),
+    "eca(kernel=5)": partial(oracles.eca, pool="avg"),
+    "sge(groups=8)": partial(oracles.sge, groups=8, pool="avg"),
+    "bam(dilation=1, fusion=add, reduction=2)": partial(
+        oracles.bam, fusion="add", dilation=1, pool="avg"
+    ),
+    "sk(groups=2, least=3, reduction=2)": partial(oracles.sk, groups=2, pool="avg"),
+    "scale": oracles.scale,
+    "gct": partial(oracles.gct, mode="l2"),
+    "gct(mode=l1)": partial(oracles.gct, mode="l1"),
+    "simam": partial(oracles.simam, lam=1e-4),
+    "simam(lam=0.1)": partial(oracles.simam, lam=0.1),
+    "nam": oracles.nam,
+    "fca(frequencies=8, reduction=2, size=(7, 8))": partial(
+        oracles.fca, size=(7, 8), frequencies=8
+    ),
+    "fca(frequencies=4, reduction=2, size=(9, 14))": partial(
+        oracles.fca, size=(9, 14), frequencies=4
+    ),
+    "coord": oracles.coord,
+    "triplet": oracles.triplet,
+    "triplet(kernel=3)": oracles.triplet,
+    "spa(reduction=2)": oracles.spa,
+    "ge(form=theta, reduction=2)": partial(oracles.ge_theta, form="theta"),
+    "ge(form=theta_plus, reduction=2)": partial(oracles.ge_theta, form="theta_plus"),
+    "ge(bias=True, form=theta)": partial(oracles.ge_theta, form="theta"),
+    **{f"ge(extent={e})": partial(oracles.ge_windows, extent=e) for e in (2, 3)},
+    **{
+        f"gc(fusion={f}, reduction=2)": partial(oracles.gc, fusion=f)
+        for f in ("add", "mul", "both")
+    },
+    **{
+        f"ela(form={form}, norm_groups={groups})": partial(oracles.ela, norm_groups=groups)
+        for form, groups in (("B", 4), ("T", 2), ("S", 4), ("L", 1))
+    },
+    **{f"gsop(dims=4, stride={s})": partial(oracles.gsop, stride=s) for s in (1, 2)},
+}
+WHOLE: dict[str, Oracle] = {"iebn": oracles.iebn_whole, "sk": oracles.sk_whole}
+"""The output of what replaces a layer, by name."""
+IDLE = {
+    "dia": ("state1.weight",),  # the state before the first block is zero
+    "bam": ("fc1.bias", "reduce.bias", "context1.bias", "context2.bias"),
+    "gc": ("mask.bias",),
+    "coord": ("conv.bias",),
+    "gsop": ("reduce.bias",),
+    "ge": ("gather.bias",),
+}
+"""Parameters that do not move the output in training: a norm or a softmax takes them away."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One module: how it is made for CHANNELS channels, and the oracle of its gate.
+    """One module: its text for CHANNELS channels, and the oracles of its gate and its output."""
 
-    Attributes:
-        sized: It is built for one map size; ``make`` takes it.
-        shift: The oracle of what it adds to the map.
-        whole: The oracle of the output, for a module that replaces a layer.
-        stopped: Parameters whose gradient leaves something out, as the definition says.
-        idle: Parameters that the output does not depend on in training: a constant before a norm or
-            a softmax, which takes it away again.
-    """
+    spec: str
+    gate: Oracle
+    whole: Oracle | None = None
+    shift: Oracle | None = None
 
-    label: str
-    make: Callable[..., nn.Module]
-    gate: Callable[
-        ..., np.ndarray
-    ]  # (parameters, x), or (parameters, x, training=...) with batch statistics
-    any_rank: bool
-    batch_statistics: bool = False
-    sized: bool = False
-    shift: Callable[..., np.ndarray] | None = None
-    whole: Callable[..., np.ndarray] | None = None
-    stopped: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()
+    @property
+    def name(self) -> str:
+        return self.spec.partition("(")[0]
 
-    def module(self, *size: int) -> nn.Module:
-        """A new module, for maps of a size where it must know it."""
-        return self.make(size) if self.sized else self.make()
+    @property
+    def idle(self) -> tuple[str, ...]:
+        return IDLE.get(self.name, ())
 
-    def output(
-        self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool
-    ) -> np.ndarray:
+    def module(self, *size: int) -> spem.ChannelAttention:
+        """A new module in float64, for maps of a size where it must know it."""
+        return spem.create_attention(self.spec, CHANNELS, size=size, dtype=torch.float64)
+
+    def expected(self, p: oracles.Parameters, x: np.ndarray, *, training: bool) -> np.ndarray:
+        """The oracle's gate."""
+        return _called(self.gate, p, x, training)
+
+    def output(self, p: oracles.Parameters, x: np.ndarray, *, training: bool) -> np.ndarray:
         """The oracle's x * gate + shift, or what else the module is."""
         if self.whole is not None:
-            return self.whole(parameters, x, training=training)
-        y = x * self.expected(parameters, x, training=training)
-        return y if self.shift is None else y + self.shift(parameters, x)
-
-    def expected(
-        self, parameters: oracles.Parameters, x: np.ndarray, *, training: bool
-    ) -> np.ndarray:
-        """The oracle's gate."""
-        if self.batch_statistics:
-            return self.gate(parameters, x, training=training)
-        return self.gate(parameters, x)
+            return _called(self.whole, p, x, training)
+        y = x * self.expected(p, x, training=training)
+        return y if self.shift is None else y + self.shift(p, x)
 
 
-def _spem(form: str, variant: str, pool: str) -> Case:
-    make_pool, word = POOLS[pool]
-    return Case(
-        f"spem-{form}-{variant}-{pool}",
-        lambda: spem.SPEM(CHANNELS, form=form, reweight=variant, pool=make_pool()),
-        partial(oracles.spem, form=form, variant=variant, pool=word),
-        any_rank=True,
+def _called(oracle: Oracle, p: oracles.Parameters, x: np.ndarray, training: bool) -> np.ndarray:
+    return (
+        oracle(p, x, training=training)
+        if "training" in signature(oracle).parameters
+        else oracle(p, x)
     )
 
 
-def _pooling(pool: str) -> list[Case]:
-    make_pool, word = POOLS[pool]
+def _pooled() -> list[Case]:
+    """The average and the learned mix of every module, and one of the other pools in turn."""
+    found: list[Case] = []
+    for number, (name, (options, oracle)) in enumerate(POOLED.items()):
+        for pool in ("avg", "mix()", list(POOLS)[2 + number % 5]):
+            text = f"{name}({', '.join(filter(None, (options, f'pool={pool}')))})"
+            whole = WHOLE.get(name)
+            if whole is not None:
+                whole = partial(whole, **getattr(oracle, "keywords", {}), pool=POOLS[pool])
+            found.append(Case(text, partial(oracle, pool=POOLS[pool]), whole))
+    return found
+
+
+def _spem() -> list[Case]:
+    kinds = [(form, variant, "mix()") for form in ("text", "figure") for variant in REWEIGHTS]
+    kinds += [(form, "shared_sum", pool) for form in ("text", "figure", "code") for pool in POOLS]
     return [
         Case(
-            f"se-{pool}",
-            lambda: spem.SE(CHANNELS, reduction=2, pool=make_pool()),
-            partial(oracles.se, pool=word),
-            any_rank=True,
-        ),
-        Case(
-            f"eca-{pool}",
-            lambda: spem.ECA(CHANNELS, pool=make_pool()),
-            partial(oracles.eca, pool=word),
-            any_rank=True,
-        ),
-        Case(
-            f"srm-{pool}",
-            lambda: spem.SRM(CHANNELS, pool=make_pool()),
-            partial(oracles.srm, pool=word),
-            any_rank=True,
-            batch_statistics=True,
-        ),
-        Case(
-            f"sge-{pool}",
-            lambda: spem.SGE(CHANNELS, groups=4, pool=make_pool()),
-            partial(oracles.sge, groups=4, pool=word),
-            any_rank=False,
-        ),
-        Case(
-            f"ese-{pool}",
-            lambda: attention.ESE(CHANNELS, pool=make_pool()),
-            partial(oracles_wide.ese, pool=word),
-            any_rank=True,
-        ),
-        Case(
-            f"ge-{pool}",
-            lambda: attention.GE(CHANNELS, pool=make_pool()),
-            partial(oracles_wide.ge_minus, pool=word),
-            any_rank=True,
-        ),
-        Case(
-            f"ean-{pool}",
-            lambda: attention.EAN(CHANNELS, reduction=1, pool=make_pool()),
-            partial(oracles.se, pool=word),
-            any_rank=True,
-        ),
-        Case(
-            f"dia-{pool}",
-            lambda: attention.DIA(CHANNELS, reduction=1, pool=make_pool()),
-            lambda parameters, x: oracles_wide.dia(parameters, x, pool=word)[0],
-            any_rank=True,
-            idle=("state1.weight",),  # the state before the first block is zero
-        ),
-        Case(
-            f"iebn-{pool}",
-            lambda: attention.IEBN(CHANNELS, pool=make_pool()),
-            lambda parameters, x, training: oracles_wide.iebn_gate(parameters, x, pool=word),
-            any_rank=True,
-            batch_statistics=True,
-            whole=partial(oracles_wide.iebn, pool=word),
-        ),
-        *(_bam("mul", 4, pool) + _sk(8, pool) if pool in ("avg", "squares") else []),
+            f"spem(form={form}, pool={pool}, reweight={variant})",
+            partial(oracles.spem, form=form, variant=variant, pool=POOLS[pool]),
+        )
+        for form, variant, pool in dict.fromkeys(kinds)
     ]
 
 
-def _bam(fusion: str, dilation: int, pool: str = "avg") -> list[Case]:
-    make_pool, word = POOLS[pool]
-    return [
+def _cbam() -> list[Case]:
+    pairs = [("avg", "max"), ("min", "mix(0.3)"), ("avg", "mix()"), ("mix()", list(POOLS)[-1])]
+    found = [
         Case(
-            f"bam-{fusion}-{dilation}-{pool}",
-            lambda: attention.BAM(
-                CHANNELS, reduction=2, fusion=fusion, dilation=dilation, pool=make_pool()
-            ),
-            partial(oracles_wide.bam, fusion=fusion, dilation=dilation, pool=word),
-            any_rank=False,
-            batch_statistics=True,
-            idle=("fc1.bias", "reduce.bias", "context1.bias", "context2.bias"),
+            f"cbam(pools=({first}, {second}), reduction=2)",
+            partial(oracles.cbam, pools=(POOLS[first], POOLS[second])),
         )
+        for first, second in pairs
     ]
+    small = "cbam(kernel=3, reduction=2)"
+    return [*found, Case(small, partial(oracles.cbam, pools=("avg", "max")))]
 
 
-def _sk(groups: int, pool: str = "avg") -> list[Case]:
-    make_pool, word = POOLS[pool]
-    oracle = partial(oracles_wide.sk, groups=groups, pool=word)
-    return [
-        Case(
-            f"sk-{groups}-{pool}",
-            lambda: attention.SK(CHANNELS, groups=groups, reduction=2, least=3, pool=make_pool()),
-            lambda parameters, x, training: oracle(parameters, x, training=training)[0],
-            any_rank=False,
-            batch_statistics=True,
-            whole=lambda parameters, x, training: oracle(parameters, x, training=training)[1],
-        )
-    ]
+def _other(text: str, oracle: Oracle) -> Case:
+    name = text.partition("(")[0]
+    if name == "gc":
+        return Case(text, oracle, shift=partial(oracles.gc_shift, **oracle.keywords))
+    whole = WHOLE.get(name)
+    return Case(text, oracle, whole and partial(whole, **oracle.keywords))
 
 
-def _cbam(first: str, second: str, kernel: int = 7) -> Case:
-    (make_first, word_first), (make_second, word_second) = POOLS[first], POOLS[second]
-    return Case(
-        f"cbam-{first}-{second}-{kernel}",
-        lambda: spem.CBAM(
-            CHANNELS, reduction=2, pools=(make_first(), make_second()), kernel=kernel
-        ),
-        partial(oracles.cbam, pools=(word_first, word_second)),
-        any_rank=False,
-        batch_statistics=True,
-    )
+CASES = [*_spem(), *_pooled(), *_cbam(), *(_other(*pair) for pair in OTHERS.items())]
 
 
-def _gc(fusion: str) -> Case:
-    return Case(
-        f"gc-{fusion}",
-        lambda: attention.GC(CHANNELS, fusion=fusion, reduction=2),
-        partial(oracles_wide.gc_gate, fusion=fusion),
-        any_rank=False,
-        shift=partial(oracles_wide.gc_shift, fusion=fusion),
-        idle=("mask.bias",),
-    )
+def cases_of(name: str, most: int | None = None) -> list[Case]:
+    """The cases of a module, or so many of them evenly from the list."""
+    own = [case for case in CASES if case.name == name]
+    return own if most is None else own[:: -(-len(own) // most)]
 
 
-def _ge_theta(form: str) -> Case:
-    return Case(
-        f"ge-{form}",
-        lambda size: attention.GE(CHANNELS, form=form, size=size, reduction=2),
-        partial(oracles_wide.ge_theta, form=form),
-        any_rank=False,
-        batch_statistics=True,
-        sized=True,
-    )
+# ---- every registered module for 64 channels, drawn at random
+
+C = 64
+SIZE = 7
+"""The map size that modules are given which must know one."""
+ALL = spem.list_attention()
+EVERY = pytest.mark.parametrize("name", ALL)
+REPLACES = {name: spem.attention.attention_class(name).needs.replaces for name in ALL}
+"""The layer that a module is used instead of, or None."""
+PRECISE = [name for name in ALL if REPLACES[name] != "conv"]
+"""All but those whose convolutions run in the map's dtype before the gate, as any convolution."""
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-def _ge_windows(extent: int) -> Case:
-    return Case(
-        f"ge-extent-{extent}",
-        lambda: attention.GE(CHANNELS, extent=extent),
-        partial(oracles_wide.ge_windows, extent=extent),
-        any_rank=False,
-    )
+def fresh(name: str, **factory: Any) -> spem.ChannelAttention:
+    return spem.create_attention(name, C, size=SIZE, **factory)
 
 
-def _fca(size: tuple[int, int], frequencies: int) -> Case:
-    return Case(
-        f"fca-{size[0]}x{size[1]}-{frequencies}",
-        lambda: attention.FCA(CHANNELS, size=size, frequencies=frequencies, reduction=2),
-        partial(oracles_wide.fca, size=size, frequencies=frequencies),
-        any_rank=False,
-    )
+def drawn(
+    name: str, dtype: torch.dtype = torch.float32, *, training: bool = True
+) -> spem.ChannelAttention:
+    return randomise(fresh(name), "contract", name).to(dtype).train(training)
 
 
-def _ela(form: str, norm_groups: int) -> Case:
-    return Case(
-        f"ela-{form}",
-        lambda: attention.ELA(CHANNELS, form=form, norm_groups=norm_groups),
-        partial(oracles_wide.ela, norm_groups=norm_groups),
-        any_rank=False,
-    )
+def maps(dtype: torch.dtype = torch.float32, *shape: int, key: object = "contract") -> Tensor:
+    return feature_map(*(shape or (4, C, 5, 7)), key=key, dtype=dtype)
 
 
-def _gsop(stride: int) -> Case:
-    return Case(
-        f"gsop-{stride}",
-        lambda: attention.GSoP(CHANNELS, dims=4, stride=stride),
-        partial(oracles_wide.gsop, stride=stride),
-        any_rank=False,
-        batch_statistics=True,
-        idle=("reduce.bias",),
-    )
+def sampled(names: Sequence[Any], *axes: Sequence[Any], each: int = 1) -> list[tuple[Any, ...]]:
+    """For every name some combinations of the axes; always the same ones, spread over all values.
+
+    Every value of an axis is met with about the same number of names, so that a fault of a dtype, a
+    layout or a mode is found by many modules, and one of a module by several of these.
+    """
+    every = list(product(*axes))
+    order = random.Random(len(every))
+    queue: list[tuple[Any, ...]] = []
+    found: list[tuple[Any, ...]] = []
+    for name in names:
+        for _ in range(each):
+            queue = queue or order.sample(every, len(every))
+            found.append((name, *queue.pop()))
+    return found
 
 
-WIDE: list[Case] = [
-    Case("gct", lambda: attention.GCT(CHANNELS), partial(oracles_wide.gct, mode="l2"), True),
-    Case(
-        "gct-l1",
-        lambda: attention.GCT(CHANNELS, mode="l1"),
-        partial(oracles_wide.gct, mode="l1"),
-        any_rank=False,
-    ),
-    Case(
-        "simam",
-        lambda: attention.SimAM(CHANNELS),
-        partial(oracles_wide.simam, lam=1e-4),
-        any_rank=False,
-    ),
-    Case(
-        "simam-0.1",
-        lambda: attention.SimAM(CHANNELS, lam=0.1),
-        partial(oracles_wide.simam, lam=0.1),
-        any_rank=False,
-    ),
-    Case(
-        "nam",
-        lambda: attention.NAM(CHANNELS),
-        oracles_wide.nam,
-        any_rank=False,
-        batch_statistics=True,
-        stopped=("norm.weight",),
-    ),
-    _fca((7, 8), 8),
-    _fca((9, 14), 4),
-    Case(
-        "coord",
-        lambda: attention.CoordAtt(CHANNELS),
-        oracles_wide.coord,
-        any_rank=False,
-        batch_statistics=True,
-        idle=("conv.bias",),
-    ),
-    *(_gc(fusion) for fusion in ("add", "mul", "both")),
-    *(
-        Case(
-            f"triplet-{kernel}",
-            partial(attention.Triplet, CHANNELS, kernel=kernel),
-            oracles_wide.triplet,
-            any_rank=False,
-            batch_statistics=True,
-        )
-        for kernel in (7, 3)
-    ),
-    *(_ela(form, groups) for form, groups in (("B", 4), ("T", 2), ("S", 4), ("L", 1))),
-    *(_ge_theta(form) for form in ("theta", "theta_plus")),
-    *(_ge_windows(extent) for extent in (2, 3)),
-    Case("spa", lambda: attention.SPA(CHANNELS, reduction=2), oracles_wide.spa, any_rank=False),
-    *(_gsop(stride) for stride in (1, 2)),
-    *_bam("add", 1),
-    *_sk(2),
-    Case(
-        "ge-theta-bias",
-        lambda size: attention.GE(CHANNELS, form="theta", size=size, bias=True),
-        partial(oracles_wide.ge_theta, form="theta"),
-        any_rank=False,
-        batch_statistics=True,
-        sized=True,
-        idle=("gather.bias",),
-    ),
-]
-
-
-def _with_pools() -> list[Case]:
-    """Every module with a pool: the average, the learned mix, and one of the others in turn."""
-    others = [pool for pool in POOLS if pool not in ("avg", "squares")]
-    found: dict[str, Case] = {}
-    for pool in ("avg", "squares"):
-        found |= {case.label: case for case in _pooling(pool)}
-    for number, pool in enumerate(others * 2):
-        rest = [case for case in _pooling(pool) if not case.label.startswith(("bam", "sk"))]
-        if number < len(rest):
-            found[rest[number].label] = rest[number]
-    return list(found.values())
-
-
-CASES: list[Case] = [
-    *(_spem(form, variant, "squares") for form in ("text", "figure") for variant in REWEIGHTS),
-    *(
-        _spem(form, "shared_sum", pool)
-        for form in ("text", "figure")
-        for pool in POOLS
-        if pool != "squares"
-    ),
-    *(_spem("code", "shared_sum", pool) for pool in POOLS),
-    *_with_pools(),
-    Case(
-        "se-no-bias",
-        lambda: spem.SE(CHANNELS, reduction=4, bias=False),
-        partial(oracles.se, pool="avg"),
-        any_rank=True,
-    ),
-    Case(
-        "eca-5",
-        lambda: spem.ECA(CHANNELS, kernel=5),
-        partial(oracles.eca, pool="avg"),
-        any_rank=True,
-    ),
-    Case(
-        "sge-one-channel-groups",
-        lambda: spem.SGE(CHANNELS, groups=CHANNELS),
-        partial(oracles.sge, groups=CHANNELS, pool="avg"),
-        any_rank=False,
-    ),
-    _cbam("avg", "max"),
-    _cbam("avg", "max", 3),
-    _cbam("min", "mix0.3"),
-    _cbam("avg", "squares"),
-    _cbam("anchored", "max"),
-    _cbam("squares", "sigmoid"),
-    Case("scale", lambda: spem.Scale(CHANNELS), oracles.scale, any_rank=True),
-    *WIDE,
-]
-
-
-def spread(each: int) -> list[Case]:
-    """Up to so many cases of every module, evenly from its list."""
-    of_module: dict[str, list[Case]] = {}
-    for case in CASES:
-        of_module.setdefault(case.label.split("-")[0], []).append(case)
-    return [case for own in of_module.values() for case in own[:: -(-len(own) // each)]]
+def said(value: object) -> str:
+    """What a test is called."""
+    modes = {True: "train", False: "eval"}
+    return modes[value] if isinstance(value, bool) else str(value).removeprefix("torch.")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attention import oracles
-from attention.cases import CHANNELS, POOLS
+from attention.cases import CHANNELS
 from attention.drawing import arrays, feature_map, randomise
 from tolerance import TOLERANCE
 from torch import Tensor, nn
@@ -183,9 +183,9 @@ def test_one_mix_value_serves_many_modules() -> None:
 @pytest.mark.parametrize("parametrization", ["squares", "anchored", "sigmoid"])
 def test_penalty(parametrization: str) -> None:
     net = nn.Sequential(
-        spem.SPEM(4, pool=POOLS[parametrization][0]()),
+        spem.SPEM(4, pool=spem.Mix(parametrization=parametrization)),
         nn.Conv2d(4, 64, 1),
-        nn.Sequential(spem.SE(64, pool=POOLS[parametrization][0]()), spem.SE(64)),
+        nn.Sequential(spem.SE(64, pool=spem.Mix(parametrization=parametrization)), spem.SE(64)),
         spem.SPEM(64, pool=spem.Mix(0.3)),
     ).double()
     randomise(net, "penalty", parametrization)

@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 import torch
+from attention.cases import ALL, sampled
 from attention.drawing import feature_map, randomise
-from attention.registered import ALL, sampled
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

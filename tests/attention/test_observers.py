@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from attention.cases import ALL, sampled
 from attention.drawing import feature_map, randomise
-from attention.registered import ALL, sampled
 from torch import Tensor, nn
 
 import spem

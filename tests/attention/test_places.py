@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attention import oracles_wide
+from attention import oracles
+from attention.cases import sampled
 from attention.drawing import arrays, feature_map, randomise
-from attention.registered import sampled
 from tolerance import PRINTED, TAIL, TOLERANCE
 from torch import Tensor, nn
 
@@ -219,7 +219,7 @@ def test_sk_with_a_stride_is_the_oracle(training: bool) -> None:
     for shape in ((3, 8, 6, 6), (3, 8, 5, 8)):
         x = feature_map(*shape)
         before = arrays(module)
-        share, expected = oracles_wide.sk(
+        share, expected = oracles.sk_both(
             before, x.numpy(), groups=8, pool="avg", training=training, stride=2
         )
         np.testing.assert_allclose(module.gate(x).detach().numpy(), share, **F64)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from attention import oracles_wide
+from attention import oracles
 from attention.drawing import arrays, feature_map, randomise
 from tolerance import TAIL, TOLERANCE
 from torch import Tensor, nn
@@ -82,11 +82,11 @@ def test_dia_hands_its_state_from_block_to_block(spec: str, training: bool) -> N
         state = state if name[:6] == stage else None
         stage = name[:6]
         parameters = arrays(model.get_submodule(stage).shared)
-        gate, state = oracles_wide.dia(parameters, x.numpy(), state, pool=pool)
+        gate, state = oracles.dia(parameters, x.numpy(), state, pool=pool)
         expected = np.maximum(x.numpy() * gate + shortcut.numpy(), 0.0)
         np.testing.assert_allclose(out.numpy(), expected, **F64)
         if name.endswith(".2"):
-            first, _ = oracles_wide.dia(parameters, x.numpy(), None, pool=pool)
+            first, _ = oracles.dia(parameters, x.numpy(), None, pool=pool)
             assert np.abs(first - gate).max() > 1e-3
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from attention import oracles
+from attention.cases import ALL
 from attention.drawing import arrays, distinct_map, feature_map, randomise
-from attention.registered import ALL
 from tolerance import GRADCHECK, TOLERANCE
 from torch import Tensor, nn
 from torch.func import functional_call

@@ -6,8 +6,8 @@ import warnings
 
 import pytest
 import torch
+from attention.cases import ALL, C, drawn, maps, sampled
 from attention.drawing import feature_map, randomise
-from attention.registered import ALL, C, drawn, maps, sampled
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attention import oracles_wide
+from attention import oracles
+from attention.cases import sampled
 from attention.drawing import arrays, feature_map, randomise
-from attention.registered import sampled
 from tolerance import TOLERANCE
 from torch import nn
 from torch.nn import functional as F
@@ -99,7 +99,7 @@ def test_fca_on_maps_of_its_size(size: tuple[int, int]) -> None:
     """No pooling to the size here; the frequencies are scaled by the sides over 7."""
     module = randomise(attention.FCA(32, size=size, reduction=4).double(), "fca")
     x = feature_map(2, 32, *size)
-    expected = oracles_wide.fca(arrays(module), x.numpy(), size=size, frequencies=16)
+    expected = oracles.fca(arrays(module), x.numpy(), size=size, frequencies=16)
     np.testing.assert_allclose(
         module.gate(x).detach().numpy(), expected, **TOLERANCE[torch.float64]
     )
@@ -117,7 +117,7 @@ def test_fca_filters_are_orthonormal_and_the_first_is_the_scaled_average() -> No
     torch.testing.assert_close(
         filters[0], torch.full_like(filters[0], 1 / 32), **TOLERANCE[torch.float64]
     )
-    assert [f"{u}{v}" for u, v in TOP] == oracles_wide.FREQUENCIES
+    assert [f"{u}{v}" for u, v in TOP] == list(oracles.FREQUENCIES)
 
 
 def test_fca_keeps_no_filters() -> None:
