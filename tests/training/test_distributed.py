@@ -10,7 +10,7 @@ import pytest
 import torch
 from tolerance import TOGETHER, TOLERANCE
 from training.tiny import Stop, outcome, shortened, tiny, trained
-from training.together import OPTIM, SIZES, STEPS, norm_case, run_together, step_case, two_steps
+from training.together import OPTIM, STEPS, run_together, step_case, two_steps
 
 import spem
 from spem.training import Interrupted, RunConfig, train
@@ -144,22 +144,3 @@ def test_what_several_cannot_do_is_refused(name: str, reason: str, two: Together
     assert first.startswith("ValueError")
     assert reason in first
     assert reason in second
-
-
-@pytest.mark.parametrize("number", range(len(SIZES)), ids=[str(s) for s in SIZES])
-def test_shared_norm_equals_the_norm_of_the_whole_batch(number: int, two: Together) -> None:
-    norm, z, grad = norm_case(SIZES[number])
-    z.requires_grad_()
-    y = norm(z)
-    y.backward(grad)
-    each = [
-        torch.load(two.folder / f"norm{number}.{rank}.pt", weights_only=True) for rank in range(2)
-    ]
-    close = TOLERANCE[torch.float64]
-    for name, whole in (("y", y.detach()), ("dz", z.grad)):
-        torch.testing.assert_close(torch.cat([part[name] for part in each]), whole, **close)
-    for name, whole in (("dw", norm.weight.grad), ("db", norm.bias.grad)):
-        torch.testing.assert_close(each[0][name] + each[1][name], whole, **close)
-    for name, whole in norm.named_buffers():
-        torch.testing.assert_close(each[0][name], whole, **close)
-        assert torch.equal(each[0][name], each[1][name])

@@ -11,8 +11,7 @@ import torch
 
 from spem.attention import ChannelAttention
 from spem.data import load_images
-from spem.models import resnet
-from spem.seeding import initialise
+from spem.models import blocks, resnet
 from spem.training import ModelConfig, RunConfig, Silent, evaluate, recipes, train
 from spem.training.evaluation import describe_gates, gradient_norms
 from spem.training.folder import read_result, read_weights
@@ -91,20 +90,13 @@ def test_gradient_norms_are_those_of_the_convolutions():
 
 
 def test_branches_start_where_they_are_told(tmp_path: Path):
-    from spem.models import blocks, start_branches
-
-    model = resnet(11)
-    initialise(model, 3)
-    start_branches(model, 0.25)
-    assert {float(v) for _, b in blocks(model) for v in b.last_norm.weight.detach()} == {0.25}
-    others = [b.bn1.weight.detach() for _, b in blocks(model)]
-    assert all(float(w.min()) == 1 for w in others)
-    # a run begins there: one step at rate 0 leaves it
+    # at rate 0 a run leaves them there
     config = small("none", branch_start=0.25)
     config = replace(config, optim=replace(config.optim, lr=0.0))
     train(config, tmp_path, progress=Silent())
     trained = read_weights(tmp_path / "model.safetensors").network
     assert {float(v) for _, b in blocks(trained) for v in b.last_norm.weight.detach()} == {0.25}
+    assert all(float(b.bn1.weight.detach().min()) == 1 for _, b in blocks(trained))
 
 
 def test_a_stop_during_evaluation_ends_it_there():

@@ -156,6 +156,12 @@ def test_evaluation_of_nothing_is_refused():
         evaluate(build_network(tiny(), classes=10), test)
 
 
+def test_validation_images_are_held_out_before_the_limit():
+    sets = load_sets(validated(tiny(), 50).data)
+    assert sets.validation is not None
+    assert (len(sets.train), len(sets.validation)) == (256, 50)
+
+
 def shown(config: RunConfig, *, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The images and labels of an epoch of batches of 10, in order."""
     train_set = load_sets(config.data).train
@@ -257,8 +263,6 @@ def test_nothing_in_an_epoch_reads_a_tensor(
     attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """On a GPU each of these would wait for the device."""
-    for module in ("pooling", "spem"):  # what a CPU computes with two numbers, as off it
-        monkeypatch.setattr(f"spem.attention.{module}.runs_eagerly", lambda *_: False)
     whole_epoch = loop._Training._train_epoch
 
     def read(tensor: torch.Tensor, *arguments: object) -> None:

@@ -15,7 +15,6 @@ from spem.data import load_images
 from spem.training import ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
 from spem.training.folder import build_network
 from spem.training.sets import load_sets
-from spem.training.signals import StopSignals
 from spem.training.step import decay, make_optimizer, make_step
 
 
@@ -108,12 +107,3 @@ def test_the_cosine_starts_at_the_rate_and_falls_to_nothing():
     expected = [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]
     assert [decay(optim, epoch) for epoch in range(4)] == pytest.approx(expected)
     assert RunConfig(optim=optim).id != RunConfig(optim=replace(optim, schedule=None)).id
-
-
-def test_a_signal_after_the_last_epoch_speaks_of_no_checkpoint():
-    import signal
-
-    stop = StopSignals()
-    stop.receive(signal.SIGTERM, None)
-    text = str(stop.interruption("after its last epoch", "The result is written."))
-    assert text == "Training stopped by SIGTERM after its last epoch. The result is written."

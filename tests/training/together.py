@@ -1,4 +1,4 @@
-"""What two processes do together for the tests: train runs, stop one, normalise a batch.
+"""What two processes do together for the tests: train runs, stop one, take steps.
 
 Run as a program with the folder that holds `jobs.json`; the two are forked from it before torch has
 computed anything, and do all jobs one after the other in one process group.
@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 from training.processes import fork, wait
 from training.tiny import Stop, tiny, trained
 
 from spem.attention import AttentionSpec
 from spem.models import ResNet, resnet
-from spem.ops.synchronised import SharedBatchNorm
 from spem.training import Interrupted, OptimConfig, RunConfig, Silent
 from spem.training.distributed import gather_team, shared_step
 from spem.training.step import Step, StepOutput, make_optimizer
-
-SIZES = [(3, 2), (4, 0), (1, 5)]
-"""Images of each process in the tests of the norm."""
-
 
 STEPS = ("none", "spem", "srm")
 """Attentions of the tests of the step."""
@@ -69,41 +64,10 @@ def take_steps(rank: int, folder: Path) -> None:
         )
 
 
-def norm_case(sizes: tuple[int, int]) -> tuple[nn.BatchNorm2d, torch.Tensor, torch.Tensor]:
-    """A norm, its input and the gradient of its output, all drawn at random, in float64."""
-    generator = torch.Generator().manual_seed(100 * sizes[0] + sizes[1])
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    norm = nn.BatchNorm2d(5).double()
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean):
-            tensor.copy_(drawn(5))
-        norm.running_var.copy_(drawn(5).square())
-    shape = (sum(sizes), 5, 4, 3)
-    return norm, 3 + 2 * drawn(*shape), drawn(*shape)
-
-
-def normalise(rank: int, folder: Path) -> None:
-    """Save what a process computes of each case of the norm with its part of the batch."""
-    for number, sizes in enumerate(SIZES):
-        norm, z, grad = norm_case(sizes)
-        shared = SharedBatchNorm.of(norm)
-        mine = slice(sizes[0]) if rank == 0 else slice(sizes[0], None)
-        z = z[mine].requires_grad_()
-        y = shared(z)
-        y.backward(grad[mine])
-        found = {"y": y.detach(), "dz": z.grad, "dw": norm.weight.grad, "db": norm.bias.grad}
-        found |= {name: buffer.clone() for name, buffer in shared.named_buffers()}
-        torch.save(found, folder / f"norm{number}.{rank}.pt")
-
-
 def work(rank: int, folder: Path) -> int:
     """Do all jobs as one of two processes; what each came to stands in `said.RANK.json`."""
     meeting = f"file://{folder / 'meeting'}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    normalise(rank, folder)
     take_steps(rank, folder)
     said: list[dict[str, Any]] = []
     for job in json.loads((folder / "jobs.json").read_text()):
