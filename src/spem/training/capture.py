@@ -8,8 +8,7 @@ exists before the recording.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -107,22 +106,28 @@ class CapturedStep:
         momenta = momenta_from_zero(self._optimizer)
         kept = [*self._model.parameters(), *self._model.buffers(), *momenta]
         copies = [tensor.detach().clone() for tensor in kept]
+        groups = self._optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        self._fill_rates()
 
         def run() -> StepOutput:
             return self._step(images, labels)
 
         try:
-            with self._tensor_rates():
-                self._capturer.warm_up(run)
-                # The gradients are the recording's own, so that it need not add to older ones.
-                self._optimizer.zero_grad(set_to_none=True)
-                output, replay = self._capturer.capture(run)
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate
+            self._capturer.warm_up(run)
+            # The gradients are the recording's own, so that it need not add to older ones.
+            self._optimizer.zero_grad(set_to_none=True)
+            output, replay = self._capturer.capture(run)
         except RuntimeError as error:
             raise RuntimeError(
                 f"train: the step for {len(images)} images cannot be captured as a CUDA graph "
                 f"({str(error).strip()}). Use runtime.step='compile' or 'eager'."
             ) from error
         finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
             with torch.no_grad():
                 for tensor, copy in zip(kept, copies, strict=True):
                     tensor.copy_(copy)
@@ -131,20 +136,6 @@ class CapturedStep:
     def _fill_rates(self) -> None:
         for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-
-    @contextmanager
-    def _tensor_rates(self) -> Generator[None]:
-        """Let the optimiser read its rates from the tensors."""
-        self._fill_rates()
-        groups = self._optimizer.param_groups
-        numbers = [group["lr"] for group in groups]
-        try:
-            for group, rate in zip(groups, self._rates, strict=True):
-                group["lr"] = rate
-            yield
-        finally:
-            for group, number in zip(groups, numbers, strict=True):
-                group["lr"] = number
 
 
 def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:

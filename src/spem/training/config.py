@@ -371,21 +371,15 @@ def _check(part: Any, section: str = "") -> None:
             if isinstance(value, (bool, str)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number from 0 on.")
             object.__setattr__(part, field_name, float(value))
-        elif kind is int:
-            _whole(name, value)
-        elif get_origin(kind) is tuple:
-            for number in value:
-                _whole(name, number)
-
-
-def _whole(name: str, value: Any) -> None:
-    lowest, highest = _RANGES.get(name, (0, None))
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a whole number.")
-    if value < lowest:
-        raise ValueError(f"{name}={value} is too small. Use at least {lowest}.")
-    if highest is not None and value > highest:
-        raise ValueError(f"{name}={value} is too large. Use at most {highest}.")
+        elif kind is int or get_origin(kind) is tuple:
+            lowest, highest = _RANGES.get(name, (0, None))
+            for number in [value] if kind is int else value:
+                if not isinstance(number, int) or isinstance(number, bool):
+                    raise ValueError(f"{name}={number!r} must be a whole number.")
+                if number < lowest:
+                    raise ValueError(f"{name}={number} is too small. Use at least {lowest}.")
+                if highest is not None and number > highest:
+                    raise ValueError(f"{name}={number} is too large. Use at most {highest}.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -179,7 +179,10 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _of_a_connection(error):
+            # Errors of a process group have no one type.
+            signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
+            lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+            if self.size == 1 or not lost:
                 raise
             there = (
                 f"The checkpoint is {checkpoint}" if checkpoint.exists() else "No checkpoint yet"
@@ -200,14 +203,6 @@ def gather_team() -> Generator[Team]:
     control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
     yield Team(dist.get_rank(), dist.get_world_size(), control)
     dist.destroy_process_group(control)
-
-
-def _of_a_connection(error: RuntimeError) -> bool:
-    """Whether an error is that of a process group, which has no one type for it."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        sign in text for sign in ("gloo", "NCCL", "Connection closed", "Connection reset")
-    )
 
 
 def shared_step(
