@@ -151,6 +151,7 @@ def test_fields_of_before_are_defaults_and_other_runtimes_are_passed_over():
     [
         ("optim", "nesterov", True, "nesterov"),
         ("optim", "epochs", "many", r"optim.epochs.*int.*many"),
+        ("optim", "epochs", True, r"optim.epochs=True must be a whole number"),
         ("optim", "lr", float("nan"), r"optim.lr=nan must be a number from 0 on"),
         ("optim", "lr", 10**400, "int too large"),
         ("model", "depth", 12, r"depth=12 is not 9n \+ 2, .* Nearest: 11 or 20"),

@@ -115,6 +115,18 @@ def test_a_damaged_file_of_a_finished_run_is_never_trained_over(finished: Path, 
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_files_that_look_whole_are_told_by_the_sums_of_the_result(finished: Path, tmp_path: Path):
+    folder = copied(finished, tmp_path)
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace('"epoch": 0', '"epoch": 1'))
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: it is not the file that"):
+        read_run(folder)
+    (folder / "metrics.jsonl").write_text(text)
+    save_weights(read_run(folder).network(), tiny(), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: it is not the file that"):
+        read_run(folder).network()
+
+
 def test_a_pipe_in_a_run_folder_does_not_hang(finished: Path, tmp_path: Path):
     for name in ("config.json", "metrics.jsonl", "result.json", "model.safetensors"):
         folder = copied(finished, tmp_path / name)
