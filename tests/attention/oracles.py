@@ -19,7 +19,7 @@ Parameters = Mapping[str, Array]
 Pool = str | float
 
 FREQUENCIES = (
-    "00", "01", "60", "05", "02", "10", "12", "40", "50", "16", "30", "04", "06", "03", "35", "22",
+    "00", "01", "60", "05", "02", "10", "12", "40", "50", "16", "30", "04", "06", "03", "35", "22"
 )  # fmt: skip
 """FcaNet's pairs, vertical and horizontal, on a 7 x 7 grid."""
 

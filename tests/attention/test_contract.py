@@ -90,9 +90,7 @@ def class_facts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "layout", "training"),
-    sampled(ALL, DTYPES, LAYOUTS, (True, False)),
-    ids=said,
+    ("name", "dtype", "layout", "training"), sampled(ALL, DTYPES, LAYOUTS, (True, False)), ids=said
 )
 def test_shape_dtype_and_memory_format(
     name: str, dtype: torch.dtype, layout: torch.memory_format, training: bool

@@ -82,5 +82,5 @@ __all__ = [
     "list_attention",
     "param_groups",
     "penalty",
-    "register_attention",
+    "register_attention"
 ]  # fmt: skip

@@ -30,8 +30,7 @@ class BAM(ChannelAttention):
         ``dilation``, each with bias, BN and ReLU, and a 1x1 convolution h -> 1 with bias.
         Parameters: 3 C h + C + 18 h^2 + 13 h + 1.
 
-    Shape:
-        x: [N, C, H, W], N >= 2 in training.
+    Shape: x is [N, C, H, W], N >= 2 in training.
 
     Args:
         placement: ``"between"`` stages (after all but the last, the official place), after every

@@ -85,8 +85,7 @@ class ChannelAttention(nn.Module):
     autocast off; only the final factor is cast to the map's dtype. Layers inside are called
     (`spem.attention.precision.call`), so that hooks, LoRA, pruning and quantisation act on them.
 
-    Shape:
-        x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
+    Shape: x and output: [N, C, ...], equal shape, dtype and memory format; x is never changed.
 
     Args:
         channels: C.

@@ -27,8 +27,7 @@ class CBAM(ChannelAttention):
         0.01. y = x' * p. Start: both biases 0, k x k kernel Kaiming normal (fan_out), BN weight and
         bias 0, so p = 0.5. Parameters: 2 C h + h + C + 2 k^2 + 2.
 
-    Shape:
-        x: [N, C, H, W]; N H W >= 2 in training.
+    Shape: x is [N, C, H, W]; N H W >= 2 in training.
 
     Args:
         reduction: r, the hidden width is C // r >= 1.

@@ -27,8 +27,7 @@ class CoordAtt(ChannelAttention):
         s(W_w f_w + b_w), hswish(v) = v min(max(v + 3, 0), 6) / 6. Parameters: C h + 3 h + 2 (h C +
         C).
 
-    Shape:
-        x: [N, C, H, W].
+    Shape: x is [N, C, H, W].
 
     Args:
         reduction: r; the hidden width is C // r, but at least 8.

@@ -30,8 +30,7 @@ class DIA(ChannelAttention):
         b1) + b2 of C -> C // reduction -> 4C; c' = s(f) c + s(i) tanh(g); h' = s(o) s(c');
         y = x * h'. Parameters of one stage: 10 C q + 2 q + 8 C, q = C // reduction.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes; every block of a stage with the same N.
+    Shape: x is [N, C, ...], one to three spatial axes; every block of a stage with the same N.
 
     Args:
         reduction: r of the hidden layers, 4 in the paper; C // r >= 1.

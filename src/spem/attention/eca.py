@@ -1,13 +1,10 @@
 """ECA: efficient channel attention."""
 
 import math
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype, number, odd_int, positive
@@ -35,8 +32,7 @@ class ECA(ChannelAttention):
         of k taps along the channels, zero padding, no bias. k = t if t is odd else t + 1, t =
         int(|log2(C) + b| / gamma). Parameters: k.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes.
+    Shape: x is [N, C, ...], one to three spatial axes.
 
     Args:
         kernel: k, odd; None computes it from the channels (16..64 -> 3, 128..1024 -> 5, 2048 -> 7).
@@ -68,10 +64,9 @@ class ECA(ChannelAttention):
         self._draw_start()
 
     def _compiled(self) -> CompiledGate | None:
-        layer, pool = self.conv, self.pool
-        if not is_average(pool) or not _is_ours(layer) or has_hooks(layer):
+        if not is_average(self.pool) or not self._has_own_layer():
             return None
-        weight = layer.weight
+        weight = self.conv.weight
         return CompiledGate("eca", (None, None, weight, None, None), width=weight.shape[2])
 
     @compiled_by(_compiled)
@@ -79,45 +74,37 @@ class ECA(ChannelAttention):
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
         large = z.device.type == "cpu" and z.numel() >= _FEW
-        fast = torch.compiler.is_compiling() or large
-        with _Products() if fast and not is_exporting() else nullcontext():
-            return torch.sigmoid(call(self.conv, z[:, None, :])[:, 0, :])
+        if (
+            (large or torch.compiler.is_compiling())
+            and not is_exporting()
+            and self._has_own_layer()
+        ):
+            weight = cast(self.conv.weight, z).flatten()
+            if len(weight) <= _TAPS:
+                return torch.sigmoid(_products(z, weight))
+        return torch.sigmoid(call(self.conv, z[:, None, :])[:, 0, :])
+
+    def _has_own_layer(self) -> bool:
+        """Whether the layer is the one that was built, and nobody watches it."""
+        layer = self.conv
+        if type(layer) is not nn.Conv1d or layer.bias is not None or has_hooks(layer):
+            return False
+        plain = layer.padding_mode == "zeros" and layer.stride == layer.dilation == (1,)
+        single = layer.weight.shape[:2] == (1, 1)
+        return plain and single and layer.padding == (layer.weight.shape[2] // 2,)
 
 
-def _is_ours(layer: nn.Module | None) -> bool:
-    """Whether it is the layer that was built; somebody may have put another one in its place."""
-    if type(layer) is not nn.Conv1d or layer.bias is not None:
-        return False
-    taps = layer.weight.shape[2]
-    same = layer.padding_mode == "zeros" and layer.padding == (taps // 2,)
-    return same and layer.stride == layer.dilation == (1,) and layer.weight.shape[:2] == (1, 1)
-
-
-class _Products(TorchFunctionMode):
-    """Computes a layer's convolution along the channels as k shifted products, where it can.
+def _products(z: Tensor, weight: Tensor) -> Tensor:
+    """The convolution along the channels, [N, C], as k shifted products.
 
     PyTorch's convolution of one channel is slow on a CPU, backward above all: 2.3 ms for [128, 256]
     and 5 taps, where shifted products take 0.5. Compiled, they fuse with the rest of the gate.
     """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.conv1d and not kwargs and len(args) == 7:
-            z, weight, bias, stride, padding, dilation, _ = args
-            taps = weight.shape[2]
-            along = bias is None and stride == dilation == (1,) and padding == (taps // 2,)
-            if along and weight.shape[:2] == (1, 1) and taps <= _TAPS:
-                return _products(z, cast(weight, z).flatten())
-        return func(*args, **(kwargs or {}))
-
-
-def _products(z: Tensor, weight: Tensor) -> Tensor:
-    taps, channels = weight.shape[0], z.shape[2]
+    taps, channels = len(weight), z.shape[1]
     padded = F.pad(z, (taps // 2, taps // 2))
-    out = padded[:, :, :channels] * weight[0]
+    out = padded[:, :channels] * weight[0]
     for tap in range(1, taps):
-        out = torch.addcmul(out, padded[:, :, tap : tap + channels], weight[tap])
+        out = torch.addcmul(out, padded[:, tap : tap + channels], weight[tap])
     return out
 
 

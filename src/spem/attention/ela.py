@@ -34,8 +34,7 @@ class ELA(ChannelAttention):
         * a(p_w). GN 1/0 at the start. k, channels a group, groups of the norm: T 5, 1, 32; B 7, 1,
         16; S 5, 8, 16; L 7, 8, 16. Parameters: T 7C, B 9C, S 42C, L 58C.
 
-    Shape:
-        x: [N, C, H, W].
+    Shape: x is [N, C, H, W].
 
     Args:
         channels: C; in S and L a multiple of 8.

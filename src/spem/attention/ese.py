@@ -21,8 +21,7 @@ class ESE(ChannelAttention):
         y = x * hardsigmoid(W z + b), z the pooled channels (global average by default), W of C x C,
         hardsigmoid(v) = min(max(v + 3, 0), 6) / 6. Parameters: C^2 + C.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes.
+    Shape: x is [N, C, ...], one to three spatial axes.
 
     Args:
         pool: How a plane becomes a number.

@@ -15,7 +15,7 @@ from spem.ops.stats import compute_dtype
 GRID = 7
 TOP = (
     (0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
-    (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2),
+    (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2)
 )  # fmt: skip
 """The best frequencies (vertical, horizontal) on a 7 x 7 grid, best first: the official "top"."""
 
@@ -34,8 +34,8 @@ class FCA(ChannelAttention):
         maps of H x W = size. (u, v) is the i-th best pair on a 7 x 7 grid, times (H // 7, W // 7).
         y = x * s(W2 relu(W1 z)), hidden width h = C // reduction. Parameters: 2 C h.
 
-    Shape:
-        x: [N, C, H, W]; a map of another size than ``size`` is first averaged to it (adaptively).
+    Shape: x is [N, C, H, W]; a map of another size than ``size`` is first averaged to it
+    (adaptively).
 
     Args:
         size: H = W, or (H, W), that the filters are made for; at least 7, and must be given.

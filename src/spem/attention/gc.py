@@ -45,8 +45,7 @@ class GC(ChannelAttention):
         W2 = b2 = 0, so add is the identity and mul 0.5; the convolution N(0, 2/C), its bias 0.
         Parameters: C + 1 + 2 C h + 3 h + C; both has the network's twice.
 
-    Shape:
-        x: [N, C, H, W].
+    Shape: x is [N, C, H, W].
 
     Args:
         fusion: ``"add"``, ``"mul"`` or ``"both"``.

@@ -30,8 +30,7 @@ class GCT(ChannelAttention):
         / sqrt(mean_c e^2 + eps). l1: e_c = alpha_c sum_HW |x_c|, n_c = gamma_c e_c / (mean_c |e| +
         eps). eps = 1e-5. alpha = 1, gamma = beta = 0 at the start: the identity. Parameters: 3C.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes; with ``mode="l1"`` [N, C, H, W].
+    Shape: x is [N, C, ...], one to three spatial axes; with ``mode="l1"`` [N, C, H, W].
 
     Args:
         mode: The norm of a plane, ``"l2"`` or ``"l1"``. Only l2 is a function of plane statistics:

@@ -39,10 +39,9 @@ class GE(ChannelAttention):
 
         Start: kernels N(0, 2 / (H W)), W1 and W2 N(0, 0.01^2), biases 0, BN 1/0.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes, for theta_minus of global extent; [N, C, H, W]
-        for the others; theta and theta_plus take the map size they were built for and in training
-        N >= 2.
+    Shape: x is [N, C, ...], one to three spatial axes, for theta_minus of global extent; [N, C,
+    H, W] for the others; theta and theta_plus take the map size they were built for and in
+    training N >= 2.
 
     Args:
         form: ``"theta_minus"``, ``"theta"`` or ``"theta_plus"``.

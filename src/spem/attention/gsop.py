@@ -27,8 +27,7 @@ class GSoP(ChannelAttention):
         (t_k - mean t)^T over its M positions; each row of BN(S) through 4 linear maps of its own
         (D -> 1, biases), all 4 D to C (bias); y = x * s(.). Parameters, D = 128: 641 C + 66688.
 
-    Shape:
-        x: [N, C, H, W]; at least two values a channel, N M, of the reduced map in training.
+    Shape: x is [N, C, H, W]; at least two values a channel, N M, of the reduced map in training.
 
     Args:
         dims: D.

@@ -27,8 +27,7 @@ class IEBN(ChannelAttention):
         pooled channels of x (global average by default). gamma = 1, beta = 0, w = 0, b = -1 at the
         start: the gate is s(-1) = 0.2689414. Parameters: 4C, 2C more than the norm it replaces.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes; N H W >= 2 in training.
+    Shape: x is [N, C, ...], one to three spatial axes; N H W >= 2 in training.
 
     Args:
         pool: How a plane becomes a number.

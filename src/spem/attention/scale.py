@@ -23,8 +23,7 @@ class Scale(ChannelAttention):
     Formula:
         y = x * f. Parameters: C.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes.
+    Shape: x is [N, C, ...], one to three spatial axes.
 
     Args:
         start: Value all factors start from.

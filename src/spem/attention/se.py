@@ -24,8 +24,7 @@ class SE(ChannelAttention):
         y = x * s(W2 relu(W1 z + b1) + b2), z the pooled channels (global average by default), s the
         logistic sigmoid, hidden width h = C // reduction. Parameters: 2 C h, and h + C with biases.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes.
+    Shape: x is [N, C, ...], one to three spatial axes.
 
     Args:
         reduction: r, the hidden width is C // r >= 1.

@@ -25,8 +25,7 @@ class SGE(ChannelAttention):
         deviation; y = x * s(w t + b). w = 0 and b = 1 at the start: the gate is s(1) = 0.7310586.
         Parameters: 2 groups.
 
-    Shape:
-        x: [N, C, H, W], H W >= 2.
+    Shape: x is [N, C, H, W], H W >= 2.
 
     Args:
         groups: G, must divide C. 64 is the official value; with C = 64 each group is one channel.

@@ -26,8 +26,8 @@ class SK(ChannelAttention):
         max(C // reduction, least); a_k = softmax over k of (W_k z); y = a_1 U1 + a_2 U2.
         Parameters: 3 C d + 2 d, and 18 C^2 / groups + 4 C of the branches.
 
-    Shape:
-        x: [N, C, H, W], N >= 2 in training; output: [N, C, ceil(H / stride), ceil(W / stride)].
+    Shape: x is [N, C, H, W], N >= 2 in training; output: [N, C, ceil(H / stride), ceil(W /
+    stride)].
 
     Args:
         channels: C, of input and output.

@@ -25,8 +25,7 @@ class SPA(ChannelAttention):
         numbers; y = x * s(W2 relu(W1 z)), hidden width h = C // reduction, no biases. Parameters:
         22 C h.
 
-    Shape:
-        x: [N, C, H, W].
+    Shape: x is [N, C, H, W].
 
     Args:
         reduction: r, the hidden width is C // r >= 1.

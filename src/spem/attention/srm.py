@@ -31,8 +31,8 @@ class SRM(ChannelAttention):
         sqrt(var + 1e-5) with the unbiased variance of the plane, BN over the batch. a = d = 0 and
         BN 1/0 at the start: the gate is 0.5. Parameters: 4C.
 
-    Shape:
-        x: [N, C, ...], one to three spatial axes, at least two positions; N >= 2 in training.
+    Shape: x is [N, C, ...], one to three spatial axes, at least two positions; N >= 2 in
+    training.
 
     Args:
         pool: What stands in place of the mean.

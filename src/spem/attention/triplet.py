@@ -39,8 +39,7 @@ class Triplet(ChannelAttention):
         the third axis, one output channel, zero padding, no bias, BN momentum 0.01. y = x * (g_cw +
         g_hc + g_hw) / 3. BN 1/0 at the start. Parameters: 3 (2 k^2 + 2).
 
-    Shape:
-        x: [N, C, H, W]; N H W >= 2 in training.
+    Shape: x is [N, C, H, W]; N H W >= 2 in training.
 
     Args:
         kernel: k, odd, side of the kernels.
