@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +15,17 @@ from spem.ops import Choice, choose, use_impl, why_composed
 
 __all__ = ["Cost", "LayerCost", "TailCost", "block_tails", "count", "tails_text"]
 
-_MAP_PASSES = {"numba": (4, 7), "triton": (4, 7), "formula": (4, 8)}
-"""Reads and writes of a whole map by a fused tail, forward and backward; the formula's are those of
-what a compiler makes of it."""
-_PLAIN_PASSES = (8, 8)
-"""The same for batch norm, addition and ReLU, one operation after the other."""
-_APART = "attention stands apart from norm and addition"
-"""Why attention in other people's blocks is not fused."""
+_MAP_PASSES = {"numba": (4, 7), "triton": (4, 7), "formula": (4, 8), "plain": (8, 8)}
+"""Reads and writes of a whole map by a tail, forward and backward: fused (the formula as a compiler
+makes it), and batch norm, addition and ReLU one after the other."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One row of the table.
+    """A layer with its forward FLOPs; an attention is one, with all its parts.
 
-    Args:
-        name: Dotted name in the model.
-        kind: Class name.
-        output: Shape of its last output; None if it was not called as a module of its own.
-        parameters: Number of parameters it holds.
-        flops: FLOPs of its forward pass.
-        attention: Whether it is a channel-attention module, which is one row with all its parts.
+    Its name is the dotted one, ``kind`` its class; ``output`` is the shape of its last output, None
+    where it was not called as a module.
     """
 
     name: str
@@ -48,15 +40,14 @@ class LayerCost:
 class TailCost:
     """The end of one residual block: norm, attention, addition, ReLU.
 
-    Args:
+    Attributes:
         name: Dotted name of the block.
         attention: Name of its attention, "none" without one.
         impl: What runs it: "numba", "triton" and "formula" fuse it, "reference" composes it of
             torch's modules (see `spem.ops.use_impl`).
         reason: Why it is this one, where that needs saying.
-        forward_bytes: Bytes of whole maps read and written by the forward pass; side traffic such
-            as statistics is left out. None where there is no model of it: composed attention takes
-            more than the plain tail, and how much depends on the module.
+        forward_bytes: Bytes of whole maps read and written by the forward pass; statistics and the
+            like are left out. None for composed attention, whose traffic depends on the module.
         backward_bytes: The same for the backward pass.
     """
 
@@ -70,15 +61,10 @@ class TailCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one forward pass. The rows of `layers` add up to the totals.
+    """The cost of one forward pass of the whole batch, and the share of channel attention in it.
 
-    Args:
-        parameters: Parameters of the whole model.
-        attention_parameters: Those that belong to channel-attention modules.
-        flops: FLOPs of the whole forward pass for the given batch.
-        attention_flops: Those of channel-attention modules.
-        layers: One row for every layer, in the order of the model.
-        input_shape: The input they were counted with.
+    Attributes:
+        layers: One row for every layer, in the order of the model; they add up to the totals.
         tails: The tail of every residual block, in the order of the model.
     """
 
@@ -101,17 +87,14 @@ def count(
     """Count parameters and forward FLOPs of a model, layer by layer.
 
     FLOPs are counted by `torch.utils.flop_counter`: 2 per multiply-add, convolutions and matrix
-    products only. Norms, activations, pooling and the scaling of the map by its gate count 0 there
-    although they take time, mostly for memory traffic; so a difference in FLOPs says little about a
-    difference in speed.
-
-    The model runs once, in evaluation mode, on zeros; its mode is restored, nothing in it changes.
+    products only. Norms, activations, pooling and the scaling of the map by its gate count 0 but
+    take time; so a difference in FLOPs says little about a difference in speed. The model runs
+    once, in evaluation mode, on zeros; nothing in it changes.
 
     Args:
         model: Any module that takes one tensor.
         input_shape: Shape of that tensor, such as (1, 3, 32, 32).
-        device: Type of the device whose tails are reported; it need not be there; None is the
-            model's.
+        device: Type of the device whose tails are reported, there or not; None is the model's.
         dtype: Dtype of the maps that are assumed; None is that of the model.
 
     Raises:
@@ -128,10 +111,16 @@ def count(
             f"count: input_shape={input_shape} is not the shape of a batch. "
             "Use numbers from 1 up, such as (1, 3, 32, 32)."
         )
-    tails = block_tails(model, device=device, dtype=dtype)  # before hooks are in the way
+    tails = list(block_tails(model, device=device, dtype=dtype))  # before hooks are in the way
     totals, outputs = _run(model, input_shape)
-    width = (dtype or _like(model).dtype).itemsize
     layers = tuple(_rows(model, totals, outputs))
+    width = (dtype or _like(model).dtype).itemsize
+    for number, tail in enumerate(tails):
+        composed = tail.impl == "reference"
+        passes = _MAP_PASSES.get("plain" if composed and tail.attention == "none" else tail.impl)
+        if passes is not None and tail.name in outputs:
+            forward, backward = (each * math.prod(outputs[tail.name]) * width for each in passes)
+            tails[number] = replace(tail, forward_bytes=forward, backward_bytes=backward)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         attention_parameters=sum(row.parameters for row in layers if row.attention),
@@ -139,7 +128,7 @@ def count(
         attention_flops=sum(row.flops for row in layers if row.attention),
         layers=layers,
         input_shape=tuple(input_shape),
-        tails=tuple(_with_bytes(tail, outputs.get(tail.name), width) for tail in tails),
+        tails=tuple(tails),
     )
 
 
@@ -149,18 +138,9 @@ def block_tails(
     """What runs the tail of each residual block, without running the model.
 
     A block is a module with an `attention` (a channel attention, or None) and a last norm `bn3` or
-    `bn2`, as those of `spem.models`. A stage is a module whose `shared` is the attention of all
-    blocks in it. Blocks that ``spem.attach(fuse=True)`` has fused say what their tail is. Attention
-    that stands elsewhere, as `spem.attach` without ``fuse`` and timm's ``attn_layer`` put it,
-    follows its norm as a module of its own: not fused.
-
-    Args:
-        model: Any module.
-        device: Type of the device; None is the model's.
-        dtype: Dtype of the maps; None is that of the model.
-
-    Raises:
-        ValueError: An implementation that was asked for cannot run there.
+    `bn2`, as those of `spem.models`; a stage is one whose `shared` is the attention of its blocks;
+    what ``spem.attach(fuse=True)`` has fused says what its tail is. Attention that stands elsewhere
+    follows its norm as a module of its own: not fused. Arguments and errors as for `count`.
     """
     like = _like(model)
     device, dtype = device or like.device.type, dtype or like.dtype
@@ -184,20 +164,22 @@ def block_tails(
                 found.append(TailCost(name, kind, "reference", parts))
                 continue
             norm, attention = parts
-        if isinstance(norm, nn.Module) and (
-            attention is None or isinstance(attention, ChannelAttention)
-        ):
+        if isinstance(norm, nn.Module) and isinstance(attention, (ChannelAttention, type(None))):
             if attention is None and isinstance(norm, ChannelAttention):
                 attention = norm  # in place of the norm
-            choice = _tail_choice(attention, norm, device, dtype)
+            composed = None if attention is None else attention.why_composed()
+            choice = Choice("reference", composed or "")
+            if composed is None:
+                choice = choose("bn_gate_tail", device, dtype, composed=why_composed(norm))
             kind = "none" if attention is None else attention.name or type(attention).__name__
             found.append(TailCost(name, kind, choice.impl, choice.reason))
-            counted |= set() if attention is None else set(attention.modules())
+            counted.update(() if attention is None else attention.modules())
         elif isinstance(block, ChannelAttention) and block not in counted:
-            counted |= set(block.modules())
+            counted.update(block.modules())
             if block.needs.place == "tail":
                 kind = block.name or type(block).__name__
-                found.append(TailCost(name, kind, "reference", _APART))
+                why = "attention stands apart from norm and addition"
+                found.append(TailCost(name, kind, "reference", why))
     return tuple(found)
 
 
@@ -219,27 +201,6 @@ def tails_text(tails: Sequence[TailCost]) -> str:
     return "; ".join(parts) or "no block tails"
 
 
-def _tail_choice(
-    attention: ChannelAttention | None, norm: nn.Module, device: str, dtype: torch.dtype
-) -> Choice:
-    """As `ChannelAttention.tail` and `spem.ops.bn_gate_tail` decide."""
-    composed = None if attention is None else attention.why_composed()
-    if composed is not None:
-        return Choice("reference", composed)
-    return choose("bn_gate_tail", device, dtype, composed=why_composed(norm))
-
-
-def _with_bytes(tail: TailCost, shape: tuple[int, ...] | None, width: int) -> TailCost:
-    """The tail with its map traffic, given the shape of its maps and the bytes of a value."""
-    passes = _MAP_PASSES.get(tail.impl)
-    if tail.impl == "reference" and tail.attention == "none":
-        passes = _PLAIN_PASSES
-    if passes is None or shape is None:
-        return tail
-    size = math.prod(shape) * width
-    return replace(tail, forward_bytes=passes[0] * size, backward_bytes=passes[1] * size)
-
-
 def _like(model: nn.Module) -> Tensor:
     """A tensor of the model's device and dtype."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -256,10 +217,10 @@ def _run(
     open_at: dict[str, list[int]] = {}
     counter = FlopCounterMode(display=False)
 
-    def enter(name: str) -> None:
+    def enter(name: str, *_: object) -> None:
         open_at.setdefault(name, []).append(counter.get_total_flops())
 
-    def leave(name: str, output: object) -> None:
+    def leave(name: str, _m: object, _x: object, output: object) -> None:
         spent = counter.get_total_flops() - open_at[name].pop()
         totals[name] = totals.get(name, 0) + spent
         if isinstance(output, Tensor):
@@ -271,10 +232,8 @@ def _run(
     x = torch.zeros(input_shape, dtype=like.dtype, device=like.device)
     try:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _m, _x, name=name: enter(name)))
-            handles.append(
-                module.register_forward_hook(lambda _m, _x, output, name=name: leave(name, output))
-            )
+            handles.append(module.register_forward_pre_hook(partial(enter, name)))
+            handles.append(module.register_forward_hook(partial(leave, name)))
         model.eval()
         # Composed tails call every module, whose hooks then see its share.
         with torch.no_grad(), use_impl("reference"), counter:
