@@ -173,7 +173,7 @@ def _difference(pairs: Any, level: float) -> dict[str, float]:
     if n > 1 and equal:
         line["difference_sd"] = 0.0
     if n >= FEW and not equal:
-        test = ttest_1samp(d, 0)
+        test: Any = ttest_1samp(d, 0)
         line["low"], line["high"] = test.confidence_interval(level)
         line["p"] = test.pvalue
     return line | ({"p_flip": sign_flip(d)} if n >= FLIP else {})
@@ -186,7 +186,7 @@ def sign_flip(differences: Any) -> float:
 
     if not np.any(differences):
         return 1.0
-    resamples = np.inf if len(differences) <= EXACT else 9999
+    resamples: Any = np.inf if len(differences) <= EXACT else 9999
     kind: dict[str, Any] = {"permutation_type": "samples", "rng": np.random.default_rng(0)}
     test = permutation_test((differences,), np.mean, n_resamples=resamples, **kind)
     return float(test.pvalue)

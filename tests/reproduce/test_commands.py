@@ -43,6 +43,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["compare", "none", "spme", *TINY], "Did you mean spem"),
         (["compare", "none", "se", "se", *TINY], "arm se is named twice"),
         (["compare", "none", "se", "--seeds", "x"], "--seeds: 'x' is no number of seeds (3)"),
+        (["compare", "none", "se", "--seeds", "0"], "'0' is no number of seeds"),
+        (["compare", "none", "se", "--seeds", "1,0,1"], "'1,0,1' names a seed twice"),
         (["compare", "none", "se", "--recipe", "shrot"], "Did you mean short"),
         (["compare", "none", "se", "--workers", "0"], "--workers: '0' is no whole number from 1"),
         (["reproduce"], "no experiment given. Name some of: all, table1"),

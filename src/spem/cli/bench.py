@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from statistics import median
+from typing import Annotated, Any, Literal
 
 from spem.cli.network import Named, load_network
 from spem.cli.options import RARE, Json
 from spem.cli.output import print_json, print_table
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-ROUNDS = 5
-SECONDS = 0.4
-"""Of one timing."""
+ROUNDS, SECONDS = 5, 0.4
+"""Timings of each network, and the length of one."""
 
 
 def run(
@@ -44,21 +43,21 @@ def run(
     import torch
     from torch.utils.benchmark import Timer
 
-    from spem.training import OptimConfig, RuntimeConfig
+    from spem.training import RuntimeConfig
+    from spem.training.environment import hardware
     from spem.training.step import execution
 
     arms = list(dict.fromkeys(attention or ("none", "se", "eca", "spem")))
-    if "none" not in arms:
-        arms.insert(0, "none")
+    arms = arms if "none" in arms else ["none", *arms]
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     threads = threads or torch.get_num_threads()
     runtime = RuntimeConfig(device=place, precision=precision, threads=threads, impl=impl)
     rounds, seconds, batch = (2, 0.05, min(batch, 16)) if quick else (ROUNDS, SECONDS, batch)
-    times: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with execution(runtime):
-        calls = {name: _calls(network, name, size, batch, runtime, OptimConfig()) for name in arms}
+        calls = {name: _calls(network, name, size, batch, runtime) for name in arms}
         timers: dict[tuple[str, str], tuple[Any, int]] = {}
         for name, kinds in calls.items():
             for kind, call in kinds.items():
@@ -66,31 +65,41 @@ def run(
                 timer = Timer("call()", globals={"call": call}, num_threads=threads)
                 once = timer.timeit(1).mean  # kernels are compiled before
                 timers[name, kind] = (timer, max(1, round(seconds / once)))
-        for place_in_turn in range(rounds):
-            print(f"round {place_in_turn + 1} of {rounds}", file=sys.stderr, flush=True)
+        for turn in range(rounds):
+            print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
             for (name, kind), (timer, number) in timers.items():
-                taken = 1000 * timer.timeit(number).mean
-                times.setdefault(kind, {}).setdefault(name, []).append(taken)
-    _show(times, network, batch, runtime, json=json)
+                times[name][kind].append(1000 * timer.timeit(number).mean)
+    rows: list[dict[str, Any]] = []
+    for name in arms:
+        rows.append({"attention": name})
+        for kind, own in times[name].items():
+            rows[-1][f"{kind}, ms"] = median(own)
+            pairs = zip(own, times["none"][kind], strict=True)
+            rows[-1][f"{kind}, ratio"] = median(mine / plain for mine, plain in pairs)
+    machine = hardware(torch.device(place), threads)
+    if json:
+        print_json({"network": network, "batch": batch, "hardware": machine, "rows": rows})
+        return
+    columns = list(rows[0])
+    cells = [[row["attention"], *(f"{row[name]:.3g}" for name in columns[1:])] for row in rows]
+    title = f"{network}, batch {batch}, {precision}, {machine}"
+    print_table(columns, cells, align="l" + "r" * (len(columns) - 1), title=title)
 
 
 def _calls(
-    network: str, attention: str, size: int | None, batch: int, runtime: Any, optim: Any
-) -> dict[str, Callable[[], Any]]:
+    network: str, attention: str, size: int | None, batch: int, runtime: Any
+) -> dict[str, Callable[[], object]]:
     """A training step and a forward pass of one network, as functions without arguments."""
     import torch
 
+    from spem.training import OptimConfig
     from spem.training.step import make_optimizer, make_step
 
-    known = load_network(
-        network, attention=None if attention == "none" else attention, start="module", size=size
-    )
+    kind: Any = {} if attention == "none" else {"attention": attention, "start": "module"}
+    known = load_network(network, size=size, **kind)
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     model = known.model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    trained = load_network(
-        network, attention=None if attention == "none" else attention, start="module", size=size
-    ).model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
-    trained.train()
+    trained, optim = deepcopy(model).train(), OptimConfig()
     images = torch.randn(known.shape(batch), device=runtime.device)
     images = images.contiguous(memory_format=layout)
     with torch.no_grad():
@@ -98,39 +107,5 @@ def _calls(
     labels = torch.arange(batch, device=runtime.device) % classes
     step = make_step(trained, make_optimizer(trained, optim), optim, replace(runtime, step="eager"))
     inputs = images.bfloat16() if runtime.precision == "bf16" else images
-
-    def train() -> None:
-        step(inputs, labels)
-
-    def infer() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    return {"training step": train, "inference": infer}
-
-
-def _show(
-    times: dict[str, dict[str, list[float]]], network: str, batch: int, runtime: Any, *, json: bool
-) -> None:
-    from statistics import median
-
-    rows: list[dict[str, Any]] = []
-    for name in next(iter(times.values())):
-        row: dict[str, Any] = {"attention": name}
-        for kind, taken in times.items():
-            pairs = zip(taken[name], taken["none"], strict=True)
-            row[f"{kind}, ms"] = median(taken[name])
-            row[f"{kind}, ratio"] = median(own / plain for own, plain in pairs)
-        rows.append(row)
-    import torch
-
-    from spem.training.environment import hardware
-
-    machine = hardware(torch.device(runtime.device), runtime.threads)
-    if json:
-        print_json({"network": network, "batch": batch, "hardware": machine, "rows": rows})
-        return
-    columns = list(rows[0])
-    cells = [[row["attention"], *(f"{row[name]:.3g}" for name in columns[1:])] for row in rows]
-    title = f"{network}, batch {batch}, {runtime.precision}, {machine}"
-    print_table(columns, cells, align="l" + "r" * (len(columns) - 1), title=title)
+    infer = torch.inference_mode()(lambda: model(images))
+    return {"training step": lambda: step(inputs, labels), "inference": infer}

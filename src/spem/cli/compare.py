@@ -61,18 +61,8 @@ def run(
     from spem.reproduce.experiments import comparison
     from spem.reproduce.tables import COMPARE
 
-    config = configured(
-        recipe or ("smoke" if given.get("data.name") == "digits" else "short"), given
-    )
-    configs, baseline = comparison(config, [*arms, *module], seeds)
-    return carry_out(
-        {config: [COMPARE] for config in configs},
-        runs,
-        out,
-        baseline=baseline,
-        workers=workers,
-        address=address,
-        per_gpu=per_gpu,
-        retry_diverged=retry_diverged,
-        json=json,
-    )
+    recipe = recipe or ("smoke" if given.get("data.name") == "digits" else "short")
+    configs, baseline = comparison(configured(recipe, given), [*arms, *module], seeds)
+    how: dict[str, Any] = {"workers": workers, "address": address, "per_gpu": per_gpu}
+    how |= {"baseline": baseline, "retry_diverged": retry_diverged, "json": json}
+    return carry_out({config: [COMPARE] for config in configs}, runs, out, **how)

@@ -27,7 +27,7 @@ class Several:
     """One line on how far many runs are: in place on a terminal, now and then elsewhere."""
 
     def __init__(self, total: int) -> None:
-        from spem.training.progress import LiveBar, choose_progress
+        from spem.training.progress import choose_progress
 
         self._total, self._done = total, 0
         self._shares: dict[Any, float] = {}
@@ -35,67 +35,53 @@ class Several:
         self._config: RunConfig | None = None
         self._began = time.monotonic()
         self._output = choose_progress()
-        self._live = isinstance(self._output, LiveBar)
+        self.due, self.stop = self._output.due, self._output.close
 
     def start(self, config: RunConfig) -> None:
         """A run begins, or goes on."""
         self._config = config
-        self._show()
+        self.running(self._shares)
 
     def running(self, done: Mapping[RunConfig, float]) -> None:
-        """Runs that are under way in other processes, and the share that each has done."""
+        """Runs that are under way, and the share that each has done."""
         self._shares = dict(done)
-        self._show()
+        finished = self._done + sum(done.values())
+        text = f"{self._done} of {self._total} runs done"
+        if done:
+            text += f", {len(done)} under way"
+        if finished > 0.05:
+            took = time.monotonic() - self._began
+            text += f", {roughly(took * (self._total - finished) / finished)} left"
+        if self.due():
+            self._output.show(finished, self._total, text)
 
     def finish(self, ended: Ended) -> None:
         """A run has ended."""
+        from spem.reproduce.tables import run_name
+
         self._done += 1
         self._shares.pop(ended.config, None)
         said = ended.error if ended.status == "finished" else f"{ended.status}: {ended.error}"
-        from spem.reproduce.tables import run_name
-
         self.message(f"run {self._done}/{self._total}: {run_name(ended.config)}: {said}")
-        self._show()
-
-    def due(self) -> bool:
-        """Whether it is time for another `step`."""
-        return self._output.due()
+        self.running(self._shares)
 
     def step(self, status: Status) -> None:
         """Progress within an epoch of the run in this process."""
         done, all_steps = status.epoch * status.steps + status.step, status.epochs * status.steps
-        self._shares = {self._config: done / all_steps}
-        self._show()
+        self.running({} if self._config is None else {self._config: done / all_steps})
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """An epoch is complete: nothing, the run's own `metrics.jsonl` has it."""
 
     def message(self, text: str) -> None:
         """Something worth a line of its own; what every run says is shown once."""
-        if text in self._said:
-            return
-        self._said.add(text)
-        self._output.message(text)
+        if text not in self._said:
+            self._said.add(text)
+            self._output.message(text)
 
     def close(self) -> None:
         """One run has ended; the line stays for the next."""
         self._shares = {}
-
-    def stop(self) -> None:
-        """No more runs: take the line away."""
-        self._output.close()
-
-    def _show(self) -> None:
-        share = sum(self._shares.values())
-        text = f"{self._done} of {self._total} runs done"
-        if self._shares:
-            text += f", {len(self._shares)} under way"
-        if self._done + share > 0.05:
-            took = time.monotonic() - self._began
-            left = took * (self._total - self._done - share) / (self._done + share)
-            text += f", {roughly(left)} left"
-        if self._live or self._output.due():
-            self._output.show(self._done + share, self._total, text)
 
 
 def carry_out(
@@ -104,14 +90,20 @@ def carry_out(
     out: Path,
     *,
     baseline: str | None = None,
-    workers: int = 1,
-    address: str | None = None,
-    per_gpu: int = 1,
-    budget: float | None = None,
     retry_diverged: bool = False,
     json: bool = False,
+    **how: Any,
 ) -> int:
     """Train what is missing, write tables and report, and show the answer.
+
+    Args:
+        planned: Runs, each with the experiments it belongs to.
+        runs: Folder of all runs.
+        out: Folder of tables and report.
+        baseline: Module that the others of a comparison are compared with.
+        retry_diverged: Train runs that diverged once more.
+        json: Show JSON.
+        how: As `run_missing` takes it: `workers`, `address`, `per_gpu`, `budget`.
 
     Returns:
         The exit code: 0, or `LEFT` where the budget was over before every run was finished.
@@ -125,93 +117,71 @@ def carry_out(
     """
     for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
         require(module, extra="train", purpose="tables and report")
+    from spem.reproduce import run
     from spem.reproduce.report import build_report
-    from spem.reproduce.run import (
-        FAILED,
-        STOPPED,
-        Ended,
-        forget_diverged,
-        missing,
-        require_weights,
-        run_missing,
-    )
     from spem.reproduce.tables import record, require_tables
 
     out.mkdir(parents=True, exist_ok=True)
     require_tables(out)
     if retry_diverged:
-        forget_diverged(planned, runs)
-    todo = missing(planned, runs)
-    require_weights(todo)
-    _announce(planned, todo, workers)
-    progress, ended = Several(len(todo)), list[Ended]()
-    interrupted: KeyboardInterrupt | None = None
+        run.forget_diverged(planned, runs)
+    todo = run.missing(planned, runs)
+    run.require_weights(todo)
+    _announce(planned, todo, how["workers"])
+    progress, ended = Several(len(todo)), list[run.Ended]()
     try:
-        ended = run_missing(
-            todo,
-            runs,
-            progress,
-            workers=workers,
-            address=address,
-            per_gpu=per_gpu,
-            budget=budget,
-        )
-    except KeyboardInterrupt as stop:
-        interrupted = stop
-    finally:
+        ended = run.run_missing(todo, runs, progress, **how)
+    finally:  # what is finished is written, also where a signal stopped the rest
         progress.stop()
-    failed = {one.config: one.error for one in ended if one.status == FAILED}
-    problems = record(planned, runs, out, failed=failed, baseline=baseline)
-    report = build_report(out) if (out / "runs.csv").exists() else None
-    if interrupted is not None:
-        raise interrupted
-    left = sum(one.status == STOPPED for one in ended)
-    if report is not None:
-        show(report, left=left, json=json)
-    else:  # the budget was over before the first run was
-        print_json({"report": None, "tables": [], "left": left}) if json else print(
-            "No run is finished yet."
-        )
-    if left and not json:
-        print(f"{left} runs are left; the same command goes on from their checkpoints.")
+        failed = {one.config: one.error for one in ended if one.status == run.FAILED}
+        problems = record(planned, runs, out, failed=failed, baseline=baseline)
+        report = build_report(out) if (out / "runs.csv").exists() else None
+    left = sum(one.status == run.STOPPED for one in ended)
+    show(report, left=left, json=json)
     if problems:
         sys.stdout.flush()
         many = f"{len(problems)} run" + ("s" if len(problems) > 1 else "")
         lines = "\n".join(f"  {text}" for text in problems)
-        text = f"{many} did not end well; the others are kept.\n{lines}"
-        raise FloatingPointError(text)
+        raise FloatingPointError(f"{many} did not end well; the others are kept.\n{lines}")
     return LEFT if left else 0
 
 
 def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], workers: int) -> None:
     """How many runs there are to train, and about how long that takes."""
+    from spem.reproduce.run import estimate_seconds
+
     if not todo:
         print(f"All {len(planned)} runs are finished; nothing is trained.", file=sys.stderr)
         return
-    from spem.reproduce.run import estimate_seconds
-
-    seconds = estimate_seconds(todo)
+    seconds, there = estimate_seconds(todo), len(planned) - len(todo)
     took = "" if seconds is None else f", {roughly(seconds / min(workers, len(todo)))}"
-    there = len(planned) - len(todo)
     done = f" ({there} more are finished)" if there else ""
     print(f"{len(todo)} runs to train{done}{took} on this machine.", file=sys.stderr, flush=True)
 
 
-def show(report: Report, *, left: int = 0, json: bool = False) -> None:
-    """Print the table and the answer of a report's first screen, and where the report lies."""
-    table = report.headline
+def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
+    """Print the table and the answer of a report's first screen, and where the report lies.
+
+    Args:
+        report: None before the first run was finished.
+        left: Runs that are still to be trained.
+        json: Print all tables, as JSON.
+    """
     if json:
         print_json(_document(report) | {"left": left})
         return
-    if table is None:
-        print(f"No run is finished yet.\nreport: {report.page}")
-        return
-    print_report_table(table)
-    print(f"\n{table.answer}\n")
-    if len(report.tables) > 1:
+    if report is None or report.headline is None:
+        print("No run is finished yet.")
+    else:
+        print_report_table(report.headline)
+        print(f"\n{report.headline.answer}\n")
         others = len(report.tables) - 1
-        print(f"{others} more table{'s are' if others > 1 else ' is'} in the report.")
-    print(f"report: {report.page}")
+        if others:
+            print(f"{others} more table{'s are' if others > 1 else ' is'} in the report.")
+    if report is not None:
+        print(f"report: {report.page}")
+    if left:
+        print(f"{left} runs are left; the same command goes on from their checkpoints.")
 
 
 def print_report_table(table: Table) -> None:
@@ -219,40 +189,28 @@ def print_report_table(table: Table) -> None:
     from spem.reproduce.report import MINUS, notes, shown
 
     text = shown(table).rename(columns=lambda name: name.replace(MINUS, "-"))
-    text = text.drop(columns=[n for n in ("note", "p", "parameters, paper") if n in text])
+    text = text.drop(columns=["note", "p", "parameters, paper"], errors="ignore")
     rows = [[str(cell).replace(MINUS, "-") for cell in row] for row in text.to_numpy().tolist()]
-    right = {"verdict", "paper's number", ""}
-    align = "".join("l" if name in right else "r" for name in text.columns)
+    align = "".join("l" if n in ("verdict", "paper's number", "") else "r" for n in text.columns)
     print_table(list(text.columns), rows, align=align, title=f"{table.title}: {table.where}")
     for note in notes(table):
         print(note)
 
 
-def _document(report: Report) -> dict[str, Any]:
-    return {
-        "report": str(report.page),
-        "tables": [
-            {
-                "name": table.name,
-                "question": table.question,
-                "answer": table.answer,
-                "where": table.where,
-                "reference": table.reference,
-                "rows": records(table.frame),
-            }
-            for table in report.tables
-        ],
-    }
+def _document(report: Report | None) -> dict[str, Any]:
+    if report is None:
+        return {"report": None, "tables": []}
+    names = ("name", "question", "answer", "where", "reference")
+    tables = [
+        {name: getattr(table, name) for name in names} | {"rows": records(table.frame)}
+        for table in report.tables
+    ]
+    return {"report": str(report.page), "tables": tables}
 
 
 def records(frame: Any) -> list[dict[str, Any]]:
     """The rows of a table for JSON, None where there is nothing."""
-    import pandas as pd
-
-    return [
-        {key: None if pd.isna(value) else value for key, value in row.items()}
-        for row in frame.astype(object).to_dict("records")
-    ]
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def roughly(seconds: float) -> str:
@@ -272,17 +230,18 @@ def parse_seeds(text: str) -> list[int]:
     """The seeds that "3" (0, 1, 2) or "0,4,7" stand for.
 
     Raises:
-        ValueError: The text is neither.
+        ValueError: The text is neither, or names a seed twice or none.
 
     >>> parse_seeds("3"), parse_seeds("0,4,7"), parse_seeds("5,")
     ([0, 1, 2], [0, 4, 7], [5])
     """
-    if text.isascii() and text.isdigit():
-        return list(range(int(text[:7])))
     parts = text.removesuffix(",").split(",")
-    if all(part.isascii() and part.isdigit() for part in parts):
-        return [int(part[:18]) for part in parts]
-    raise ValueError(f"{text!r} is no number of seeds (3) and no list of them (0,4,7).")
+    if not all(part.isascii() and part.isdigit() for part in parts) or text == "0":
+        raise ValueError(f"{text!r} is no number of seeds (3) and no list of them (0,4,7).")
+    seeds = list(range(int(text[:7]))) if text.isdigit() else [int(part[:18]) for part in parts]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{text!r} names a seed twice. Name each once.")
+    return seeds
 
 
 def parse_duration(text: str) -> float:

@@ -19,17 +19,8 @@ if TYPE_CHECKING:
 
 PAPER = ("table1", "table2", "table3", "table4", "figure2")
 OWN = (
-    "scratch",
-    "finetune-1000",
-    "finetune-5000",
-    "controls",
-    "forms",
-    "parametrisations",
-    "mixes",
-    "penalty",
-    "gradients",
-    "equivalence",
-    "family",
+    *("scratch", "finetune-1000", "finetune-5000", "controls", "forms", "parametrisations"),
+    *("mixes", "penalty", "gradients", "equivalence", "family"),
 )
 SCALES = ("paper", "short", "study", "smoke")
 
@@ -76,29 +67,20 @@ def run(
     """
     if not experiments:
         raise ValueError(f"no experiment given. Name some of: all, {', '.join((*PAPER, *OWN))}.")
-    names = [one for name in experiments for one in (PAPER if name == "all" else (name,))]
     from spem.reproduce.experiments import experiment, run_configs
 
-    asked = [experiment(name, recipe, seeds=seeds) for name in dict.fromkeys(names)]
+    names = [one for name in experiments for one in (PAPER if name == "all" else (name,))]
+    names = list(dict.fromkeys(names))
     planned: dict[RunConfig, list[str]] = {}
-    for config, owners in run_configs(asked).items():
-        if root is not None:
-            config = replace(config, data=replace(config.data, root=str(root)))
-        planned[config] = owners
+    for config, owners in run_configs([experiment(n, recipe, seeds=seeds) for n in names]).items():
+        data = config.data if root is None else replace(config.data, root=str(root))
+        planned[replace(config, data=data)] = owners
     if dry_run:
-        _show_plan(planned, list(dict.fromkeys(names)), results / "runs", workers)
+        _show_plan(planned, names, results / "runs", workers)
         return 0
-    return carry_out(
-        planned,
-        results / "runs",
-        results,
-        workers=workers,
-        address=address,
-        per_gpu=per_gpu,
-        budget=budget,
-        retry_diverged=retry_diverged,
-        json=json,
-    )
+    how: dict[str, Any] = {"workers": workers, "address": address, "per_gpu": per_gpu}
+    how |= {"budget": budget, "retry_diverged": retry_diverged, "json": json}
+    return carry_out(planned, results / "runs", results, **how)
 
 
 def _show_plan(
@@ -112,17 +94,17 @@ def _show_plan(
     for name in names:
         own = [config for config, owners in planned.items() if name in owners]
         left = [config for config in own if config in todo]
-        networks = {(config.id, config.experiment) for config in own}
-        depths = sorted({config.model.depth for config in own})
-        data = sorted({Path(config.data.name).name for config in own})
-        cells: list[Any] = [name, ", ".join(data), ", ".join(map(str, depths)), len(networks)]
-        cells += [len({config.seed for config in own}), len(own), len(left)]
-        rows.append([*map(str, cells), roughly(estimate_seconds(left) or 0) if left else "-"])
+        data = ", ".join(sorted({Path(config.data.name).name for config in own}))
+        depths = ", ".join(map(str, sorted({config.model.depth for config in own})))
+        networks, seeds = {(c.id, c.experiment) for c in own}, {c.seed for c in own}
+        time = roughly(estimate_seconds(left) or 0) if left else "-"
+        counts = [len(networks), len(seeds), len(own), len(left)]
+        rows.append([name, data, depths, *map(str, counts), time])
     columns = ["experiment", "trained on", "depth", "networks", "seeds", "runs", "missing", "time"]
     print_table(columns, rows, align="lllrrrrr")
-    seconds = estimate_seconds(todo) or 0
+    seconds = (estimate_seconds(todo) or 0) / min(workers, max(1, len(todo)))
     print(
         f"\n{len(planned)} runs, each once even where tables share it; {len(todo)} are to be "
-        f"trained: {roughly(seconds / min(workers, max(1, len(todo))))} with {workers} at a time, "
-        "a rough estimate from a few steps of a small network on this machine."
+        f"trained: {roughly(seconds)} with {workers} at a time, a rough estimate from a few steps "
+        "of a small network on this machine."
     )

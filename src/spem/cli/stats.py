@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,6 +33,7 @@ def run(
     Runs of two groups that have the same seed are a pair. Below three pairs nothing is concluded; p
     is of the paired t test, from six pairs on also of flipping signs.
     """
+    from spem.cli.progress import records
     from spem.stats import compare
 
     rows = read_table(file)
@@ -44,30 +43,29 @@ def run(
         table = compare(rows[named], **chosen, baseline=baseline, level=level)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file}: {str(error.args[0]).removeprefix('compare: ')}") from error
-    left = len(rows) - int(table["n"].sum())
-    notes = (
-        [f"{left} of {len(rows)} rows have no number or no name and are left out."] if left else []
-    )
-    parts = (
-        table.groupby(chosen["within"], sort=False, dropna=False)
-        if chosen["within"]
-        else [((), table)]
-    )
-    tables = [(dict(zip(chosen["within"], key, strict=True)), part) for key, part in parts]
+    left, split_by = len(rows) - int(table["n"].sum()), chosen["within"]
+    note = f"{left} of {len(rows)} rows have no number or no name and are left out."
+    notes = [note] if left else []
+    parts = table.groupby(split_by, sort=False, dropna=False) if split_by else [((), table)]
+    tables = [(dict(zip(split_by, key, strict=True)), part) for key, part in parts]
     if json:
-        print_json(_document(file, chosen, notes, tables))
+        found = [
+            {
+                "within": where,
+                "groups": records(part.drop(columns=split_by)),
+                "reading": _reading(chosen, part),
+            }
+            for where, part in tables
+        ]
+        print_json({"file": str(file), **chosen, "notes": notes, "tables": found})
         return
-    if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal cannot show is no error
-        with contextlib.suppress(OSError):
-            sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
-    split = f", within {' and '.join(chosen['within'])}" if chosen["within"] else ""
+    split = f", within {' and '.join(split_by)}" if split_by else ""
+    named_by = " and ".join(chosen["by"])
     print(
-        plain(
-            f"{chosen['value']} by {' and '.join(chosen['by'])}, paired by {chosen['pair']}{split}."
-        )
+        plain(f"{chosen['value']} by {named_by}, paired by {chosen['pair']}{split}."),
+        *notes,
+        sep="\n",
     )
-    for note in notes:
-        print(note)
     for where, part in tables:
         print()
         _print(chosen, where, part, level)
@@ -76,72 +74,55 @@ def run(
 def _print(chosen: dict[str, Any], where: dict[str, Any], part: pd.DataFrame, level: float) -> None:
     from spem.stats import p_text
 
-    decimals = decimals_for([s for s in (*part["sd"], *part["difference_sd"]) if s == s])
+    decimals = _decimals(part)
     columns = [chosen["by"][0], "n", "mean", "sd", "pairs", f"to {part['baseline'].iloc[0]}"]
     columns += [f"{100 * level:g} % interval", "p", "sign-flip p", "Holm p", "verdict"]
     rows: list[list[str]] = []
     for line in part.to_dict("records"):
         own = line["group"] == line["baseline"]
-        cells = [
-            line["group"],
-            str(line["n"]),
-            _text(line["mean"], decimals),
-            _text(line["sd"], decimals),
-        ]
-        cells += ["" if own else str(line["pairs"]), _text(line["difference"], decimals, sign=True)]
-        there = line["low"] == line["low"]
-        ends = [_text(line[name], decimals, sign=True) for name in ("low", "high")]
-        cells.append(f"[{', '.join(ends)}]" if there else "")
-        cells += [p_text(line[name]) for name in ("p", "p_flip", "p_holm")]
-        rows.append([plain(cell) for cell in [*cells, line["verdict"]]])
+        low, high = (_text(line[name], decimals, sign=True) for name in ("low", "high"))
+        numbers = [_text(line[name], decimals) for name in ("mean", "sd")]
+        difference = _text(line["difference"], decimals, sign=True)
+        cells = [line["group"], str(line["n"]), *numbers, "" if own else str(line["pairs"])]
+        cells += [difference, f"[{low}, {high}]" if low else ""]
+        p = [p_text(line[name]) for name in ("p", "p_flip", "p_holm")]
+        rows.append([*cells, *p, line["verdict"]])
     title = plain(", ".join(f"{name}={cell}" for name, cell in where.items()))
-    print_table([plain(name) for name in columns], rows, align="lrrrrrlrrrl", title=title)
-    for text in _reading(chosen, part, decimals):
+    print_table(columns, rows, align="lrrrrrlrrrl", title=title)
+    for text in _reading(chosen, part):
         print(plain(text))
 
 
-def _reading(chosen: dict[str, Any], part: pd.DataFrame, decimals: int) -> list[str]:
+def _reading(chosen: dict[str, Any], part: pd.DataFrame) -> list[str]:
     """What a table shows and what it does not, a sentence for each comparison."""
     from spem.stats import REFERENCE, sentence
 
     percent = "acc" in chosen["value"].lower() and part["mean"].abs().max() > 1.5
-    unit = "points" if percent else ""
-    lines = [line for line in part.to_dict("records") if line["verdict"] != REFERENCE]
-    if not lines:
-        return ["There is one group only: nothing is compared."]
-    return [sentence(line, unit=unit, decimals=decimals, pair=chosen["pair"]) for line in lines]
+    words: Any = {"unit": "points" if percent else "", "pair": chosen["pair"]}
+    lines = part[part["verdict"] != REFERENCE].to_dict("records")
+    found = [sentence(line, decimals=_decimals(part), **words) for line in lines]
+    return found or ["There is one group only: nothing is compared."]
+
+
+def _decimals(part: pd.DataFrame) -> int:
+    return decimals_for([s for s in (*part["sd"], *part["difference_sd"]) if s == s])
 
 
 def _text(value: float, decimals: int, *, sign: bool = False) -> str:
     """A number in so many decimals, or by its digits where it is very large or very small."""
     if value != value:
         return ""
-    plain = value == 0 or 1e-9 <= abs(value) < 1e12
-    return f"{value:{'+' if sign else ''}{f'.{decimals}f' if plain else '.6g'}}"
-
-
-def _document(
-    file: Path,
-    chosen: dict[str, Any],
-    notes: list[str],
-    tables: list[tuple[dict[str, Any], pd.DataFrame]],
-) -> dict[str, Any]:
-    from spem.cli.progress import records
-
-    found: list[dict[str, Any]] = []
-    for where, part in tables:
-        decimals = decimals_for([s for s in (*part["sd"], *part["difference_sd"]) if s == s])
-        groups = records(part.drop(columns=list(where)))
-        reading = _reading(chosen, part, decimals)
-        found.append({"within": where, "groups": groups, "reading": reading})
-    return {"file": str(file), **chosen, "notes": notes, "tables": found}
+    usual = value == 0 or 1e-9 <= abs(value) < 1e12
+    return f"{value:{'+' if sign else ''}{f'.{decimals}f' if usual else '.6g'}}"
 
 
 # ---- tables that people have -------------------------------------------------------------------
 
-BY = ("module", "attention", "model", "method", "variant", "name", "group", "arm")
-VALUE = ("accuracy", "test_accuracy", "acc", "top1", "score", "value")
-PAIR = ("seed", "run", "fold", "split", "repeat", "subject")
+USUAL = {
+    "by": ("module", "attention", "model", "method", "variant", "name", "group", "arm"),
+    "value": ("accuracy", "test_accuracy", "acc", "top1", "score", "value"),
+    "pair": ("seed", "run", "fold", "split", "repeat", "subject"),
+}
 WITHIN = ("dataset", "depth")
 
 
@@ -156,17 +137,9 @@ def read_table(path: Path) -> pd.DataFrame:
 
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
-            heading = file.readline()
-        separator = max(",;\t", key=heading.count)
-        table = pd.read_csv(
-            path,
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            skipinitialspace=True,
-            index_col=False,
-        )
+            separator = max(",;\t", key=file.readline().count)
+        texts: Any = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+        table = pd.read_csv(path, sep=separator, skipinitialspace=True, index_col=False, **texts)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text. Pass a CSV file.") from error
     except pd.errors.EmptyDataError as error:
@@ -195,48 +168,45 @@ def choose_columns(
     Raises:
         ValueError: A column does not exist or none can be guessed, or a cell is no number.
     """
-    from spem.stats import no_column
-
-    named = [*by, *filter(None, [value, pair]), *(within or ())]
-    for name in named:
-        if _find(table, [name]) is None:
-            raise ValueError(no_column(name, list(table.columns)))
-    by = [str(_find(table, [name])) for name in by]
-    if not by:
-        by = [_guess(table, "by", BY)]
+    by = [_column(table, "by", name) for name in by or (None,)]
+    within = within if within is None else [_column(table, "within", name) for name in within]
+    named = {*by, value, pair, *(within or ())}
     seeds = [name for name in table.columns if _is_seed(name) and name not in named]
-    if value is None and pair is None and len(seeds) > 1 and _find(table, VALUE) is None:
+    if value is None and pair is None and len(seeds) > 1 and not _find(table, USUAL["value"]):
         kept = [name for name in table.columns if name not in seeds]
         table = table.melt(kept, seeds, var_name="seed", value_name="value")
-    chosen_value = str(_find(table, [value])) if value else _guess(table, "value", VALUE)
-    chosen_pair = str(_find(table, [pair])) if pair else _guess(table, "pair", PAIR)
-    taken = {*by, chosen_value, chosen_pair}
+    chosen_value, chosen_pair = _column(table, "value", value), _column(table, "pair", pair)
     if within is None:
-        within = [f for n in WITHIN if (f := _find(table, [n])) is not None and f not in taken]
-    else:
-        within = [str(_find(table, [name])) for name in within]
+        usual = filter(None, (_find(table, [name]) for name in WITHIN))
+        within = [name for name in usual if name not in (*by, chosen_value, chosen_pair)]
     chosen = {"by": by, "value": chosen_value, "pair": chosen_pair, "within": within}
-    if len({*by, chosen_value, chosen_pair, *within}) < len(by) + 2 + len(within):
+    taken = [*by, chosen_value, chosen_pair, *within]
+    if len(set(taken)) < len(taken):
         raise ValueError(f"each column has one meaning, but {chosen} name one of them twice.")
     numbers = [_number(cell, chosen_value) for cell in table[chosen_value]]
     return table.assign(**{chosen_value: numbers}), chosen
 
 
+def _column(table: pd.DataFrame, option: str, asked: str | None) -> str:
+    """The column that is asked for, or else one of the usual ones."""
+    from spem.stats import no_column
+
+    found = _find(table, USUAL[option] if asked is None else [asked])
+    if found is None and asked is not None:
+        raise ValueError(no_column(asked, list(table.columns)))
+    if found is None:
+        there = ", ".join(map(str, table.columns))
+        usual = USUAL[option][0]
+        raise ValueError(f"there is no column {usual!r}. Name one with --{option}: {there}.")
+    return found
+
+
 def _find(table: pd.DataFrame, names: Sequence[str]) -> str | None:
     """The first of these columns that there is, whatever its capitals."""
-    lower = {str(column).lower().replace(" ", "_"): str(column) for column in table.columns}
-    exact = (name for name in names if name in table.columns)
-    return next(exact, None) or next((lower[n.lower()] for n in names if n.lower() in lower), None)
-
-
-def _guess(table: pd.DataFrame, option: str, usual: Sequence[str]) -> str:
-    found = _find(table, usual)
-    if found is None:
-        raise ValueError(
-            f"there is no column {usual[0]!r}. Name one with --{option}: "
-            f"{', '.join(map(str, table.columns))}."
-        )
-    return found
+    lower = {column.lower().replace(" ", "_"): column for column in map(str, table.columns)}
+    known = lower | {column: column for column in map(str, table.columns)}
+    exact = [name for name in names if name in table.columns]
+    return next((known[n] for n in (*exact, *map(str.lower, names)) if n in known), None)
 
 
 def _is_seed(name: str) -> bool:
@@ -246,7 +216,7 @@ def _is_seed(name: str) -> bool:
     ['seed0', 'Seed 1', 'run_2', '3']
     """
     text = name.lower()
-    for word in PAIR:
+    for word in USUAL["pair"]:
         text = text.removeprefix(word)
     return text.strip(" _-").isdigit()
 
@@ -256,9 +226,7 @@ def _number(cell: Any, column: str) -> float:
     text = str(cell).strip().removesuffix("%").strip()
     if text.lower() in ("", "-", "na", "n/a", "none"):
         return float("nan")
-    if "," in text and "." not in text:
-        text = text.replace(",", ".")
     try:
-        return float(text)
+        return float(text if "." in text else text.replace(",", "."))
     except ValueError:
         raise ValueError(f"{cell!r} in column {column!r} is not a number.") from None
