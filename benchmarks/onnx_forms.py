@@ -119,7 +119,8 @@ def weights(module: Any) -> dict[str, np.ndarray]:
     channels = module.channels
     ones = torch.ones(channels)
     if isinstance(module, spem.SPEM):
-        lam, rest = module.pool.lam, 1 - module.pool.lam
+        lam: Tensor = module.get_submodule("pool").lam  # pyright: ignore[reportAssignmentType]
+        rest = 1 - lam
         w_e, b_e, w_r, b_r = module.w_e, module.b_e, module.w_r, 2 * module.b_r
         found = {"lam": lam, "rest": rest, "w_e": w_e, "b_e": b_e, "w_r": w_r, "b_r": b_r}
         found |= {f"{k}4": found[k].view(1, -1, 1, 1) for k in ("w_e", "b_e", "w_r", "b_r")}
@@ -130,7 +131,7 @@ def weights(module: Any) -> dict[str, np.ndarray]:
         found |= {"W1t": one.weight.T, "W2t": two.weight.T}
         found |= {"W1c": one.weight[..., None, None], "W2c": two.weight[..., None, None]}
         convs = {}
-    found |= {name: w.view(-1, 1, 1, 1) for name, w in (convs | {"one": ones}).items()}
+    found |= {name: w.reshape(-1, 1, 1, 1) for name, w in (convs | {"one": ones}).items()}
     return {name: np.ascontiguousarray(w.detach().numpy()) for name, w in found.items()}
 
 
@@ -230,8 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--out", type=Path, default=RESULTS, help="the table")
     options.add_argument("--images", type=int, nargs="+", default=[1, 8])
     options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    levels = {"choices": ("all", "extended"), "default": "all"}
-    options.add_argument("--level", **levels, help="of optimisation; extended: no blocked layout")
+    about = "of optimisation; extended: no blocked layout"
+    options.add_argument("--level", choices=("all", "extended"), default="all", help=about)
     options.add_argument("--rounds", type=int, default=25, help="timed calls of each")
     given = options.parse_args(arguments)
     if not given.graphs.exists():

@@ -733,10 +733,10 @@ def _card(
         f"mean {list(images.mean)} and std {list(images.std)}.",
         "## Results",
         "Measured; accuracies in percent." if results else "No results are stated.",
-        results and "\n".join(rows),
-        names and "## Attention",
+        "\n".join(rows) if results else "",
+        "## Attention" if names else "",
         *(f"`{name}`:\n\n```text\n{formula(name)}\n```" for name in names),
-        names and f"## Citation\n\n```bibtex\n{cited}\n```",
+        f"## Citation\n\n```bibtex\n{cited}\n```" if names else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
