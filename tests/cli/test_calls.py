@@ -57,8 +57,8 @@ def options() -> Options:
         (["--try.no-flip"], {"try.flip": False}),
         (["--try.no_flip"], {"try.flip": False}),
         (["--", "-x"], {"first": "-x"}),
-        (["--names", "a", "b", "--rate=1", "x"], {"names": ["a", "b"], "first": "x"}),
-        (["--names=a", "x"], {"names": ["a"], "first": "x"}),
+        (["--names", "a", "b", "--rate=1", "x"], {"names": ("a", "b"), "first": "x"}),
+        (["--names=a", "x"], {"names": ("a",), "first": "x"}),
     ],
 )
 def test_values(args: list[str], values: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Malformed calls and files, drawn at random from a list of kinds: a sentence, never status 0.
 
 The kinds are what a person can get wrong: an option, a value, a name, a file. A case is a function
-of a source of randomness and a folder with everything that a right call would need; it returns the
-call.
+of a source of randomness; it may spoil the folder it stands in, which holds everything that a right
+call needs, and returns the call.
 """
 
 from __future__ import annotations
@@ -55,118 +55,93 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def calls(place: Path) -> dict[str, list[str]]:
-    """A right call of each command, which the cases spoil."""
-    return {
-        "list": [],
-        "cost": ["cifar:11", "--size", "16"],
-        "attach": ["cifar:11", "spem", "--size", "16"],
-        "train": ["smoke", "--epochs", "1", "--limit", "32", "--folder", str(place / "new")],
-        "eval": [str(place / "run"), "--predictions", str(place / "told.csv")],
-        "export": [str(place / "run"), "--out", str(place / "net.onnx")],
-        "explain": [str(place / "run"), str(place / "image.png"), "--out", str(place / "e.png")],
-        "share": [str(place / "run"), "--folder", str(place / "out")],
-    }
+CALLS = {
+    "list": [],
+    "cost": ["cifar:11", "--size", "16"],
+    "attach": ["cifar:11", "spem", "--size", "16"],
+    "train": ["smoke", "--epochs", "1", "--limit", "32", "--folder", "new"],
+    "eval": ["run", "--predictions", "told.csv"],
+    "export": ["run", "--out", "net.onnx"],
+    "explain": ["run", "image.png", "--out", "e.png"],
+    "share": ["run", "--folder", "out"],
+}
+"""A right call of each command, which the cases spoil."""
+Case = Callable[[random.Random], list[str]]
 
 
-Case = Callable[[random.Random, Path], list[str]]
-
-
-def unknown_option(rng: random.Random, place: Path) -> list[str]:
-    name = rng.choice(list(calls(place)))
-    flags = [f for f in _flags(name) if len(f) > 5]
-    flag = list(rng.choice(flags or ["--json"]))
+def unknown_option(rng: random.Random) -> list[str]:
+    name = rng.choice(list(CALLS))
+    flags = cli.options_of(name).flags
+    flag = rng.choice([f for f in flags if len(f) > 5])
     at = rng.randrange(3, len(flag))
-    typo = rng.choice(["".join([*flag[:at], "q", *flag[at:]]), "".join(flag[:at] + flag[at + 1 :])])
-    if typo in _flags(name) or len(typo) < 4:
-        typo = "--no-such"
-    call = [name, *calls(place)[name]]
-    call.insert(rng.randint(1, len(call)), typo)
+    typo = rng.choice([f"{flag[:at]}q{flag[at:]}", flag[:at] + flag[at + 1 :]])
+    call = [name, *CALLS[name]]
+    call.insert(rng.randint(1, len(call)), "--no-such" if typo in flags else typo)
     return call
 
 
-def _flags(name: str) -> list[str]:
-    return list(cli.options_of(name).flags)
-
-
-def missing_value(rng: random.Random, place: Path) -> list[str]:
+def missing_value(rng: random.Random) -> list[str]:
     name = rng.choice(["cost", "train", "eval", "export", "explain", "share"])
     flag = rng.choice([f for f, option in cli.options_of(name).flags.items() if option.metavar])
-    return [name, *calls(place)[name], flag]
+    return [name, *CALLS[name], flag]
 
 
-def bad_number(rng: random.Random, place: Path) -> list[str]:
-    name, flag = rng.choice(
-        [
-            *(("cost", "--classes"), ("cost", "--batch"), ("cost", "--size"), ("attach", "--size")),
-            *(("train", "--epochs"), ("train", "--batch"), ("train", "--depth"), ("train", "--lr")),
-            *(("train", "--optim.momentum"), ("train", "--optim.mix-lr"), ("train", "--limit")),
-            *(("train", "--data.test"), ("train", "--runtime.threads"), ("export", "--opset")),
-            *(("explain", "--blocks"), ("explain", "--top"), ("attach", "--stages")),
-        ]
-    )
-    values = ["", "-1", "nan", "inf", "1e999", "x", "9" * 40, "1,5", "0x10", "--", "1 2", "\u0664x"]
-    value = rng.choice(
-        values[:-6] + values[-5:] if flag in ("--lr", "--optim.momentum") else values
-    )
-    return [name, *calls(place)[name], flag, value]
+def bad_number(rng: random.Random) -> list[str]:
+    real = ["train --lr", "train --optim.momentum", "train --optim.mix-lr", "train --data.test"]
+    whole = ["cost --classes", "cost --batch", "cost --size", "attach --size", "attach --stages"]
+    whole += ["train --epochs", "train --batch", "train --depth", "train --limit", "export --opset"]
+    whole += ["train --runtime.threads", "explain --blocks", "explain --top"]
+    call = rng.choice(real + whole)
+    values = ["", "-1", "nan", "inf", "1e999", "x", "1,5", "0x10", "--", "1 2", "\u0664x"]
+    values += [] if call in real else ["9" * 40]
+    name, flag = call.split()
+    return [name, *CALLS[name], flag, rng.choice(values)]
 
 
-def bad_name(rng: random.Random, place: Path) -> list[str]:
+def bad_name(rng: random.Random) -> list[str]:
     junk = "".join(rng.choices(string.printable + "\u2603\x1b\u202e", k=rng.randint(1, 40)))
     names = ["", " ", "/", "..", "~", "resnet", "cifar:", "cifar:0", "cifar:9999999999", "cifar:12"]
     names += ["timm:", "torchvision:", "hf-hub:me/net", "a" * 5000, "own.py", "-", "*", "a\x00b"]
-    names += ["resnet50 ", "RESNET5O", "cifar:basic-57", f"{place}", f"{place}/gone", "x" + junk]
+    names += ["resnet50 ", "RESNET5O", "cifar:basic-57", ".", "./gone", "x" + junk]
     name = rng.choice(["cost", "attach", "eval", "export", "explain"])
-    call = [name, *calls(place)[name]]
-    call[1] = rng.choice(names)
+    call = [name, rng.choice(names), *CALLS[name][1:]]
     return [*call, *(["--data", "digits"] if name == "eval" else [])]
 
 
-def bad_attention(rng: random.Random, place: Path) -> list[str]:
+def bad_attention(rng: random.Random) -> list[str]:
     specs = ["spme", "se(", "se(reduction=0)", "se(reduction=1e9)", "se(reduction='8')", "()", ""]
     specs += ["__import__('os').abort()", "spem(form=5)", "se(pool=mix(nan))", "(" * 3000, "se;se"]
     specs += ["se(reduction=8,reduction=8)", "none(x=1)", "spem spem", "\x1b[2J", "se(channels=3)"]
     spec = rng.choice(specs)
-    return rng.choice(
-        [
-            ["cost", "cifar:11", "--attention", spec],
-            ["attach", "cifar:11", spec],
-            ["train", "smoke", "--attention", spec, "--folder", str(place / "new")],
-            ["export", "cifar:11", "--attention", spec, "--out", str(place / "x.onnx")],
-        ]
-    )
+    calls = [["attach", "cifar:11", spec], ["train", *CALLS["train"], "--attention", spec]]
+    calls += [["cost", "cifar:11", "--attention", spec]]
+    return rng.choice([*calls, ["export", "cifar:11", "--out", "x.onnx", "--attention", spec]])
 
 
-def one_too_many(rng: random.Random, place: Path) -> list[str]:
-    name = rng.choice(list(calls(place)))
-    more = ["s*"] if name == "list" else []
-    return [name, *more, *calls(place)[name], "surplus"]
+def one_too_many(rng: random.Random) -> list[str]:
+    name = rng.choice(list(CALLS))
+    return [name, *(["s*"] if name == "list" else []), *CALLS[name], "surplus"]
 
 
-def damaged_weights(rng: random.Random, place: Path) -> list[str]:
-    path = rng.choice([place / "weights.safetensors", place / "run" / "model.safetensors"])
-    path = rng.choice([path, place / "shared" / "model.safetensors"])
-    _damage(rng, path)
-    if path.parent.name == "shared":
-        image = str(place / "image.png")
-        return rng.choice([["cost", str(path.parent)], ["explain", str(path.parent), image]])
-    network = str(path if path.parent == place else path.parent)
+def damaged_weights(rng: random.Random) -> list[str]:
+    where = rng.choice(["weights.safetensors", "run", "shared"])
+    path = Path(where)
+    _damage(rng, path / "model.safetensors" if path.is_dir() else path)
+    if where == "shared":
+        return rng.choice([["cost", where], ["explain", where, "image.png"]])
     name = rng.choice(["cost", "eval", "export", "explain", "share"])
-    return [name, network, *calls(place)[name][1:]]
+    return [name, where, *CALLS[name][1:]]
 
 
-def damaged_table(rng: random.Random, place: Path) -> list[str]:
-    path = place / rng.choice(["run/config.json", "run/result.json", "shared/config.json"])
+def damaged_table(rng: random.Random) -> list[str]:
+    path = Path(rng.choice(["run/config.json", "run/result.json", "shared/config.json"]))
     if rng.random() < 0.5:
         _damage(rng, path)
     else:
         contents = [b"", b"{}", b"[]", b"null", b"[" * 100_000, b"\xff\xfe", b'{"a": 1e999}']
         path.write_bytes(rng.choice(contents))
-    if path.parent.name == "shared":
-        return ["cost", str(path.parent)]
     name = rng.choice(["eval", "share", "export"])
-    return [name, *calls(place)[name]]
+    return ["cost", "shared"] if path.parent.name == "shared" else [name, *CALLS[name]]
 
 
 def _damage(rng: random.Random, path: Path) -> None:
@@ -184,99 +159,83 @@ def _damage(rng: random.Random, path: Path) -> None:
     path.write_bytes(content)
 
 
-def not_a_file(rng: random.Random, place: Path) -> list[str]:
-    """Something else stands where a file should be: a pipe, a device, a folder, a loop of links."""
-    path = place / "odd"
-    kind = rng.choice(["pipe", "folder", "loop", "zero", "empty"])
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "loop":
-        path.symlink_to(path)
-    elif kind == "zero":
-        path = Path("/dev/zero")
-    else:
-        path.write_bytes(b"")
-    weights = place / "odd.safetensors"
-    if kind != "zero":
-        path.rename(weights) if kind != "loop" else weights.symlink_to(weights)
-    odd = str(path if kind == "zero" else weights)
-    return rng.choice(
-        [
-            ["cost", odd],
-            ["share", odd, "--folder", str(place / "out")],
-            ["explain", odd, str(place / "image.png")],
-            ["explain", str(place / "run"), odd],
-            ["export", "cifar:11", "--weights", odd, "--out", str(place / "x.onnx")],
-            ["eval", str(place / "run"), "--data", odd],
-            ["train", "smoke", "--data", odd, "--folder", str(place / "new")],
-        ]
-    )
-
-
-def bad_image(rng: random.Random, place: Path) -> list[str]:
-    path = place / "image.png"
-    content = path.read_bytes()
-    spoiled = [b"", b"GIF89a", content[:40], content[:-6], b"\x00" * 100, content[8:], b"no image"]
-    path.write_bytes(rng.choice(spoiled))
-    return ["explain", *calls(place)["explain"]]
-
-
-def bad_code(rng: random.Random, place: Path) -> list[str]:
-    """A network of one's own that is none."""
-    own = place / "own.py"
-    functions = ["own.py:number", "own.py:broken", "own.py:leaves", "own.py:gone", "own.py:"]
-    spoiled = ["import nothing_of_this_name", "def net(:", "import sys; sys.exit(0)", "\x00", "1/0"]
-    name = rng.choice(functions)
-    if rng.random() < 0.5:
-        own.write_text(rng.choice(spoiled))
-        name = "own.py:net"
-    network = f"{place}/{name}"
-    out = ["--out", str(place / "x.onnx")]
-    return rng.choice([["cost", network], ["attach", network], ["export", network, *out]])
-
-
-def bad_output(rng: random.Random, place: Path) -> list[str]:
-    """Where the result should go stands something that is not to be replaced, or nothing."""
-    ending = {"eval": "csv", "export": "onnx", "explain": "png", "share": ""}
-    name = rng.choice(list(ending))
-    path = place / f"odd.{ending[name]}".rstrip(".")
-    match rng.choice(
-        ["link", "pipe", "folder", "deep"] if name != "share" else ["foreign", "file"]
-    ):
-        case "link":
-            path.symlink_to(place / "image.png")
+def _put_something(rng: random.Random, path: Path, *kinds: str) -> None:
+    """Something that is no file of ours."""
+    match rng.choice(kinds):
         case "pipe":
             os.mkfifo(path)
         case "folder":
             path.mkdir()
-        case "deep":
-            path = place / "gone" / path.name
-        case "foreign":
+        case "loop":
+            path.symlink_to(path)
+        case "link":
+            path.symlink_to("image.png")
+        case "folder of files":
             path.mkdir()
             (path / rng.choice(["config.json", "README.md"])).write_text("mine")
-        case _:
+        case "file":
             path.write_text("mine")
-    return [name, *calls(place)[name][:-1], str(path)]
+        case _:
+            path.write_bytes(b"")
 
 
-def other_classes(rng: random.Random, place: Path) -> list[str]:
+def not_a_file(rng: random.Random) -> list[str]:
+    odd = rng.choice(["odd.safetensors"] * 4 + ["/dev/zero"])
+    if odd != "/dev/zero":
+        _put_something(rng, Path(odd).absolute(), "pipe", "folder", "loop", "empty file")
+    calls = [["cost", odd], ["share", odd, "--folder", "out"], ["explain", odd, "image.png"]]
+    calls += [["explain", "run", odd], ["eval", "run", "--data", odd]]
+    calls += [["export", "cifar:11", "--weights", odd, "--out", "x.onnx"]]
+    return rng.choice([*calls, ["train", *CALLS["train"], "--data", odd]])
+
+
+def bad_image(rng: random.Random) -> list[str]:
+    content = Path("image.png").read_bytes()
+    spoiled = [b"", b"GIF89a", content[:40], content[:-6], b"\x00" * 100, content[8:], b"no image"]
+    Path("image.png").write_bytes(rng.choice(spoiled))
+    return ["explain", *CALLS["explain"]]
+
+
+def bad_code(rng: random.Random) -> list[str]:
+    """A network of one's own that is none."""
+    spoiled = ["import nothing_of_this_name", "def net(:", "import sys; sys.exit(0)", "\x00", "1/0"]
+    name = rng.choice(["number", "broken", "leaves", "gone", ""])
+    if rng.random() < 0.5:
+        Path("own.py").write_text(rng.choice(spoiled))
+        name = "net"
+    call = rng.choice([["cost"], ["attach"], ["export", "--out", "x.onnx"]])
+    return [call[0], f"own.py:{name}", *call[1:]]
+
+
+def bad_output(rng: random.Random) -> list[str]:
+    """Where the result should go stands something that is not to be replaced, or nothing."""
+    name = rng.choice(["eval", "export", "explain", "share"])
+    *call, out = CALLS[name]
+    if name == "share":
+        _put_something(rng, Path(out), "folder of files", "file")
+    elif rng.random() < 0.25:
+        out = f"gone/{out}"
+    else:
+        _put_something(rng, Path(out), "link", "pipe", "folder")
+    return [name, *call, out]
+
+
+def other_classes(rng: random.Random) -> list[str]:
     """Images on which an accuracy would mean nothing."""
     for split in ("train", "test"):
         for k in range(rng.choice([10, 3])):
-            folder = place / "photos" / split / f"kind {k}"
+            folder = Path("photos") / split / f"kind {k}"
             folder.mkdir(parents=True)
             Image.new("RGB", (8, 8), (20 * k, 9, 9)).save(folder / "a.png")
-    return ["eval", str(place / "run"), "--data", str(place / "photos")]
+    return ["eval", "run", "--data", "photos"]
 
 
-def foreign_folder(rng: random.Random, place: Path) -> list[str]:
+def foreign_folder(rng: random.Random) -> list[str]:
     """A training into a folder that holds files of somebody else."""
-    new = place / "new"
-    new.mkdir()
-    (new / rng.choice(["model.safetensors", "metrics.jsonl", "notes.txt", "x.tmp"])).write_text("x")
-    return ["train", *calls(place)["train"]]
+    path = Path("new") / rng.choice(["model.safetensors", "metrics.jsonl", "notes.txt", "x.tmp"])
+    path.parent.mkdir()
+    path.write_text("x")
+    return ["train", *CALLS["train"]]
 
 
 CASES: list[Case] = [unknown_option, missing_value, bad_number, bad_name, bad_attention]
@@ -293,11 +252,11 @@ def test_malformed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     for seed in range(EACH):
         place = tmp_path / f"place{seed}"
         shutil.copytree(right, place)
-        args = case(random.Random(f"{case.__name__} {seed}"), place)
+        monkeypatch.chdir(place)
+        args = case(random.Random(f"{case.__name__} {seed}"))
         before = _left(place)
         status = cli.main(args)
         told = capsys.readouterr()

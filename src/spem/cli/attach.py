@@ -57,19 +57,14 @@ def run(
         rows = [dataclasses.asdict(site) for site in sites]
         print_json(told | {"tails": tails, "change": change, "sites": rows})
         return
-    rows = [
-        [
-            *(site.name, str(site.stage), site.block, f"{site.how} {site.layer}".strip()),
-            "-" if site.shape is None else " x ".join(map(str, site.shape)),
-            f"{site.parameters:,}",
-            "-" if site.flops is None else f"{site.flops:,}",
-        ]
-        for site in sites
+    rows: list[list[object]] = [
+        [s.name, s.stage, s.block, f"{s.how} {s.layer}".strip(), s.shape, s.parameters, s.flops]
+        for s in sites
     ]
     added, flops = (sum(getattr(site, k) or 0 for site in sites) for k in ("parameters", "flops"))
-    rows.append([f"{len(sites)} sites", "", "", "", "", f"{added:,}", f"{flops:,}"])
+    rows.append([f"{len(sites)} sites", "", "", "", "", added, flops])
     columns = ["site", "stage", "block", "how", "map", "parameters", "FLOPs"]
-    print_table(columns, rows, align="lrlllrr", title=f"{network}, attention {attention}")
+    print_table(columns, rows, title=f"{network}, attention {attention}")
     print(
         f"\nThe plain network has {plain:,} parameters; attention adds {100 * added / plain:.2f} %."
     )

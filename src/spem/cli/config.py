@@ -98,7 +98,7 @@ def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
     parts = {"model": config.model, "data": config.data, "optim": config.optim}
     for section, part in (parts | {"runtime": config.runtime}).items():
         changes = {
-            dotted.removeprefix(f"{section}."): tuple(value) if isinstance(value, list) else value
+            dotted.removeprefix(f"{section}."): value
             for dotted, value in given.items()
             if dotted.startswith(f"{section}.")
         }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from spem.cli.network import NETWORK, Named, load_network
 from spem.cli.options import Json
-from spem.cli.output import print_json, print_table, say
+from spem.cli.output import print_json, print_table, say, shown
 
 if TYPE_CHECKING:
     from spem.cost import Cost, LayerCost
@@ -44,21 +44,17 @@ def run(
         print_json({"model": found.text, **dataclasses.asdict(cost), "tails_for": place})
         return
     parts = {row.name or row.kind: [row] for row in cost.layers} if layers else _stages(cost)
-    rows = [
-        [
-            name,
-            _shape(next((row.output for row in reversed(part) if row.output is not None), None)),
-            *_counts(sum(row.parameters for row in part), sum(row.flops for row in part)),
-        ]
-        for name, part in parts.items()
-    ]
-    rows.append(["total", "", *_counts(cost.parameters, cost.flops)])
+    rows: list[list[object]] = []
+    for name, part in parts.items():
+        output = next((row.output for row in reversed(part) if row.output is not None), None)
+        flops = sum(row.flops for row in part) or None
+        rows.append([name, output, sum(row.parameters for row in part), flops])
+    rows.append(["total", "", cost.parameters, cost.flops or None])
     if any(row.attention for row in cost.layers):
-        own = _counts(cost.attention_parameters, cost.attention_flops)
+        own = cost.attention_parameters, cost.attention_flops or None
         rows.append(["of it attention", "", *own])
-    say(f"{found.text}, input {_shape(cost.input_shape)}")
-    columns = ["layer" if layers else "stage", "output", "parameters", "FLOPs"]
-    print_table(columns, rows, align="llrr")
+    say(f"{found.text}, input {shown(cost.input_shape)}")
+    print_table(["layer" if layers else "stage", "output", "parameters", "FLOPs"], rows)
     print()
     if cost.attention_parameters:
         share = 100 * cost.attention_parameters / cost.parameters
@@ -88,11 +84,3 @@ def _stages(cost: Cost) -> dict[str, list[LayerCost]]:
         deep = 2 * long > len(cost.layers) and len(parts) > 1
         stages.setdefault(".".join(parts[: 2 if deep else 1]) or "(itself)", []).append(row)
     return stages
-
-
-def _counts(parameters: int, flops: int) -> tuple[str, str]:
-    return f"{parameters:,}", f"{flops:,}" if flops else "-"
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "-" if shape is None else " x ".join(map(str, shape))

@@ -120,15 +120,15 @@ def _print(blocks: list[BlockView], top: int) -> None:
     mixed, started = any(b.lambdas for b in blocks), any(b.alpha is not None for b in blocks)
     columns = ["block", "attention", "C", "mean gate", "< 0.1", "most kept", "least kept"]
     columns += ["lambda"] * mixed + ["alpha"] * started
-    rows: list[list[str]] = []
+    rows: list[list[object]] = []
     for block in blocks:
-        row = [block.name, block.attention, str(len(block.kept)), f"{block.mean:.4f}"]
+        row: list[object] = [block.name, block.attention, len(block.kept), f"{block.mean:.4f}"]
         kept = [f"{c}:{number(float(block.kept[c]))}" for c in block.order]
         row += [f"{100 * block.closed:.0f} %", " ".join(kept[:top]), " ".join(kept[::-1][:top])]
         row += [" ".join(f"{lam:.3f}" for lam in block.lambdas.values())] * mixed
         row += ["" if block.alpha is None else f"{block.alpha:.4f}"] * started
         rows.append(row)
-    print_table(columns, rows, align="llrrrll" + "r" * (mixed + started))
+    print_table(columns, rows)
     if any(block.spatial for block in blocks):
         print("Gates that differ from position to position count by their mean.")
     if any(block.adds for block in blocks):

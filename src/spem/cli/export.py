@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from spem.cli.network import NETWORK, Named, Network, load_network
 from spem.cli.options import RARE, Json
-from spem.cli.output import print_json
+from spem.cli.output import print_json, shown
 
 if TYPE_CHECKING:
     from spem.insert.fold import FoldReport
@@ -79,7 +79,7 @@ def run(
     print("operators:", ", ".join(f"{name} {n}" for name, n in exported.operators.items()))
     for each in exported.differences:
         print(
-            f"onnxruntime and PyTorch on {' x '.join(map(str, each.shape))}: largest difference "
+            f"onnxruntime and PyTorch on {shown(each.shape)}: largest difference "
             f"{each.largest:.3g}, {each.relative:.2g} of the largest output"
         )
 

@@ -42,15 +42,14 @@ def run(
     if json:
         print_json(modules)
         return
-    rows: list[list[str]] = []
+    rows: list[list[object]] = []
     for module in modules:
         gate, fused = module["start_gate"], module["fusable"]
-        row = ["-" if n is None else f"{n:,}" for n in module["parameters"].values()]
-        row.append("-" if gate is None else f"{gate:.7g}")
-        row.append(", ".join(module["statistics"]) or ("none" if fused else "-"))
+        statistics = ", ".join(module["statistics"]) or ("none" if fused else None)
+        row = [*module["parameters"].values(), None if gate is None else f"{gate:.7g}", statistics]
         rows.append([module["name"], *row, "yes" if fused else "no"])
     columns = ["name", *(f"C={channels}" for channels in SIZES), "gate at start", "statistics"]
-    print_table([*columns, "fused"], rows, align="lrrrrll")
+    print_table([*columns, "fused"], rows)
     print()
     if pattern == "*":
         say(

@@ -62,7 +62,7 @@ class Option:
     def value(self, words: Sequence[str], where: str = "") -> Any:
         """The value of these words; ValueError begins with where they stand."""
         try:
-            return [self.kind(word) for word in words] if self.many else self.kind(words[0])
+            return tuple(map(self.kind, words)) if self.many else self.kind(words[0])
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}{error}") from error
 

@@ -2,12 +2,15 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
+
+_NUMBERS = re.compile(r"[-+±.,e%<\[\] ]*\d[-+±.,e%<\[\] \d]*")
 
 
 def decimals_for(spreads: Iterable[float | None]) -> int:
@@ -34,28 +37,38 @@ def plain(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def shown(cell: object) -> str:
+    """A number, a shape or a text as a person reads it; "-" for None.
+
+    >>> shown(12345), shown((1, 3, 8)), shown(None)
+    ('12,345', '1 x 3 x 8', '-')
+    """
+    if isinstance(cell, tuple):
+        return " x ".join(map(str, cell))
+    return "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else plain(str(cell))
+
+
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, title: str = ""
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", align: str = ""
 ) -> None:
     """Print a table: drawn by rich on a terminal, aligned plain text with full cells elsewhere.
 
     Args:
         columns: Headings.
-        rows: Cells; numbers come formatted.
-        align: A letter for each column: l for text, r for numbers.
+        rows: Cells, for `shown`. A column of numbers stands at the right.
         title: A line above the table.
     """
-    cells = [[plain(cell) for cell in row] for row in (columns, *rows)]
+    cells = [[shown(cell) for cell in row] for row in (columns, *rows)]
+    right = [bool(_NUMBERS.fullmatch("".join(rest))) for _, *rest in zip(*cells, strict=True)]
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for column, side in zip(cells[0], align, strict=True):
-            right = side == "r"  # a number is never broken
-            justify = "right" if right else "left"
-            table.add_column(column, justify=justify, no_wrap=right, overflow="fold")
+        for column, number in zip(cells[0], right, strict=True):  # a number is never broken
+            justify = "right" if number else "left"
+            table.add_column(column, justify=justify, no_wrap=number, overflow="fold")
         for row in cells[1:]:
             table.add_row(*row)
         Console(highlight=False, markup=False).print(table)
@@ -63,7 +76,6 @@ def print_table(
     if title:
         print(title)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    pad = {"l": str.ljust, "r": str.rjust}
     for row in cells:
-        padded = zip(row, widths, align, strict=True)
-        print("  ".join(pad[side](cell, width) for cell, width, side in padded).rstrip())
+        padded = zip(row, widths, right, strict=True)
+        print("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in padded).rstrip())
