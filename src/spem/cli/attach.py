@@ -54,8 +54,8 @@ def run(
         tails = "fused" if why is None else f"composed ({why})"
     if json:
         told = {"model": network, "attention": attention, "plain_parameters": plain}
-        rows = [dataclasses.asdict(site) for site in sites]
-        print_json(told | {"tails": tails, "change": change, "sites": rows})
+        told |= {"tails": tails, "change": change}
+        print_json(told | {"sites": [dataclasses.asdict(site) for site in sites]})
         return
     rows: list[list[object]] = [
         [s.name, s.stage, s.block, f"{s.how} {s.layer}".strip(), s.shape, s.parameters, s.flops]

@@ -83,7 +83,7 @@ def run(
     columns = list(rows[0])
     cells = [[row["attention"], *(f"{row[name]:.3g}" for name in columns[1:])] for row in rows]
     title = f"{network}, batch {batch}, {precision}, {machine}"
-    print_table(columns, cells, align="l" + "r" * (len(columns) - 1), title=title)
+    print_table(columns, cells, title=title)
 
 
 def _calls(

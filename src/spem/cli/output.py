@@ -49,7 +49,7 @@ def shown(cell: object) -> str:
 
 
 def print_table(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", align: str = ""
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = ""
 ) -> None:
     """Print a table: drawn by rich on a terminal, aligned plain text with full cells elsewhere.
 

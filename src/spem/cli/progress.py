@@ -191,8 +191,7 @@ def print_report_table(table: Table) -> None:
     text = shown(table).rename(columns=lambda name: name.replace(MINUS, "-"))
     text = text.drop(columns=["note", "p", "parameters, paper"], errors="ignore")
     rows = [[str(cell).replace(MINUS, "-") for cell in row] for row in text.to_numpy().tolist()]
-    align = "".join("l" if n in ("verdict", "paper's number", "") else "r" for n in text.columns)
-    print_table(list(text.columns), rows, align=align, title=f"{table.title}: {table.where}")
+    print_table(list(text.columns), rows, title=f"{table.title}: {table.where}")
     for note in notes(table):
         print(note)
 

@@ -101,7 +101,7 @@ def _show_plan(
         counts = [len(networks), len(seeds), len(own), len(left)]
         rows.append([name, data, depths, *map(str, counts), time])
     columns = ["experiment", "trained on", "depth", "networks", "seeds", "runs", "missing", "time"]
-    print_table(columns, rows, align="lllrrrrr")
+    print_table(columns, rows)
     seconds = (estimate_seconds(todo) or 0) / min(workers, max(1, len(todo)))
     print(
         f"\n{len(planned)} runs, each once even where tables share it; {len(todo)} are to be "

@@ -88,7 +88,7 @@ def _print(chosen: dict[str, Any], where: dict[str, Any], part: pd.DataFrame, le
         p = [p_text(line[name]) for name in ("p", "p_flip", "p_holm")]
         rows.append([*cells, *p, line["verdict"]])
     title = plain(", ".join(f"{name}={cell}" for name, cell in where.items()))
-    print_table(columns, rows, align="lrrrrrlrrrl", title=title)
+    print_table(columns, rows, title=title)
     for text in _reading(chosen, part):
         print(plain(text))
 
