@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 from spem.data import ImageSet, check_images, load_images
-from spem.data.folder import look
+from spem.data.folder import fit, look
 
 CATS, DOGS = random_images(3, 5, 7, seed=1), random_images(2, 5, 7, seed=2)
 
@@ -298,6 +298,11 @@ def test_absurd_sizes_are_refused_before_they_fill_memory(tmp_path: Path, side: 
     (tmp_path / "train" / "cat" / "000.png").write_bytes(bomb)
     with pytest.raises(ValueError, match=r"cat/000\.png: not a readable image"):
         load_images(str(tmp_path), "train")
+
+
+def test_a_line_of_pixels_is_not_scaled_beyond_memory() -> None:
+    with pytest.raises(ValueError, match="30000x1 is too narrow to be brought to size 64"):
+        fit(np.zeros((1, 30_000, 3), dtype=np.uint8), 64)
 
 
 def test_sets_beyond_memory_are_refused_before_they_fill_it(
