@@ -301,7 +301,7 @@ def test_absurd_sizes_are_refused_before_they_fill_memory(tmp_path: Path, side: 
 
 
 def test_a_line_of_pixels_is_not_scaled_beyond_memory() -> None:
-    with pytest.raises(ValueError, match="30000x1 is too narrow to be brought to size 64"):
+    with pytest.raises(ValueError, match="30000x1 is too narrow to be brought to 64x64"):
         fit(np.zeros((1, 30_000, 3), dtype=np.uint8), 64)
 
 
