@@ -34,7 +34,8 @@ def run(
 
     Without --dry-run it is put in, too, and the outputs before and after are compared.
     """
-    from spem import create_attention, insert
+    from spem import insert
+    from spem.attention import create_attention
 
     found = load_network(network, size=size)
     model, shape = found.model, found.shape()
