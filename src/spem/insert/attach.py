@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from spem.insert.wrap import AfterNorm, Around, BeforeModule
 _KEY = "attached_by_spem"
 DISPLACED = "displaced_by_spem"
 """Attribute of an attention: what stood where it stands, beside the network, not in it."""
-_T = TypeVar("_T", str, int)
 _SHARED_BY_PROCESSES = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -178,7 +177,7 @@ def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module | None]) -> Non
     for parent in list(model.modules()):
         vars(parent).pop(_KEY, None)
         for key, child in list(parent._modules.items()):
-            if child in new:
+            if child is not None and child in new:
                 _put(parent, key, new[child])
 
 
@@ -202,7 +201,7 @@ def _displaced_by(attention: nn.Module) -> nn.Module | None:
     return layer
 
 
-def _tuple(values: _T | Collection[_T] | None) -> tuple[_T, ...] | None:
+def _tuple(values: str | int | Collection[Any] | None) -> tuple[Any, ...] | None:
     if values is None:
         return None
     return (values,) if isinstance(values, (str, int)) else tuple(values)
