@@ -73,12 +73,11 @@ class ECA(ChannelAttention):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(conv_k(z)), [N, C]."""
         z = self.pool(stats)
-        large = z.device.type == "cpu" and z.numel() >= _FEW
-        if (
-            (large or torch.compiler.is_compiling())
-            and not is_exporting()
-            and self._has_own_layer()
-        ):
+        # A traced size is not asked for: the answer would bind the graph to it.
+        fast = not is_exporting() and (
+            torch.compiler.is_compiling() or (z.device.type == "cpu" and z.numel() >= _FEW)
+        )
+        if fast and self._has_own_layer():
             weight = cast(self.conv.weight, z).flatten()
             if len(weight) <= _TAPS:
                 return torch.sigmoid(_products(z, weight))
