@@ -283,7 +283,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         "inference": "Inference, ResNet-50 at 224",
     }
     figures, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    colours = dict(zip(("none", *ATTENTION), ("0.5", "C0", "C1", "C3"), strict=True))
+    colours: dict[str, str] = {"none": "0.5", "se": "C0", "eca": "C1", "spem": "C3"}
     markers = {"fused": "o", "composed": "x", "attached": "x", "folded": "s", "plain": "|"}
     for ax, (table, title) in zip(axes.flat, titles.items(), strict=True):
         own = [row for row in rows if row["table"] == table]
