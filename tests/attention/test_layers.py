@@ -158,11 +158,3 @@ def test_half_layers_compute_as_wide_ones_and_keep_their_statistics() -> None:
         assert torch.equal(call(half, x), wide(x))
         for ours, theirs in zip(half.buffers(), wide.buffers(), strict=True):
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
-
-
-def test_param_groups_know_what_was_parametrised() -> None:
-    module = spem.GCT(8)
-    torch.nn.utils.parametrize.register_parametrization(module, "beta", nn.Tanh())
-    [_, free] = spem.param_groups(module, 0.1, 1e-4)
-    assert free["weight_decay"] == 0.0
-    assert [id(p) for p in free["params"]] == [id(module.parametrizations.beta.original)]
