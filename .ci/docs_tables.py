@@ -1,7 +1,7 @@
 """The generated parts of README and documentation: tables and pictures made from committed rows.
 
 A page names a part by a line `<!-- generated: NAME -->`; mkdocs calls this file as a hook and puts
-the part there. In the README, which is read where it lies, parts stand between such a line and
+the part there. In the README, which is read where it lies, parts are between such a line and
 `<!-- end -->`:
 
     python .ci/docs_tables.py            # rewrites them

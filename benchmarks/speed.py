@@ -269,52 +269,65 @@ def rows_of(
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Ratios of every table; the line is plain PyTorch at its fastest."""
+    """Ratios of every table; tails as the geometric mean over their maps."""
     import matplotlib as mpl
+
+    from spem.reproduce.figures import colour
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "spem"
     from matplotlib import pyplot as plt
 
     titles = {
-        "tails": "Tails in training",
+        "tails": "Block tails in training",
         "steps": "Training step, ResNet-29, batch 128",
-        "inference_tails": "Tails in inference",
+        "inference_tails": "Block tails in inference",
         "inference": "Inference, ResNet-50 at 224",
     }
-    figures, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    colours: dict[str, str] = {"none": "0.5", "se": "C0", "eca": "C1", "spem": "C3"}
+    names = ("none", *ATTENTION)
     markers = {"fused": "o", "composed": "x", "attached": "x", "folded": "s", "plain": "|"}
-    for ax, (table, title) in zip(axes.flat, titles.items(), strict=True):
-        own = [row for row in rows if row["table"] == table]
-        groups = list(dict.fromkeys(_group(row) for row in own))
-        for row in own:
-            name, way = row["attention"], row["way"].partition(",")[0]
-            shift = 0.15 * (list(colours).index(name) - 1.5)
-            y = groups.index(_group(row)) + shift
+    panels = {title: own for table, title in titles.items() if (own := _ratios(rows, table))}
+    lines = [len({group for group, *_ in ratios}) for ratios in panels.values()]
+    size = (6, 0.32 * sum(lines) + 3)
+    figures, grid = plt.subplots(
+        len(lines), squeeze=False, figsize=size, height_ratios=lines, layout="constrained"
+    )
+    axes = grid[:, 0]
+    for ax, (title, ratios) in zip(axes, panels.items(), strict=True):
+        groups = list(dict.fromkeys(group for group, *_ in ratios))
+        for (group, name, way), values in ratios.items():
             # Compiled steps of a CPU are off the scale.
-            x = min(float(row["to_plain"]), 3.0)
-            ax.plot(x, y, markers[way], color=colours[name], markersize=5)
+            x = min(statistics.geometric_mean(values), 3.0)
+            y = groups.index(group) + 0.15 * (names.index(name) - 1.5)
+            ax.plot(x, y, markers[way.partition(",")[0]], color=colour(name), markersize=5)
         ax.axvline(1.0, color="0.3", linewidth=0.8)
-        ax.set(
-            title=title, xlabel="time / fastest plain (3 and more at 3)", yticks=range(len(groups))
-        )
-        ax.set_yticklabels(groups, fontsize=7)
+        ax.set(title=title, yticks=range(len(groups)), yticklabels=groups, xlim=(0.3, 3.05))
         ax.invert_yaxis()
-    for name, colour in colours.items():
-        axes[0, 0].plot([], [], "o", color=colour, label="no attention" if name == "none" else name)
+    axes[-1].set_xlabel("time / fastest plain (3 and more at 3)")
+    for name in names:
+        label = "no attention" if name == "none" else name
+        axes[0].plot([], [], "o", color=colour(name), label=label)
     for label, marker in (("composed", "x"), ("folded", "s"), ("plain", "|")):
-        axes[0, 0].plot([], [], marker, color="0.3", label=label)
-    figures.legend(loc="outside lower center", ncols=7, frameon=False)
+        axes[0].plot([], [], marker, color="0.3", linestyle="", label=label)
+    figures.legend(loc="outside lower center", ncols=4, frameon=False)
     figures.savefig(path, metadata={"Date": None})
     plt.close(figures)
 
 
-def _group(row: Row) -> str:
-    kind = f"{row['dtype']} {row['layout']}"
-    if row["table"].endswith("tails"):
-        return f"{row['subject']} {kind} {row['threads']}t"
-    return f"{row['batch']}, {kind}"
+def _ratios(rows: Sequence[Row], table: str) -> dict[tuple[str, str, str], list[float]]:
+    """Of each line of a panel, attention and way: the ratios of its maps."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        if row["table"] == table and not (table.endswith("tails") and row["way"] == "plain"):
+            group = f"{row['dtype']} {row['layout']}"
+            if table.endswith("tails"):
+                group += f", {row['threads']} thread{'s' * (row['threads'] != '1')}"
+            if table.startswith("inference"):
+                group = f"{row['batch']} image{'s' * (row['batch'] != '1')}, {group}"
+            found.setdefault((group, row["attention"], row["way"]), []).append(
+                float(row["to_plain"])
+            )
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ for part in (body.conv1, body.bn1, body.layer1, body.layer2):
 sites = spem.attach(model, "eca", include=["backbone.body.layer3.*", "backbone.body.layer4.*"])
 print(f"{len(sites)} sites, {sites[0]} to {sites[-1]}")
 
-# Parameters that are frozen (requires_grad=False) stand in no group.
+# Parameters that are frozen (requires_grad=False) are in no group.
 optimizer = torch.optim.SGD(spem.param_groups(model, lr=0.002, weight_decay=1e-4), momentum=0.9)
 images = [torch.rand(3, 64, 64)]
 targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}]

@@ -10,7 +10,7 @@ import spem
 torch.manual_seed(0)
 model = timm.create_model("resnet10t", num_classes=10).eval()
 spem.attach(model, "eca")
-with torch.no_grad():  # stands for a training: alpha and last norms start at zero
+with torch.no_grad():  # in place of training: alpha and last norms start at zero
     for name, parameter in model.named_parameters():
         if name.endswith("alpha"):
             parameter.fill_(0.5)
