@@ -47,7 +47,7 @@ def test_tails_of_one_piece_and_then_of_another(tmp_path: Path) -> None:
             ("8x16x4x4", "contiguous"),
             ("8x16x4x4", "channels_last"),
         }
-        assert (tmp_path / "speed.svg").read_text().count("Tails in") == 2
+        assert (tmp_path / "speed.svg").read_text().count("Block tails in") == 2
     finally:
         torch.set_num_threads(threads)
 
