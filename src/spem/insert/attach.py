@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from spem.attention import AttentionSpec, ChannelAttention, attention_class
+from spem.attention import PLACES, AttentionSpec, ChannelAttention, as_spec, attention_class
 from spem.attention.pooling import PoolSpec
 from spem.insert import fused, sites
 from spem.insert.families import is_norm
-from spem.insert.layer import tail_spec
 from spem.insert.sites import Site, Spot, Where
 from spem.insert.start import CarriedSE, IdentityStart, carries
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 
+Attention = str | AttentionSpec | type[ChannelAttention]
 _KEY = "attached_by_spem"
 DISPLACED = "displaced_by_spem"
 """Attribute of an attention: what stood where it stands, beside the network, not in it."""
@@ -44,7 +45,7 @@ class Attached:
 
 def attach(
     model: nn.Module,
-    attention: str | AttentionSpec | type[ChannelAttention],
+    attention: Attention,
     *,
     where: Where | None = None,
     include: str | Collection[str] | None = None,
@@ -97,32 +98,26 @@ def attach(
         UserWarning: ``start="module"`` on trained norms, layers replaced whose weights are lost, or
             a network without residual branches.
     """
-    spec = tail_spec(attention, "attach")
-    spots, runs = _spots(model, spec, where, include, stages, replace, start, fuse, input_shape)
+    spec = _tail_spec(attention, "attach")
+    names, numbers, shape = _tuple(include), _tuple(stages), _tuple(input_shape)
+    asked = where is not None
+    call = Attached(str(spec), names, numbers, replace, start, fuse, shape, where=asked)
+    spots, runs = _spots(model, spec, where, call)
     if dry_run:
         return [spot.name for spot in spots]
-    added = [_built(spot, spec, start) for spot in spots]
-    _warn(spots, added, start)
-    _insert(model, spots, added, input_shape, runs=runs)
+    for spot in spots:
+        spot.attention = _built(spot, spec, start)
+    _warn(spots, start)
+    _insert(model, spots, shape, runs=runs)
     for spot in spots if fuse else ():
         fused.fuse(spot.block)
-    call = Attached(
-        str(spec),
-        _tuple(include),
-        _tuple(stages),
-        replace,
-        start,
-        fuse,
-        _tuple(input_shape),
-        where is not None,
-    )
     vars(model)[_KEY] = (*vars(model).get(_KEY, ()), call)
     return [spot.name for spot in spots]
 
 
 def find_sites(
     model: nn.Module,
-    attention: str | AttentionSpec | type[ChannelAttention] | None = None,
+    attention: Attention | None = None,
     *,
     where: Where | None = None,
     include: str | Collection[str] | None = None,
@@ -140,9 +135,10 @@ def find_sites(
     Raises:
         ValueError: As `attach` does.
     """
-    spec = None if attention is None else tail_spec(attention, "find_sites")
-    spots, _ = _spots(model, spec, where, include, stages, replace, start, fuse, input_shape)
-    return [sites.described(spot, spec) for spot in spots]
+    spec = None if attention is None else _tail_spec(attention, "find_sites")
+    names, numbers, shape = _tuple(include), _tuple(stages), _tuple(input_shape)
+    call = Attached("", names, numbers, replace, start, fuse, shape, where=False)
+    return [sites.described(spot, spec) for spot in _spots(model, spec, where, call)[0]]
 
 
 def detach(model: nn.Module) -> list[str]:
@@ -154,10 +150,10 @@ def detach(model: nn.Module) -> list[str]:
     Returns:
         The names of the sites, as `attach` returned them; empty if there was no attention.
     """
-    names: list[str] = []
+    names: dict[nn.Module, str] = {}
     longer: dict[str, str] = {}  # names that wrappers have made longer, and those before
-    found: set[nn.Module] = set()
     for true_name, module in list(model.named_modules()):
+        vars(module).pop(_KEY, None)
         fused.unfuse(module)
         name = true_name
         for now, before in longer.items():
@@ -166,39 +162,79 @@ def detach(model: nn.Module) -> list[str]:
         if isinstance(module, Around):
             longer[f"{true_name}.{module.inner}"] = name
         if true_name and (isinstance(module, Around) or DISPLACED in vars(module)):
-            names.append(name)
-            found.add(module)
-    exchange(model, {module: _displaced_by(module) for module in found})
-    return names
+            names[module] = name
+    exchange(model, {module: _displaced_by(module) for module in names})
+    return list(names.values())
 
 
 def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module | None]) -> None:
-    """Puts other modules in the place of some, wherever they are held; the calls are forgotten."""
+    """Puts other modules in the place of some, wherever they are held."""
     for parent in list(model.modules()):
-        vars(parent).pop(_KEY, None)
         for key, child in list(parent._modules.items()):
             if child is not None and child in new:
-                _put(parent, key, new[child])
+                if new[child] is None:  # a plain attribute, as in a host whose slot is free
+                    delattr(parent, key)
+                setattr(parent, key, new[child])
 
 
-def _put(parent: nn.Module, key: str, module: nn.Module | None) -> None:
-    """Sets an attribute; None as a plain one, as it is in a host whose slot is free."""
-    if module is None:
-        delattr(parent, key)
-    setattr(parent, key, module)
+def attn_layer(attention: Attention) -> Callable[..., ChannelAttention]:
+    """What timm takes as ``attn_layer``: a function of a number of channels.
+
+    Raises:
+        ValueError: The spec is unreadable, unknown or "none", or names a module that does not stand
+            in the tail of a block.
+
+    Examples:
+        >>> attn_layer("se(reduction=8)")(64).channels
+        64
+    """
+    return partial(_layer, _tail_spec(attention, "attn_layer"))
 
 
-def _displaced_by(attention: nn.Module) -> nn.Module | None:
-    """What stood where attention stands: as it is in the network now."""
-    if isinstance(attention, Around):
-        return attention.layer
-    layer: nn.Module | None = vars(attention)[DISPLACED]
-    if layer is not None:
-        like = next((p for p in attention.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            layer.to(device=like.device, dtype=like.dtype)
-        layer.train(attention.training)
-    return layer
+def _layer(
+    spec: AttentionSpec,
+    channels: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **_hints: object,  # for timm's own layers: rd_ratio, act_layer
+) -> ChannelAttention:
+    return spec.build(channels, device=device, dtype=dtype)
+
+
+def remembered(model: nn.Module) -> list[tuple[str, Attached]]:
+    """Every call that changed a network or a part of it, with the name of that part."""
+    return [(n, call) for n, m in model.named_modules() for call in vars(m).get(_KEY, ())]
+
+
+def _tail_spec(attention: Attention, asker: str) -> AttentionSpec:
+    """The spec of a module that other people's networks have a place for."""
+    if isinstance(attention, type) and issubclass(attention, ChannelAttention):
+        if not attention.name:
+            raise ValueError(
+                f"{asker}: {attention.__name__} has no name. Register the class with "
+                f"spem.register_attention."
+            )
+        attention = AttentionSpec(attention.name)
+    if isinstance(attention, ChannelAttention):
+        raise TypeError(
+            f"{asker}: got one {type(attention).__name__}, and every site needs its own. Pass the "
+            f"class or its spec, such as '{attention.name or 'se'}'."
+        )
+    spec = as_spec(attention)
+    if spec is None:
+        raise ValueError(f"{asker}: 'none' is the plain network; there is nothing to put in.")
+    if spec.shared:
+        raise ValueError(
+            f"{asker}: {spec} is one module for all blocks of a stage, which only spem.resnet "
+            f"has. Use a module with one instance a block (spem list)."
+        )
+    if spec.place != "tail":
+        raise ValueError(
+            f"{asker}: {spec} stands {PLACES[spec.place]}, not in the tail of a block. "
+            f"Use a module of placement 'tail' (spem list)."
+        )
+    return spec
 
 
 def _tuple(values: str | int | Collection[Any] | None) -> tuple[Any, ...] | None:
@@ -207,20 +243,23 @@ def _tuple(values: str | int | Collection[Any] | None) -> tuple[Any, ...] | None
     return (values,) if isinstance(values, (str, int)) else tuple(values)
 
 
+def _displaced_by(attention: nn.Module) -> nn.Module | None:
+    """What stood where attention stands: as it is in the network now."""
+    if isinstance(attention, Around):
+        return attention.layer
+    layer: nn.Module | None = vars(attention)[DISPLACED]
+    if layer is not None:
+        like = sites.float_like(attention, layer)
+        layer.to(device=like.device, dtype=like.dtype).train(attention.training)
+    return layer
+
+
 def _spots(
-    model: nn.Module,
-    spec: AttentionSpec | None,
-    where: Where | None,
-    include: str | Collection[str] | None,
-    stages: int | Collection[int] | None,
-    replace: bool,
-    start: str,
-    fuse: bool,
-    input_shape: tuple[int, ...] | None,
+    model: nn.Module, spec: AttentionSpec | None, where: Where | None, call: Attached
 ) -> tuple[list[Spot], bool]:
     """The chosen sites with their channels and maps, and whether the network ran to find these."""
-    if start not in ("identity", "module"):
-        raise ValueError(f"attach: start={start!r} is unknown. Use 'identity' or 'module'.")
+    if call.start not in ("identity", "module"):
+        raise ValueError(f"attach: start={call.start!r} is unknown. Use 'identity' or 'module'.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: needs a torch.nn.Module, got {type(model).__name__}.")
     if where is not None and not callable(where):
@@ -235,27 +274,18 @@ def _spots(
                 f"attach: the network is in a {wrapped.pop()}, which would not share the new "
                 f"parameters between its processes. Attach first, then wrap it."
             )
-    spots = sites.find_spots(model, where, replacing=replace, input_shape=input_shape)
+    spots = sites.find_spots(model, where, replacing=call.replace, input_shape=call.input_shape)
     runs = True
     try:
-        sites.trace(model, spots, input_shape)
+        spots = sites.trace(spots, sites.run_once(model, call.input_shape))
     except sites.InputError:
         # A guess at the input is no fault of the network's.
-        needed = any(_needs_map(spot, spec) for spot in spots)
-        if needed or input_shape is not None or any(map(sites.is_lazy, model.modules())):
+        if call.input_shape is not None or any(_needs_map(spot, spec) for spot in spots):
             raise
         runs = False
     sites.number_stages(spots)
-    spots = sites.chosen(spots, include, stages)
-    _refuse(model, spots)
-    for spot in spots if fuse else ():
-        why = fused.why_not_fused(spot.block, spot.parent, spot.key)
-        if why is None and spot.how == "slot" and not spot.free:
-            why = f"keeps its {type(spot.layer).__name__} before attention; pass replace=True"
-        if why is not None:
-            raise ValueError(
-                f"attach: fuse=True: {spot.name} of {type(model).__name__} {why}. Leave fuse out."
-            )
+    spots = sites.chosen(spots, call.include, call.stages)
+    _refuse(model, spots, fuse=call.fuse)
     return spots, runs
 
 
@@ -269,13 +299,21 @@ def _needs_map(spot: Spot, spec: AttentionSpec | None) -> bool:
     return spot.rank is None and kind.gate_from is ChannelAttention.gate_from
 
 
-def _refuse(model: nn.Module, spots: list[Spot]) -> None:
-    """Raises ValueError where attention is already, or would not run."""
+def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
+    """Raises ValueError where attention is already, would not run, or cannot be fused."""
     for spot in spots:
-        wrapped = isinstance(spot.layer, Around) or isinstance(spot.parent, Around)
-        if wrapped or hasattr(spot.layer, DISPLACED):
+        if any(isinstance(m, Around) for m in (spot.parent, spot.layer)) or hasattr(
+            spot.layer, DISPLACED
+        ):
             raise ValueError(
                 f"attach: there is attention at {spot.name} already. Call spem.detach(model) first."
+            )
+        why = fused.why_not_fused(spot.block, spot.parent, spot.key) if fuse else None
+        if fuse and why is None and spot.how == "slot" and not spot.free:
+            why = f"keeps its {type(spot.layer).__name__} before attention; pass replace=True"
+        if why is not None:
+            raise ValueError(
+                f"attach: fuse=True: {spot.name} of {type(model).__name__} {why}. Leave fuse out."
             )
     for name, stage in model.named_modules():
         shared = getattr(stage, "shared", None)
@@ -289,17 +327,14 @@ def _refuse(model: nn.Module, spots: list[Spot]) -> None:
 
 def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:
     """The attention of a site, in the mode, on the device and in the dtype of its place."""
-    carried = spot.how == "replace" and spot.layer is not None and carries(spot.layer)
-    if carried and spec.name == "se" and {name for name, _ in spec.options} <= {"pool"}:
-        assert spot.layer is not None
+    carried = spot.layer if spot.how == "replace" and carries(spot.layer) else None
+    if carried is not None and spec.name == "se" and {n for n, _ in spec.options} <= {"pool"}:
         pool = cast("PoolSpec", dict(spec.options).get("pool", "avg"))  # make_pool checks it
-        exact = start == "identity"
-        attention: ChannelAttention = CarriedSE(
-            spot.layer, pool, channels=spot.channels, exact=exact, place=spot.key
-        )
+        exact, place = start == "identity", spot.key
+        attention = CarriedSE(carried, pool, channels=spot.channels, exact=exact, place=place)
     else:
         like = sites.float_like(spot.layer, spot.reads, spot.block)
-        attention = sites.built(spot, spec, asker="attach", like=like)
+        attention = sites.built(spot, spec, like)
         if start == "identity":
             attention = IdentityStart(attention, device=like.device, dtype=like.dtype)
     for part in attention.modules():  # not train(), which a carried layer would follow
@@ -308,20 +343,16 @@ def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:
     return attention
 
 
-def _warn(spots: list[Spot], added: list[ChannelAttention], start: str) -> None:
-    name, texts = added[0].name, list[str]()
+def _warn(spots: list[Spot], start: str) -> None:
+    name, texts = spots[0].attention.name, list[str]()
     if spots[0].reason.endswith("no residual branches"):
         texts.append(
             f"this network has no residual branches. Attention follows the last norm of each of "
             f"its {len(spots)} resolutions, {spots[0].name} to {spots[-1].name}; where= or "
             f"include= choose others."
         )
-    replaced = [
-        (spot.name, spot.layer)
-        for spot, attention in zip(spots, added, strict=True)
-        if spot.how == "replace" and not isinstance(attention, CarriedSE)
-    ]
-    lost = [name for name, layer in replaced if layer is not None and list(layer.parameters())]
+    replaced = [s for s in spots if s.how == "replace" and not isinstance(s.attention, CarriedSE)]
+    lost = [s.name for s in replaced if s.layer is not None and list(s.layer.parameters())]
     if lost:
         texts.append(
             f"the weights of {len(lost)} replaced layers ({lost[0]} ...) do not go over into "
@@ -345,76 +376,56 @@ def _is_trained(block: nn.Module) -> bool:
         for norm in filter(is_norm, block.modules())
         for name in ("num_batches_tracked", "running_mean")
     )
-    return any(isinstance(t, Tensor) and t.device.type != "meta" and bool(t.any()) for t in tensors)
+    return any(isinstance(t, Tensor) and not t.is_meta and bool(t.any()) for t in tensors)
 
 
-def _insert(
-    model: nn.Module,
-    spots: list[Spot],
-    added: list[ChannelAttention],
-    input_shape: tuple[int, ...] | None,
-    *,
-    runs: bool,
-) -> None:
+def _insert(model: nn.Module, spots: list[Spot], shape: tuple[int, ...] | None, runs: bool) -> None:
     """Puts the attention in and runs the network, if it runs without; all of it or nothing."""
-    undo: list[tuple[nn.Module, str, nn.Module | None]] = []
+    standing = {spot: _standing(spot) for spot in spots}
+    layers = {spot: spot.layer for spot in spots if spot.layer is not None}
     try:
-        for spot, attention in zip(spots, added, strict=True):
-            standing = _standing(spot, attention)
-            for parent, key in spot.places:
-                undo.append((parent, key, getattr(parent, key)))
-                _put(parent, key, standing)
+        exchange(model, {x: standing[spot] for spot, x in layers.items() if sites.has_tensors(x)})
+        for spot, new in standing.items():
+            # What has no tensors, such as one activation of all blocks, is meant in this one.
+            if spot in layers and not sites.has_tensors(layers[spot]):
+                exchange(spot.block, {layers[spot]: new})
+            setattr(spot.parent, spot.key, new)
         if runs:
-            _check_that_all_run(model, spots, added, input_shape)
+            _check_that_all_run(model, spots, shape)
     except BaseException:
-        for place in reversed(undo):
-            _put(*place)
+        exchange(model, {new: spot.layer for spot, new in standing.items()})
         raise
 
 
+def _standing(spot: Spot) -> nn.Module:
+    """What is put into the attribute of the host."""
+    if isinstance(spot.attention, CarriedSE):
+        return spot.attention
+    if spot.free or spot.how == "replace" or spot.layer is None:
+        vars(spot.attention)[DISPLACED] = spot.layer
+        return spot.attention
+    kind = BeforeModule if spot.how == "before" else AfterNorm
+    wrapper = kind(spot.layer, spot.attention, spot.key)
+    wrapper.training = spot.parent.training
+    return wrapper
+
+
 def _check_that_all_run(
-    model: nn.Module,
-    spots: list[Spot],
-    added: list[ChannelAttention],
-    input_shape: tuple[int, ...] | None,
+    model: nn.Module, spots: list[Spot], input_shape: tuple[int, ...] | None
 ) -> None:
     kind = type(getattr(model, "_orig_mod", model)).__name__
-    ran: set[nn.Module] = set()
     try:
-        with ExitStack() as stack:
-            for attention in added:
-                hook = attention.register_forward_hook(lambda module, *_: ran.add(module))
-                stack.enter_context(hook)
-            sites.run_once(model, input_shape)
+        ran = sites.run_once(model, input_shape)
     except sites.InputError as error:
         cause = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ValueError(
-            f"attach: {kind} no longer runs with {added[0].name} in it: {cause} Pass where= other "
-            f"modules, or leave sites out with include=."
+            f"attach: {kind} no longer runs with {spots[0].attention.name} in it: {cause} Pass "
+            f"where= other modules, or leave sites out with include=."
         ) from error
-    idle = [spot.name for spot, attention in zip(spots, added, strict=True) if attention not in ran]
+    idle = [spot.name for spot in spots if spot.attention not in ran]
     if idle:
         raise ValueError(
             f"attach: {len(idle)} of {len(spots)} sites do not run in a forward pass of {kind}, "
             f"{idle[0]} first: the network does not call this module. Leave them out with "
             f"include=, or pass where= modules that it calls."
         )
-
-
-def _standing(spot: Spot, attention: ChannelAttention) -> nn.Module:
-    """What is put into the attribute of the host."""
-    if isinstance(attention, CarriedSE):
-        return attention
-    if spot.free or spot.how == "replace":
-        vars(attention)[DISPLACED] = spot.layer
-        return attention
-    assert spot.layer is not None
-    kind = BeforeModule if spot.how == "before" else AfterNorm
-    wrapper = kind(spot.layer, attention, spot.key)
-    wrapper.training = spot.parent.training
-    return wrapper
-
-
-def remembered(model: nn.Module) -> list[tuple[str, Attached]]:
-    """Every call that changed a network or a part of it, with the name of that part."""
-    return [(n, call) for n, m in model.named_modules() for call in vars(m).get(_KEY, ())]

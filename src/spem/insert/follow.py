@@ -48,17 +48,11 @@ class Call(NamedTuple):
 
 
 class End(NamedTuple):
-    """What ends a residual branch, how many convolutions that has, and what is before its end."""
+    """What ends a residual branch, what does but for an activation, and how many convolutions."""
 
     call: Call
+    earlier: Call | None
     convolutions: int
-    earlier: Call | None = None
-    """What ends it but for an activation."""
-
-    @property
-    def count(self) -> str:
-        """The number of convolutions in words."""
-        return f"{self.convolutions} convolution{'s' if self.convolutions > 1 else ''}"
 
 
 class Node:
@@ -111,7 +105,7 @@ class Forward(TorchFunctionMode):
             return
         call = Call(module, self._holder(module))
         self.calls[call] += 1
-        node = self._of(output)
+        node = self._node(output)
         if node.shaped and node.number > began:
             node.earlier, node.ends, node.shaped = node.ends, [], False
         passed = any(value is output for value in inputs)
@@ -139,7 +133,7 @@ class Forward(TorchFunctionMode):
         conv = name in _CONVOLUTIONS
         if conv:
             inputs = inputs[:1]  # a weight may be computed, too
-        parents = [self._of(tensor) for tensor in inputs]
+        parents = [self._node(tensor) for tensor in inputs]
         shapes = [tensor.shape for tensor in inputs]
         if name in _ADDITIONS and len(inputs) == 2 and shapes[0] == shapes[1]:
             self._added(*parents, rank=len(shapes[0]))
@@ -149,7 +143,7 @@ class Forward(TorchFunctionMode):
         for tensor in _flat(output):
             if not isinstance(tensor, Tensor):
                 continue
-            node = self._new(tensor, parents, is_conv=conv)
+            node = self._node(tensor, parents, is_conv=conv)
             node.channels_last = _CHANNELS_LAST.get(name, node.channels_last)
             kept = name in _KEEPING or name in _SHAPING
             if kept and largest is not None and tensor.shape == shapes[largest]:
@@ -157,12 +151,15 @@ class Forward(TorchFunctionMode):
                 node.ends, node.shaped = before.ends, before.shaped or name in _SHAPING
         return output
 
-    def _of(self, tensor: Tensor) -> Node:
-        return self._nodes.get(id(tensor)) or self._new(tensor, [])
-
-    def _new(self, tensor: Tensor, parents: list[Node], *, is_conv: bool = False) -> Node:
+    def _node(
+        self, tensor: Tensor, made_from: list[Node] | None = None, *, is_conv: bool = False
+    ) -> Node:
+        """The node of a tensor; a new one if it was made just now or has none."""
+        if made_from is None and id(tensor) in self._nodes:
+            return self._nodes[id(tensor)]
         self._alive.append(tensor)
-        node = self._nodes[id(tensor)] = Node(len(self._alive), parents, is_conv=is_conv)
+        node = Node(len(self._alive), made_from or [], is_conv=is_conv)
+        self._nodes[id(tensor)] = node
         return node
 
     def _holder(self, module: nn.Module) -> nn.Module:
@@ -177,11 +174,32 @@ class Forward(TorchFunctionMode):
         for shortcut, branch in ((one, two), (two, one)):
             convolutions = _convolutions(shortcut, branch)
             if convolutions and branch.ends and not branch.channels_last:
-                earlier = _outermost_folded(branch.earlier) if branch.earlier else None
-                end = End(_outermost_folded(branch.ends), convolutions, earlier)
-                if all(end.call != other.call for other in self.ends):
-                    self.ends.append(end)
+                call, earlier = _outermost_folded(branch.ends), _outermost_folded(branch.earlier)
+                assert call is not None
+                if all(call != end.call for end in self.ends):
+                    self.ends.append(End(call, earlier, convolutions))
                 return
+
+    def ranks(self) -> list[list[tuple[Call, str]]]:
+        """Places for attention with the reason for each, the best kind first.
+
+        These are the ends of branches of two convolutions or more, those of one, and the last norm
+        of each resolution. An activation that a block uses more than once is no place: what is
+        before it is.
+        """
+        several: list[tuple[Call, str]] = []
+        single: list[tuple[Call, str]] = []
+        for call, earlier, number in self.ends:
+            place = earlier if earlier is not None and self.calls[call] > 1 else call
+            convolutions = f"{number} convolution{'s' if number > 1 else ''}"
+            rank = several if number > 1 else single
+            rank.append((place, f"ends a residual branch of {convolutions}"))
+        norms = [
+            (call, f"last norm at {' x '.join(map(str, extents))}, no residual branches")
+            for extents, call in self.norms.items()
+            if self.convolutions > 1
+        ]
+        return [several, single, norms]
 
 
 def follow(model: nn.Module, run: Callable[[], object]) -> Forward:
@@ -194,18 +212,6 @@ def follow(model: nn.Module, run: Callable[[], object]) -> Forward:
         with forward:
             run()
     return forward
-
-
-def ends_of_branches(forward: Forward) -> tuple[list[End], list[End]]:
-    """The ends of branches with two convolutions or more, and of those with one.
-
-    An activation that a block uses more than once is no place for attention: what is before it is.
-    """
-    ends = [
-        end._replace(call=end.earlier) if end.earlier and forward.calls[end.call] > 1 else end
-        for end in forward.ends
-    ]
-    return [e for e in ends if e.convolutions > 1], [e for e in ends if e.convolutions == 1]
 
 
 def summary(forward: Forward) -> str:
@@ -226,10 +232,12 @@ def suggestion(model: nn.Module, forward: Forward) -> str | None:
             kinds[type(module).__name__] += number
     # What has parts comes before bare convolutions: a block rather than its layers.
     composed = {type(m).__name__ for m in model.modules() if next(m.children(), None) is not None}
-    best = sorted(
-        kinds, key=lambda kind: (kind == "Sequential", kind not in composed, -kinds[kind])
+    best = min(
+        kinds,
+        key=lambda kind: (kind == "Sequential", kind not in composed, -kinds[kind]),
+        default=None,
     )
-    return f"where=lambda m: m if type(m).__name__ == {best[0]!r} else None" if best else None
+    return best and f"where=lambda m: m if type(m).__name__ == {best!r} else None"
 
 
 def _holds(parent: nn.Module, module: nn.Module) -> bool:
@@ -239,43 +247,35 @@ def _holds(parent: nn.Module, module: nn.Module) -> bool:
 def _convolutions(shortcut: Node, branch: Node) -> int:
     """The convolutions of a branch that joins what it came from; 0 if it does not."""
     source, crossed = shortcut, 0
-    sources: list[tuple[Node, int]] = [(shortcut, 1)]
+    sources = [(shortcut, 1)]
     while len(source.parents) == 1:
         crossed += source.is_conv
         if crossed > 1:
             break
         source = source.parents[0]
         sources.append((source, 2))
-    ancestors = _ancestors(branch, min(s.number for s, _ in sources))
-    for node, least in sources:
-        if node in ancestors and branch.depth - node.depth >= least:
-            return branch.depth - node.depth
-    return 0
-
-
-def _ancestors(node: Node, oldest: int) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [node]
+    ancestors: set[Node] = set()
+    waiting = [branch]
     while waiting:
-        one = waiting.pop()
-        if one not in found and one.number >= oldest:
-            found.add(one)
-            waiting += one.parents
-    return found
+        node = waiting.pop()
+        if node not in ancestors and node.number >= source.number:
+            ancestors.add(node)
+            waiting += node.parents
+    depths = ((branch.depth - node.depth, least) for node, least in sources if node in ancestors)
+    return next((depth for depth, least in depths if depth >= least), 0)
 
 
-def _outermost_folded(ends: list[Call]) -> Call:
+def _outermost_folded(ends: list[Call]) -> Call | None:
     """The innermost end; or the outermost around it that folds what is in it into one layer."""
     folding = [call for call in ends if any(hasattr(call.module, name) for name in _FOLDING)]
-    return folding[-1] if folding else ends[0]
+    return (folding[-1:] or ends[:1] or [None])[0]
 
 
 def _flat(value: Any) -> Iterator[Any]:
     """The values in lists, tuples and dicts of them."""
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _flat(part)
-    elif isinstance(value, dict):
-        yield from _flat(tuple(value.values()))
-    else:
+    values = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (list, tuple, dict)):
         yield value
+        return
+    for part in values:
+        yield from _flat(part)

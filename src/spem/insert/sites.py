@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, cast
@@ -17,13 +17,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.insert.families import How, Stage, is_norm, rule_of
-from spem.insert.follow import Call, ends_of_branches, follow, suggestion, summary
+from spem.insert.follow import follow, suggestion, summary
 from spem.insert.start import existing_layer, se_channels
 
 _LOG = logging.getLogger("spem.insert")
 Where = Callable[[nn.Module], nn.Module | None]
-Place = tuple[nn.Module, str]
-"""A module and the attribute of it that holds another one."""
+Shape = tuple[int, ...] | None
+Maps = dict[nn.Module, tuple[Shape, Shape]]
+"""The shapes of what modules got and gave in a forward pass, in the order of their last calls."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,44 @@ class Site:
     how: str
     layer: str
     channels: int
-    shape: tuple[int, ...] | None = None
+    shape: Shape = None
     parameters: int | None = None
     flops: int | None = None
     reason: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Spot:
-    """A site with the modules it is made of; for the insertion itself."""
+    """A site with the modules it is made of, and the attention once it is built."""
 
+    model: nn.Module
     name: str
     block: nn.Module
-    how: How
-    kind: Stage
     reason: str
-    parent: nn.Module
-    key: str
-    layer: nn.Module | None
-    reads: object
-    places: list[Place] = field(default_factory=list[Place])
-    """Every attribute of the network that holds the layer."""
-    width: int | None = None
-    shape: tuple[int, ...] | None = None
+    how: How = "after"
+    kind: Stage = "name"
+    reads: object = None
+    """What has the channels; None is the layer."""
+    parent: nn.Module = field(init=False)
+    key: str = field(init=False)
+    layer: nn.Module | None = field(init=False)
+    shape: Shape = None
     stage: int = 0
+    attention: ChannelAttention = field(init=False)
+
+    def __post_init__(self) -> None:
+        above, _, self.key = self.name.rpartition(".")
+        self.parent = self.model.get_submodule(above)
+        self.layer = getattr(self.parent, self.key)
+        self.reads = self.layer if self.reads is None else self.reads
+        for part in (self.layer, self.reads):
+            if isinstance(part, LazyModuleMixin) and cast("Any", part).has_uninitialized_params():
+                raise ValueError(
+                    f"attach: {self.name} is a {type(part).__name__} that has seen no data, so its "
+                    f"channels are unknown. Run one batch through the network first."
+                )
+        self.width = _width(self.reads)
+        """The channels; None if they are not known yet."""
 
     @property
     def channels(self) -> int:
@@ -103,14 +118,13 @@ class Spot:
 
 
 def find_spots(
-    model: nn.Module, where: Where | None, *, replacing: bool, input_shape: tuple[int, ...] | None
+    model: nn.Module, where: Where | None, *, replacing: bool, input_shape: Shape
 ) -> list[Spot]:
     """All sites of a network, in its order, without stages.
 
     Raises:
         ValueError: There is none.
     """
-    spots: list[Spot] = []
     if where is not None:
         spots = list(_asked(model, where, "replace" if replacing else "after"))
         if not spots:
@@ -118,122 +132,78 @@ def find_spots(
                 f"attach: where= gave None for every module of {type(model).__name__}, so there is "
                 f"no site."
             )
-    elif replacing:
-        spots = list(_existing(model))
-    spots = spots or list(_ruled(model)) or list(followed(model, input_shape))
-    order = {module: number for number, module in enumerate(model.modules())}
+    else:
+        spots = list(_existing(model)) if replacing else []
+        spots = spots or list(_ruled(model)) or list(followed(model, input_shape))
     spots = list({(spot.parent, spot.key): spot for spot in spots}.values())
-    spots.sort(key=lambda spot: order[spot.watched])
-    held: dict[nn.Module | None, list[Place]] = {}
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            held.setdefault(child, []).append((parent, key))
-    for spot in spots:
-        lazy = next((m for m in (spot.layer, spot.reads) if is_lazy(m)), None)
-        if lazy is not None:
-            raise ValueError(
-                f"attach: {spot.name} is a {type(lazy).__name__} that has seen no data, so its "
-                f"channels are unknown. Run one batch through the network first."
-            )
-        spot.width = _width(spot.reads)
-        spot.places = _places(spot, held.get(spot.layer, []))
-    return spots
+    order = {module: number for number, module in enumerate(model.modules())}
+    return sorted(spots, key=lambda spot: order[spot.watched])
 
 
-def is_lazy(module: object) -> bool:
-    """Whether a module gets its parameters from the first batch, and has seen none."""
-    return isinstance(module, LazyModuleMixin) and cast("Any", module).has_uninitialized_params()
-
-
-def _places(spot: Spot, held: list[Place]) -> list[Place]:
-    """Where the layer of a site is held: a network may keep its layers in two containers.
-
-    One activation that many blocks share is held by all of them, and is meant in this block alone.
-    """
-    if spot.layer is None or len(held) < 2:
-        return [(spot.parent, spot.key)]
-    if any(True for _ in (*spot.layer.parameters(), *spot.layer.buffers())):
-        return held
-    inside = set(spot.block.modules())
-    return [place for place in held if place[0] in inside] or [(spot.parent, spot.key)]
-
-
-def trace(model: nn.Module, spots: list[Spot], input_shape: tuple[int, ...] | None) -> None:
-    """Runs the network once in evaluation mode and writes down the map of every site.
+def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
+    """The sites with the maps of one forward pass.
 
     A site whose layer does not run, because the network calls the parts of that layer itself, moves
     to the last of these parts.
 
     Raises:
         ValueError: A map is no [N, C, ...], or channels are unknown.
-        InputError: The network does not run on such an input.
     """
-    shapes: dict[nn.Module, list[tuple[int, ...] | None]] = {}  # in the order of the last calls
-
-    def see(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        shapes.pop(module, None)
-        maps = (*inputs[:1], output)
-        shapes[module] = [tuple(m.shape) if isinstance(m, Tensor) else None for m in maps]
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            stack.enter_context(module.register_forward_hook(see))
-        run_once(model, input_shape)
-    for spot in spots:
-        if spot.how == "after" and spot.watched not in shapes:
-            _move(spot, list(shapes))
-        which = 0 if spot.how in ("before", "replace") else -1
-        shape = shapes[spot.watched][which] if spot.watched in shapes else None
-        if shape is not None:
-            _take_shape(spot, shape)
-        elif spot.width is None:
+    moved = [_moved(spot, maps) for spot in spots]
+    for spot in moved:
+        before, after = maps.get(spot.watched, (None, None))
+        shape = before if spot.how in ("before", "replace") else after
+        if shape is None:
+            if spot.width is None:
+                raise ValueError(
+                    f"attach: the forward pass did not come by {spot.name}, so its channels are "
+                    f"unknown. Leave it out with include=."
+                )
+            continue
+        if not 3 <= len(shape) <= 5 or prod(shape) == 0:
             raise ValueError(
-                f"attach: the forward pass did not come by {spot.name}, so its channels are "
-                f"unknown. Leave it out with include=."
+                f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 "
+                f"spatial axes. Leave it out with include=, or pass where= another module."
             )
+        if spot.width not in (None, shape[1]):
+            raise ValueError(
+                f"attach: the map at {spot.name} is {list(shape)}, but its norm says {spot.width} "
+                f"channels. Pass where= a module whose output is [N, C, ...]."
+            )
+        spot.width, spot.shape = shape[1], shape
+    return moved
 
 
-def _move(spot: Spot, ran: list[nn.Module]) -> None:
-    """Moves a site to the part of its layer that ran last, if any did."""
-    assert spot.layer is not None
+def _moved(spot: Spot, maps: Maps) -> Spot:
+    if spot.how != "after" or spot.layer is None or spot.layer in maps:
+        return spot
     parts = {part: name for name, part in spot.layer.named_modules()}
-    last = next((part for part in reversed(ran) if part in parts), None)
-    if last is not None:
-        above, _, spot.key = parts[last].rpartition(".")
-        spot.parent, spot.name = spot.layer.get_submodule(above), f"{spot.name}.{parts[last]}"
-        spot.layer = spot.reads = last
-        spot.width, spot.places = _width(last), [(spot.parent, spot.key)]
-
-
-def _take_shape(spot: Spot, shape: tuple[int, ...]) -> None:
-    if not 3 <= len(shape) <= 5 or prod(shape) == 0:
-        raise ValueError(
-            f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 spatial "
-            f"axes. Leave it out with include=, or pass where= another module."
-        )
-    if spot.width not in (None, shape[1]):
-        raise ValueError(
-            f"attach: the map at {spot.name} is {list(shape)}, but its norm says {spot.width} "
-            f"channels. Pass where= a module whose output is [N, C, ...]."
-        )
-    spot.width, spot.shape = shape[1], shape
+    last = next((parts[part] for part in reversed(maps) if part in parts), None)
+    return spot if last is None else replace(spot, name=f"{spot.name}.{last}", reads=None)
 
 
 class InputError(ValueError):
     """A network does not run on an input."""
 
 
-def run_once(model: nn.Module, input_shape: tuple[int, ...] | None) -> None:
+def run_once(model: nn.Module, input_shape: Shape) -> Maps:
     """One forward pass on zeros, in evaluation mode; the modes are restored.
 
     Raises:
         InputError: The network does not run on such an input.
     """
+    maps: Maps = {}
+
+    def see(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        maps.pop(module, None)
+        maps[module] = _shape(inputs[0] if inputs else None), _shape(output)
+
     model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
-    shape = input_shape or default_input(model)
-    like = float_like(model)
+    shape, like = input_shape or default_input(model), float_like(model)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), ExitStack() as stack:
+            for module in model.modules():
+                stack.enter_context(module.register_forward_hook(see))
             model(torch.zeros(shape, dtype=like.dtype, device=like.device))
     except Exception as error:  # a network says in its own way that an input does not fit
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -241,6 +211,11 @@ def run_once(model: nn.Module, input_shape: tuple[int, ...] | None) -> None:
             f"attach: {type(model).__name__} does not run on an input of {list(shape)} ({reason}). "
             f"Pass input_shape= one that it takes."
         ) from error
+    return maps
+
+
+def _shape(value: object) -> Shape:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 @contextmanager
@@ -253,6 +228,11 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module has parameters or buffers."""
+    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def float_like(*parts: object) -> Tensor:
@@ -296,69 +276,63 @@ def default_input(model: nn.Module) -> tuple[int, ...]:
 def number_stages(spots: list[Spot]) -> None:
     """Gives every site the number of its stage; needs channels."""
     names = [spot.name.split(".") for spot in spots]
-    shortest = min(map(len, names))
-    depth = 0
-    while depth < shortest - 1 and len({name[depth] for name in names}) == 1:
+    depth = 0  # parts that all names have in common
+    while depth < min(map(len, names)) - 1 and len({name[depth] for name in names}) == 1:
         depth += 1
     order: dict[object, int] = {}
     run = 0
     for number, (spot, name) in enumerate(zip(spots, names, strict=True)):
-        key: object = (spot.name,)
-        if spot.kind == "channels":
-            run += number == 0 or spots[number - 1].width != spot.width
-            key = run
-        elif spot.kind == "name":
-            rest = ".".join(name[depth:])
-            found = re.match(r"\D*\d+", rest)
-            key = found[0] if found else rest
-        spot.stage = order.setdefault(key, len(order) + 1)
+        run += number == 0 or spots[number - 1].width != spot.width
+        rest = ".".join(name[depth:])
+        found = re.match(r"\D*\d+", rest)
+        keys = {"channels": run, "name": found[0] if found else rest, "site": (spot.name,)}
+        spot.stage = order.setdefault(keys[spot.kind], len(order) + 1)
 
 
 def chosen(
-    spots: list[Spot], include: str | Collection[str] | None, stages: int | Collection[int] | None
+    spots: list[Spot], include: tuple[str, ...] | None, stages: tuple[int, ...] | None
 ) -> list[Spot]:
     """The sites whose name matches a pattern and whose stage is asked for.
 
     Raises:
         ValueError: There is no such stage, or nothing is left.
     """
-    kept = spots
-    if stages is not None:
-        wanted = {stages} if isinstance(stages, int) else set(stages)
-        there = sorted({spot.stage for spot in spots})
-        if not wanted <= set(there):
-            raise ValueError(
-                f"attach: stages={sorted(wanted)}, but this network has stages {there[0]} to "
-                f"{there[-1]}. `spem attach --dry-run` shows them."
-            )
-        kept = [spot for spot in kept if spot.stage in wanted]
-    if include is not None:
-        patterns = [include] if isinstance(include, str) else list(include)
-        kept = [s for s in kept if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+    there = sorted({spot.stage for spot in spots})
+    if not set(stages or ()) <= set(there):
+        raise ValueError(
+            f"attach: stages={sorted(stages or ())}, but this network has stages {there[0]} to "
+            f"{there[-1]}. `spem attach --dry-run` shows them."
+        )
+    kept = [
+        spot
+        for spot in spots
+        if (stages is None or spot.stage in stages)
+        and (include is None or any(fnmatchcase(spot.name, pattern) for pattern in include))
+    ]
     if not kept:
         raise ValueError(
-            f"attach: include={include!r} matches no site. The names are {spots[0].name} to "
-            f"{spots[-1].name}; use a pattern such as '*{spots[0].name.rpartition('.')[2]}'."
+            f"attach: include={', '.join(map(repr, include or ()))} matches no site. The names are "
+            f"{spots[0].name} to {spots[-1].name}; use a pattern such as "
+            f"'*{spots[0].name.rpartition('.')[2]}'."
         )
     return kept
 
 
-def built(spot: Spot, spec: AttentionSpec, *, asker: str, like: Tensor) -> ChannelAttention:
+def built(spot: Spot, spec: AttentionSpec, like: Tensor) -> ChannelAttention:
     """The attention of a site, on the device and in the dtype of a tensor.
 
     Raises:
         ValueError: It does not fit the channels or the rank of the map there.
     """
-    shape = spot.shape
-    size = None if shape is None or len(shape) != 4 else (shape[2], shape[3])
+    size = None if spot.shape is None or spot.rank != 4 else (spot.shape[2], spot.shape[3])
     try:
         attention = spec.build(spot.channels, size=size, device=like.device, dtype=like.dtype)
     except ValueError as error:
-        raise ValueError(f"{asker}: {spot.name}: {error}") from None
+        raise ValueError(f"attach: {spot.name}: {error}") from None
     if spot.rank not in (None, 4) and not attention.takes_any_rank():
         layer = f" after a {type(spot.layer).__name__}" if spot.layer is not None else ""
         raise ValueError(
-            f"{asker}: {spec.name} takes maps [N, C, H, W], and the map at {spot.name}{layer} has "
+            f"attach: {spec.name} takes maps [N, C, H, W], and the map at {spot.name}{layer} has "
             f"{spot.rank} axes. Use a module that takes any rank, such as 'se' or 'spem'."
         )
     return attention
@@ -370,8 +344,7 @@ def described(spot: Spot, spec: AttentionSpec | None) -> Site:
 
     parameters = flops = None
     if spec is not None:
-        like = torch.empty(0, device="meta")
-        attention = built(spot, spec, asker="find_sites", like=like).eval()
+        attention = built(spot, spec, torch.empty(0, device="meta")).eval()
         parameters = sum(p.numel() for p in attention.parameters())
         if spot.shape is not None:
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -382,23 +355,6 @@ def described(spot: Spot, spec: AttentionSpec | None) -> Site:
     return Site(*place, spot.channels, spot.shape, parameters, flops, spot.reason)
 
 
-def _spot(
-    model: nn.Module,
-    name: str,
-    block: nn.Module,
-    how: How,
-    kind: Stage,
-    reason: str,
-    reads: object = None,
-) -> Spot:
-    """The site of a name; None reads the channels off the layer there."""
-    above, _, key = name.rpartition(".")
-    parent = model.get_submodule(above)
-    layer = getattr(parent, key)
-    reads = layer if reads is None else reads
-    return Spot(name, block, how, kind, reason, parent, key, layer, reads)
-
-
 def _join(above: str, name: str) -> str:
     return f"{above}.{name}" if above and name else above or name
 
@@ -406,19 +362,24 @@ def _join(above: str, name: str) -> str:
 def _ruled(model: nn.Module) -> Iterator[Spot]:
     """The sites that the table of families names."""
     for name, block in model.named_modules():
-        rule = rule_of(block)
-        for path in [] if rule is None else rule.find(block):
-            assert rule is not None
-            site, kind = _join(name, path), type(block).__name__
+        rule, kind = rule_of(block), type(block).__name__
+        if rule is None:
+            continue
+        reads = attribute(block, rule.reads)
+        for site in (_join(name, path) for path in rule.find(block)):
             if not site:
                 raise ValueError(
                     f"attach: the network is a single {kind} and has nothing around it. Put it "
                     f"into an nn.Sequential."
                 )
-            reads: object = block
-            for part in rule.reads.split("."):
-                reads = getattr(reads, part, None)
-            yield _spot(model, site, block, rule.how, rule.stage, f"known block {kind}", reads)
+            yield Spot(model, site, block, f"known block {kind}", rule.how, rule.stage, reads)
+
+
+def attribute(holder: object, path: str) -> object:
+    """The attribute of a dotted name; None if there is none."""
+    for name in path.split("."):
+        holder = getattr(holder, name, None)
+    return holder
 
 
 def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
@@ -443,7 +404,7 @@ def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
                 f"attach: where= gave a {type(layer).__name__} for {here} that is no part of the "
                 f"network. It has to give one of its modules, or None."
             )
-        yield _spot(model, site, module, how, "name", "where=", se_channels(layer))
+        yield Spot(model, site, module, "where=", how, reads=se_channels(layer))
 
 
 def _existing(model: nn.Module) -> Iterator[Spot]:
@@ -459,10 +420,10 @@ def _existing(model: nn.Module) -> Iterator[Spot]:
         block = next((m for m in reversed(above[1:]) if rule_of(m) is not None), above[-1])
         channels = module.channels if ours else se_channels(module)
         reason = f"has a {type(module).__name__}"
-        yield _spot(model, name, block, "replace", "name", reason, channels)
+        yield Spot(model, name, block, reason, "replace", reads=channels)
 
 
-def followed(model: nn.Module, input_shape: tuple[int, ...] | None) -> Iterator[Spot]:
+def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
     """The sites of a network that is in no table, found by following a forward pass.
 
     Raises:
@@ -476,28 +437,18 @@ def followed(model: nn.Module, input_shape: tuple[int, ...] | None) -> Iterator[
         )
     forward = follow(model, lambda: run_once(model, input_shape))
     names = {module: name for name, module in model.named_modules()}
-    last: list[tuple[Call, str]] = [
-        (call, f"last norm at {' x '.join(map(str, extents))}, no residual branches")
-        for extents, call in (forward.norms.items() if forward.convolutions > 1 else ())
-    ]
-    ranked = [
-        [(end.call, f"ends a residual branch of {end.count}") for end in ends]
-        for ends in ends_of_branches(forward)
-    ]
-    found = next((rank for rank in (*ranked, last) if rank), [])
-    for number, rank in enumerate((*ranked, last), 1):
+    ranks = forward.ranks()
+    found = next((rank for rank in ranks if rank), [])
+    for number, rank in enumerate(ranks, 1):
         taken = "taken" if rank is found else "not taken"
         for call, reason in rank:
             _LOG.info("rank %d, %s: %s, %s", number, taken, names[call.module], reason)
     for (layer, parent), reason in found:
+        # One activation may be held by many blocks: here it is that of this one.
         key = next((key for key, child in parent.named_children() if child is layer), None)
-        if key is None:
-            raise ValueError(
-                f"attach: {names[layer]} of {kind} ends a branch, and no attribute of "
-                f"{names[parent] or 'the network'} holds it. Pass where=."
-            )
-        stage: Stage = "site" if found is last else "name"
-        yield _spot(model, _join(names[parent], key), parent, "after", stage, reason)
+        name = names[layer] if key is None else _join(names[parent], key)
+        stage: Stage = "site" if found is ranks[-1] else "name"
+        yield Spot(model, name, parent, reason, kind=stage)
     if not found:
         line = suggestion(model, forward) or "where=..."
         raise ValueError(
