@@ -26,3 +26,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f'Install it, from a checkout: pip install ".[{extra}]"',
             name=error.name,
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another package raised, without a full stop; never empty."""
+    return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__

@@ -16,9 +16,9 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from spem.attention import ChannelAttention, attention_class, attention_paramete
 from spem.attention.spec import bibtex
 from spem.data.names import HUB_IDS, known_name
 from spem.export import difference, tensors
-from spem.extras import require
+from spem.extras import first_line, require
 from spem.files import load_json, read_regular, write_atomic
 from spem.insert import IdentityStart, attach, true_keys
 from spem.insert.attach import Attached, remembered
@@ -55,12 +55,9 @@ Results = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 @dataclass(frozen=True)
 class Images:
-    """How images are brought to a network: (pixels / 255 - mean) / std.
+    """How images of ``size`` pixels (None: unknown) come to a network: (pixels / 255 - mean) / std.
 
-    Attributes:
-        size: Height and width it was trained on, in pixels; None if unknown.
-        mean: Of red, green and blue, on the scale 0 to 1.
-        std: Deviation of the same.
+    Mean and deviation are those of red, green and blue on the scale 0 to 1.
     """
 
     size: int | None
@@ -150,8 +147,7 @@ class _Config:
         return host
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(NamedTuple):
     """What a shared folder holds: the network, in evaluation mode, and what it takes and says."""
 
     model: nn.Module
@@ -212,24 +208,28 @@ def save_pretrained(
     safetensors = require("safetensors.torch", extra="hub", purpose=asker)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     content: bytes = safetensors.save(state, {"format": "pt"})
-    if images is None and {"mean", "std"} <= (said := _said(model)).keys():
+    said = _said(model)
+    if images is None and {"mean", "std"} <= said.keys():
         size = (said.get("input_size") or [None])[-1]
         images = {"size": size, "mean": list(said["mean"]), "std": list(said["std"])}
     try:
+        dtypes = sorted({str(t.dtype) for t in state.values() if t.is_floating_point()})
+        if len(dtypes) > 1:
+            names = " and ".join(dtypes)
+            raise ValueError(f"the network has tensors of {names}. Convert it: model.float().")
         config = _Config(
             schema=SCHEMA,
             library_name="spem",
             version=__version__,
             network=_described(model, arch, options, asker),
             attach=tuple(_Call(**vars(call), part=part) for part, call in remembered(model)),
-            dtype=_dtype_of(model),
+            dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
             images=None if images is None else _read(Images, dict(images), "images"),
             classes=None if classes is None else tuple(classes),
             weights_sha256=hashlib.sha256(content).hexdigest(),
         )
         built = _built(config)
-        wrong = _misfit(state, built.state_dict())
-        if wrong is not None:
+        if wrong := _misfit(state, built.state_dict()):
             raise ValueError(
                 f"{config.network.get('arch', 'spem.resnet')}, rebuilt, is another network: "
                 f"{wrong}. Pass arch= and options= as it was built, and change it by spem.attach "
@@ -254,8 +254,7 @@ def save_pretrained(
     # The config last: a folder that has one is whole.
     write_atomic(folder / WEIGHTS, content)
     write_atomic(folder / CARD, card.encode())
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    write_atomic(folder / CONFIG, text.encode() + b"\n")
+    write_atomic(folder / CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
     return folder
 
 
@@ -275,10 +274,9 @@ def _described(
     if isinstance(model, ResNet):
         if arch is not None or options:
             raise ValueError("a network of spem.resnet has no arch= and options=.")
-        own = {"depth": model.depth, "classes": model.classes, "block": model.block}
-        return {"kind": "spem.resnet", **own, "attention": spec_text(model.spec)}
-    if arch is None:
-        arch = _said(model).get("architecture")
+        spec = spec_text(model.spec)
+        return asdict(_Ours("spem.resnet", model.depth, model.classes, spec, model.block))
+    arch = arch or _said(model).get("architecture")
     if not isinstance(arch, str):
         raise ValueError(
             f"{type(model).__name__} does not say what it is called. Pass arch=, its name in timm "
@@ -302,15 +300,6 @@ def _said(model: nn.Module) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _dtype_of(model: nn.Module) -> str:
-    """The one floating-point dtype of a network's tensors."""
-    found = {t.dtype for t in model.state_dict().values() if t.is_floating_point()}
-    if len(found) > 1:
-        names = " and ".join(sorted(map(str, found)))
-        raise ValueError(f"the network has tensors of {names}. Convert it: model.float().")
-    return str(found.pop() if found else torch.float32).removeprefix("torch.")
-
-
 # ---- the network of a config
 
 
@@ -323,12 +312,10 @@ def _built(config: _Config) -> nn.Module:
     host = config.host
     with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
         if isinstance(host, _Ours):
-            model: nn.Module = resnet(
-                host.depth, host.classes, attention=host.attention, block=cast("Any", host.block)
-            )
+            block: Any = host.block
+            model = resnet(host.depth, host.classes, attention=host.attention, block=block).eval()
         else:
             model = build(f"{host.kind}:{host.arch}", host.options, asker="network")
-        model.eval()
         for call in config.attach:
             arguments: dict[str, Any] = vars(call) | {"where": None}
             try:
@@ -344,19 +331,17 @@ def _built(config: _Config) -> nn.Module:
 
 def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
     """How the tensors of a file differ from those that a network needs; None if they do not."""
-    for names, what in (
-        (sorted(wanted.keys() - found.keys()), "lack"),
-        (sorted(found.keys() - wanted.keys()), "hold beside those of the network"),
-    ):
+    lacking, beside = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    for names, what in ((lacking, "lack"), (beside, "hold beside those of the network")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             return f"the weights {what} {names[0]!r}{more}"
-    for name, tensor in wanted.items():
-        for what in ("shape", "dtype"):
-            one, two = getattr(found[name], what), getattr(tensor, what)
-            if one != two:
-                one, two = (list(o) if what == "shape" else o for o in (one, two))
-                return f"{name!r} has the {what} {one}, the network's is {two}"
+    for name, own in wanted.items():
+        one = found[name]
+        if one.shape != own.shape:
+            return f"{name!r} has the shape {list(one.shape)}, the network's is {list(own.shape)}"
+        if one.dtype != own.dtype:
+            return f"{name!r} has the dtype {one.dtype}, the network's is {own.dtype}"
     return None
 
 
@@ -373,15 +358,15 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
     for name, most in bounds.items():
         if (value := options.get(name, 0)) > most:
             return f"{name}={value} is too large for {len(state)} tensors of {total:,} numbers"
-    for attached in (True, False):
+    for each in (config, dataclasses.replace(config, attach=())):
         try:
             with torch.device("meta"):
-                model = _built(config if attached else dataclasses.replace(config, attach=()))
+                model = _built(each)
         except ImportError:
             raise
         except Exception:  # noqa: BLE001  # said by the real build
             continue
-        if attached:
+        if each is config:
             return _misfit(true_keys(model, state), model.state_dict())
         needed = sum(tensor.numel() for tensor in model.state_dict().values())
         if needed > 2 * total:
@@ -411,12 +396,10 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
                 _open(twin)
                 torch.manual_seed(0)
                 outputs.append(tensors(twin(x)))
-        except Exception as error:
-            # A network says in its own way that an input does not fit.
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        except Exception as error:  # a network says in its own way that an input does not fit
             raise ValueError(
                 f"the network cannot be run on a random input {list(x.shape)}, as it must be to "
-                f"compare it with the rebuilt one: {reason}"
+                f"compare it with the rebuilt one: {first_line(error)}"
             ) from error
     found = difference(x.shape, *outputs)
     if math.isnan(found.largest):
@@ -434,11 +417,10 @@ def _open(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, IdentityStart):
             module.alpha.fill_(0.5)
-        if isinstance(module, ChannelAttention):
-            continue
-        for name, own in module.named_parameters(recurse=False):
-            if name != "bias" and own.dim() == 1 and own.numel() and bool(own.abs().max() < 0.1):
-                own.fill_(0.5)
+        if not isinstance(module, ChannelAttention):
+            for name, own in module.named_parameters(recurse=False):
+                if name != "bias" and own.dim() == 1 and own.numel() and own.abs().max() < 0.1:
+                    own.fill_(0.5)
 
 
 # ---- reading
@@ -467,32 +449,30 @@ def from_pretrained(
         OSError: The repository cannot be fetched.
         ImportError: An extra is missing; the message ends in the line that installs it.
     """
-    folder = Path(repo_or_folder)
-    if not folder.is_dir():
-        if not _is_id(str(repo_or_folder)):
-            raise FileNotFoundError(
-                f"from_pretrained: {repo_or_folder} is neither a folder nor the id of a repository "
-                f"(owner/name)."
-            )
-        hub = require("huggingface_hub", extra="hub", purpose="from_pretrained")
-        try:
-            folder = Path(
-                hub.snapshot_download(
-                    str(repo_or_folder),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    allow_patterns=[CONFIG, WEIGHTS],
-                    library_name="spem",
-                )
-            )
-        except Exception as error:  # the client's types, and those of its transport
-            raise OSError(
-                f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this "
-                f"name cannot be fetched: {_first_line(error)} Check the name and the connection, "
-                f"or name a folder."
-            ) from error
+    if Path(repo_or_folder).is_dir():
+        return read_shared(repo_or_folder).model
+    if not _is_id(str(repo_or_folder)):
+        raise FileNotFoundError(
+            f"from_pretrained: {repo_or_folder} is neither a folder nor the id of a repository "
+            f"(owner/name)."
+        )
+    hub = require("huggingface_hub", extra="hub", purpose="from_pretrained")
+    try:
+        folder = hub.snapshot_download(
+            str(repo_or_folder),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG, WEIGHTS],
+            library_name="spem",
+        )
+    except Exception as error:  # the client's types, and those of its transport
+        raise OSError(
+            f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this "
+            f"name cannot be fetched: {first_line(error)}. Check the name and the connection, or "
+            f"name a folder."
+        ) from error
     return read_shared(folder).model
 
 
@@ -503,8 +483,7 @@ def read_shared(folder: str | Path) -> Shared:
         FileNotFoundError: A file is missing.
         ValueError: As for `from_pretrained`.
     """
-    folder = Path(folder)
-    asker = f"from_pretrained: {folder}"
+    asker, folder = f"from_pretrained: {folder}", Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="from_pretrained")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -596,7 +575,7 @@ def push_to_hub(
             )
         except Exception as error:  # the client's types, and those of its transport
             raise OSError(
-                f"push_to_hub: cannot write to {repo_id}: {_first_line(error)} Look at your "
+                f"push_to_hub: cannot write to {repo_id}: {first_line(error)}. Look at your "
                 f"connection, and log in with `hf auth login` as somebody who may write there."
             ) from error
     return str(commit.commit_url)
@@ -610,10 +589,6 @@ def check_id(repo_id: str, asker: str) -> None:
 
 def _is_id(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__) + "."
 
 
 # ---- the card
@@ -665,6 +640,18 @@ def _of_run(folder: Path) -> _Measured:
     return _Measured(name, "accuracy", value, note=note)
 
 
+_LOADING = """## Load
+
+```python
+import spem
+
+model = spem.from_pretrained({where})  # in evaluation mode, on the CPU
+```
+
+Nothing in the folder is executed: the weights are safetensors, the config is JSON. Install, from \
+a checkout of spem: `pip install ".[{extras}]"`."""
+
+
 def _card(
     model: nn.Module,
     config: _Config,
@@ -688,57 +675,51 @@ def _card(
         what = f"{host.kind}'s {host.arch}{how}."
     title = " + ".join([arch, *specs])
     ids = [HUB_IDS.get(r.dataset, r.dataset) for r in results]
+    task = "image-classification"
+    stated = [
+        hub.EvalResult(
+            task_type=task,
+            dataset_type=hub_id,
+            dataset_name=r.dataset,
+            dataset_split=r.split,
+            metric_type=r.metric,
+            metric_value=r.value,
+        )
+        for r, hub_id in zip(results, ids, strict=True)
+    ]
     data = hub.ModelCardData(
         library_name="spem",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         license=license,
-        tags=["spem", "channel-attention", "image-classification", "pytorch", *names],
+        tags=["spem", "channel-attention", task, "pytorch", *names],
         datasets=list(dict.fromkeys(i for i in ids if "/" in i)) or None,
         metrics=list(dict.fromkeys(r.metric for r in results)) or None,
         model_name=title if results else None,
-        eval_results=[
-            hub.EvalResult(
-                task_type="image-classification",
-                dataset_type=hub_id,
-                dataset_name=r.dataset,
-                dataset_split=r.split,
-                metric_type=r.metric,
-                metric_value=r.value,
-            )
-            for r, hub_id in zip(results, ids, strict=True)
-        ]
-        or None,
+        eval_results=stated or None,
     )
-    total = sum(p.numel() for p in model.parameters())
-    where = json.dumps(repo_id or "path/to/this/folder")
-    size = f" of {images.size}x{images.size} pixels" if images and images.size else ""
+    total, own = sum(p.numel() for p in model.parameters()), attention_parameters(model)
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {title}",
+        f"{what} Attention: `{', '.join(specs) or 'none'}`. {total:,} parameters, {own:,} of them "
+        f"attention's; {config.dtype}.",
+        _LOADING.format(where=json.dumps(repo_id or "path/to/this/folder"), extras=extras),
+    ]
+    if images is not None:
+        size = f" of {images.size}x{images.size} pixels" if images.size else ""
+        how = f"with mean {list(images.mean)} and std {list(images.std)}"
+        parts.append(f"Images{size}, red, green and blue, as (pixels / 255 - mean) / std {how}.")
     rows = ["| on | metric | value | how |", "|---|---|---|---|"]
     for r in results:
         cells = (f"{r.dataset}, {r.split}", r.metric, f"{r.value:.6g}", r.note or "-")
         plain = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
         rows.append(f"| {' | '.join(plain)} |")
-    cited = "\n".join(bibtex(name) for name in names if attention_class(name).paper)
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {title}",
-        f"{what} Attention: `{', '.join(specs) or 'none'}`. {total:,} parameters, "
-        f"{attention_parameters(model):,} of them attention's; {config.dtype}.",
-        "## Load",
-        "```python\nimport spem\n\n"
-        f"model = spem.from_pretrained({where})  # in evaluation mode, on the CPU\n```",
-        "Nothing in the folder is executed: the weights are safetensors, the config is JSON. "
-        f'Install, from a checkout of spem: `pip install ".[{extras}]"`.',
-        images
-        and f"Images{size}, red, green and blue, as (pixels / 255 - mean) / std with "
-        f"mean {list(images.mean)} and std {list(images.std)}.",
-        "## Results",
-        "Measured; accuracies in percent." if results else "No results are stated.",
-        "\n".join(rows) if results else "",
-        "## Attention" if names else "",
-        *(f"`{name}`:\n\n```text\n{formula(name)}\n```" for name in names),
-        f"## Citation\n\n```bibtex\n{cited}\n```" if names else "",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    measured = "\n".join(["Measured; accuracies in percent.\n", *rows])
+    parts.append(f"## Results\n\n{measured if results else 'No results are stated.'}")
+    if names:
+        formulas = (f"`{name}`:\n\n```text\n{formula(name)}\n```" for name in names)
+        cited = "\n".join(bibtex(name) for name in names if attention_class(name).paper)
+        parts += ["## Attention", *formulas, f"## Citation\n\n```bibtex\n{cited}\n```"]
+    return "\n\n".join(parts) + "\n"
 
 
 def formula(name: str) -> str:

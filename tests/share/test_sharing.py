@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,21 +142,29 @@ def test_refusals_of_the_hub_are_told_in_a_sentence(recorder: Recorder, tmp_path
     assert not any(name == "upload_folder" for name, _ in recorder.calls)
 
 
-class NoRouteError(Exception):
-    """A transport's own: of no type of the hub's client, and no OSError."""
-
-
-def test_a_transport_that_fails_is_told_in_a_sentence(
-    recorder: Recorder, run: Path, capsys: pytest.CaptureFixture[str]
+def test_an_unreachable_hub_is_told_in_a_line_and_not_asked_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    recorder.refuses = NoRouteError("[Errno -2] Name or service not known\nand a traceback")
-    said = r"cannot write to me/net: \[Errno -2\] Name or service not known\. Look at"
-    with pytest.raises(OSError, match=said):
-        spem.push_to_hub(spem.resnet(11), "me/net")
-    with pytest.raises(OSError, match=r"no folder me/net, .* cannot be fetched: \[Errno -2\]"):
+    """Its client would wait for half a minute, and log each of its tries."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    with pytest.raises(OSError, match=r"no folder me/net, .* cannot be fetched: .*refused"):
         spem.from_pretrained("me/net")
     assert cli.main(["share", str(run), "--to", "me/net"]) == 2
-    assert "cannot write to me/net" in capsys.readouterr().err
+    out, err = capfd.readouterr()
+    assert (out, sum(waits)) == ("", 0)
+    sentence = (
+        r"spem share: push_to_hub: cannot write to me/net: .*refused\. Look at your connection"
+    )
+    assert re.match(sentence, " ".join(err.split()))
+    assert "Traceback" not in err
+    assert "Retry" not in err
 
 
 # ---- the card

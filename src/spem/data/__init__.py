@@ -8,38 +8,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spem.data.epoch import EpochPlan, augment, epoch_plan, normalise
     from spem.data.folder import decode
-    from spem.data.images import ImageSet, Split, checksum, hold_out
+    from spem.data.images import (
+        EpochPlan,
+        ImageSet,
+        Split,
+        augment,
+        checksum,
+        epoch_plan,
+        hold_out,
+        normalise,
+    )
     from spem.data.names import HUB_IDS, NORMALISATION
     from spem.data.sources import check_images, load_images
 
-__all__ = [
-    "HUB_IDS",
-    "NORMALISATION",
-    "EpochPlan",
-    "ImageSet",
-    "Split",
-    "augment",
-    "check_images",
-    "checksum",
-    "decode",
-    "epoch_plan",
-    "hold_out",
-    "load_images",
-    "normalise",
-]
+__all__ = ["EpochPlan", "ImageSet", "Split", "augment", "checksum", "epoch_plan", "hold_out"]
+__all__ += ["HUB_IDS", "NORMALISATION", "check_images", "decode", "load_images", "normalise"]
 
-_HOME = {
-    **dict.fromkeys(("HUB_IDS", "NORMALISATION"), "names"),
-    **dict.fromkeys(("EpochPlan", "augment", "epoch_plan", "normalise"), "epoch"),
-    **dict.fromkeys(("ImageSet", "Split", "checksum", "hold_out"), "images"),
-    **dict.fromkeys(("check_images", "load_images"), "sources"),
-    "decode": "folder",
-}
+_HOME = {"HUB_IDS": "names", "NORMALISATION": "names", "decode": "folder"}
+_HOME |= {"check_images": "sources", "load_images": "sources"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'spem.data' has no attribute {name!r}")
-    return getattr(import_module(f"spem.data.{_HOME[name]}"), name)
+    return getattr(import_module(f"spem.data.{_HOME.get(name, 'images')}"), name)

@@ -1,14 +1,14 @@
-"""Image files sorted into one folder a class, and any image file as pixels; torch is not needed.
+"""Image files in one folder a class, and any image file as pixels; torch is not needed.
 
-A folder is checked as a whole first, so that everything wrong with it is reported at once, before a
-network is built.
+A folder is checked as a whole first, so that all that is wrong with it is told before work begins.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,18 +33,15 @@ _LISTED = 10
 
 
 class Listing(NamedTuple):
-    """What lies in a folder of images."""
+    """Names of the classes, sorted; files and labels of each split ("all" without splits)."""
 
     classes: tuple[str, ...]
-    """Their names, sorted; the index is the label."""
     files: dict[str, list[tuple[Path, int]]]
-    """The images of each split with their labels, by class and path; "all" without splits."""
 
 
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds splits, or classes with images in them."""
-    inside = _folders(folder)
-    return any(path.name in ("train", *_TESTS) or _walk(path)[0] for path in inside)
+    return any(path.name in ("train", *_TESTS) or _walk(path)[0] for path in _folders(folder))
 
 
 def look(folder: Path) -> Listing:
@@ -69,16 +66,16 @@ def look(folder: Path) -> Listing:
             f"{folder}: there is {there}/ but no {lacking}/. Put one folder a class into both; or "
             f"put the classes straight into {folder}, and a part is held out for the test."
         )
-    faults: list[str] = []
     found = {split: {p.name: p for p in _folders(where)} for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))
+    faults: list[str] = []
     if not classes:
         faults.append(f"{', '.join(map(str, splits.values()))} holds no folders, one a class")
     files: dict[str, list[tuple[Path, int]]] = {split: [] for split in splits}
     for split, where in splits.items():
-        strangers = [p.name for p in _entries(where) if p.suffix.lower() in SUFFIXES]
-        if strangers and split != "all":
-            faults.append(f"{where} holds images that lie in no class ({_few(strangers)})")
+        strays = [p.name for p in _entries(where) if p.suffix.lower() in SUFFIXES]
+        if strays and split != "all":
+            faults.append(f"{where} holds images that lie in no class ({_few(strays)})")
         for label, name in enumerate(classes):
             if name not in found[split]:
                 faults.append(f"the class {name} is missing in {where}")
@@ -86,10 +83,8 @@ def look(folder: Path) -> Listing:
             images, others = _walk(found[split][name])
             files[split] += [(path, label) for path in images]
             if others:
-                faults.append(
-                    f"{where / name} holds images of a kind that is not read ({_few(others)}): "
-                    "convert them or take them away"
-                )
+                unread = f"{where / name} holds images of a kind that is not read ({_few(others)})"
+                faults.append(f"{unread}: convert them or take them away")
             elif not images:
                 faults.append(f"{where / name} holds no image ({', '.join(SUFFIXES)})")
     if faults:
@@ -97,35 +92,62 @@ def look(folder: Path) -> Listing:
     return Listing(classes, files)
 
 
+def _visible(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [folder / name for name in _visible(path.name for path in folder.iterdir())]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if path.is_dir()]
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images below a folder by path, links followed, and names of kinds that are not read."""
+    images: list[Path] = []
+    others: list[str] = []
+    seen: set[str] = set()
+    for where, inside, names in os.walk(folder, followlinks=True):
+        again = os.path.realpath(where) in seen  # a link that leads back
+        seen.add(os.path.realpath(where))
+        inside[:] = [] if again else _visible(inside)
+        for path in [] if again else (Path(where, name) for name in _visible(names)):
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                images.append(path)
+            elif path.suffix.lower() in _UNREAD:
+                others.append(path.name)
+    return sorted(images), sorted(others)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -> None:
     """Read the head of every image file, which is quick, and refuse all that cannot be used."""
-    pillow = require("PIL.Image", extra="train", purpose="reading images")
     faults: list[str] = []
     sizes: dict[str, str] = {}
     for path in paths:
         try:
-            with pillow.open(path, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS}")
+            with _reading(str(path)) as pillow, _opened(pillow, path) as image:
                 turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-                shown = f"{height}x{width}" if turned else f"{width}x{height}"
-                sizes.setdefault(shown, str(path))
-        except Exception as error:  # noqa: BLE001  # whatever a damaged file makes Pillow raise
-            faults.append(f"{path}: {_reason(error, pillow)}")
+                width, height = image.size[:: -1 if turned else 1]
+                sizes.setdefault(f"{width}x{height}", str(path))
+        except ValueError as error:
+            faults.append(str(error))
     _refuse([] if skip_broken else faults, sizes if size is None else {})
 
 
 def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
     """Refuse broken images, and several sizes (with an image of each), all in one message."""
     if faults:
-        lines = list(faults[:_LISTED])
-        if len(faults) > _LISTED:
-            lines.append(f"... and {len(faults) - _LISTED} more")
+        more = [f"... and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         raise ValueError(
             f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Mend or remove "
             "them, or leave them out with --data.skip-broken (skip_broken=True):\n"
-            + "\n".join(lines)
+            + "\n".join([*faults[:_LISTED], *more])
         )
     if len(sizes) > 1:
         few = ", ".join(f"{size} ({where})" for size, where in list(sizes.items())[:3])
@@ -136,11 +158,7 @@ def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
 
 
 def decode_all(
-    sources: Iterable[tuple[str, bytes | Path]],
-    count: int,
-    *,
-    size: int | None = None,
-    skip_broken: bool = False,
+    sources: Iterable[tuple[str, bytes | Path]], count: int, *, size: int | None, skip_broken: bool
 ) -> tuple[NDArray[np.uint8], list[int]]:
     """Decode images into uint8 [n, H, W, 3]; also gives the positions of those that were kept.
 
@@ -178,36 +196,27 @@ def decode_all(
 
 
 def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDArray[np.uint8]:
-    """Decode one image file to uint8 [H, W, 3], the way its photographer saw it.
+    """Decode one image file, or its bytes, to uint8 [H, W, 3], the way its photographer saw it.
 
     The EXIF rotation is applied. Transparent pixels are put on white. 16-bit grey is scaled to 8
     bits. With a size the shorter side is brought to it (bilinear, as torchvision's `Resize`) and
     the middle is cut out (`CenterCrop`).
 
-    Args:
-        label: what to call it in a message.
-        source: the file, or its bytes.
-        size: height and width of the result; None keeps those of the image.
-
     Raises:
-        ValueError: the bytes are no image of an admitted format, broken, incomplete or too large.
+        ValueError: no image of an admitted format, broken, incomplete or too large; the message
+            calls it ``label``.
     """
     import numpy as np
 
-    pillow = require("PIL.Image", extra="train", purpose="reading images")
-    try:
+    with _reading(label) as pillow:
         data = source.read_bytes() if isinstance(source, Path) else source
-        with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-            if image.format == "PNG":
-                if b"IEND\xaeB`\x82" not in data:
-                    raise ValueError("its end is missing")
-                image.verify()  # checksums of all parts, which decoding skips; uses the image up
-        with pillow.open(io.BytesIO(data), formats=FORMATS) as image:
-            return np.asarray(_fitted(_colour(image), size))
-    except Exception as error:  # damaged bytes make the decoders raise almost anything
-        raise ValueError(f"{label}: {_reason(error, pillow)}") from error
+        image = _opened(pillow, io.BytesIO(data))
+        if image.format == "PNG":
+            if b"IEND\xaeB`\x82" not in data:
+                raise ValueError("its end is missing")
+            image.verify()  # checksums of all parts, which decoding skips; uses the image up
+            image = _opened(pillow, io.BytesIO(data))
+        return np.asarray(_fitted(_colour(image, pillow), size))
 
 
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -218,11 +227,31 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(_fitted(pillow.fromarray(pixels), size))
 
 
-def _colour(image: Any) -> Any:
+@contextmanager
+def _reading(label: str) -> Generator[Any]:
+    """Pillow; whatever a damaged file makes it raise becomes one sentence."""
+    pillow = require("PIL.Image", extra="train", purpose="reading images")
+    try:
+        yield pillow
+    except pillow.UnidentifiedImageError as error:
+        kinds = ", ".join(FORMATS)
+        raise ValueError(f"{label}: not an image of a known kind ({kinds})") from error
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{label}: not a readable image ({why})") from error
+
+
+def _opened(pillow: Any, source: Path | io.BytesIO) -> Any:
+    image = pillow.open(source, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+    return image
+
+
+def _colour(image: Any, pillow: Any) -> Any:
     """The image as red, green and blue of 8 bits, upright."""
     import numpy as np
 
-    pillow = require("PIL.Image", extra="train", purpose="reading images")
     image = require("PIL.ImageOps", extra="train", purpose="reading images").exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", None)):
         values = np.asarray(image).astype(np.float64)
@@ -235,7 +264,7 @@ def _colour(image: Any) -> Any:
             f"its values have 32 bits (mode {image.mode}), and where black and white lie is not "
             "known: save it with 8 or 16 bits"
         )
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+    if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
         image = image.convert("RGBA")
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
         image = pillow.alpha_composite(white, image)
@@ -247,45 +276,6 @@ def _fitted(image: Any, size: int | None) -> Any:
         return image
     transforms = require("torchvision.transforms.functional", extra="train", purpose="--data.size")
     if max(image.size) / min(image.size) * size**2 > MAX_PIXELS:
-        raise ValueError(
-            f"{image.width}x{image.height} is too narrow to be brought to {size}x{size}"
-        )
+        narrow = f"{image.width}x{image.height} is too narrow"
+        raise ValueError(f"{narrow} to be brought to {size}x{size}")
     return transforms.center_crop(transforms.resize(image, size), [size])
-
-
-def _reason(error: Exception, pillow: Any) -> str:
-    if isinstance(error, pillow.UnidentifiedImageError):
-        return f"not an image of a known kind ({', '.join(FORMATS)})"
-    return f"not a readable image ({str(error) or type(error).__name__})"
-
-
-def _entries(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX")
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
-
-
-def _walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images below a folder by path, links followed, and names of kinds that are not read."""
-    images: list[Path] = []
-    others: list[str] = []
-    seen: set[str] = set()
-    for where, inside, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        again = real in seen  # a link that leads back
-        seen.add(real)
-        inside[:] = [] if again else [n for n in inside if n[0] != "." and n != "__MACOSX"]
-        for path in [] if again else (Path(where, name) for name in names if name[0] != "."):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                images.append(path)
-            elif path.suffix.lower() in _UNREAD:
-                others.append(path.name)
-    return sorted(images), sorted(others)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,8 +1,11 @@
-"""A set of images held whole in memory, its checksum, and how validation images are held out."""
+"""A set of images held whole in memory, the plan of an epoch, crop and flip, normalisation."""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,17 +60,17 @@ class ImageSet:
                 f"{len(self.classes)} classes they must lie in 0 to {len(self.classes) - 1}."
             )
         if not self.sha256:
-            object.__setattr__(self, "sha256", checksum(self.images, self.labels))
+            object.__setattr__(self, "sha256", checksum(images, labels))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> "ImageSet":
+    def take(self, indices: Tensor) -> ImageSet:
         """The images at these positions (int64 [k]), in this order, with their own checksum."""
         where = indices.to(self.images.device)
         return replace(self, images=self.images[where], labels=self.labels[where], sha256="")
 
-    def to(self, device: torch.device | str) -> "ImageSet":
+    def to(self, device: torch.device | str) -> ImageSet:
         """The same set on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
@@ -75,9 +78,8 @@ class ImageSet:
 def checksum(images: Tensor, labels: Tensor) -> str:
     r"""SHA-256, in hex, of a set's shape, pixels (row-major) and labels, wherever it was read from.
 
-    **Formula**: sha256(b"uint8 n 3 H W\n" + pixels + labels as little-endian int64). With the
-    shape in front, sets whose bytes happen to agree in another shape differ. Class names are left
-    out: sources spell them differently.
+    **Formula**: sha256(b"uint8 n 3 H W\n" + pixels + labels as little-endian int64). Class names
+    are left out: sources spell them differently.
     """
     shape = " ".join(str(size) for size in images.shape)
     digest = hashlib.sha256(f"uint8 {shape}\n".encode())
@@ -87,17 +89,13 @@ def checksum(images: Tensor, labels: Tensor) -> str:
 
 
 def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
-    """Splits training images into (rest, validation), always in the same way.
+    """Splits training images into (rest, validation), both in the set's order.
 
     Which images are held out depends on the number of images alone, never on the seed of a run, so
-    that runs of several seeds are judged on the same images. Both parts keep the set's order.
-
-    Args:
-        train: The training images.
-        count: How many to hold out: at least 1, and at least one must remain.
+    that runs of several seeds are judged on the same images.
 
     Raises:
-        ValueError: ``count`` is out of range.
+        ValueError: ``count`` images cannot be held out with one remaining at least.
     """
     if not 0 < count < len(train):
         raise ValueError(
@@ -106,3 +104,78 @@ def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
         )
     order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"), device="cpu")
     return train.take(order[count:].sort().values), train.take(order[:count].sort().values)
+
+
+class EpochPlan(NamedTuple):
+    """All random choices of one epoch; row i belongs to the i-th image the epoch shows.
+
+    Shape:
+        permutation: int64 [n], which image is shown at position i.
+        offsets: int64 [n, 2], row and column of its crop in the padded image, 0 to 2 * pad.
+        flips: bool [n], whether it is mirrored.
+    """
+
+    permutation: Tensor
+    offsets: Tensor
+    flips: Tensor
+
+
+def epoch_plan(seed: int, epoch: int, n: int, *, pad: int = 4) -> EpochPlan:
+    """Draws order, crops (in a padding of ``pad`` pixels) and flips of the n images of an epoch.
+
+    A pure function of its arguments, on the CPU: a resumed run sees what an undisturbed one sees.
+    """
+    generator = keyed_generator(seed, "epoch", epoch)
+    permutation = torch.randperm(n, generator=generator, device="cpu")
+    offsets = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator, device="cpu")
+    flips = torch.randint(0, 2, (n,), generator=generator, device="cpu").bool()
+    return EpochPlan(permutation, offsets, flips)
+
+
+def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> Tensor:
+    """Pads with zeros, crops to the old size and mirrors, all images in one gather.
+
+    **Formula**: out[i, c, y, x] = padded[i, c, offsets[i, 0] + y, offsets[i, 1] + x'], where
+    x' = W - 1 - x if flips[i], else x. No host synchronisation.
+
+    Shape:
+        images: uint8 (any dtype) [n, C, H, W], any memory format; n = 0 is fine.
+        offsets, flips: As in an `EpochPlan` that was drawn with this ``pad``.
+        result: [n, C, H, W], channels_last.
+    """
+    n, channels, height, width = images.shape
+    device = images.device
+    offsets = offsets.to(device, non_blocking=True)
+    flips = flips.to(device, non_blocking=True)
+    padded = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
+    padded[:, pad : pad + height, pad : pad + width] = images.permute(0, 2, 3, 1)
+    across = torch.arange(width, device=device)
+    across = torch.where(flips[:, None], width - 1 - across, across)  # [n, W]
+    rows = offsets[:, 0, None] + torch.arange(height, device=device)  # [n, H]
+    columns = offsets[:, 1, None] + across  # [n, W]
+    which = torch.arange(n, device=device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """**Formula**: (images / 255 - mean) / std, in at least float32, then rounded to ``dtype``.
+
+    Shape:
+        images: uint8 [n, C, H, W]; the result has the same shape and memory format.
+        mean, std: Of each channel, on the scale 0 .. 1.
+
+    Raises:
+        ValueError: Images are not uint8, or mean and std do not fit their channels.
+    """
+    if images.dtype != torch.uint8 or not len(mean) == len(std) == images.shape[1]:
+        raise ValueError(
+            f"normalise: images must be torch.uint8 with a mean and a deviation for each of "
+            f"{images.shape[1]} channels, got {images.dtype}, {tuple(mean)} and {tuple(std)}."
+        )
+    working = torch.promote_types(dtype, torch.float32)
+    constants = torch.tensor([list(mean), list(std)], dtype=working)
+    constants = constants.to(images.device, non_blocking=True)[:, None, :, None, None]
+    scaled = images.to(working).div_(255).sub_(constants[0]).div_(constants[1])
+    return scaled.to(dtype)

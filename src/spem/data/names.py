@@ -1,15 +1,12 @@
 """What is known of the sets that go by a name, without reading them; nothing here loads torch."""
 
-from __future__ import annotations
-
 Triple = tuple[float, float, float]
 
 HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 """Short name of a set -> its id on the Hugging Face hub."""
 
 NORMALISATION: dict[str, tuple[Triple, Triple]] = {
-    # The paper's constants, for both CIFARs. Its deviations are the mean of per-image ones, not
-    # those of the pixels.
+    # The paper's, for both CIFARs: its deviations are the mean of those of the images.
     "paper": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # Mean and deviation over all pixels of the training images.
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -41,22 +38,12 @@ def known_name(name: str) -> str | None:
 
 
 def native_size(name: str) -> int | None:
-    """Height and width of a set's images where a training asks for none; None if not known.
-
-    Examples:
-        >>> native_size("cifar100"), native_size("digits"), native_size("mine/cifar100")
-        (32, 16, None)
-    """
+    """Height and width of a set's images where a training asks for none; None if not known."""
     short = known_name(name)
     return None if short is None else DIGITS_SIZE if short == "digits" else 32
 
 
 def class_names(name: str, count: int) -> tuple[str, ...] | None:
-    """The names of a set's classes in the order of their labels; None if they are not known.
-
-    Examples:
-        >>> class_names("cifar10", 10)[3]
-        'cat'
-    """
+    """The names of a set's classes in the order of their labels; None if they are not known."""
     names = tuple(_CLASSES.get(known_name(name) or "", "").split())
     return names if len(names) == count else None

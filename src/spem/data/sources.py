@@ -7,13 +7,12 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from spem.data import folder as image_folder
 from spem.data.names import DIGITS_SIZE, HUB_IDS, known_name
-from spem.extras import require
+from spem.extras import first_line, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,18 +46,17 @@ def check_images(
     """Refuse at once what `load_images` would refuse later, without loading torch.
 
     An image folder is looked at as a whole, down to the head of every file. Of parquet and CIFAR
-    files only the presence is checked.
+    files only the presence is checked; the hub is asked when the images are fetched.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `load_images`.
     """
-    short = known_name(name_or_path)
-    if short == "digits":
+    if known_name(name_or_path) == "digits":
         _digits_size(size)
         return
     where = _where(name_or_path, root)
     if where is None:
-        return  # the hub is asked when the images are fetched
+        return
     kind = _kind(where)
     listing = image_folder.look(where) if kind == "folder" else None
     if test is not None and (listing is None or "all" not in listing.files):
@@ -115,6 +113,7 @@ def load_images(
         OSError: a file is there and cannot be opened.
         ImportError: an extra is missing; the message ends in the line that installs it.
     """
+    import numpy as np
     import torch
 
     from spem.data.images import ImageSet
@@ -126,11 +125,18 @@ def load_images(
     short = known_name(name_or_path)
     if short == "digits":
         read, size = _digits(split, _digits_size(size)), None
-    elif (where := _where(name_or_path, root)) is None:
-        read = _hub(HUB_IDS[short or ""], split)
     else:
+        where = _where(name_or_path, root) or _fetched(HUB_IDS[short or ""])
         read = _READERS[_kind(where)](where, split, test or TEST_SHARE)
-    pixels, labels = _decoded(read, size, skip_broken)
+    if not isinstance(read.images, np.ndarray):
+        pixels, kept = image_folder.decode_all(
+            read.images, len(read.labels), size=size, skip_broken=skip_broken
+        )
+        labels = [read.labels[i] for i in kept]
+    else:
+        pixels, labels = read.images, read.labels
+        if size is not None:
+            pixels = np.stack([image_folder.fit(image, size) for image in pixels])
     name = short or Path(name_or_path).expanduser().resolve().name
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), read.classes, name)
@@ -145,25 +151,22 @@ def load_images(
 def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     """The folder of a set; None for one that the hub has."""
     short = known_name(name_or_path)
-    if short is None:
-        if root is not None:
-            raise ValueError(
-                f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
-                "Give the whole path instead."
-            )
-        folder = Path(name_or_path).expanduser()
-        if not folder.is_dir():
-            known = ["digits", *HUB_IDS, *HUB_IDS.values()]
-            near = difflib.get_close_matches(str(folder), known, n=2)
-            hint = f" Did you mean {' or '.join(near)}?" if near else ""
-            raise FileNotFoundError(
-                f"{folder}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
-            )
-        return folder
+    if short is None and root is not None:
+        raise ValueError(
+            f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
+            "Give the whole path instead."
+        )
     base = os.environ.get("SPEM_DATA") if root is None else root
-    folder = Path(base).expanduser() / short if base else None
-    if folder is not None and folder.is_dir():
+    folder = Path(base or "", short or name_or_path).expanduser()
+    if (base or short is None) and folder.is_dir():
         return folder
+    if short is None:
+        known = ["digits", *HUB_IDS, *HUB_IDS.values()]
+        near = difflib.get_close_matches(name_or_path, known, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise FileNotFoundError(
+            f"{name_or_path}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
+        )
     if root is not None:
         raise FileNotFoundError(
             f"{short}: {folder} is not there. Give the folder that holds {short}/ as the root, "
@@ -187,6 +190,21 @@ def _kind(folder: Path) -> str:
         "or <class>/ alone; train-*.parquet and test-*.parquet (here or one folder below); or "
         "torchvision's CIFAR files."
     )
+
+
+def _fetched(hub_id: str) -> Path:
+    """The hub's files of a set; its client keeps a copy, which serves without a network too."""
+    hub = require("huggingface_hub", extra="train", purpose=f"fetching {hub_id}")
+    try:
+        # One question first: where nobody answers, `datasets` asks again for half a minute.
+        kept = hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns="*.parquet")
+    except Exception as error:  # what it raises depends on where a missing network is noticed
+        raise FileNotFoundError(
+            f"no local folder, and {hub_id} could not be fetched from the hub "
+            f"({type(error).__name__}: {first_line(error)}). Point SPEM_DATA or --data.root at a "
+            "folder that holds the set."
+        ) from error
+    return Path(kept)
 
 
 def _image_folder(folder: Path, split: Split, share: float) -> _Read:
@@ -217,7 +235,9 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
     """Read a folder in the hub's layout with pyarrow, which `datasets` brings."""
     parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
     datasets = require("datasets", extra="train", purpose="reading parquet files")
-    parts: list[_Read] = []
+    images: list[tuple[str, bytes | Path]] = []
+    labels: list[int] = []
+    found: set[tuple[str, ...]] = set()
     for path in _shards(folder, split):
         # Damaged bytes make pyarrow raise its own errors, OSError, ValueError, MemoryError ...
         try:
@@ -236,15 +256,47 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
             raise ValueError(
                 f"{path}: not a readable parquet file ({error}). Fetch the file again."
             ) from error
-        parts.append(_columns(str(path), table, features))
-    if len({part.classes for part in parts}) > 1:
+        blobs, values, classes = _columns(path, table, features)
+        images += [(f"{path}, row {row}", blob) for row, blob in enumerate(blobs)]
+        labels += values
+        found.add(classes)
+    if len(found) > 1:
         raise ValueError(
             f"{folder}: the files of {split} disagree on the classes. Fetch the set again."
         )
-    labels = [label for part in parts for label in part.labels]
     if not labels:
         raise ValueError(f"{_shards(folder, split)[0]}: there are no images. Fetch the set again.")
-    return _Read(chain.from_iterable(p.images for p in parts), labels, parts[0].classes)
+    return _Read(images, labels, found.pop())
+
+
+def _columns(path: Path, table: Any, features: Any) -> tuple[list[bytes], list[int], Any]:
+    """Encoded images, labels and class names of a pyarrow table."""
+    names: list[str] = table.column_names
+    image = next((column for column in _IMAGE_COLUMNS if column in names), None)
+    label = next((column for column in _LABEL_COLUMNS if column in names), None)
+    if image is None or label is None:
+        raise ValueError(
+            f"{path}: columns are {', '.join(names) or 'none that are known'}; an image column "
+            f"({' or '.join(_IMAGE_COLUMNS)}) and a label column ({' or '.join(_LABEL_COLUMNS)}) "
+            "are needed."
+        )
+    classes = getattr(features[label], "names", None)
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError(
+            f"{path}: column {label!r} carries no class names. Write the file with datasets' "
+            "Dataset.to_parquet and a ClassLabel column."
+        )
+    rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
+    blobs = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
+    if not all(isinstance(blob, bytes) for blob in blobs):
+        raise ValueError(
+            f"{path}: column {image!r} must hold structs with the bytes of an image in every row."
+        )
+    if not all(isinstance(value, int) and 0 <= value < len(classes) for value in labels):
+        raise ValueError(
+            f"{path}: column {label!r} has rows whose label is none of {len(classes)} classes."
+        )
+    return cast("list[bytes]", blobs), labels, tuple(classes)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
@@ -256,77 +308,27 @@ def _shards(folder: Path, split: str) -> list[Path]:
             f"{folder}: no parquet file of the split {split!r} ({split}-*.parquet), "
             "here or one folder below. Fetch the whole set."
         )
+    where, names = shards[0].parent, {path.name for path in shards}
     if len({path.parent for path in shards}) > 1:
         raise ValueError(f"{folder}: several folders hold the split {split!r}. Name one of them.")
-    numbered = re.search(r"-of-(\d+)\.parquet$", shards[0].name)
-    total = int(numbered[1]) if numbered else len(shards)
-    names = {re.sub(r"^.*-(\d+-of-)", r"\1", path.name) for path in shards}
-    for i in range(min(total, 10_000) if numbered else 0):
-        if f"{i:05}-of-{total:05}.parquet" not in names:
-            name = f"{split}-{i:05}-of-{total:05}.parquet"
-            raise FileNotFoundError(f"{shards[0].parent}: {name} is missing. Fetch the whole set.")
-    if len(shards) != total:
-        raise ValueError(
-            f"{shards[0].parent}: files of several versions of {split!r} lie side by side. "
-            "Keep one version."
-        )
+    if numbered := re.search(r"-of-(\d+)\.parquet$", shards[0].name):
+        total = int(numbered[1])
+        for name in (f"{split}-{i:05}-of-{total:05}.parquet" for i in range(total)):
+            if name not in names:
+                raise FileNotFoundError(f"{where}: {name} is missing. Fetch the whole set.")
+        if len(shards) > total:
+            raise ValueError(
+                f"{where}: files of several versions of {split!r} lie side by side. "
+                "Keep one version."
+            )
     return shards
-
-
-def _hub(hub_id: str, split: Split) -> _Read:
-    """Fetch a set with `datasets`, which keeps a copy and checks its own sums."""
-    datasets = require("datasets", extra="train", purpose=f"fetching {hub_id}")
-    try:
-        data = datasets.load_dataset(hub_id, split=split)
-        table = data.with_format("arrow")[:]
-    # What a missing network raises depends on where it is noticed, and on four libraries.
-    except Exception as error:
-        raise FileNotFoundError(
-            f"no local folder, and {hub_id} could not be fetched from the hub "
-            f"({type(error).__name__}: {error}). Point SPEM_DATA or --data.root at a folder that "
-            "holds the set."
-        ) from error
-    return _columns(hub_id, table, data.features)
-
-
-def _columns(source: str, table: Any, features: Any) -> _Read:
-    """Encoded images, labels and class names of a pyarrow table."""
-    names = cast("list[str]", table.column_names)
-    image = next((column for column in _IMAGE_COLUMNS if column in names), None)
-    label = next((column for column in _LABEL_COLUMNS if column in names), None)
-    if image is None or label is None:
-        raise ValueError(
-            f"{source}: columns are {', '.join(names) or 'none that are known'}; an image column "
-            f"({' or '.join(_IMAGE_COLUMNS)}) and a label column ({' or '.join(_LABEL_COLUMNS)}) "
-            "are needed."
-        )
-    classes = getattr(features[label], "names", None)
-    if not classes or not all(isinstance(name, str) for name in classes):
-        raise ValueError(
-            f"{source}: column {label!r} carries no class names. Write the file with datasets' "
-            "Dataset.to_parquet and a ClassLabel column."
-        )
-    rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
-    found = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
-    blobs = cast("list[bytes]", found)
-    if not all(isinstance(blob, bytes) for blob in blobs):
-        raise ValueError(
-            f"{source}: column {image!r} must hold structs with the bytes of an image in every row."
-        )
-    if not all(isinstance(value, int) and 0 <= value < len(classes) for value in labels):
-        raise ValueError(
-            f"{source}: column {label!r} has rows whose label is none of {len(classes)} classes."
-        )
-    named = [(f"{source}, row {row}", blob) for row, blob in enumerate(blobs)]
-    return _Read(named, labels, tuple(classes))
 
 
 def _cifar(folder: Path, split: Split, share: float) -> _Read:
     """Let torchvision read its folder; what is not the published file is never unpickled."""
     datasets = require("torchvision.datasets", extra="train", purpose="reading CIFAR's own files")
     kind = _kind(folder)
-    base = getattr(datasets, kind)
-    reader = type(kind, (base,), {"base_folder": folder.resolve().name})
+    reader = type(kind, (getattr(datasets, kind),), {"base_folder": folder.resolve().name})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's names have moved since the files were written
@@ -340,22 +342,6 @@ def _cifar(folder: Path, split: Split, share: float) -> _Read:
 
 
 _READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CIFAR100": _cifar}
-
-
-def _decoded(
-    read: _Read, size: int | None, skip_broken: bool
-) -> tuple[NDArray[np.uint8], list[int]]:
-    """Pixels [n, H, W, 3] and labels, of the asked size and without what is to be skipped."""
-    import numpy as np
-
-    if isinstance(read.images, np.ndarray):
-        if size is None or size == read.images.shape[1]:
-            return read.images, read.labels
-        return np.stack([image_folder.fit(image, size) for image in read.images]), read.labels
-    pixels, kept = image_folder.decode_all(
-        read.images, len(read.labels), size=size, skip_broken=skip_broken
-    )
-    return pixels, [read.labels[i] for i in kept]
 
 
 def _digits(split: Split, size: int) -> _Read:
