@@ -17,12 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
-FEW = 3
-"""Pairs from which on there is an interval: two have a spread that says next to nothing."""
-FLIP = 6
-"""Pairs from which on flipping signs can reject at 0.05: the smallest p is 2 / 2**6 = 0.03."""
-EXACT = 14
-"""Pairs up to which all 2**n patterns of signs are looked at; above, 9999 random ones."""
+FEW = 3  # pairs from which on there is an interval: two have a spread that says next to nothing
+FLIP = 6  # pairs from which on flipping signs can reject at 0.05: the smallest p is 2 / 2**6 = 0.03
+EXACT = 14  # pairs up to which all 2**n patterns of signs are looked at; above, 9999 random ones
 
 REFERENCE, ABOVE, BELOW, OPEN = "reference", "above", "below", "no difference shown"
 TOO_FEW, UNTRAINED, EQUAL = "too few seeds", "hardly trained", "all differences equal"
@@ -38,7 +35,6 @@ def compare(
     baseline: str | Mapping[tuple[Any, ...], str] | None = None,
     within: str | Sequence[str] = (),
     together: bool = False,
-    classes: str = "classes",
     level: float = 0.95,
 ) -> pd.DataFrame:
     """Compare groups of runs with a baseline, run by run of equal seed.
@@ -48,7 +44,8 @@ def compare(
     signs whose mean is as far from 0. Holm's correction is over the comparisons of one table.
 
     Args:
-        table: One run a row.
+        table: One run a row; where the values are accuracies and a column `classes` says how many
+            there are, groups that are hardly better than guessing are not judged.
         by: Columns that name a group.
         value: Column of the number that is compared; rows without a finite number are left out.
         pair: Column that makes two runs a pair.
@@ -56,8 +53,6 @@ def compare(
             its cells; None takes "none" where there is such a group, else the first.
         within: Columns that split the table into tables of their own.
         together: Correct over the comparisons of all these tables, not of each.
-        classes: Column with the number of classes, where `value` is an accuracy: groups that are
-            hardly better than guessing are not judged.
         level: Level of the intervals.
 
     Returns:
@@ -69,8 +64,8 @@ def compare(
 
     Raises:
         KeyError: The table has no such column.
-        ValueError: Two runs have the same group and pair, no group has the baseline's name, a
-            value is too large to subtract, or the level is none.
+        ValueError: Two runs have the same group and pair, no group has the baseline's name, values
+            are too large or too small to compute with, or the level is none.
     """
     for module in ("pandas", "scipy.stats", "statsmodels.stats.multitest"):
         require(module, extra="train", purpose="spem.stats")
@@ -87,12 +82,15 @@ def compare(
     rows = rows[numbers.abs() < float("inf")]
     if rows.empty:
         raise ValueError(f"compare: no row holds a finite number in {value!r}.")
+    largest = rows[value].abs().max()
+    if largest and not 1e-100 < largest < 1e100:
+        raise ValueError(f"compare: {value} as {largest:.3g} is out of range. Rescale the column.")
     if isinstance(baseline, str):
         baseline = _baseline(list(rows["group"].unique()), baseline)
     found: list[pd.DataFrame] = []
     for key, part in rows.groupby(within, sort=False, dropna=False) if within else [((), rows)]:
         chosen = baseline.get(key) if isinstance(baseline, Mapping) else baseline
-        own = _part(part, value, pair, chosen, classes, level)
+        own = _part(part, value, pair, chosen, level)
         own["p_holm"] = own["p"] if together else holm(own["p"])
         for name, cell in zip(reversed(within), reversed(key), strict=True):
             own.insert(0, name, [cell] * len(own))
@@ -105,7 +103,7 @@ def compare(
 
 
 def _part(
-    rows: pd.DataFrame, value: str, pair: str, reference: str | None, classes: str, level: float
+    rows: pd.DataFrame, value: str, pair: str, reference: str | None, level: float
 ) -> pd.DataFrame:
     """The table of rows that may be compared with one another."""
     import numpy as np
@@ -114,25 +112,19 @@ def _part(
     twice = rows[rows.duplicated(["group", pair], keep=False)]
     if len(twice):
         raise ValueError(_twice(twice, pair, value))
-    # By a power of two near the largest number: this is exact, and squares stay finite.
-    scale = np.ldexp(1.0, int(np.clip(np.frexp(rows[value].abs().max())[1], -1000, 1000)))
-    wide = (rows.pivot(index=pair, columns="group", values=value) / scale)[rows["group"].unique()]
-    reference = reference or ("none" if "none" in wide else wide.columns[0])
+    wide = rows.pivot(index=pair, columns="group", values=value)[rows["group"].unique()]
+    reference = reference or ("none" if "none" in wide else str(wide.columns[0]))
     wide = wide[sorted(wide, key=lambda name: name != reference)]
     table = wide.agg(["count", "mean", "std"]).T.set_axis(["n", "mean", "sd"], axis=1)
     table.loc[wide.nunique() < table["n"].clip(upper=2), "sd"] = 0.0  # of equal numbers
     lines = {
-        name: _difference(wide[[name, reference]].dropna().to_numpy(), level)
+        name: _difference(wide.reindex(columns=[name, reference]).dropna().to_numpy(), level)
         for name in wide
-        if reference in wide and name != reference
+        if name != reference
     }
-    table = table.join(
-        pd.DataFrame.from_dict(lines, orient="index", columns=_DIFFERENCE, dtype=float)
-    )
-    table[["mean", "sd", "difference", "difference_sd", "low", "high"]] *= scale
-    if np.isinf(table["difference"]).any():
-        raise ValueError("compare: numbers this large cannot be subtracted. Rescale the column.")
-    least = _guessing(rows, value, classes)
+    differences = pd.DataFrame.from_dict(lines, orient="index", columns=_DIFFERENCE, dtype=float)
+    table = table.join(differences)
+    least = _guessing(rows, value)
     table["trained"] = np.fmax(table["mean"], table["mean"].get(reference, np.nan)) >= least
     table.insert(0, "baseline", reference)
     return table.rename_axis("group").reset_index().astype({"n": int, "pairs": "Int64"})
@@ -141,7 +133,7 @@ def _part(
 def _verdict(line: dict[Any, Any], alpha: float) -> str:
     if line["group"] == line["baseline"]:
         return REFERENCE
-    if count(line["pairs"]) < FEW:  # the baseline may have no runs
+    if line["pairs"] < FEW:
         return TOO_FEW
     if not line["trained"]:
         return UNTRAINED
@@ -150,13 +142,6 @@ def _verdict(line: dict[Any, Any], alpha: float) -> str:
     if line["p_holm"] <= alpha:
         return ABOVE if line["difference"] > 0 else BELOW
     return OPEN
-
-
-def count(pairs: Any) -> int:
-    """The number in a cell of `pairs`, 0 where there is none."""
-    import pandas as pd
-
-    return 0 if pd.isna(pairs) else int(pairs)
 
 
 def _difference(pairs: Any, level: float) -> dict[str, float]:
@@ -184,8 +169,6 @@ def sign_flip(differences: Any) -> float:
     import numpy as np
     from scipy.stats import permutation_test
 
-    if not np.any(differences):
-        return 1.0
     resamples: Any = np.inf if len(differences) <= EXACT else 9999
     kind: dict[str, Any] = {"permutation_type": "samples", "rng": np.random.default_rng(0)}
     test = permutation_test((differences,), np.mean, n_resamples=resamples, **kind)
@@ -204,37 +187,30 @@ def holm(p: Any) -> Any:
     return adjusted
 
 
-def prediction_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """Where one more run of the same kind would lie; None below three runs or without spread.
+def prediction_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Where one more run would lie (95 %); None below three runs, or of equal ones.
 
-    **Formula** mean -+ t(n - 1, (1 + level) / 2) sd sqrt(1 + 1 / n).
+    **Formula** mean -+ t(n - 1, 0.975) sd sqrt(1 + 1 / n).
     """
     import numpy as np
     from scipy.stats import t
 
-    n, mean, sd = len(values), np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
+    n = len(values)
     if n < FEW or not np.ptp(values):
         return None
-    half = t.ppf((1 + level) / 2, n - 1) * sd * np.sqrt(1 + 1 / n)
-    return float(mean - half), float(mean + half)
+    spread = np.std(values, ddof=1) * np.sqrt(1 + 1 / n)
+    low, high = t.interval(0.95, n - 1, np.mean(values), spread)
+    return float(low), float(high)
 
 
-def _guessing(rows: pd.DataFrame, value: str, classes: str) -> float:
-    """What a mean must reach to be judged, where the values are accuracies."""
-    counts = rows[classes].dropna().unique() if classes in rows.columns else []
+def _guessing(rows: pd.DataFrame, value: str) -> float:
+    """What a mean must reach to be judged: twice guessing, for few classes less; -inf otherwise."""
+    counts = rows["classes"].dropna().unique() if "classes" in rows.columns else []
     if "acc" not in value.lower() or len(counts) != 1 or not float(counts[0]) > 1:
         return -float("inf")
-    return hardly_trained_below(int(float(counts[0]))) / (1 if rows[value].max() > 1.5 else 100)
-
-
-def hardly_trained_below(classes: int) -> float:
-    """An accuracy in percent: twice guessing, for few classes less.
-
-    >>> [hardly_trained_below(n) for n in (2, 10, 100)]
-    [62.5, 20.0, 2.0]
-    """
-    chance = 100 / classes
-    return chance + min(chance, (100 - chance) / 4)
+    chance = 100 / int(float(counts[0]))
+    least = chance + min(chance, (100 - chance) / 4)
+    return least / (1 if rows[value].max() > 1.5 else 100)
 
 
 def _group_names(table: pd.DataFrame, by: Sequence[str]) -> Any:
@@ -260,11 +236,8 @@ def _baseline(names: Sequence[str], asked: str) -> str:
 def _twice(rows: pd.DataFrame, pair: str, value: str) -> str:
     """The sentence for runs of one group and pair, with the columns that could distinguish them."""
     one = rows[(rows["group"] == rows["group"].iloc[0]) & (rows[pair] == rows[pair].iloc[0])]
-    apart = [
-        str(column)
-        for column in one.columns[one.nunique(dropna=False) > 1]
-        if column != value and not str(column).startswith(("time_", "host_"))
-    ]
+    differing = map(str, one.columns[one.nunique(dropna=False) > 1])
+    apart = [name for name in differing if name != value and not name.startswith("time_")]
     what = f"compare: {one['group'].iloc[0]} has {pair} {one[pair].iloc[0]} {len(one)} times"
     if not apart:
         return f"{what}. Remove one, or name the column that distinguishes them."
@@ -285,16 +258,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def sentence(line: Any, *, unit: str = "points", decimals: int = 2, pair: str = "seed") -> str:
-    """What one row of `compare` says, in words that say no more than the data.
-
-    Args:
-        line: The row, as a mapping.
-        unit: Unit of the difference; "" for none.
-        decimals: Decimals of the numbers.
-        pair: What makes a pair.
-    """
-    name, baseline, verdict = line["group"], line["baseline"], line["verdict"]
-    pairs = count(line["pairs"])
+    """What one row of `compare` says, in words that say no more than the data."""
+    name, baseline, pairs = line["group"], line["baseline"], line["pairs"]
     if pairs == 0:
         return f"{name} and {baseline} share no {pair}: nothing can be compared."
     start = f"{name} - {baseline}: {line['difference']:+.{decimals}f}{unit and f' {unit}'} over "
@@ -307,18 +272,17 @@ def sentence(line: Any, *, unit: str = "points", decimals: int = 2, pair: str = 
         EQUAL: f", the same for every {pair}: no interval, no conclusion.",
         UNTRAINED: ", but both networks are hardly trained: no conclusion.",
         OPEN: f": no difference shown {after}.",
-    }.get(verdict, f": {name} is {verdict} {baseline} in this setting {after}.")
+    }.get(line["verdict"], f": {name} is {line['verdict']} {baseline} in this setting {after}.")
 
 
-def answer(table: pd.DataFrame, *, unit: str = "points", decimals: int = 2) -> str:
-    """What a whole table of `compare` shows, in one sentence."""
-    lines = [line for line in table.to_dict("records") if line["verdict"] != REFERENCE]
+def answer(table: pd.DataFrame, *, decimals: int = 2) -> str:
+    """What a whole table of `compare` shows, in one sentence; differences are in points."""
+    lines = table[table["verdict"] != REFERENCE].to_dict("records")
     if not lines:
         return "There is nothing to compare yet."
     baseline, groups = lines[0]["baseline"], dict[str, list[str]]()
-    pairs = [count(line["pairs"]) for line in lines]
-    for line, n in zip(lines, pairs, strict=True):
-        gain = f" ({line['difference']:+.{decimals}f})" if n else ""
+    for line in lines:
+        gain = f" ({line['difference']:+.{decimals}f})" if line["pairs"] else ""
         groups.setdefault(line["verdict"], []).append(f"{line['group']}{gain}")
     words = {
         ABOVE: f"above {baseline}",
@@ -329,9 +293,9 @@ def answer(table: pd.DataFrame, *, unit: str = "points", decimals: int = 2) -> s
         EQUAL: "the same difference in every seed, so no interval",
     }
     text = "; ".join(f"{words[kind]}: {listed(groups[kind])}" for kind in words if kind in groups)
-    seeds = f"{min(pairs)}" if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
-    unit = f"differences in {unit}, " if unit else ""
-    return f"{text[0].upper()}{text[1:]} ({unit}{seeds} paired seeds)."
+    least, most = (end(line["pairs"] for line in lines) for end in (min, max))
+    seeds = f"{least}" if least == most else f"{least} to {most}"
+    return f"{text[0].upper()}{text[1:]} (differences in points, {seeds} paired seeds)."
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
@@ -341,12 +305,12 @@ def listed(names: Sequence[str], most: int = 6) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def p_text(p: float | None) -> str:
+def p_text(p: float) -> str:
     """A p value as tables show it.
 
-    >>> p_text(0.03125), p_text(0.0001), p_text(None)
+    >>> p_text(0.03125), p_text(0.0001), p_text(float("nan"))
     ('0.031', '<0.001', '-')
     """
-    if p is None or p != p:
+    if p != p:
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -20,13 +20,11 @@ from spem.attention.spem import Reweight
 from spem.training import ModelConfig, RunConfig, recipes
 from spem.training.recipes import scaled_milestones
 
-MODULES = ("none", "se", "cbam", "eca", "srm", "sge", "spem")
-"""The rows of Table 1."""
+MODULES = ("none", "se", "cbam", "eca", "srm", "sge", "spem")  # the rows of Table 1
 CIFAR = ("cifar10", "cifar100")
 CONTROL = "control"
 """The plain network whose branches start as small as SPEM's."""
-BRANCH_START = 0.0320586
-"""SPEM's gate at the start, which is the size it gives every branch."""
+BRANCH_START = 0.0320586  # SPEM's gate at the start
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SMOKE_EPOCHS = 4
 FIRST = "results/finetune/plain-cifar100.safetensors"
@@ -36,9 +34,9 @@ TUNING_RATE = 0.02
 Changes = Mapping[str, Mapping[str, Any]]
 """Fields of a config by section: `{"optim": {"lr": 0.1}}`."""
 
-COMPOSED = {"impl": "reference"}
-"""Fused kernels round differently: they may enter a table of the paper only after the experiment
-`equivalence` has shown that this does not move accuracy."""
+# Fused kernels round differently: they may enter a table of the paper only after the experiment
+# `equivalence` has shown that this does not move accuracy.
+COMPOSED: Changes = {"runtime": {"impl": "reference"}}
 LADDER = {83: 11, 164: 20, 245: 29, 326: 38}
 """What stands for each of the paper's depths in a network for a CPU."""
 
@@ -51,7 +49,7 @@ class Scale(NamedTuple):
         title: What differs from the paper, in one line.
         changes: What differs from the paper's recipe.
         depth: What stands for the paper's ResNet164 wherever depth is not the question.
-        ladder: What stands for each of the paper's four depths where it is.
+        ladder: What stands for each of the paper's four depths where it is, if not itself.
         datasets: The paper's data sets that are trained at this scale.
         seeds: Seeds of a cell.
         control_seeds: Seeds of a cell of the controls, the one question fixed beforehand.
@@ -78,27 +76,19 @@ _SHORT: Changes = {
     "data": {"limit": 5000},
     "optim": {"epochs": 5, "milestones": scaled_milestones(5)},
     # Compiling a network of this size costs more than its few steps gain.
-    "runtime": {**COMPOSED, "step": "eager"},
+    "runtime": {"impl": "reference", "step": "eager"},
 }
 _STUDY: Changes = {
     "optim": {"epochs": 20, "milestones": (10, 15)},
     "runtime": {"precision": "bf16"},
 }
-_TITLES = {
-    "paper": "the paper's recipe: 164 epochs on 50,000 images",
-    "short": "another recipe than the paper's: depth 11, 5,000 training images, 5 epochs",
-    "study": "another recipe than the paper's, in bfloat16",
-    "smoke": f"a test of the machinery: depth 11, {SMOKE_EPOCHS} epochs on scikit-learn's digits",
-}
+_SHORTER = "another recipe than the paper's"
+_MACHINERY = f"a test of the machinery: depth 11, {SMOKE_EPOCHS} epochs on scikit-learn's digits"
 _ALL = (
-    Scale("paper", _TITLES["paper"], {"runtime": COMPOSED}, 164, {d: d for d in LADDER}),
-    Scale("short", _TITLES["short"], _SHORT),
-    Scale("study", _TITLES["study"], _STUDY, datasets=("cifar10",), seeds=tuple(range(6))),
-    Scale(
-        *("smoke", _TITLES["smoke"], {"runtime": COMPOSED}),
-        datasets=("cifar10",),
-        control_seeds=(0, 1, 2),
-    ),
+    Scale("paper", "the paper's recipe: 164 epochs on 50,000 images", COMPOSED, 164, ladder={}),
+    Scale("short", f"{_SHORTER}: depth 11, 5,000 training images, 5 epochs", _SHORT),
+    Scale("study", f"{_SHORTER}, in bfloat16", _STUDY, datasets=CIFAR[:1], seeds=tuple(range(6))),
+    Scale("smoke", _MACHINERY, COMPOSED, datasets=CIFAR[:1], control_seeds=(0, 1, 2)),
 )
 SCALES = {scale.name: scale for scale in _ALL}
 
@@ -140,19 +130,16 @@ def printed() -> tuple[Printed, ...]:
     )
 
 
-def find_printed(
-    table: int, dataset: str, *, depth: int = 164, attention: str = "spem", variant: str = ""
+def _printed(
+    table: int, dataset: str, attention: str = "spem", depth: int = 164, label: str = ""
 ) -> Printed:
-    """The cell of a table; `variant` is the label of a row of Table 3 or 4.
-
-    Raises:
-        KeyError: The table has no such cell.
-    """
+    """A cell of a table; `label` is that of a row of Table 3 or 4."""
+    wanted = (table, dataset, attention, depth)
     for cell in printed():
-        where = (cell.table, cell.dataset, cell.depth, cell.attention)
-        if where == (table, dataset, depth, attention) and variant in ("", cell.label):
+        found = (cell.table, cell.dataset, cell.attention, cell.depth)
+        if found == wanted and label in ("", cell.label):
             return cell
-    raise KeyError((table, dataset, depth, attention, variant))
+    raise KeyError((*wanted, label))
 
 
 @dataclass(frozen=True)
@@ -187,7 +174,7 @@ class Cell:
 
     def at(self, scale: Scale) -> "Cell":
         """This cell with its run at a scale, if that trains its data set."""
-        depth = scale.depth if self.depth is None else scale.ladder[self.depth]
+        depth = scale.ladder.get(self.depth, self.depth) if self.depth else scale.depth
         stands = self.depth not in (None, depth)
         note = f"depth {depth} stands for {self.depth}" if stands else self.note
         if self.attention is None or self.data not in scale.datasets:
@@ -299,17 +286,6 @@ def _network(name: str) -> dict[str, Any]:
 
 # ---- the cells of each experiment; its question is what the docstring says ---------------------
 
-Cells = Callable[[], Iterable[Cell]]
-_EXPERIMENTS: dict[str, tuple[str, Cells]] = {}
-
-
-def _experiment(name: str, title: str) -> Callable[[Cells], Cells]:
-    def register(cells: Cells) -> Cells:
-        _EXPERIMENTS[name] = title, cells
-        return cells
-
-    return register
-
 
 def _label(attention: str) -> str:
     name, _, options = attention.partition("(")
@@ -324,34 +300,28 @@ def _rows(arms: Mapping[str, str]) -> list[Cell]:
     ]
 
 
-@_experiment("table1", "Table 1: modules")
 def _table1() -> Iterator[Cell]:
     """Is SPEM above the other modules on ResNet164?"""
     for data, name in product(CIFAR, MODULES):
-        paper = find_printed(1, data, attention=name)
-        yield Cell(_label(name), name, data, name == "none", paper=paper)
+        yield Cell(_label(name), name, data, name == "none", paper=_printed(1, data, name))
 
 
-@_experiment("table2", "Table 2: depth")
 def _table2() -> Iterator[Cell]:
     """Does the gain of SPEM hold at every depth?"""
     for data, depth, name in product(CIFAR, LADDER, ("none", "spem")):
-        paper = find_printed(2, data, depth=depth, attention=name)
-        row = f"ResNet{depth}, {_label(name)}"
+        row, paper = f"ResNet{depth}, {_label(name)}", _printed(2, data, name, depth)
         yield Cell(row, name, data, name == "none", str(depth), paper, depth=depth)
 
 
-@_experiment("table3", "Table 3: the mix")
 def _table3() -> Iterator[Cell]:
     """Is a learned lambda above every constant one?"""
     for data in CIFAR:
         for lam in (0.1, 0.3, 0.5, 0.7, 0.9):
-            paper = find_printed(3, data, variant=f"lambda={lam}")
+            paper = _printed(3, data, label=f"lambda={lam}")
             yield Cell(f"lambda = {lam}", f"spem(pool=mix({lam}))", data, paper=paper)
-        yield Cell("learned", "spem", data, True, paper=find_printed(3, data, variant="learned"))
+        yield Cell("learned", "spem", data, True, paper=_printed(3, data, label="learned"))
 
 
-@_experiment("table4", "Table 4: the reweight module")
 def _table4() -> Iterator[Cell]:
     """Which reweight variant is best?"""
     certain = {"shared_sum": "ours", "unshared_sum": "a", "none": "without"}
@@ -362,21 +332,19 @@ def _table4() -> Iterator[Cell]:
             alone = variant in ("max_only", "min_only")
             paper, note = None, f"candidate for {'(f) or (g)' if alone else '(b) to (e)'}"
             if variant in certain:
-                paper = find_printed(4, data, variant=certain[variant])
+                paper = _printed(4, data, label=certain[variant])
                 note = f"the paper's '{certain[variant]}'"
             yield Cell(variant, attention, data, own, paper=paper, note=note)
+        note = "which formula this is cannot be recovered from the paper"
         for letter in "bcdefg":
-            paper = find_printed(4, data, variant=letter)
-            note = "which formula this is cannot be recovered from the paper"
+            paper = _printed(4, data, label=letter)
             yield Cell(f"the paper's ({letter})", None, data, paper=paper, note=note)
 
 
-@_experiment("figure2", "Figure 2: SE with a fixed mix")
 def _figure2() -> Iterator[Cell]:
     """Does a mix of max and min match or beat the average?"""
     for data in CIFAR:
-        paper = find_printed(1, data, attention="se")
-        yield Cell("average pooling", "se", data, True, paper=paper)
+        yield Cell("average pooling", "se", data, True, paper=_printed(1, data, "se"))
         for lam in LAMBDAS:
             yield Cell(f"lambda = {lam}", f"se(pool=mix({lam}))", data)
 
@@ -384,7 +352,6 @@ def _figure2() -> Iterator[Cell]:
 _SMALL_START = "plain, branches start at 0.032"
 
 
-@_experiment("scratch", "Trained from scratch")
 def _scratch() -> list[Cell]:
     """Do SE and SPEM help a network that is trained from scratch?"""
     rows = _rows({"plain": "none", _SMALL_START: CONTROL, "SE": "se", "SPEM": "spem"})
@@ -414,40 +381,34 @@ def _finetune(images: int, epochs: int) -> Iterator[Cell]:
         yield Cell(row, attention, reference=row == "plain", changes=changes)
 
 
-@_experiment("finetune-1000", "Fine-tuned on 1,000 images")
 def _finetune_1000() -> Iterator[Cell]:
     """Does attention help a trained network that is fine-tuned on 1,000 images?"""
     return _finetune(1000, epochs=40)
 
 
-@_experiment("finetune-5000", "Fine-tuned on 5,000 images")
 def _finetune_5000() -> Iterator[Cell]:
     """Does attention help a trained network that is fine-tuned on 5,000 images?"""
     return _finetune(5000, epochs=12)
 
 
-@_experiment("controls", "Controls")
 def _controls() -> list[Cell]:
     """Does SPEM beat its control, a network whose branches start as small without attention?"""
     arms = {_SMALL_START: CONTROL, "plain": "none", "scale": "scale", "SE": "se"}
     return _rows(arms | {"SPEM (text)": "spem", "SPEM (code)": "spem(form=code)"})
 
 
-@_experiment("forms", "The three forms of SPEM")
 def _forms() -> list[Cell]:
     """Do text, official code and figure 3 differ in accuracy?"""
     arms = {"text": "spem", "code": "spem(form=code)", "figure": "spem(form=figure)"}
     return _rows(arms | {"plain": "none"})
 
 
-@_experiment("parametrisations", "Parametrisations of lambda")
 def _parametrisations() -> list[Cell]:
     """Does it matter how a learned lambda is parametrised?"""
     own = {kind: f"spem(pool=mix(parametrization={kind}))" for kind in ("anchored", "sigmoid")}
     return _rows({"squares (the paper's)": "spem", **own, "constant 0.5": "spem(pool=mix(0.5))"})
 
 
-@_experiment("mixes", "A learned mix in every module that pools")
 def _mixes() -> Iterator[Cell]:
     """Is a learned mix of max and min better than a module's own pool?"""
     for name in list_attention():
@@ -458,7 +419,6 @@ def _mixes() -> Iterator[Cell]:
         yield Cell(f"{_label(name)}, learned mix", mixed, group=name)
 
 
-@_experiment("penalty", "The penalty")
 def _penalty() -> Iterator[Cell]:
     """Does the penalty of 0.1 on p prevent an explosion?"""
     for penalty in (0.1, 0.0):
@@ -466,13 +426,11 @@ def _penalty() -> Iterator[Cell]:
         yield Cell(f"penalty {penalty:g}", "spem", reference=penalty > 0, changes=changes)
 
 
-@_experiment("gradients", "Gradients by depth")
 def _gradients() -> list[Cell]:
     """Does SPEM mitigate vanishing gradients?"""
     return [replace(cell, paper=None) for cell in _table2() if cell.data == "cifar10"]
 
 
-@_experiment("equivalence", "Equivalence of faster arithmetic")
 def _equivalence() -> Iterator[Cell]:
     """Do fused kernels or bfloat16 move accuracy?"""
     arms = {
@@ -484,15 +442,31 @@ def _equivalence() -> Iterator[Cell]:
         yield Cell(f"{_label(name)}, float32, composed", name, reference=True, group=name)
         for arm, own in arms.items():
             folder = f"-{own['impl'] if own['precision'] == 'fp32' else 'bf16'}"
-            changes: Changes = {"runtime": own}
-            row = f"{_label(name)}, {arm}"
+            row, changes = f"{_label(name)}, {arm}", {"runtime": own}
             yield Cell(row, name, group=name, changes=changes, folder=folder)
 
 
-@_experiment("family", "The whole family")
 def _family() -> list[Cell]:
     """What does each registered module reach?"""
     return _rows({_label(name): name for name in ("none", *list_attention())})
 
 
+_EXPERIMENTS: dict[str, tuple[str, Callable[[], Iterable[Cell]]]] = {
+    "table1": ("Table 1: modules", _table1),
+    "table2": ("Table 2: depth", _table2),
+    "table3": ("Table 3: the mix", _table3),
+    "table4": ("Table 4: the reweight module", _table4),
+    "figure2": ("Figure 2: SE with a fixed mix", _figure2),
+    "scratch": ("Trained from scratch", _scratch),
+    "finetune-1000": ("Fine-tuned on 1,000 images", _finetune_1000),
+    "finetune-5000": ("Fine-tuned on 5,000 images", _finetune_5000),
+    "controls": ("Controls", _controls),
+    "forms": ("The three forms of SPEM", _forms),
+    "parametrisations": ("Parametrisations of lambda", _parametrisations),
+    "mixes": ("A learned mix in every module that pools", _mixes),
+    "penalty": ("The penalty", _penalty),
+    "gradients": ("Gradients by depth", _gradients),
+    "equivalence": ("Equivalence of faster arithmetic", _equivalence),
+    "family": ("The whole family", _family),
+}
 EXPERIMENTS = tuple(_EXPERIMENTS)
