@@ -94,52 +94,23 @@ SCALES = {scale.name: scale for scale in _ALL}
 
 
 class Printed(NamedTuple):
-    """One cell of a table of the paper (`paper.csv`).
+    """A cell of a table of the paper: top-1 in percent, the best test epoch of one run."""
 
-    Args:
-        table: Number of the table, 1 to 4.
-        label: What the paper calls the row: its number, or the variant (`lambda=0.1`, `a`, `ours`).
-        depth: Depth of the network.
-        attention: One of `MODULES`.
-        dataset: `cifar10` or `cifar100`.
-        parameters_millions: Parameters as printed; None in Table 3, which prints none.
-        top1: Accuracy in percent: the best test epoch of one run.
-    """
-
-    table: int
-    label: str
-    depth: int
-    attention: str
-    dataset: str
-    parameters_millions: float | None
     top1: float
+    parameters_millions: float
+    """NaN in Table 3, which prints none."""
 
 
 @cache
-def printed() -> tuple[Printed, ...]:
-    """Every cell of the paper's tables, in their order."""
+def printed() -> dict[tuple[str, ...], Printed]:
+    """Every cell of `paper.csv`, by table, data set, attention, depth and variant ("" for none)."""
     text = files("spem.reproduce").joinpath("paper.csv").read_text(encoding="utf-8")
-    return tuple(
-        Printed(
-            *(int(row["table"]), row["variant"] or row["row"], int(row["depth"]), row["attention"]),
-            row["dataset"].lower(),
-            float(row["params_millions"]) if row["params_millions"] else None,
-            float(row["top1_percent"]),
+    return {
+        (row["table"], row["dataset"].lower(), row["attention"], row["depth"], row["variant"]): (
+            Printed(float(row["top1_percent"]), float(row["params_millions"] or "nan"))
         )
         for row in csv.DictReader(text.splitlines())
-    )
-
-
-def _printed(
-    table: int, dataset: str, attention: str = "spem", depth: int = 164, label: str = ""
-) -> Printed:
-    """A cell of a table; `label` is that of a row of Table 3 or 4."""
-    wanted = (table, dataset, attention, depth)
-    for cell in printed():
-        found = (cell.table, cell.dataset, cell.attention, cell.depth)
-        if found == wanted and label in ("", cell.label):
-            return cell
-    raise KeyError((*wanted, label))
+    }
 
 
 @dataclass(frozen=True)
@@ -287,6 +258,12 @@ def _network(name: str) -> dict[str, Any]:
 # ---- the cells of each experiment; its question is what the docstring says ---------------------
 
 
+def _paper(
+    table: int, data: str, attention: str = "spem", depth: int = 164, variant: str = ""
+) -> Printed:
+    return printed()[str(table), data, attention, str(depth), variant]
+
+
 def _label(attention: str) -> str:
     name, _, options = attention.partition("(")
     names = {"none": "plain", "scale": "scale (control)"}
@@ -303,13 +280,13 @@ def _rows(arms: Mapping[str, str]) -> list[Cell]:
 def _table1() -> Iterator[Cell]:
     """Is SPEM above the other modules on ResNet164?"""
     for data, name in product(CIFAR, MODULES):
-        yield Cell(_label(name), name, data, name == "none", paper=_printed(1, data, name))
+        yield Cell(_label(name), name, data, name == "none", paper=_paper(1, data, name))
 
 
 def _table2() -> Iterator[Cell]:
     """Does the gain of SPEM hold at every depth?"""
     for data, depth, name in product(CIFAR, LADDER, ("none", "spem")):
-        row, paper = f"ResNet{depth}, {_label(name)}", _printed(2, data, name, depth)
+        row, paper = f"ResNet{depth}, {_label(name)}", _paper(2, data, name, depth)
         yield Cell(row, name, data, name == "none", str(depth), paper, depth=depth)
 
 
@@ -317,9 +294,9 @@ def _table3() -> Iterator[Cell]:
     """Is a learned lambda above every constant one?"""
     for data in CIFAR:
         for lam in (0.1, 0.3, 0.5, 0.7, 0.9):
-            paper = _printed(3, data, label=f"lambda={lam}")
+            paper = _paper(3, data, variant=f"lambda={lam}")
             yield Cell(f"lambda = {lam}", f"spem(pool=mix({lam}))", data, paper=paper)
-        yield Cell("learned", "spem", data, True, paper=_printed(3, data, label="learned"))
+        yield Cell("learned", "spem", data, True, paper=_paper(3, data, variant="learned"))
 
 
 def _table4() -> Iterator[Cell]:
@@ -332,19 +309,19 @@ def _table4() -> Iterator[Cell]:
             alone = variant in ("max_only", "min_only")
             paper, note = None, f"candidate for {'(f) or (g)' if alone else '(b) to (e)'}"
             if variant in certain:
-                paper = _printed(4, data, label=certain[variant])
+                paper = _paper(4, data, variant=certain[variant])
                 note = f"the paper's '{certain[variant]}'"
             yield Cell(variant, attention, data, own, paper=paper, note=note)
         note = "which formula this is cannot be recovered from the paper"
         for letter in "bcdefg":
-            paper = _printed(4, data, label=letter)
+            paper = _paper(4, data, variant=letter)
             yield Cell(f"the paper's ({letter})", None, data, paper=paper, note=note)
 
 
 def _figure2() -> Iterator[Cell]:
     """Does a mix of max and min match or beat the average?"""
     for data in CIFAR:
-        yield Cell("average pooling", "se", data, True, paper=_printed(1, data, "se"))
+        yield Cell("average pooling", "se", data, True, paper=_paper(1, data, "se"))
         for lam in LAMBDAS:
             yield Cell(f"lambda = {lam}", f"se(pool=mix({lam}))", data)
 

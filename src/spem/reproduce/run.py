@@ -16,19 +16,19 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from spem.extras import require
 from spem.reproduce.tables import DIVERGED, FAILED, FINISHED
 from spem.training import (
     HeldError,
     Interrupted,
-    ModelConfig,
     OptimConfig,
     Progress,
     RunConfig,
@@ -41,8 +41,7 @@ from spem.training import (
 from spem.training.signals import stop_signals
 
 HELD, STOPPED = "held", "stopped"
-RETRIES = 2
-"""How often Ray restarts a run whose process died; it goes on from its checkpoint."""
+RETRIES = 2  # how often Ray restarts a run whose process died; it goes on from its checkpoint
 LOOK_SECONDS, HELD_SECONDS = 0.5, 2.0
 """Time between looks at tasks, and until a run that another process trains is checked again."""
 RESERVE_SECONDS = 10.0
@@ -96,9 +95,8 @@ def forget_diverged(configs: Iterable[RunConfig], runs: Path) -> None:
     for folder in (config.folder(runs) for config in configs):
         with contextlib.suppress(OSError, ValueError):
             if read_run(folder).error is not None:
-                (folder / "checkpoint.pt").unlink(missing_ok=True)
-                (folder / "metrics.jsonl").unlink(missing_ok=True)
-                (folder / "result.json").unlink()
+                for name in ("checkpoint.pt", "metrics.jsonl", "result.json"):
+                    (folder / name).unlink(missing_ok=True)
 
 
 def run_missing(
@@ -133,150 +131,11 @@ def run_missing(
         ImportError: Ray is not installed.
         Interrupted: A signal stopped the runs.
     """
-    end = math.inf
+    end, runs = math.inf, runs.absolute()
     if budget is not None:
         end = time.monotonic() + budget - min(RESERVE_SECONDS, budget / 20)
     if not configs or (workers == 1 and address is None):
-        return _here(configs, runs.absolute(), observer, end)
-    return _on_ray(configs, runs.absolute(), observer, workers, address, per_gpu, end)
-
-
-SIZES = {"digits": (1437, 360), "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
-"""Training and test images of the named data sets."""
-MEASURED_IMAGES, MEASURED_SECONDS = 32, 0.5
-ATTENTION_SHARE = 1.2
-"""About how much longer a step takes with attention."""
-
-
-def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
-    """Roughly how long runs take one after the other: from a few steps of a small network.
-
-    None where it is not known how many images there are.
-    """
-    total = 0.0
-    for config in configs:
-        model, data = config.model, config.data
-        if data.name not in SIZES:
-            return None
-        train, test = SIZES[data.name]
-        train, test = min(train - data.val, data.limit or train), min(test, data.test_limit or test)
-        side = data.size or (16 if data.name == "digits" else 32)
-        small = 11 if model.block == "bottleneck" else 8
-        network = ModelConfig(depth=small, attention="none", block=model.block)
-        share = 1 if model.attention == "none" else ATTENTION_SHARE
-        deeper = (model.depth - 2) / (small - 2) * share
-        seconds = deeper * _seconds_an_image(network, config.runtime, side, config.optim.batch)
-        # An evaluated image is a forward pass, about a third of a step.
-        total += config.optim.epochs * (train + (test + data.val) / 3) * seconds
-    return total
-
-
-@cache
-def _seconds_an_image(model: ModelConfig, runtime: RuntimeConfig, side: int, batch: int) -> float:
-    """Of the step that trains, after one that warms up."""
-    import torch
-
-    from spem.training.folder import build_network
-    from spem.training.step import execution, make_optimizer, make_step
-
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if runtime.device == "auto" else runtime.device
-    threads, optim = runtime.threads or torch.get_num_threads(), OptimConfig()
-    runtime = replace(runtime, device=device, step="eager", threads=threads)
-    form = torch.channels_last if runtime.channels_last else torch.contiguous_format
-    dtype, batch = (
-        torch.bfloat16 if runtime.precision == "bf16" else torch.float32,
-        min(batch, MEASURED_IMAGES),
-    )
-    with execution(runtime) as place:
-        network = build_network(RunConfig(model=model), classes=10).train()
-        network = network.to(place, memory_format=form)  # pyright: ignore[reportCallIssue]
-        step = make_step(network, make_optimizer(network, optim), optim, runtime)
-        images = torch.randn(batch, 3, side, side, device=place, dtype=dtype)
-        images = images.contiguous(memory_format=form)
-        labels = torch.arange(batch, device=place) % 10
-        float(step(images, labels).loss)
-        started, steps = time.monotonic(), 0
-        while time.monotonic() - started < MEASURED_SECONDS:
-            float(step(images, labels).loss)
-            steps += 1
-    return (time.monotonic() - started) / (steps * batch)
-
-
-def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
-    """Train one run, and return a failure instead of raising it; only a stop is raised.
-
-    Raises:
-        Interrupted: A signal stopped it, with a checkpoint.
-    """
-    try:
-        result = train(config, folder, progress=progress)
-    except HeldError as error:
-        return Ended(config, HELD, str(error))
-    except FloatingPointError as error:
-        return Ended(config, DIVERGED, str(error))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
-        text = str(error) or type(error).__name__
-        readable = isinstance(error, (ValueError, OSError, ImportError))
-        return Ended(config, FAILED, text if readable else f"{type(error).__name__}: {text}")
-    return Ended(config, FINISHED, f"{result.accuracy:.2f} %")
-
-
-def _here(configs: Sequence[RunConfig], runs: Path, observer: Observer, end: float) -> list[Ended]:
-    """One run after the other in this process."""
-    todo, ended, held = deque(configs), list[Ended](), 0
-    with stop_signals() as stop, _signal_at(end):
-        while todo and stop.received is None:
-            config = todo.popleft()
-            observer.start(config)
-            try:
-                one = attempt(config, config.folder(runs), observer)
-            except Interrupted:
-                if time.monotonic() < end:
-                    raise
-                todo.appendleft(config)
-                break
-            if one.status != HELD:
-                held = 0
-                ended.append(one)
-                observer.finish(one)
-                continue
-            todo.append(config)
-            held += 1
-            if held == 1:
-                observer.message(f"{one.error} Looking at it again later.")
-            if held >= len(todo):  # nothing else is left
-                time.sleep(HELD_SECONDS)
-        if stop.received and time.monotonic() < end:
-            then = "Run the command again to go on."
-            raise stop.interruption(f"with {len(todo)} runs left", then)
-    return [*ended, *(Ended(config, STOPPED) for config in todo)]
-
-
-@contextlib.contextmanager
-def _signal_at(end: float) -> Generator[None]:
-    """Stop a training with a checkpoint when the time is over, as SIGTERM does."""
-    left = min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
-    timer = threading.Timer(left, _thread.interrupt_main, (signal.SIGTERM,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-
-
-def _on_ray(
-    configs: Sequence[RunConfig],
-    runs: Path,
-    observer: Observer,
-    workers: int,
-    address: str | None,
-    per_gpu: int,
-    end: float,
-) -> list[Ended]:
-    """Each run as a Ray task, so many at a time."""
+        return _here(configs, runs, observer, end)
     threads = max(config.runtime.threads or 1 for config in configs)
     todo, ended = deque(configs), list[Ended]()
     pending: dict[Any, RunConfig] = {}
@@ -314,6 +173,66 @@ def _on_ray(
             left = len(todo) + sum(one.status == STOPPED for one in ended)
             raise stop.interruption(f"with {left} runs left", "Their checkpoints are written.")
     return [*ended, *(Ended(config, STOPPED) for config in todo)]
+
+
+def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
+    """Train one run, and return a failure instead of raising it; only a stop is raised.
+
+    Raises:
+        Interrupted: A signal stopped it, with a checkpoint.
+    """
+    try:
+        result = train(config, folder, progress=progress)
+    except HeldError as error:
+        return Ended(config, HELD, str(error))
+    except FloatingPointError as error:
+        return Ended(config, DIVERGED, str(error))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
+        text = str(error) or type(error).__name__
+        readable = isinstance(error, (ValueError, OSError, ImportError))
+        return Ended(config, FAILED, text if readable else f"{type(error).__name__}: {text}")
+    return Ended(config, FINISHED, f"{result.accuracy:.2f} %")
+
+
+def _here(configs: Sequence[RunConfig], runs: Path, observer: Observer, end: float) -> list[Ended]:
+    """One run after the other in this process."""
+    todo, ended = deque(configs), list[Ended]()
+    with stop_signals() as stop, _signal_at(end):
+        while todo and stop.received is None:
+            config = todo.popleft()
+            observer.start(config)
+            try:
+                one = attempt(config, config.folder(runs), observer)
+            except Interrupted:
+                if time.monotonic() < end:
+                    raise
+                todo.appendleft(config)
+                break
+            if one.status == HELD:  # the others come first
+                observer.message(f"{one.error} Looking at it again later.")
+                todo.append(config)
+                time.sleep(HELD_SECONDS)
+            else:
+                ended.append(one)
+                observer.finish(one)
+        if stop.received and time.monotonic() < end:
+            then = "Run the command again to go on."
+            raise stop.interruption(f"with {len(todo)} runs left", then)
+    return [*ended, *(Ended(config, STOPPED) for config in todo)]
+
+
+@contextlib.contextmanager
+def _signal_at(end: float) -> Generator[None]:
+    """Stop a training with a checkpoint when the time is over, as SIGTERM does."""
+    left = min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
+    timer = threading.Timer(left, _thread.interrupt_main, (signal.SIGTERM,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _task(config: RunConfig, runs: str, probe: str, folder: str) -> Ended:
@@ -376,3 +295,58 @@ def _connected(address: str | None, cpus: int) -> Generator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+CIFAR = (50_000, 10_000, 32)
+SIZES = {"digits": (1437, 360, 16), "cifar10": CIFAR, "cifar100": CIFAR}
+"""Training images, test images and their side."""
+MEASURED_IMAGES = 32
+ATTENTION_SHARE = 1.2  # about how much longer a step takes with attention
+SMALL = {"bottleneck": 11, "basic": 8}  # depth of the network that is measured
+
+
+def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
+    """Roughly how long runs take one after the other: from a few steps of a small network.
+
+    None where it is not known how many images there are.
+    """
+    total = 0.0
+    for config in configs:
+        model, data = config.model, config.data
+        if data.name not in SIZES:
+            return None
+        train, test, side = SIZES[data.name]
+        train, test = min(train - data.val, data.limit or train), min(test, data.test_limit or test)
+        seconds = _seconds_an_image(model.block, config.runtime, data.size or side)
+        seconds *= (model.depth - 2) / (SMALL[model.block] - 2)
+        seconds *= 1 if model.attention == "none" else ATTENTION_SHARE
+        # An evaluated image is a forward pass, about a third of a step.
+        total += config.optim.epochs * (train + (test + data.val) / 3) * seconds
+    return total
+
+
+@cache
+def _seconds_an_image(
+    block: Literal["bottleneck", "basic"], runtime: RuntimeConfig, side: int
+) -> float:
+    """Of the step that trains: the fastest of a few, since others may use the machine."""
+    import torch
+
+    from spem.models import resnet
+    from spem.training.step import execution, make_optimizer, make_step
+
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if runtime.device == "auto" else runtime.device
+    threads, optim = runtime.threads or torch.get_num_threads(), OptimConfig()
+    runtime = replace(runtime, device=device, step="eager", threads=threads)
+    form = torch.channels_last if runtime.channels_last else torch.contiguous_format
+    with execution(runtime) as place:
+        network = resnet(SMALL[block], block=block).train()
+        network = network.to(place, memory_format=form)  # pyright: ignore[reportCallIssue]
+        step = make_step(network, make_optimizer(network, optim), optim, runtime)
+        images = torch.randn(MEASURED_IMAGES, 3, side, side, device=place)
+        images = images.to(torch.bfloat16 if runtime.precision == "bf16" else torch.float32)
+        images = images.contiguous(memory_format=form)
+        labels = torch.arange(MEASURED_IMAGES, device=place) % 10
+        seconds = timeit.repeat(lambda: float(step(images, labels).loss), repeat=5, number=1)
+    return min(seconds) / MEASURED_IMAGES
