@@ -1,12 +1,12 @@
-"""The captured step. On a CPU a stand-in for the recorder shows that everything around the graph is
-right; the graph itself needs a GPU."""
+"""The captured step. On a CPU a stand-in for the recording shows that all around it is right; the
+graph itself needs a GPU."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,27 +17,33 @@ from training.tiny import Stop, differences, kept_checkpoint, outcome, tiny, tra
 
 from spem import initialise
 from spem.data import normalise
-from spem.training import RunConfig, capture, loop, read_metrics, read_result
-from spem.training.capture import CapturedStep, CudaCapturer, momenta_from_zero
+from spem.training import RunConfig, RuntimeConfig, loop, read_metrics, read_result
 from spem.training.folder import build_network, load_checkpoint
-from spem.training.step import StepOutput, execution, make_optimizer, make_step
+from spem.training.step import (
+    CapturedStep,
+    StepOutput,
+    execution,
+    make_optimizer,
+    make_step,
+    momenta_from_zero,
+)
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 quiet = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 
 
-class StandIn:
-    """Records nothing: a replay runs the function again and renews the results in their place."""
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets the step be captured on the CPU: a replay runs it again and renews the results in their
+    place. Grows by one with each recording."""
+    recorded: list[int] = []
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.captures = 0
-
-    def warm_up(self, run: Callable[[], StepOutput]) -> None:
+    def record(
+        step: CapturedStep, run: Callable[[], StepOutput]
+    ) -> tuple[StepOutput, Callable[[], None]]:
         for _ in range(3):
             run()
-
-    def capture(self, run: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
-        self.captures += 1
+        recorded.append(1)
         output = run()
 
         def replay() -> None:
@@ -46,20 +52,21 @@ class StandIn:
 
         return output, replay
 
+    monkeypatch.setattr(CapturedStep, "_record", record)
+    return recorded
+
 
 class Training:
-    """A network, its optimiser and its step, captured or not."""
+    """A network, its optimiser and its step."""
 
-    def __init__(self, config: RunConfig, *, captured: bool) -> None:
-        device = torch.device(config.runtime.device)
+    step: Any
+
+    def __init__(self, config: RunConfig) -> None:
         self.model = build_network(config, classes=10)
         initialise(self.model, 0)
-        self.model.to(device).train()
+        self.model.to(config.runtime.device).train()
         self.optimizer = make_optimizer(self.model, config.optim)
-        self.capturer = StandIn() if device.type == "cpu" else CudaCapturer(device)
         self.step = make_step(self.model, self.optimizer, config.optim, config.runtime)
-        if captured and not isinstance(self.step, CapturedStep):
-            self.step = CapturedStep(self.step, self.model, self.optimizer, self.capturer)
 
     def rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
@@ -81,26 +88,32 @@ def batches(count: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
         yield images.to(device), labels.to(device)
 
 
+def graph(config: RunConfig) -> RunConfig:
+    return replace(config, runtime=replace(config.runtime, step="graph"))
+
+
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("attention", "rules"), [("spem", "host"), ("srm", "declared")])
-def test_captured_steps_end_where_the_eager_ones_do(attention: str, rules: str):
+def test_captured_steps_end_where_the_eager_ones_do(
+    attention: str, rules: str, stand_in: list[int]
+):
     config = tiny(attention)
     config = replace(config, optim=replace(config.optim, rules=rules))
-    eager, captured = (Training(config, captured=c) for c in (False, True))
+    eager, captured = Training(config), Training(graph(config))
     for i, (images, labels) in enumerate(batches(10)):
         for training in (eager, captured):
             training.rate(0.125 if i < 5 else 0.03125)  # the same number in float32
         a, b = eager.step(images, labels), captured.step(images, labels)
         assert equal(list(a), list(b))
     assert equal(eager.state(), captured.state())
-    assert captured.capturer.captures == 2  # one for each batch size
+    assert len(stand_in) == 2  # one for each batch size
 
 
-def test_preparing_takes_no_step():
-    training = Training(tiny(), captured=True)
+def test_preparing_takes_no_step(stand_in: list[int]):
+    training = Training(graph(tiny()))
     before = training.state()
     for images, labels in batches(3):
         training.step.prepare(images, labels)
@@ -124,8 +137,8 @@ def test_a_step_from_zero_momentum_is_the_first_step_of_sgd():
     assert equal(*weights)
 
 
-def test_rates_are_tensors_inside_and_numbers_outside():
-    training = Training(tiny(), captured=True)
+def test_rates_are_tensors_inside_and_numbers_outside(stand_in: list[int]):
+    training = Training(graph(tiny()))
     seen: list[Tensor] = []
     group = training.optimizer.param_groups[0]
     training.optimizer.register_step_pre_hook(lambda *_: seen.append(group["lr"]))
@@ -139,8 +152,8 @@ def test_rates_are_tensors_inside_and_numbers_outside():
     assert type(group["lr"]) is float
 
 
-def test_the_graph_reads_buffers_of_its_own_and_its_results_are_the_callers():
-    training = Training(tiny(), captured=True)
+def test_the_graph_reads_buffers_of_its_own_and_its_results_are_the_callers(stand_in: list[int]):
+    training = Training(graph(tiny()))
     inner, addresses = training.step._step, []
 
     def watched(images: Tensor, labels: Tensor) -> StepOutput:
@@ -155,28 +168,29 @@ def test_the_graph_reads_buffers_of_its_own_and_its_results_are_the_callers():
     assert len({float(output.loss) for output in outputs}) == len(outputs)
 
 
-def test_a_step_that_cannot_be_captured_names_the_ways_out():
-    training = Training(tiny(), captured=True)
+def test_a_step_that_cannot_be_captured_names_the_ways_out(monkeypatch: pytest.MonkeyPatch):
+    training = Training(graph(tiny()))
 
-    def fail(run: Callable[[], StepOutput]) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    training.capturer.capture = fail
+    monkeypatch.setattr(CapturedStep, "_record", fail)
     with pytest.raises(RuntimeError, match=r"16 images cannot .*capturing.*'compile' or 'eager'"):
         training.step(*next(batches(1)))
     assert type(training.optimizer.param_groups[0]["lr"]) is float
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a run take the captured step on the CPU."""
-    monkeypatch.setattr(capture, "CudaCapturer", StandIn)
-    monkeypatch.setattr(loop, "require_cuda", lambda device: None)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+def test_a_captured_run_is_recorded_followed_and_resumed(
+    stand_in: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan = loop._resolved
 
+    def resolved(runtime: RuntimeConfig, *how: Any, **more: Any) -> RuntimeConfig:
+        settled = plan(replace(runtime, step="eager"), *how, **more)
+        return replace(settled, step=runtime.step)
 
-def test_a_captured_run_is_recorded_followed_and_resumed(stand_in: None, tmp_path: Path):
-    config = replace(tiny(step="graph"), optim=replace(tiny().optim, epochs=2, milestones=(1,)))
+    monkeypatch.setattr(loop, "_resolved", resolved)
+    config = graph(tiny(epochs=2))
     told = Stop(-1)
     whole = trained(config, tmp_path / "whole", told)
     assert whole.step == "graph"
@@ -204,11 +218,10 @@ def test_a_captured_run_is_recorded_followed_and_resumed(stand_in: None, tmp_pat
 )
 def test_ten_replays_follow_ten_eager_steps(impl: str, precision: str):
     config = tiny("spem", device="cuda", precision=precision, impl=impl, deterministic=True)
-    graph = replace(config, runtime=replace(config.runtime, step="graph"))
     losses: list[list[float]] = []
-    for each in (config, graph):
+    for each in (config, graph(config)):
         with execution(each.runtime):
-            training = Training(each, captured=False)
+            training = Training(each)
             found = [training.step(*pair).loss for pair in batches(10, "cuda")]
             losses.append([float(loss) for loss in found])
     torch.testing.assert_close(
@@ -226,7 +239,7 @@ def test_ten_replays_follow_ten_eager_steps(impl: str, precision: str):
 def test_ten_steps_do_not_wait_for_the_gpu(kind: str, attention: str):
     config = tiny(attention, device="cuda", step=kind)
     with execution(config.runtime):
-        training = Training(config, captured=False)
+        training = Training(config)
         given = list(batches(10, "cuda"))
         pixels = torch.zeros(16, 3, 8, 8, dtype=torch.uint8, device="cuda")
         for pair in given[:3]:

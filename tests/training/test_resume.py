@@ -129,9 +129,8 @@ def test_other_threads_train_without_touching_signals(tmp_path: Path):
     seen: list[object] = []
 
     class Look(Silent):
-        def due(self) -> bool:
+        def step(self, done: int, total: int, text: str) -> None:
             seen.append(signal.getsignal(signal.SIGTERM))
-            return False
 
     thread = threading.Thread(
         target=train, args=(tiny(epochs=1), tmp_path), kwargs={"progress": Look()}

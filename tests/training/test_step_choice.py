@@ -13,7 +13,6 @@ from training.tiny import Stop, begun, differences, outcome, shortened, tiny, tr
 
 from spem.models import ResNet
 from spem.ops import dispatch, use_impl
-from spem.ops.dispatch import Choice
 from spem.training import Interrupted, RuntimeConfig, Silent, read_run, train
 from spem.training.folder import build_network
 from spem.training.loop import _resolved
@@ -47,14 +46,6 @@ def test_the_choice_is_written_down(tmp_path: Path):
     assert run.runtime.impl == run.weights().impl == "numba"
 
 
-def test_a_choice_has_to_serve_training_and_evaluation(monkeypatch: pytest.MonkeyPatch):
-    def chosen(op: str, device: str, dtype: torch.dtype, **_: object) -> Choice:
-        return Choice("reference", "why") if dtype == torch.float32 else Choice("numba", "")
-
-    monkeypatch.setattr("spem.training.step.choose", chosen)
-    assert choose_impl(RuntimeConfig(precision="bf16"), "cpu") == ("reference", "why")
-
-
 @pytest.mark.parametrize(
     ("step", "impl"), [("eager", "reference"), ("compile", "formula"), ("graph", "reference")]
 )
@@ -62,20 +53,20 @@ def test_on_cuda_what_is_compiled_gets_the_formula_until_triton_is_proven(
     step: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(dispatch, "_objection", lambda _: "kernels differ")
-    assert choose_impl(RuntimeConfig(step=step), "cuda").impl == impl
-    assert choose_impl(RuntimeConfig(step=step, impl="reference"), "cuda").impl == "reference"
+    assert choose_impl(RuntimeConfig(step=step), "cuda") == impl
+    assert choose_impl(RuntimeConfig(step=step, impl="reference"), "cuda") == "reference"
 
 
 def test_on_cuda_a_proven_triton_is_chosen_for_graphs(proven: None):
     chosen = {
-        step: choose_impl(RuntimeConfig(step=step, precision="bf16"), "cuda").impl
+        step: choose_impl(RuntimeConfig(step=step, precision="bf16"), "cuda")
         for step in ("eager", "compile", "graph")
     }
     assert chosen == {"eager": "reference", "compile": "formula", "graph": "triton"}
     graph = RuntimeConfig(step="graph")
-    assert choose_impl(graph, "cuda", attention=False).impl == "reference"
+    assert choose_impl(graph, "cuda", attention=False) == "reference"
     asked = replace(graph, impl="triton")
-    assert choose_impl(asked, "cuda", attention=False).impl == "triton"
+    assert choose_impl(asked, "cuda", attention=False) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -140,19 +131,17 @@ def test_stored_weights_are_evaluated_as_they_were_trained_where_that_can_be(
     monkeypatch: pytest.MonkeyPatch,
 ):
     told: list[str] = []
-    for stored, expected in (("reference", "reference"), ("numba", "numba"), (None, None)):
-        with stored_impl(RuntimeConfig(impl=stored), "cpu", told.append):
-            assert dispatch.requested(None, "test") == expected
+    expected = {"reference": "reference", "formula": "reference", "numba": "numba", None: None}
+    assert {impl: stored_impl(impl, "cpu", told.append) for impl in expected} == expected
     assert told == []
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with stored_impl(RuntimeConfig(impl="triton"), "cpu", told.append):
-        assert dispatch.requested(None, "test") is None
+    assert stored_impl("triton", "cpu", told.append) is None
     assert told == [
         "the run was trained with impl='triton', which needs a CUDA tensor, got device 'cpu'; "
         "evaluating with numba"
     ]
-    with use_impl("formula"), stored_impl(RuntimeConfig(impl="numba"), "cpu", told.append):
-        assert dispatch.requested(None, "test") == "formula"
+    with use_impl("formula"):
+        assert stored_impl("numba", "cpu", told.append) == "formula"
     assert len(told) == 1
 
 

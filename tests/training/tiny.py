@@ -26,10 +26,8 @@ from spem.training import (
     read_run,
     train,
 )
-from spem.training.capture import Step
 from spem.training.folder import CHECKPOINT, build_network, load_checkpoint
-from spem.training.progress import Status
-from spem.training.step import make_optimizer, make_step
+from spem.training.step import Step, make_optimizer, make_step
 
 CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
 """Numbers of a metrics line that depend on the clock."""
@@ -42,10 +40,7 @@ class Stop(Silent):
         self.left, self.number = after, number
         self.messages: list[str] = []
 
-    def due(self) -> bool:
-        return True
-
-    def step(self, status: Status) -> None:
+    def step(self, done: int, total: int, text: str) -> None:
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), self.number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from dataclasses import replace
@@ -40,6 +39,7 @@ def run(
         require_regular(predictions, missing_ok=True)
     import torch
 
+    from spem.ops import use_impl
     from spem.training import evaluate
     from spem.training.evaluation import predict
     from spem.training.step import stored_impl
@@ -52,11 +52,8 @@ def run(
     images = _images(found, network, data, root)
     model, how, config = found.model.to(place), (found.mean, found.std), found.config
     _require_outputs(found, images, place)
-    as_trained = contextlib.nullcontext()
-    if config is not None and found.impl is not None:
-        runtime = replace(config.runtime, impl=found.impl)
-        as_trained = stored_impl(runtime, place, lambda text: print(text, file=sys.stderr))
-    with as_trained:
+    impl = stored_impl(found.impl, place, lambda text: print(text, file=sys.stderr))
+    with use_impl(impl):
         accuracy = evaluate(model, images, normalisation=how)
         if not math.isfinite(accuracy.loss):
             raise FloatingPointError(

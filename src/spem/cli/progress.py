@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from spem.reproduce.run import Ended
     from spem.reproduce.tables import Table
     from spem.training import RunConfig
-    from spem.training.progress import Status
 
 LEFT = 3
 """Exit code where a budget was over before every run was finished."""
@@ -35,7 +34,7 @@ class Several:
         self._config: RunConfig | None = None
         self._began = time.monotonic()
         self._output = choose_progress()
-        self.due, self.stop = self._output.due, self._output.close
+        self.stop = self._output.close
 
     def start(self, config: RunConfig) -> None:
         """A run begins, or goes on."""
@@ -52,8 +51,7 @@ class Several:
         if finished > 0.05:
             took = time.monotonic() - self._began
             text += f", {roughly(took * (self._total - finished) / finished)} left"
-        if self.due():
-            self._output.show(finished, self._total, text)
+        self._output.step(finished, self._total, text)
 
     def finish(self, ended: Ended) -> None:
         """A run has ended."""
@@ -65,10 +63,9 @@ class Several:
         self.message(f"run {self._done}/{self._total}: {run_name(ended.config)}: {said}")
         self.running(self._shares)
 
-    def step(self, status: Status) -> None:
-        """Progress within an epoch of the run in this process."""
-        done, all_steps = status.epoch * status.steps + status.step, status.epochs * status.steps
-        self.running({} if self._config is None else {self._config: done / all_steps})
+    def step(self, done: int, total: int, text: str) -> None:
+        """A step of the run in this process."""
+        self.running({} if self._config is None else {self._config: done / total})
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """An epoch is complete: nothing, the run's own `metrics.jsonl` has it."""

@@ -28,8 +28,8 @@ _RANGES: dict[str, tuple[int, int | None]] = {
     "model.depth": (1, 5_000),
     **dict.fromkeys(("data.pad", "runtime.threads"), (0, 4_096)),
     "data.size": (1, 4_096),
-    **dict.fromkeys(("data.limit", "data.test_limit"), (1, None)),
-    **dict.fromkeys(("optim.epochs", "optim.batch", "optim.milestones"), (1, None)),
+    **dict.fromkeys(("data.limit", "data.test_limit", "optim.epochs", "optim.batch"), (1, None)),
+    "optim.milestones": (1, None),
     "seed": (-(2**63), 2**63 - 1),
 }
 """The least and the largest of whole numbers; others are from 0 on."""
@@ -37,8 +37,8 @@ _RANGES: dict[str, tuple[int, int | None]] = {
 SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 
-_NOT_IN_ID = ("root", "sha256", "test_sha256")
-"""Fields of `DataConfig` that say where the images lie and what is checked, not what they are."""
+_NOT_IN_ID = ("weights", "root", "sha256", "test_sha256")
+"""Fields that say where weights and images lie and what is checked, not what they are."""
 _CHOOSING = ("impl", "step", "channels_last", "deterministic")
 """Fields of `RuntimeConfig` that are part of the id where they are not what they are by default."""
 _LATER = (
@@ -268,21 +268,16 @@ class RunConfig:
         """
         _ = self.model.spec
         full = self.to_dict()
-        del full["model"]["weights"]
+        how, kept = full["runtime"], dict[str, Any]()
         for section in ("model", "data", "optim"):
-            for name in _LATER:
-                if full[section].get(name) in (None, False):
-                    full[section].pop(name, None)
-        how = full["runtime"]
+            kept[section] = {
+                name: value
+                for name, value in full[section].items()
+                if name not in _NOT_IN_ID and not (name in _LATER and value in (None, False))
+            }
         chosen = {k: how[k] for k in _CHOOSING if how[k] != getattr(RuntimeConfig, k)}
-        return {
-            "schema": SCHEMA,
-            "model": full["model"],
-            "data": {k: v for k, v in full["data"].items() if k not in _NOT_IN_ID},
-            "optim": full["optim"],
-            "precision": how["precision"],
-            **({"runtime": chosen} if chosen else {}),
-        }
+        runtime = {"runtime": chosen} if chosen else {}
+        return {"schema": SCHEMA, **kept, "precision": how["precision"], **runtime}
 
     @property
     def id(self) -> str:
@@ -321,9 +316,8 @@ class RunConfig:
             return float(value) if type(value) is int else value
 
         if isinstance(values.get("runtime"), dict):
-            known = {f.name for f in dataclasses.fields(RuntimeConfig)}
-            runtime = {k: v for k, v in values["runtime"].items() if k in known}
-            values = {**values, "runtime": runtime}
+            known = values["runtime"].keys() & {f.name for f in dataclasses.fields(RuntimeConfig)}
+            values = {**values, "runtime": {name: values["runtime"][name] for name in known}}
         try:
             config = dacite.from_dict(
                 cls, values, dacite.Config(cast=[tuple], type_hooks={float: real}, strict=True)
@@ -337,40 +331,34 @@ class RunConfig:
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Name the fields in which two nested dicts differ: "optim.lr 0.1 -> 0.05, ..."."""
-    a, b = _flat(old), _flat(new)
+    """Name the fields in which two identities differ: "optim.lr 0.1 -> 0.05, ..."."""
+
+    def flat(identity: dict[str, Any]) -> dict[str, Any]:
+        sections = {k: v if isinstance(v, dict) else {"": v} for k, v in identity.items()}
+        return {f"{k}.{name}".strip("."): v for k, s in sections.items() for name, v in s.items()}
+
+    a, b = flat(old), flat(new)
     changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     return ", ".join(f"{k} {a.get(k)} -> {b.get(k)}" for k in changed)
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix[:-1]: values}
-    parts = (_flat(v, f"{prefix}{k}.") for k, v in cast("dict[str, Any]", values).items())
-    return {key: value for part in parts for key, value in part.items()}
 
 
 _hints = cache(get_type_hints)
 
 
 def _check(part: Any, section: str = "") -> None:
-    """Check every field by its type: a listed word, a whole number, or a number from 0 on.
-
-    Numbers are kept as floats where the field is one: 1 and 1.0 must give one id.
-    """
+    """Check every field by its type: a listed word, a whole number, or a number from 0 on."""
     for field_name, hint in _hints(type(part)).items():
         name, value = f"{section}{field_name}", getattr(part, field_name)
-        parts = get_args(hint)
-        optional = NoneType in parts
+        optional = NoneType in get_args(hint)
         if optional and value is None:
             continue
-        kind = parts[0] if optional else hint
+        kind = get_args(hint)[0] if optional else hint
         if get_origin(kind) is Literal:
             _one_of(name, value, get_args(kind))
         elif kind is float:
             if isinstance(value, (bool, str)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number from 0 on.")
-            object.__setattr__(part, field_name, float(value))
+            object.__setattr__(part, field_name, float(value))  # 1 and 1.0 give one id
         elif kind is int or get_origin(kind) is tuple:
             lowest, highest = _RANGES.get(name, (0, None))
             for number in [value] if kind is int else value:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from signal import Signals
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from spem.ops.synchronised import SharedBatchNorm
 from spem.training.config import OptimConfig, RuntimeConfig
 from spem.training.signals import Interrupted, StopSignals
 from spem.training.step import Step, StepOutput, lambdas, make_forward
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -73,7 +70,8 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    control: ProcessGroup | None = None
+    control: Any = None
+    """The process group for the CPU."""
 
     @property
     def leads(self) -> bool:
@@ -106,14 +104,6 @@ class Team:
         if isinstance(code, int):
             raise Interrupted(message, code)
         raise FollowerError(f"train: the first process of this run stopped. {message}")
-
-    def alone(self, work: Callable[[], object]) -> None:
-        """As `lead`, but what is returned is dropped."""
-
-        def done() -> None:
-            work()
-
-        self.lead(done)
 
     def require_same(self, name: str, mine: Any) -> None:
         """Raise ValueError where plain values are not those of the first process."""
@@ -184,12 +174,11 @@ class Team:
             lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
             if self.size == 1 or not lost:
                 raise
-            there = (
-                f"The checkpoint is {checkpoint}" if checkpoint.exists() else "No checkpoint yet"
-            )
+            there = checkpoint.exists()
+            said = f"The checkpoint is {checkpoint}" if there else "No checkpoint yet"
             raise LostProcessError(
                 f"train: another of the {self.size} processes of this run is gone: killed, out of "
-                f"memory, or ended by an error that it has reported itself. {there}; run the same "
+                f"memory, or ended by an error that it has reported itself. {said}; run the same "
                 "command again to go on."
             ) from error
 
@@ -200,7 +189,7 @@ def gather_team() -> Generator[Team]:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield Team()
         return
-    control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     yield Team(dist.get_rank(), dist.get_world_size(), control)
     dist.destroy_process_group(control)
 
@@ -214,15 +203,13 @@ def shared_step(
 ) -> Step:
     """Build the step of one process of several; its batch norms become shared ones.
 
-    What comes out is the step that one process takes with the whole batch, within rounding: norms
-    share their statistics, and loss, penalty and gradient are sums over the processes, each
-    weighted by its share of the images, so the penalty counts once. Gradients are added in one
-    exchange after the backward pass: a CIFAR ResNet has too few for overlapping to gain anything.
+    Together they take the step of one process, within rounding: norms share their statistics, and
+    loss, penalty and gradient are sums weighted by each process's share of the images. Gradients
+    are added in one exchange after the backward pass: a CIFAR ResNet has too few for overlapping.
 
-    The step is given the whole batch in every process and takes its part. A batch that would leave
-    a process fewer images than the network's modules need in training, such as the last one of an
-    epoch, is taken whole by every process. The loss and the correct answers it returns are this
-    process's parts of the batch's.
+    The step is given the whole batch in every process and takes its part; a batch too small for the
+    network's modules to be divided is taken whole by all. The loss and the correct answers that it
+    returns are this process's parts of the batch's.
 
     Raises:
         ValueError: a module cannot be trained by several processes, or the batch is too small.
@@ -262,19 +249,15 @@ def share_norms(model: nn.Module) -> list[SharedBatchNorm]:
         if isinstance(module, BATCH_NORMS):
             model.set_submodule(name, SharedBatchNorm.of(module))
     for name, module in model.named_modules():
-        reason = _unshareable(module)
-        if reason is not None:
+        reason = ""
+        if callable(getattr(module, "reseed", None)):
+            reason = "draws at random by an image's place in the batch"
+        alone = isinstance(module, ChannelAttention) and module.needs.batch_statistics
+        if alone and not any(isinstance(inner, SharedBatchNorm) for inner in module.modules()):
+            reason = "takes statistics of the batch by itself"
+        if reason:
             raise ValueError(
                 f"train: {name} ({type(module).__name__}) {reason}, which several processes cannot "
                 "share. Train this network in one process, without torchrun."
             )
     return [module for module in model.modules() if isinstance(module, SharedBatchNorm)]
-
-
-def _unshareable(module: nn.Module) -> str | None:
-    if callable(getattr(module, "reseed", None)):
-        return "draws at random by an image's place in the batch"
-    unshared = isinstance(module, ChannelAttention) and module.needs.batch_statistics
-    if unshared and not any(isinstance(inner, SharedBatchNorm) for inner in module.modules()):
-        return "takes statistics of the batch by itself"
-    return None

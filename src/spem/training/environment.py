@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,30 +28,24 @@ def hardware(device: torch.device, threads: int) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else name
+    told = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*\S)", told, re.MULTILINE)
+    name = model[1] if model else platform.processor() or platform.machine()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def commit() -> str | None:
     """Commit this package's source belongs to, "-dirty" if changed; None for an installed one."""
-    here = Path(__file__).resolve()
-    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
-    if tracked is None:  # an installed package may lie in somebody else's checkout
-        return None
-    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command, None where it fails or there is no git."""
-    try:
-        asked = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return asked.stdout.strip() if asked.returncode == 0 else None
+    here, said = Path(__file__).resolve(), ""
+    for command in (
+        # An installed package may lie in somebody else's checkout.
+        ["git", "ls-files", "--error-unmatch", here.name],
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+    ):
+        try:
+            quiet = subprocess.DEVNULL
+            said = subprocess.check_output(command, cwd=here.parent, stderr=quiet, text=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return said.strip()

@@ -51,8 +51,7 @@ def evaluate(
     """Evaluate a network on all images of a set, in float32 on the network's own device.
 
     It is float32 whatever the network was trained in, so that saved weights give the row of their
-    run again; another machine or version of torch may round an image at a tie the other way. The
-    mode of every module is restored.
+    run again. The mode of every module is restored.
 
     Args:
         model: takes images [n, 3, H, W] and returns logits [n, classes].
@@ -116,8 +115,7 @@ def load_test_images(
 ) -> ImageSet:
     """The test images to judge trained weights on: those of their training, or others.
 
-    What a network was trained on is known by the checksum and the names of the classes. A name is
-    not enough: anything may lie in a folder that is called digits.
+    They are known by checksum and class names: anything may lie in a folder called digits.
 
     Args:
         config: of `Weights` or `Run`.
@@ -131,26 +129,25 @@ def load_test_images(
         ValueError: the images are not those that the network was tested on, though none were named;
             or their classes have other names than the network's outputs.
     """
-    own = replace(
-        config.data, root=config.data.root if root is None else str(root), test_sha256=None
-    )
-    if name is None or name == config.data.name:
-        if known_name(own.name) is None and not Path(own.name).is_dir():
+    asked, there = replace(config.data, test_sha256=None), None if root is None else str(root)
+    if name is not None and name != config.data.name:
+        asked = replace(asked, name=name, root=there, test_limit=None)
+    else:
+        asked = replace(asked, root=there or config.data.root)
+        if known_name(asked.name) is None and not Path(asked.name).is_dir():
             raise FileNotFoundError(
-                f"the network was trained on a folder named {own.name!r}, which is not here. Name "
-                "the images with --data PATH."
+                f"the network was trained on a folder named {asked.name!r}, which is not here. "
+                "Name the images with --data PATH."
             )
-        images = load_test(own)
-        if name is None and data is not None and not data.is_test_set(images):
+    images = load_test(asked)
+    if data is not None:
+        same = (images.sha256, images.classes) == (data.test_sha256, data.classes)
+        if name is None and not same:
             raise ValueError(
                 f"the network was trained on images named {data.name!r} that are not those found "
                 f"under this name here (SHA-256 {data.test_sha256[:10]} there, "
                 f"{images.sha256[:10]} here). Name the images with --data PATH."
             )
-    else:
-        other = replace(own, name=name, root=None if root is None else str(root), test_limit=None)
-        images = load_test(other)
-    if data is not None:
         data.require_classes(images)
     return images
 
@@ -164,11 +161,10 @@ def gradient_norms(model: nn.Module) -> Tensor:
     found: list[Tensor] = []
     for _, block in blocks(model):
         attention = [m for m in block.modules() if isinstance(m, ChannelAttention)]
-        theirs = {id(p) for module in attention for p in module.parameters()}
-        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-        kernels = [conv.weight for conv in convs if id(conv.weight) not in theirs]
-        own = [w.grad for w in kernels if w.grad is not None]
-        found.append(torch.stack([g.norm() for g in own]).norm() if own else torch.zeros(()))
+        theirs = {m for module in attention for m in module.modules()}
+        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m not in theirs]
+        gradients = [conv.weight.grad for conv in convs if conv.weight.grad is not None]
+        found.append(nn.utils.get_total_norm(gradients))
     return torch.stack(found).to(next(model.parameters()).device)
 
 

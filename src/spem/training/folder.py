@@ -8,7 +8,7 @@
                        means finished
     .lock              held by the process that trains
 
-Each file is whole or refused, and nothing is ever unpickled beyond tensors and plain values.
+Each file is whole or refused; nothing is unpickled beyond tensors and plain values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import re
 import socket
 from collections.abc import Generator, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -52,8 +52,6 @@ _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.
 
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
-_LARGEST_OPTION = 4_096
-"""Of an attention in a file: no module of a CIFAR network takes a larger number."""
 _AGAIN = "Delete the folder to train the run again."
 
 T = TypeVar("T")
@@ -79,23 +77,15 @@ class HeldError(RuntimeError):
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What a network was trained on, known by content: the name is only a label.
+    """What a network was trained on: class names by label and `ImageSet.sha256` of the images.
 
-    Args:
-        name: as asked for; of a folder in passed-on weights, its last part.
-        classes: their names, in the order of the labels.
-        train_sha256: `ImageSet.sha256` of the training images.
-        test_sha256: the same of the test images.
+    The name is only a label: as asked for, of a folder in passed-on weights its last part.
     """
 
     name: str
     classes: tuple[str, ...]
     train_sha256: str
     test_sha256: str
-
-    def is_test_set(self, images: ImageSet) -> bool:
-        """Whether these are the very images that the run was tested on."""
-        return images.sha256 == self.test_sha256 and images.classes == self.classes
 
     def require_classes(self, images: ImageSet) -> None:
         """Raise ValueError where the images' labels mean something else than the outputs."""
@@ -117,8 +107,13 @@ class DataIdentity:
 class Result:
     """What `result.json` holds; accuracies are percent, times seconds.
 
-    `accuracy` and `loss` are those of the last epoch on the test set. `best_accuracy` is the test
+    `accuracy` and `loss` are those of the last epoch on the test set, `best_accuracy` is the test
     accuracy of `best_epoch`, which was selected on the set named by `best_selected_on`.
+    `step_seconds` is the median over epochs of the time of a training step. `commit` is that of the
+    checkout which finished the run, with "-dirty" if it was changed, and `date` when that was, UTC.
+    `impl` ran the tails of its blocks (`spem.ops.use_impl`), `step` is how its steps were taken.
+    `gates` describes the gate of each module on the first test images (`describe_gates`); `files`
+    holds the SHA-256 of each file that stays in the folder.
     """
 
     id: str
@@ -142,64 +137,49 @@ class Result:
     train_seconds: float
     evaluation_seconds: float
     step_seconds: float
-    """Median over epochs of the time of a training step."""
     images_per_second: float
     hardware: str
     versions: dict[str, str]
     train_sha256: str
     test_sha256: str
     commit: str | None
-    """Of the checkout that finished the run, with "-dirty" if it was changed."""
     date: str
-    """UTC, when the run was finished."""
     impl: str
-    """What ran the tails of its blocks (`spem.ops.use_impl`)."""
     step: str
-    """How its steps were taken: "eager", "compile" or "graph"."""
     gates: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """The gate of each module on the first test images (`spem.training.evaluation`)."""
     files: dict[str, str] = field(default_factory=dict[str, str])
-    """SHA-256 of each file that stays in the folder."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `config.json` holds.
+class Run:
+    """A run folder as it was planned or read.
 
     Args:
+        folder: where it lies.
         config: what was asked for.
         runtime: how it is carried out: the device, implementation, step and threads that were
             resolved when it was planned.
         data: what it is trained on.
         starts: date, hardware, versions and commit of each process that took it up.
-    """
-
-    config: RunConfig
-    runtime: RuntimeConfig
-    data: DataIdentity
-    starts: list[dict[str, Any]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values."""
-        values = {"schema": SCHEMA, "id": self.config.id, **asdict(self)}
-        return json.loads(json.dumps(values))
-
-
-@dataclass(frozen=True)
-class Run(Plan):
-    """A run folder as it was read.
-
-    Args:
-        folder: where it lies.
         result: None while it is unfinished, and of a run that failed.
         error: why it cannot be finished (it diverged), or None.
         epochs: the lines of `metrics.jsonl`.
     """
 
     folder: Path
-    result: Result | None
-    error: str | None
-    epochs: list[dict[str, Any]]
+    config: RunConfig
+    runtime: RuntimeConfig
+    data: DataIdentity
+    starts: list[dict[str, Any]]
+    result: Result | None = None
+    error: str | None = None
+    epochs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds, as nested plain values."""
+        parts = {name: asdict(getattr(self, name)) for name in ("config", "runtime", "data")}
+        values = {"schema": SCHEMA, "id": self.config.id, **parts, "starts": self.starts}
+        return json.loads(json.dumps(values))
 
     @property
     def finished(self) -> bool:
@@ -262,17 +242,16 @@ def held(folder: Path) -> Generator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        who = "another process"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads(note.read_text())
-            who = f"process {said['pid']} on {said['host']} since {said['since']}"
+        who = ""
+        with contextlib.suppress(OSError, ValueError):
+            who = note.read_text().strip()
+        who = who or "another process"
         raise HeldError(
             f"train: {folder} is in use by {who}. Wait for it to end, stop it, or train into "
             "another folder."
         ) from None
     try:
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
-        note.write_text(json.dumps(me))
+        note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
         for path in folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 path.unlink()
@@ -308,7 +287,7 @@ def require_own(folder: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file looks as a run writes it, damaged or not: the name alone says little."""
+    """Whether a file looks as a run writes it, damaged or not."""
     content = path.read_bytes()
     if path.name == CHECKPOINT:
         return _MAGIC in content[-2 * _FOOTER :] or content[:2] == b"PK"
@@ -323,20 +302,23 @@ def now() -> str:
 # ---- config.json and metrics.jsonl
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> Run | None:
     """Read `config.json`; where it was lost, what the checkpoint knows of it; None without both."""
     path = folder / CONFIG
     if path.exists():
-        values = load_json(
-            path, remedy="Delete it: a run goes on from what its checkpoint knows, if there is one."
-        )
+        remedy = _AGAIN
+        if (folder / CHECKPOINT).exists():
+            remedy = "Delete it: the run goes on from what its checkpoint knows."
+        elif not (folder / METRICS).exists():  # a network that was passed on
+            remedy = "Fetch the folder again, or share the network again."
+        values = load_json(path, remedy=remedy)
     elif (folder / CHECKPOINT).exists():
         path = folder / CHECKPOINT
         values = load_checkpoint(path).get("plan", {})
     else:
         return None
     try:
-        return _build(Plan, values)
+        return _build(Run, {**values, "folder": folder})
     except ValueError as error:
         raise ValueError(f"{path} does not fit this version of spem. {error}") from error
 
@@ -428,19 +410,16 @@ def start_from(model: ResNet, path: str, sha256: str | None) -> None:
             "config means, or set model.weights_sha256 to this sum."
         )
     try:
-        tensors = safetensors.load(content)
-        kept = {k: v for k, v in tensors.items() if not k.startswith("fc.")}
-        missing, unexpected = model.load_state_dict(kept, strict=False)
+        kept = {k: v for k, v in safetensors.load(content).items() if not k.startswith("fc.")}
+        missing, other = model.load_state_dict(kept, strict=False)
         lacking = [k for k in missing if not k.startswith("fc.") and ".attention." not in k]
-        if lacking or unexpected:
-            raise ValueError(
-                f"it lacks {lacking[0]}" if lacking else f"it also holds {unexpected[0]}"
-            )
+        if lacking or other:
+            raise ValueError(f"it lacks {lacking[0]}" if lacking else f"it also holds {other[0]}")
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
         raise ValueError(
-            f"train: {path} does not fit the network: {reason.rstrip('.')}. Use weights of the "
-            "same depth and block."
+            f"train: {path} does not fit the network: {reason}. Use weights of the same depth and "
+            "block."
         ) from error
 
 
@@ -454,24 +433,21 @@ def save_weights(
 ) -> None:
     """Write a network's weights as safetensors: equal weights of equal runs give equal files.
 
-    The metadata hold the config, what is known of the data and what ran the tails (`impl`), and a
-    SHA-256 over all of it. Where the data lay is nobody's business when the weights are passed on,
-    so names of folders are cut to their last part.
+    The metadata hold the config, what is known of the data, what ran the tails (`impl`), and a
+    SHA-256 over all of it. Names of folders are cut to their last part: weights are passed on.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="save_weights")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    weights = config.model.weights and Path(config.model.weights).name
     published = config.to_dict()
     published["data"] |= {"root": None, "name": Path(config.data.name).name}
-    if config.model.weights is not None:
-        published["model"]["weights"] = Path(config.model.weights).name
-    trained_on = data and {**asdict(data), "name": Path(data.name).name}
-    about = {"impl": impl, "data": trained_on}
+    published["model"]["weights"] = weights
+    about = {"impl": impl, "data": data and {**asdict(data), "name": Path(data.name).name}}
     texts = {"config": canonical_json(published).decode(), "about": canonical_json(about).decode()}
     metadata = {"format": "pt", **texts, "sha256": _weights_sum(tensors, texts)}
     content = safetensors.save(tensors, metadata)
-    # The library writes the metadata in any order.
     length, header = _header(content)
-    header["__metadata__"] = dict(sorted(metadata.items()))
+    header["__metadata__"] = dict(sorted(metadata.items()))  # the library has them in any order
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_atomic(Path(path), len(text).to_bytes(8, "little") + text + content[8 + length :])
@@ -484,9 +460,7 @@ def _header(content: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read what `save_weights` wrote.
-
-    Sizes are checked before anything is built, so that a crafted file cannot fill the memory.
+    """Read what `save_weights` wrote; sizes are checked before anything is built.
 
     Raises:
         ValueError: the file is damaged or was not written by `save_weights`.
@@ -527,9 +501,8 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
         raise ValueError(
             f"The config asks for depth {config.model.depth}, and there are {len(tensors)} tensors."
         )
-    for option in _numbers(config.model.spec and config.model.spec.options):
-        if not abs(option) <= _LARGEST_OPTION:
-            raise ValueError(f"The option {option} of {config.model.attention} is absurd.")
+    if large := re.search(r"(?<![\w.])\d{5,}", config.model.attention):
+        raise ValueError(f"The option {large[0]} of {config.model.attention} is absurd.")
     if data is not None and len(data.classes) != head.shape[0]:
         raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
     network = build_network(config, classes=head.shape[0])
@@ -537,14 +510,6 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
     return network
-
-
-def _numbers(value: Any) -> Generator[float]:
-    if isinstance(value, (tuple, list)):
-        for item in cast("tuple[Any, ...]", value):
-            yield from _numbers(item)
-    elif isinstance(value, (int, float)):
-        yield value
 
 
 def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
@@ -576,23 +541,7 @@ def _require_sum(path: Path, sums: dict[str, str]) -> None:
 
 def read_result(folder: Path) -> Result | None:
     """The result of a run folder; None if the run has not finished; raises as `read_run`."""
-    return _read_result(Path(folder))[0]
-
-
-def _read_result(folder: Path) -> tuple[Result | None, str | None, dict[str, str]]:
-    """Result, error, and the sums of the files."""
-    path = folder / RESULT
-    if not path.exists():
-        return None, None, {}
-    remedy = "Delete it and run the same training again."
-    values = load_json(path, remedy=remedy)
-    try:
-        if "error" in values:
-            return None, str(values["error"]), dict(values["files"])
-        result = _build(Result, values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not fit this version of spem ({error}). {remedy}") from error
-    return result, None, result.files
+    return read_run(folder).result
 
 
 def read_run(folder: str | Path) -> Run:
@@ -605,18 +554,29 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder.")
-    plan = read_plan(folder)
-    if plan is None:
+    run = read_plan(folder)
+    if run is None:
         raise FileNotFoundError(f"{folder}: no run is in this folder (no {CONFIG}).")
-    result, error, sums = _read_result(folder)
-    if result is not None and (result.id, result.seed) != (plan.config.id, plan.config.seed):
+    path, result, error, sums = folder / RESULT, None, None, dict[str, str]()
+    if path.exists():
+        remedy = "Delete it and run the same training again."
+        values = load_json(path, remedy=remedy)
+        try:
+            if "error" in values:
+                error, sums = str(values["error"]), dict(values["files"])
+            else:
+                result = _build(Result, values)
+                sums = result.files
+        except (ValueError, KeyError, TypeError) as problem:
+            said = f"{path} does not fit this version of spem ({problem}). {remedy}"
+            raise ValueError(said) from problem
+    if result is not None and (result.id, result.seed) != (run.config.id, run.config.seed):
         raise ValueError(
             f"{folder}: {RESULT} is of run {result.id}, seed {result.seed}, and {CONFIG} of run "
-            f"{plan.config.id}, seed {plan.config.seed}. {_AGAIN}"
+            f"{run.config.id}, seed {run.config.seed}. {_AGAIN}"
         )
     for name in sums.keys() & {CONFIG, METRICS}:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing. {_AGAIN}")
         _require_sum(folder / name, sums)
-    epochs = read_metrics(folder)
-    return Run(**vars(plan), folder=folder, result=result, error=error, epochs=epochs)
+    return replace(run, result=result, error=error, epochs=read_metrics(folder))

@@ -23,50 +23,24 @@ from spem.files import save_json
 from spem.models import ResNet, blocks, start_branches
 from spem.ops import use_impl
 from spem.seeding import initialise
-from spem.training.capture import CapturedStep
+from spem.training import folder as store
 from spem.training.config import RunConfig, RuntimeConfig
 from spem.training.distributed import Team, gather_team, shared_step
 from spem.training.environment import commit, hardware, versions
-from spem.training.evaluation import (
-    Accuracy,
-    describe_gates,
-    evaluate,
-    gradient_norms,
-    norm_report,
-)
-from spem.training.folder import (
-    CHECKPOINT,
-    CONFIG,
-    RESULT,
-    WEIGHTS,
-    DataIdentity,
-    Plan,
-    Result,
-    build_network,
-    held,
-    load_checkpoint,
-    now,
-    read_plan,
-    read_run,
-    require_own,
-    require_same_run,
-    save_checkpoint,
-    save_weights,
-    start_from,
-    write_metrics,
-    write_result,
-)
-from spem.training.progress import Progress, Silent, Status, choose_progress
+from spem.training.evaluation import Accuracy, describe_gates, evaluate, gradient_norms, norm_report
+from spem.training.folder import DataIdentity, Result, Run, require_same_run
+from spem.training.progress import Progress, Silent, choose_progress, duration
 from spem.training.sets import Sets, epoch_batches, load_sets, require_batches
 from spem.training.signals import Interrupted, StopSignals, stop_signals
 from spem.training.step import (
+    CapturedStep,
     choose_impl,
     evaluation_impl,
     execution,
     lambdas,
     make_optimizer,
     make_step,
-    require_cuda,
+    map_dtype,
     set_rate,
     tails_of,
 )
@@ -107,7 +81,7 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
     with (
         gather_team() as team,
         stop_signals() as stop,
-        team.watched(folder / CHECKPOINT),
+        team.watched(folder / store.CHECKPOINT),
         ExitStack() as until,
     ):
         team.require_same("run", [config.id, config.seed])
@@ -116,44 +90,42 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
             until.callback(progress.close)
         else:
             progress = Silent()
-        team.alone(partial(require_own, folder))
+        team.lead(partial(store.require_own, folder))
         finished = partial(_finished, config, folder)
         result = team.lead(finished)
         if result is None:
             # Before the folder is made: where the images lack there is nothing to train.
             sets = load_sets(config.data, config.seed)
             team.require_same("images", [sets.train.sha256, sets.test.sha256])
-            team.alone(lambda: until.enter_context(held(folder)))
+            team.lead(lambda: until.enter_context(store.held(folder)))
             result = team.lead(finished)  # by another process, meanwhile
             if result is None:
-                plan = team.lead(lambda: _plan(config, folder, sets, progress, team.size))
-                with execution(plan.runtime, team.device(plan.runtime.device)) as device:
-                    return _Training(plan, folder, sets, device, stop, team, progress).run()
+                run = team.lead(lambda: _plan(config, folder, sets, progress, team.size))
+                with execution(run.runtime, team.device(run.runtime.device)) as device:
+                    return _Training(run, sets, device, stop, team, progress).run()
         progress.message(f"finished on {result.date}, so nothing is trained: {folder}")
         return result
 
 
 def _finished(config: RunConfig, folder: Path) -> Result | None:
     """The result of this very run, if the folder holds it; raises the error of a diverged one."""
-    if not (folder / RESULT).exists():
+    if not (folder / store.RESULT).exists():
         return None
-    run = read_run(folder)
+    run = store.read_run(folder)
     require_same_run(run.config, config, folder)
     if run.error is not None:
         raise FloatingPointError(f"{run.error} (Trained before, in {folder}.)")
     return run.result
 
 
-def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int) -> Plan:
+def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int) -> Run:
     """Resolve what a config leaves open, or take over how the folder's run was planned.
 
     Several processes step eagerly, each on a device of its own, also in a run begun otherwise.
     """
     train, test = sets.train, sets.test
     data = DataIdentity(config.data.name, train.classes, train.sha256, test.sha256)
-    stored = read_plan(folder)
-    begun = (folder / CHECKPOINT).exists()
-    runtime = config.runtime
+    stored, runtime, starts = store.read_plan(folder), config.runtime, list[dict[str, Any]]()
     if stored is not None:
         require_same_run(stored.config, config, folder)
         if replace(stored.data, name=data.name) != data:
@@ -163,7 +135,10 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
                 f"{stored.data.test_sha256[:10]} -> {data.test_sha256[:10]}, or the names of the "
                 "classes). Use another folder."
             )
-    if stored is not None and begun:
+    if not (folder / store.CHECKPOINT).exists():
+        stored = None  # nothing has been trained: it is planned anew
+    if stored is not None:
+        starts = stored.starts
         # Each of these can change the last bits.
         runtime = replace(stored.runtime, checkpoint_minutes=runtime.checkpoint_minutes)
         asked = {"device": config.runtime.device, "threads": config.runtime.threads}
@@ -179,20 +154,15 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
     try:
         runtime = _resolved(runtime, processes, attention=config.model.attention != "none")
     except ValueError as error:
-        if not begun:
+        if stored is None:
             raise
         raise ValueError(f"{error} But the run in {folder} was begun this way.") from error
     machine = hardware(torch.device(runtime.device), runtime.threads)
-    start = {
-        "date": now(),
-        "hardware": machine if processes == 1 else f"{processes} x {machine}",
-        "versions": versions(),
-        "commit": commit(),
-    }
-    earlier = stored.starts if stored is not None and begun else []
-    plan = Plan(config, runtime, data, [*earlier, start])
-    save_json(plan.to_dict(), folder / CONFIG)
-    return plan
+    machine = machine if processes == 1 else f"{processes} x {machine}"
+    start = {"date": store.now(), "hardware": machine, "versions": versions(), "commit": commit()}
+    run = Run(folder, config, runtime, data, [*starts, start])
+    save_json(run.to_dict(), folder / store.CONFIG)
+    return run
 
 
 def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) -> RuntimeConfig:
@@ -220,19 +190,22 @@ def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True)
             f"train: runtime.device={device!r} cannot serve {processes} processes, each of which "
             "takes a device of its own. Use 'cuda', 'cpu' or 'auto'."
         )
-    if step == "graph":
-        require_cuda(kind)
+    if step == "graph" and kind != "cuda":
+        raise ValueError(
+            f"train: runtime.step='graph' captures the step as a CUDA graph, which {kind!r} does "
+            "not have. Use 'auto', 'compile' or 'eager'."
+        )
     threads = runtime.threads or torch.get_num_threads()
     settled = replace(runtime, device=device, threads=threads, step=step)
-    return replace(settled, impl=choose_impl(settled, kind, attention=attention).impl)
+    return replace(settled, impl=choose_impl(settled, kind, attention=attention))
 
 
 def _starting_network(config: RunConfig, classes: int) -> ResNet:
     """The network before the first step, on the CPU."""
-    model, start = build_network(config, classes), config.model
+    model, start = store.build_network(config, classes), config.model
     initialise(model, config.seed, scope=start.init_scope)
     if start.weights is not None:
-        start_from(model, start.weights, start.weights_sha256)
+        store.start_from(model, start.weights, start.weights_sha256)
     if start.branch_start is not None:
         start_branches(model, start.branch_start)
     return model
@@ -259,18 +232,16 @@ class _Training:
 
     def __init__(
         self,
-        plan: Plan,
-        folder: Path,
+        run: Run,
         sets: Sets,
         device: torch.device,
         stop: StopSignals,
         team: Team,
         progress: Progress,
     ) -> None:
-        self.plan, self.config, self.runtime = plan, plan.config, plan.runtime
-        self.folder, self.device, self.stop, self.team = folder, device, stop, team
-        self.progress, self.sets = progress, sets.to(device)
-        optim, runtime = self.config.optim, self.runtime
+        self.plan, self.config, self.runtime, self.folder = run, run.config, run.runtime, run.folder
+        self.device, self.stop, self.team, self.progress = device, stop, team, progress
+        self.sets, optim, runtime = sets.to(device), run.config.optim, run.runtime
         model = _starting_network(self.config, classes=len(sets.train.classes))
         self.format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
@@ -299,7 +270,7 @@ class _Training:
             state = self.state = _State(self._zero_sums(), state.epoch + 1, history=history)
             self._save()
             if self.team.leads:
-                write_metrics(history, self.folder)
+                store.write_metrics(history, self.folder)
             self.progress.epoch(line, optim.epochs)
             if self.team.agree(self.stop)[0] and state.epoch < optim.epochs:
                 raise self._interruption(f"after epoch {state.epoch}")
@@ -335,8 +306,7 @@ class _Training:
                 self._save()
             if stop:
                 raise self._interruption(self._place())
-            if self.progress.due():
-                self.progress.step(self._status(state.step - first, time.monotonic() - started))
+            self._report((state.seconds - carried) / (state.step - first))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         state.seconds = carried + time.monotonic() - started
@@ -350,8 +320,8 @@ class _Training:
 
     def _normalised(self, images: Tensor) -> Tensor:
         mean, std = NORMALISATION[self.config.data.normalisation]
-        dtype = torch.bfloat16 if self.runtime.precision == "bf16" else torch.float32
-        return normalise(images, mean, std, dtype).contiguous(memory_format=self.format)
+        pixels = normalise(images, mean, std, map_dtype(self.runtime))
+        return pixels.contiguous(memory_format=self.format)
 
     def _prepare(self) -> None:
         """Say what runs the steps, and capture them, if they are, before the clock starts."""
@@ -416,21 +386,20 @@ class _Training:
 
     def _finish(self) -> Result:
         """Write weights and result, and take the checkpoint away."""
-        impl = self.runtime.impl
-        path = self.folder / WEIGHTS
-        save_weights(self.model, self.config, path, data=self.plan.data, impl=impl)
-        write_result(asdict(self._result()), self.folder)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        result = read_run(self.folder).result
+        path, impl = self.folder / store.WEIGHTS, self.runtime.impl
+        store.save_weights(self.model, self.config, path, data=self.plan.data, impl=impl)
+        store.write_result(asdict(self._result()), self.folder)
+        (self.folder / store.CHECKPOINT).unlink(missing_ok=True)
+        result = store.read_run(self.folder).result
         assert result is not None
         return result
 
     def _result(self) -> Result:
         config, sets, history = self.config, self.sets, self.state.history
+        pixels = config.data.normalisation
         with use_impl(evaluation_impl(self.runtime.impl)):
-            normalisation = config.data.normalisation
-            gates = describe_gates(self.model, sets.test, normalisation=normalisation)
-        last, best = history[-1], best_line(history)
+            gates = describe_gates(self.model, sets.test, normalisation=pixels)
+        last, best, start = history[-1], best_line(history), self.plan.starts[-1]
         train_seconds = sum(line["seconds"] for line in history)
         assert self.runtime.impl is not None  # resolved when it was planned
         return Result(
@@ -456,12 +425,12 @@ class _Training:
             evaluation_seconds=sum(line["evaluation_seconds"] for line in history),
             step_seconds=statistics.median(line["seconds"] for line in history) / self.steps,
             images_per_second=len(sets.train) * len(history) / train_seconds,
-            hardware=self.plan.starts[-1]["hardware"],
-            versions=self.plan.starts[-1]["versions"],
+            hardware=start["hardware"],
+            versions=start["versions"],
             train_sha256=sets.train.sha256,
             test_sha256=sets.test.sha256,
-            commit=self.plan.starts[-1]["commit"],
-            date=now(),
+            commit=start["commit"],
+            date=store.now(),
             impl=self.runtime.impl,
             step=self.runtime.step,
             gates=gates,
@@ -469,7 +438,7 @@ class _Training:
 
     def _save(self) -> None:
         """Write the checkpoint. This waits for the device, so it does not happen every step."""
-        self.team.alone(partial(self._write_checkpoint, self._totals()))
+        self.team.lead(partial(self._write_checkpoint, self._totals()))
         self.saved_at = time.monotonic()
 
     def _totals(self) -> dict[str, Tensor]:
@@ -488,17 +457,16 @@ class _Training:
             **vars(self.state),
             "sums": sums,
         }
-        save_checkpoint(content, self.folder / CHECKPOINT)
+        store.save_checkpoint(content, self.folder / store.CHECKPOINT)
 
     def _resume(self) -> None:
         """Go to where the checkpoint stands, if there is one."""
-        path = self.folder / CHECKPOINT
+        path = self.folder / store.CHECKPOINT
         # The first process reads for all: another machine need not have the folder.
-        content = self.team.lead(lambda: load_checkpoint(path) if path.exists() else None)
+        content = self.team.lead(lambda: store.load_checkpoint(path) if path.exists() else None)
         if content is not None:
-            require_same_run(
-                RunConfig.from_dict(content["plan"]["config"]), self.config, self.folder
-            )
+            of_checkpoint = RunConfig.from_dict(content["plan"]["config"])
+            require_same_run(of_checkpoint, self.config, self.folder)
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.state = _State(**{name: content[name] for name in vars(self.state)})
@@ -508,13 +476,13 @@ class _Training:
                     self.state.sums[name].zero_()
             self.progress.message(f"resuming {self._place()}")
         if self.team.leads:
-            write_metrics(self.state.history, self.folder)
+            store.write_metrics(self.state.history, self.folder)
 
     def _require_finite(self, name: str, value: float) -> None:
         """Raise FloatingPointError, and end the run so, for infinity and NaN."""
         if math.isfinite(value):
             return
-        path, rate = self.folder / CHECKPOINT, self.optimizer.param_groups[0]["lr"]
+        path, rate = self.folder / store.CHECKPOINT, self.optimizer.param_groups[0]["lr"]
         there = path.exists()
         good = f"The last good checkpoint is {path}" if there else "There is no checkpoint yet"
         said = (
@@ -522,24 +490,23 @@ class _Training:
             f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
         )
         failed = {"id": self.config.id, "seed": self.config.seed, "error": said}
-        write_result(failed, self.folder)
+        store.write_result(failed, self.folder)
         raise FloatingPointError(said)
 
-    def _status(self, steps_now: int, seconds_now: float) -> Status:
-        state, config = self.state, self.config
-        per_step = seconds_now / steps_now
-        evaluation = state.history[-1]["evaluation_seconds"] if state.history else 0.0
-        epochs_left = config.optim.epochs - state.epoch
-        steps_left = epochs_left * self.steps - state.step
-        return Status(
-            epoch=state.epoch,
-            epochs=config.optim.epochs,
-            step=state.step,
-            steps=self.steps,
-            images_per_second=config.optim.batch / per_step,
-            seconds_left=steps_left * per_step + epochs_left * evaluation,
-            last=state.history[-1] if state.history else None,
+    def _report(self, per_step: float) -> None:
+        """Tell where the run stands, from the seconds that a step takes now."""
+        state, optim, last = self.state, self.config.optim, ""
+        left = (optim.epochs - state.epoch) * self.steps * per_step - state.step * per_step
+        if state.history:
+            line = state.history[-1]
+            left += (optim.epochs - state.epoch) * line["evaluation_seconds"]
+            last = f"loss {line['loss']:.3f}, accuracy {line['test_accuracy']:.2f} %, "
+        text = (
+            f"epoch {state.epoch + 1}/{optim.epochs}, step {state.step}/{self.steps}, {last}"
+            f"{optim.batch / per_step:.0f} images/s, {duration(left)} left"
         )
+        done, total = state.epoch * self.steps + state.step, optim.epochs * self.steps
+        self.progress.step(done, total, text)
 
     def _zero_sums(self) -> dict[str, Tensor]:
         """The sums of an epoch before its first step."""

@@ -4,45 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 from spem.extras import require
 
 
-@dataclass(frozen=True)
-class Status:
-    """Where a run stands within an epoch; epochs and steps count what is complete."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    images_per_second: float
-    seconds_left: float
-    last: dict[str, Any] | None
-    """Metrics of the epoch before, None in the first one."""
-
-    @property
-    def text(self) -> str:
-        """One line for people."""
-        parts = [f"epoch {self.epoch + 1}/{self.epochs}", f"step {self.step}/{self.steps}"]
-        if self.last is not None:
-            accuracy = f"accuracy {self.last['test_accuracy']:.2f} %"
-            parts += [f"loss {self.last['loss']:.3f}", accuracy]
-        parts += [f"{self.images_per_second:.0f} images/s", f"{duration(self.seconds_left)} left"]
-        return ", ".join(parts)
-
-
 class Progress(Protocol):
     """What `train` reports to its caller; pass one to show it elsewhere."""
 
-    def due(self) -> bool:
-        """Whether it is time for another `step`."""
-        return False
-
-    def step(self, status: Status) -> None:
-        """Progress within an epoch."""
+    def step(self, done: int, total: int, text: str) -> None:
+        """After every step: how many of the run's are done, and a line for people."""
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """An epoch is complete; `line` is its line of `metrics.jsonl`."""
@@ -59,28 +30,27 @@ class Silent(Progress):
 
 
 class Lines(Progress):
-    """Text for people; what shows it is said by `show` and `message`."""
+    """Text for people, every so many seconds; `show` and `message` say how."""
 
     seconds: float
-    """Between two reports within an epoch."""
     _next = 0.0
 
-    def due(self) -> bool:
-        """Whether `seconds` have passed since the last report."""
-        return time.monotonic() >= self._next
+    def step(self, done: float, total: float, text: str) -> None:
+        """Show that `done` of `total` is done, if it is time for that."""
+        if time.monotonic() >= self._next:
+            self._wait()
+            self.show(done, total, text)
 
-    def step(self, status: Status) -> None:
-        """Show the status."""
-        done, total = status.epoch * status.steps + status.step, status.epochs * status.steps
-        self.show(done, total, status.text)
+    def _wait(self) -> None:
+        self._next = time.monotonic() + self.seconds
 
     def show(self, done: float, total: float, text: str) -> None:
-        """Show that `done` of `total` is done, with a text; the next one is due in a while."""
-        self._next = time.monotonic() + self.seconds
+        """Show it now."""
+        self.message(text)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """Show the epoch's figures."""
-        self._next = time.monotonic() + self.seconds
+        self._wait()
         self.message(
             f"epoch {line['epoch'] + 1}/{epochs}: rate {line['lr']:.3g}, loss {line['loss']:.4f}, "
             f"train {line['train_accuracy']:.2f} %, test {line['test_accuracy']:.2f} % "
@@ -95,17 +65,11 @@ class PlainLines(Lines):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._next = time.monotonic() + self.seconds
-
-    def show(self, done: float, total: float, text: str) -> None:
-        """Print the text."""
-        super().show(done, total, text)
-        self.message(text)
+        self._wait()
 
     def message(self, text: str) -> None:
         """Print the text."""
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        print(text, file=self._stream, flush=True)
 
 
 class LiveBar(Lines):
@@ -123,7 +87,6 @@ class LiveBar(Lines):
 
     def show(self, done: float, total: float, text: str) -> None:
         """Move the bar."""
-        super().show(done, total, text)
         self._bar.update(self._task, completed=done, total=total, description=text)
 
     def message(self, text: str) -> None:

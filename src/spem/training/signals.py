@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Generator
 from types import FrameType
-from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,8 +25,7 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """Which signal asked for the end, if any has."""
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    received: signal.Signals | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal; a second Ctrl-C does not wait for the step to end."""
@@ -44,17 +42,13 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals() -> Generator[StopSignals]:
-    """Catch SIGTERM and SIGINT for the length of a `with` block.
-
-    Python handles signals in the main thread only; in any other, nothing is caught.
-    """
+    """Catch SIGTERM and SIGINT in a `with` block; in the main thread, the only one to get any."""
     stop = StopSignals()
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, stop.receive)
+    main = threading.current_thread() is threading.main_thread()
+    caught = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = [signal.signal(number, stop.receive) for number in caught]
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(caught, before, strict=True):
             signal.signal(number, handler)

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Generator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,29 @@ from torch.nn import functional
 
 from spem.attention import learned_mixes, param_groups, penalty
 from spem.cost import block_tails, tails_text
-from spem.ops import Choice, choose, use_impl
+from spem.ops import choose, use_impl
 from spem.ops.dispatch import requested, unsupported
-from spem.training import capture
-from spem.training.capture import Step, StepOutput
 from spem.training.config import OptimConfig, RuntimeConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+WARM_UPS = 3
+"""Steps before a recording: they compile all kernels and let libraries choose theirs."""
+
+
+class StepOutput(NamedTuple):
+    """What a step computed, on the device."""
+
+    loss: Tensor
+    """Mean cross entropy."""
+    penalty: Tensor
+    correct: Tensor
+    """Number of correct answers."""
+    lambdas: Tensor
+    """Lambda of every learned mix after the step."""
+
+
+Step = Callable[[Tensor, Tensor], StepOutput]
+"""Takes normalised images and labels, updates the network, and does not wait for the device."""
 
 
 def make_step(
@@ -39,7 +56,6 @@ def make_step(
         runtime: gives precision, and whether forward and loss are compiled, or the whole step is
             captured as a CUDA graph.
     """
-    device = next(model.parameters()).device
     forward = make_forward(model, runtime)
     if runtime.step == "compile":
         # Every run compiles this function again; without a reset the compilations of a comparison's
@@ -55,9 +71,106 @@ def make_step(
         optimizer.step()
         return StepOutput(loss.detach(), extra.detach(), correct, lambdas(model))
 
-    if runtime.step != "graph":
-        return step
-    return capture.CapturedStep(step, model, optimizer, capture.CudaCapturer(device))
+    return CapturedStep(step, model, optimizer) if runtime.step == "graph" else step
+
+
+class CapturedStep:
+    """A step as CUDA graphs: recorded for a batch size when it first occurs, then replayed.
+
+    A step of a deep network launches thousands of kernels, each in less time on the GPU than the
+    CPU takes to launch it; a replay launches all of them at once. What is recorded are addresses:
+    images and labels are copied into buffers that stay, the rates are carried over into tensors
+    (those of the optimiser's groups stay plain numbers, in checkpoints too), the momentum exists
+    before the recording, and a checkpoint is loaded before the first step. Weights, buffers and
+    momentum end where the same steps without a graph would end.
+    """
+
+    def __init__(self, step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._step, self._model, self._optimizer = step, model, optimizer
+        self._recordings: dict[int, tuple[Tensor, Tensor, StepOutput, Callable[[], None]]] = {}
+        self._device = next(model.parameters()).device
+        self._rates = [torch.zeros((), device=self._device) for _ in optimizer.param_groups]
+        self._stream: Any = None
+        self._pool: Any = None
+        """The graphs share their memory: only one of them may run at a time."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
+        """Take one step; its results are the caller's to keep."""
+        self.prepare(images, labels)
+        kept_images, kept_labels, output, replay = self._recordings[len(images)]
+        kept_images.copy_(images)
+        kept_labels.copy_(labels)
+        self._fill_rates()
+        replay()
+        return StepOutput(*(value.clone() for value in output))
+
+    def prepare(self, images: Tensor, labels: Tensor) -> None:
+        """Record for this batch size, without taking a step; the weights stay as they are."""
+        if len(images) in self._recordings:
+            return
+        images, labels = images.clone(), labels.clone()
+        momenta = momenta_from_zero(self._optimizer)
+        kept = [*self._model.parameters(), *self._model.buffers(), *momenta]
+        copies = [tensor.detach().clone() for tensor in kept]
+        groups = self._optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        self._fill_rates()
+        try:
+            for group, rate in zip(groups, self._rates, strict=True):
+                group["lr"] = rate
+            output, replay = self._record(lambda: self._step(images, labels))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"train: the step for {len(images)} images cannot be captured as a CUDA graph "
+                f"({str(error).strip()}). Use runtime.step='compile' or 'eager'."
+            ) from error
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+            with torch.no_grad():
+                for tensor, copy in zip(kept, copies, strict=True):
+                    tensor.copy_(copy)
+        self._recordings[len(images)] = images, labels, output, replay
+
+    def _record(self, run: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
+        """Run it a few times and record it: its results, and what replays it."""
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                # Both warm-up and recording: autograd ties the leaves of a graph to a stream.
+                self._stream = torch.cuda.Stream(self._device)
+                self._pool = torch.cuda.graph_pool_handle()
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    run()
+            here.wait_stream(self._stream)
+            # The gradients are the recording's own, so that it need not add to older ones.
+            self._optimizer.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                output = run()
+        return output, graph.replay
+
+    def _fill_rates(self) -> None:
+        for rate, group in zip(self._rates, self._optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+
+
+def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The momentum of every parameter, zero where there is none yet.
+
+    SGD's first step sets the momentum to the gradient, a branch that must not be recorded; from
+    zero the ordinary step computes the same, bit for bit.
+    """
+    momenta: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+            momenta.append(state["momentum_buffer"])
+    return momenta
 
 
 def make_forward(
@@ -77,22 +190,12 @@ def make_forward(
     return forward
 
 
-def require_cuda(device: str) -> None:
-    """Raise ValueError for `step="graph"` on a device without CUDA graphs."""
-    if device != "cuda":
-        raise ValueError(
-            f"train: runtime.step='graph' captures the step as a CUDA graph, which {device!r} does "
-            "not have. Use 'auto', 'compile' or 'eager'."
-        )
-
-
 @torch.no_grad()
 def lambdas(model: nn.Module) -> Tensor:
     """The lambda of every learned mix, on the device of the model."""
     found = [mix.lam for _, mix in learned_mixes(model)]
-    if found:
-        return torch.stack(found)
-    return torch.zeros(0, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return torch.stack(found) if found else torch.zeros(0, device=device)
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
@@ -103,9 +206,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
     if optim.rules == "declared":
         groups = param_groups(model, optim.lr, optim.weight_decay, mix_lr=optim.mix_lr)
     else:
-        groups = [
-            {"params": list(model.parameters()), "lr": optim.lr, "weight_decay": optim.weight_decay}
-        ]
+        alike = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+        groups = [{"params": list(model.parameters()), **alike}]
     for group in groups:
         group["initial_lr"] = group["lr"]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
@@ -156,31 +258,22 @@ def execution(
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-def map_dtypes(runtime: RuntimeConfig) -> tuple[torch.dtype, ...]:
-    """The dtypes of the maps that occur in a run: those of training, and evaluation's float32."""
-    if runtime.precision == "bf16":
-        return (torch.bfloat16, torch.float32)
-    return (torch.float32,)
+def map_dtype(runtime: RuntimeConfig) -> torch.dtype:
+    """The dtype of the maps in training; evaluation's is float32."""
+    return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
 
 
-def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) -> Choice:
-    """Decide the implementation of all tails of a run, in training and evaluation alike.
+def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) -> str:
+    """Decide the implementation of all tails of a run; what takes bfloat16 takes float32 too.
 
     Raises:
-        ValueError: one was asked for that cannot run for every dtype that will occur.
+        ValueError: one was asked for that cannot run.
     """
-    graph = attention and runtime.step == "graph"
-    choices = [
-        choose("train", device, d, impl=runtime.impl, graph=graph) for d in map_dtypes(runtime)
-    ]
-    if requested(runtime.impl, "train") is not None:
-        return choices[0]
-    # One that takes training's maps but not evaluation's, or the reverse, cannot serve the run.
-    differing = [choice for choice in choices if choice.impl == "reference"]
-    choice = differing[0] if differing else choices[0]
-    if choice.impl == "reference" and device == "cuda" and runtime.step == "compile":
-        return Choice("formula", "compiled")
-    return choice
+    graph, dtype = attention and runtime.step == "graph", map_dtype(runtime)
+    impl = choose("train", device, dtype, impl=runtime.impl, graph=graph).impl
+    asked = requested(runtime.impl, "train") is not None
+    compiled = device == "cuda" and runtime.step == "compile"
+    return "formula" if impl == "reference" and compiled and not asked else impl
 
 
 def evaluation_impl(impl: str | None) -> str | None:
@@ -190,7 +283,7 @@ def evaluation_impl(impl: str | None) -> str | None:
 
 def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
     """What runs the tails of a planned run, and why they are composed if they are."""
-    device, dtype = torch.device(runtime.device).type, map_dtypes(runtime)[0]
+    device, dtype = torch.device(runtime.device).type, map_dtype(runtime)
     with use_impl(runtime.impl):
         tails = block_tails(model, device=device, dtype=dtype)
     with use_impl(None):
@@ -200,36 +293,27 @@ def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
     return tails_text(unasked if same else tails)
 
 
-@contextlib.contextmanager
-def stored_impl(
-    runtime: RuntimeConfig, device: str, message: Callable[[str], None]
-) -> Generator[None]:
-    """Run a `with` block under the implementation a run was trained with, if it can run here.
+def stored_impl(trained: str | None, device: str, message: Callable[[str], None]) -> str | None:
+    """What to evaluate under: what is asked for, else what a run was trained with, if it runs here.
 
-    Else the library's choice for float32 maps is taken, and `message` says so once. What
-    `spem.ops.use_impl` or the environment ask for goes before both.
+    Else it is None, the library's choice, and `message` says so.
     """
-    stored = evaluation_impl(runtime.impl)
-    if stored is None or requested(None, "eval") is not None:
-        yield
-        return
+    asked, stored = requested(None, "eval"), evaluation_impl(trained)
+    if asked is not None or stored is None:
+        return asked
     reason = unsupported(stored, device, torch.float32)
     if reason is None:
-        with use_impl(stored):
-            yield
-        return
-    instead = choose("eval", device, torch.float32).impl
-    message(f"the run was trained with impl={stored!r}, which {reason}; evaluating with {instead}")
-    yield
+        return stored
+    other = choose("eval", device, torch.float32).impl
+    message(f"the run was trained with impl={stored!r}, which {reason}; evaluating with {other}")
+    return None
 
 
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next allocation; for processes that train on a CPU.
 
-    By default glibc takes each feature map as fresh pages from the kernel and gives them back when
-    it is freed, so every step pays for clearing hundreds of megabytes again. Kept, the process
-    stays at its highest size until it ends. It concerns the whole process and cannot be undone, so
-    the commands call it and the library does not.
+    By default every step pays for clearing hundreds of megabytes of fresh pages again. It concerns
+    the whole process and cannot be undone, so the commands call it and the library does not.
 
     Returns:
         Whether it took effect; not with another C library than glibc.
