@@ -171,8 +171,8 @@ def test_an_unreachable_hub_is_told_in_a_line_and_not_asked_again(
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr(hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("SPEM_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match=r"not be fetched .* SPEM_DATA or") as raised:
         load_images("cifar10", "train")
