@@ -1,7 +1,6 @@
 """`to_onnx`: one ONNX file of a network, checked against it before it is written.
 
-The network's copy loses what only training needs (`constant_start`), torch.export captures it,
-torch.onnx writes the graph, onnxruntime runs it beside the network.
+torch.export captures a copy, torch.onnx writes the graph, onnxruntime runs it beside the network.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.attention.pooling import FixedMix, LearnedMix
-from spem.extras import require
+from spem.extras import first_line, require
 from spem.files import require_regular, write_atomic
 from spem.insert import IdentityStart
 from spem.insert.sites import default_input
@@ -27,17 +25,8 @@ from spem.models import ResNet
 from spem.ops import use_impl
 from spem.version import __version__
 
-__all__ = [
-    "Difference",
-    "Exported",
-    "Session",
-    "constant_start",
-    "difference",
-    "tensors",
-    "to_onnx",
-]
+__all__ = ["Difference", "Exported", "Session", "difference", "tensors", "to_onnx"]
 
-_M = TypeVar("_M", bound=nn.Module)
 Precision = Literal["fp32", "fp16"]
 
 TOLERANCE: dict[str, float] = {"fp32": 1e-3, "fp16": 3e-2}
@@ -53,12 +42,9 @@ _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself i
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the outputs of two programs are apart on one input.
+    """How far the outputs of two programs are apart on one input of this shape.
 
-    Attributes:
-        shape: Of the input.
-        largest: Largest absolute difference of all outputs.
-        relative: The same over the largest magnitude of the first program's outputs.
+    ``largest`` is absolute, ``relative`` that over the largest magnitude of the first's outputs.
     """
 
     shape: tuple[int, ...]
@@ -71,10 +57,6 @@ class Exported:
     """What `to_onnx` has written.
 
     Attributes:
-        path: The file.
-        bytes: Its size.
-        precision: ``"fp32"`` or ``"fp16"``.
-        opset: Version of the ONNX operators.
         operators: How often each operator occurs.
         differences: To the network in PyTorch in float32, per checked input; empty without check.
     """
@@ -103,11 +85,11 @@ def to_onnx(
 ) -> Exported:
     """Writes a network, or a module of it, as ONNX, and checks the graph with onnxruntime.
 
-    A copy in evaluation mode on the CPU is exported; the network stays as it is. The alpha of an
-    identity start and the lambda of a learned mix become constants; where alpha is 0 the
-    attention is left out, which changes no output. Tails are composed of standard operators. The
-    graph runs beside the network in PyTorch: on the example, on a second batch if the batch is
-    dynamic, and on a second height and width if they are. The file appears whole, after that.
+    A copy in evaluation mode on the CPU is exported; the network stays as it is. Attention whose
+    identity start has alpha = 0 is left out, which changes no output. Tails are composed of
+    standard operators. The graph runs beside the network in PyTorch: on the example, on a second
+    batch if the batch is dynamic, and on a second height and width if they are. The file appears
+    whole, after that.
 
     Shape:
         input: [N, C, H, W], as the network takes it; outputs are the tensors that it returns.
@@ -153,10 +135,15 @@ def to_onnx(
     require_regular(target, missing_ok=True)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
-    if dynamic_size:
-        _refuse_fixed_sizes(model)
+    for key, module in model.named_modules() if dynamic_size else ():
+        if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
+            place = f"{key} ({module.name})" if key else module.name
+            raise ValueError(
+                f"to_onnx: dynamic_size=True: {place} is built for maps of one size. "
+                f"Leave dynamic_size out."
+            )
     x = _example(model, input_shape if example is None else example)
-    network, given = constant_start(model).cpu().float(), x
+    network, given = _without_idle(model).cpu().float(), x
     if precision == "fp16":
         network, given = network.half(), x.half()
     program = _captured(network, given, batch=dynamic_batch, size=dynamic_size)
@@ -185,17 +172,6 @@ def to_onnx(
     )
 
 
-def _refuse_fixed_sizes(model: nn.Module) -> None:
-    """Raises ValueError if a module of the network is built for one map size."""
-    for name, module in model.named_modules():
-        if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
-            place = f"{name} ({module.name})" if name else module.name
-            raise ValueError(
-                f"to_onnx: dynamic_size=True: {place} is built for maps of one size. "
-                f"Leave dynamic_size out."
-            )
-
-
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
     """A float32 input on the CPU; random ones are the same every time."""
     if isinstance(example, Tensor):
@@ -213,55 +189,14 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-# ---- what only training needs
-
-
-class ConstantStart(IdentityStart):
-    """An identity start in evaluation, whose alpha is a constant of the graph.
-
-    Formula:
-        As `IdentityStart`; with alpha = 0, y = x, and nothing of the attention is computed.
-
-    Args:
-        start: The trained module; its attention is taken over, not copied.
-    """
-
-    def __init__(self, start: IdentityStart) -> None:
-        super().__init__(start.inner)
-        del self.alpha
-        self.constant = float(start.alpha.detach())
-        self.eval()
-
-    def why_composed(self) -> str:
-        """That exported tails are composed of modules."""
-        return "exported"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y, as in the formula."""
-        if self.constant == 0.0:
-            return x
-        if not self._mixes_maps:
-            return ChannelAttention.forward(self, x)
-        return (1.0 - self.constant) * x + self.constant * self.inner(x)
-
-    def _from_one(self, v: Tensor) -> Tensor:
-        return (1.0 - self.constant) + self.constant * v
-
-
-def constant_start(model: _M) -> _M:
-    """A copy of a network in evaluation mode, whose alphas and lambdas are numbers of the graph."""
+def _without_idle(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode without the attention that an alpha of 0 multiplies."""
     twin = copy.deepcopy(model).eval()
-    holder = nn.ModuleList([twin])  # so that a single module can be replaced too
-    for parent in list(holder.modules()):
+    for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is IdentityStart:
-                setattr(parent, name, ConstantStart(child))
-            elif isinstance(child, LearnedMix):
-                setattr(parent, name, FixedMix(float(child.lam.detach())))
-    return holder[0]  # pyright: ignore[reportReturnType]  # the type of what replaces it stands in
-
-
-# ---- the graph
+            if isinstance(child, IdentityStart) and not child.alpha.detach():
+                setattr(parent, name, nn.Identity())
+    return twin
 
 
 def _captured(
@@ -285,7 +220,7 @@ def _captured(
             elif batch:
                 why, remedy = "with a dynamic batch", "Pass dynamic_batch=False."
             what = f"{type(model).__name__} cannot be exported {why}"
-            raise ValueError(f"to_onnx: {what}: {_first(error)}. {remedy}") from error
+            raise ValueError(f"to_onnx: {what}: {first_line(error)}. {remedy}") from error
 
 
 def _converted(
@@ -302,7 +237,7 @@ def _converted(
         proto = torch_onnx.export(program, dynamo=True, verbose=False, **options).model_proto
     except torch_onnx.OnnxExporterError as error:
         raise ValueError(
-            f"to_onnx: {name} has no ONNX graph: {_first(error.__cause__ or error)}"
+            f"to_onnx: {name} has no ONNX graph: {first_line(error.__cause__ or error)}"
         ) from error
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
     if opset not in (None, written):
@@ -333,28 +268,16 @@ def _attention(network: nn.Module) -> str:
     """The spec of one of our networks, else the names of the attention modules in the graph."""
     if isinstance(network, ResNet) and network.spec is not None:
         return str(network.spec)
-    names: set[str] = set()
-    out: set[nn.Module] = set()
-    for module in network.modules():  # a start comes before what is in it
-        if isinstance(module, ConstantStart) and module.constant == 0.0:
-            out.update(module.modules())
-        elif isinstance(module, ChannelAttention) and module.name and module not in out:
-            names.add(module.name)
-    return ", ".join(sorted(names)) or "none"
-
-
-# ---- beside the network
+    names = {part.name for part in network.modules() if isinstance(part, ChannelAttention)}
+    return ", ".join(sorted(names - {""})) or "none"
 
 
 def _inputs(x: Tensor, *, batch: bool, size: bool) -> list[Tensor]:
     """The example, and inputs of another batch and of another size if these may change."""
     rng = torch.Generator().manual_seed(1)
     count, *rest = x.shape
-    shapes: list[list[int]] = []
-    if batch:
-        shapes.append([3 if count == 1 else 1, *rest])
-    if size:
-        shapes.append([count, *(extent + _STEP * axis for axis, extent in enumerate(rest))])
+    shapes = [[3 if count == 1 else 1, *rest]] * batch
+    shapes += [[count, *(extent + _STEP * axis for axis, extent in enumerate(rest))]] * size
     return [x, *(torch.randn(shape, generator=rng).half().float() for shape in shapes)]
 
 
@@ -367,17 +290,17 @@ def _compared(
         ValueError: The graph differs, or one of them does not run.
     """
     network, session = copy.deepcopy(model).eval().cpu().float(), Session(content)
+    refused, name = "to_onnx: nothing was written:", type(model).__name__
     differences: list[Difference] = []
     for x in inputs:
-        refused = "to_onnx: nothing was written:"
-        graph = f"{refused} the graph of {type(model).__name__} on {list(x.shape)}"
+        graph = f"{refused} the graph of {name} on {list(x.shape)}"
         try:
             with torch.no_grad(), use_impl("reference"):
                 expected = tensors(network(x))
         except Exception as error:  # whatever it raises on a size that it does not take
             raise ValueError(
-                f"{refused} {type(model).__name__} does not run on an input {list(x.shape)}: "
-                f"{_first(error)}. Leave dynamic_size out, or pass dynamic_batch=False."
+                f"{refused} {name} does not run on an input {list(x.shape)}: {first_line(error)}. "
+                f"Leave dynamic_size out, or pass dynamic_batch=False."
             ) from error
         try:
             found = difference(x.shape, expected, session(x))
@@ -393,10 +316,7 @@ def _compared(
 
 
 class Session:
-    """An ONNX graph in onnxruntime, on one thread of the CPU.
-
-    Args:
-        content: The bytes of an ONNX file.
+    """An ONNX graph, given as the bytes of a file, in onnxruntime on one thread of the CPU.
 
     Raises:
         ValueError: onnxruntime cannot load the graph.
@@ -412,7 +332,7 @@ class Session:
             self._session = runtime.InferenceSession(content, options, providers=providers)
         except Exception as error:  # its exception types have no base of their own
             raise ValueError(
-                f"onnxruntime cannot load the graph: {_first(error)}. "
+                f"onnxruntime cannot load the graph: {first_line(error)}. "
                 f"Use another opset or precision."
             ) from error
         first = self._session.get_inputs()[0]
@@ -425,15 +345,9 @@ class Session:
         try:
             found = self._session.run(None, {self.input: fed})
         except Exception as error:
-            raise ValueError(
-                f"onnxruntime cannot run the graph on an input {list(x.shape)}: {_first(error)}."
-            ) from error
+            ran = f"onnxruntime cannot run the graph on an input {list(x.shape)}"
+            raise ValueError(f"{ran}: {first_line(error)}.") from error
         return [torch.from_numpy(output).float() for output in found]
-
-
-def _first(error: BaseException) -> str:
-    """The first line of a message, without its full stop."""
-    return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -13,16 +13,17 @@ from tolerance import TOLERANCE
 import spem
 from spem.export import to_onnx
 
-SPECS = [
-    *spem.list_attention(),
-    "ge(form=theta)",
-    "ge(form=theta_plus)",
-    "ge(extent=2)",
-    "se(pool=mix())",
-    "se(pool=srp)",
-    "spem(form=code)",
-    "spem(form=figure, reweight=unshared_sum)",
-]
+FAST = {
+    *("se", "spem", "se(pool=srp)"),  # of plane statistics, learned mixes, a median
+    *("eca", "srm", "gsop"),  # along the channels, deviations, covariances
+    *("cbam", "coord", "gc"),  # gates of positions, and what adds to the map
+    *("fca", "sk", "iebn", "dia"),  # of one size, beside, instead of a norm, with a state
+}
+"""One of each kind; the others are slow tests."""
+ALL = [*spem.list_attention(), "ge(form=theta)", "ge(form=theta_plus)", "ge(extent=2)"]
+ALL += ["se(pool=mix())", "se(pool=srp)", "spem(form=code)"]
+ALL += ["spem(form=figure, reweight=unshared_sum)"]
+SPECS = [pytest.param(s, marks=() if s in FAST else pytest.mark.slow) for s in ALL]
 FIXED = {"fca", "ge(form=theta)", "ge(form=theta_plus)"}
 """Modules that are built for maps of one size."""
 SHAPE, BATCH, SIZE = (2, 64, 8, 8), (3, 64, 8, 8), (1, 64, 11, 14)
