@@ -17,13 +17,7 @@ from training.tiny import kept_checkpoint, tiny, trained
 
 from spem.files import canonical_json, load_json, read_regular, save_json, write_atomic
 from spem.training import DataIdentity, read_run, read_weights, save_weights
-from spem.training.folder import (
-    _weights_sum,
-    build_network,
-    load_checkpoint,
-    read_plan,
-    save_checkpoint,
-)
+from spem.training.folder import _weights_sum, build_network, load_checkpoint, save_checkpoint
 
 
 def same_tensors(a: Any, b: Any) -> bool:
@@ -146,20 +140,19 @@ def test_checkpoint_refuses_objects(tmp_path: Path):
         load_checkpoint(path)
 
 
-def test_edited_json_is_refused(tmp_path: Path):
-    path = tmp_path / "result.json"
-    save_json({"accuracy": 91.0}, path)
-    path.write_text(path.read_text().replace("91.0", "95.0"))
-    with pytest.raises(ValueError, match="edited by hand"):
-        load_json(path, remedy="Train again.")
-
-
 @pytest.mark.parametrize("content", [b"", b"null", b"{}", b'{"sha256": 3}', b"\xff", b"[" * 99_999])
 def test_json_of_another_kind_is_refused(content: bytes, tmp_path: Path):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
-        read_plan(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config.json is damaged.*Fetch the folder again"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"config.json is damaged.*Delete the folder to train"):
+        read_run(tmp_path)
+    save_json({"accuracy": 91.0}, tmp_path / "result.json")
+    edited = (tmp_path / "result.json").read_text().replace("91.0", "95.0")
+    (tmp_path / "result.json").write_text(edited)
+    with pytest.raises(ValueError, match="edited by hand"):
+        load_json(tmp_path / "result.json", remedy="Train again.")
 
 
 def test_whole_configs_of_other_content_are_refused(finished: Path, tmp_path: Path):
@@ -170,21 +163,16 @@ def test_whole_configs_of_other_content_are_refused(finished: Path, tmp_path: Pa
             if (section, value) in (("starts", []), ("runtime", {"a": 1})):
                 continue  # no start, and what another version says of them
             with pytest.raises(ValueError, match=r"config.json does not fit"):
-                read_plan(tmp_path)
+                read_run(tmp_path)
     good["config"]["optim"]["nesterov"] = True
     save_json(good, tmp_path / "config.json")
     with pytest.raises(ValueError, match=r"config.json .*nesterov"):
         read_run(tmp_path)
-
-
-@pytest.mark.parametrize("values", [{"error": 3}, {"accuracy": "high"}])
-def test_whole_results_of_other_content_are_refused(
-    values: dict[str, Any], finished: Path, tmp_path: Path
-):
     (tmp_path / "config.json").write_bytes((finished / "config.json").read_bytes())
-    save_json(values, tmp_path / "result.json")
-    with pytest.raises(ValueError, match=r"result.json does not fit"):
-        read_run(tmp_path)
+    for values in ({"error": 3}, {"accuracy": "high"}):
+        save_json(values, tmp_path / "result.json")
+        with pytest.raises(ValueError, match=r"result.json does not fit"):
+            read_run(tmp_path)
 
 
 def test_folders_without_a_run_are_told(tmp_path: Path):
@@ -208,6 +196,17 @@ def test_failed_write_leaves_the_old_file_and_no_other(
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match=r"No space left on device: '.*config\.json'"):
+        trained(tiny(epochs=1), tmp_path / "run")
+
+
+def test_the_mode_of_a_new_file_is_the_users(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "file", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
 def test_only_regular_files_are_replaced_and_read(tmp_path: Path):
@@ -227,46 +226,26 @@ def test_only_regular_files_are_replaced_and_read(tmp_path: Path):
             read_regular(path)
 
 
-def test_the_mode_of_a_new_file_is_the_users(tmp_path: Path):
-    before = os.umask(0o027)
-    try:
-        write_atomic(tmp_path / "file", b"x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
-
-
 # ---- weights
 
 DATA = DataIdentity("digits", tuple("0123456"), "a" * 64, "b" * 64)
 
 
-def test_weights_keep_every_bit_in_any_memory_format(tmp_path: Path):
+def test_weights_keep_every_bit_and_do_not_tell_where_the_data_lay(tmp_path: Path):
     config = tiny("se(pool=mix())")
+    there = replace(config.data, root="/home/somebody/images", name="/home/somebody/pets")
+    config = replace(config, data=there)
     model = build_network(config, classes=7).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    path = tmp_path / "model.safetensors"
-    save_weights(model, config, path, data=DATA, impl="numba")
+    path, data = tmp_path / "model.safetensors", replace(DATA, name="/home/somebody/pets")
+    save_weights(model, config, path, data=data, impl="numba")
     found = read_weights(path)
     assert same_tensors(found.network.state_dict(), model.state_dict())
-    assert (found.config, found.data, found.impl) == (config, DATA, "numba")
+    assert found.config == replace(config, data=replace(there, root=None, name="pets"))
+    assert (found.data, found.impl) == (replace(DATA, name="pets"), "numba")
     assert not found.network.training
+    assert b"somebody" not in path.read_bytes()
     save_weights(model, config, path)  # without what is known of the data
     assert read_weights(path).data is None
-    assert read_weights(path).config == config
-
-
-def test_weights_do_not_tell_where_the_data_lay(tmp_path: Path):
-    config = tiny()
-    there = replace(config.data, root="/home/somebody/images", name="/home/somebody/pets")
-    data = replace(DATA, name="/home/somebody/pets")
-    path = tmp_path / "model.safetensors"
-    model = build_network(config, classes=7)
-    save_weights(model, replace(config, data=there), path, data=data)
-    assert b"somebody" not in path.read_bytes()
-    found = read_weights(path)
-    assert found.config.data.name == "pets"
-    assert found.data is not None
-    assert found.data.name == "pets"
 
 
 def test_equal_weights_give_equal_files(tmp_path: Path):
@@ -285,8 +264,11 @@ def test_foreign_safetensors_are_refused(tmp_path: Path):
         read_weights(path)
 
 
-def crafted(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
-    """Weights with a right sum and another content."""
+Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+
+
+def crafted(path: Path, change: Change) -> None:
+    """Weights with a right sum and another content: `change` gets the metadata and the tensors."""
     config = tiny()
     save_weights(build_network(config, classes=7), config, path, data=DATA)
     content = path.read_bytes()
@@ -300,50 +282,31 @@ def crafted(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
     path.write_bytes(save(tensors, metadata))
 
 
-def put(*keys: str, value: object) -> Callable[..., None]:
-    def change(texts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        inner = texts
-        for key in keys[:-1]:
-            inner = inner[key]
-        inner[keys[-1]] = value
-
-    return change
-
-
-def head(tensor: torch.Tensor | None) -> Callable[..., None]:
-    def change(texts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["fc.weight"]
-        if tensor is not None:
-            tensors["fc.weight"] = tensor
-
-    return change
-
-
-def not_a_number(texts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    tensors["bn1.running_var"][3] = float("nan")
+def put(section: str, name: str, value: object) -> Change:
+    return lambda texts, _: texts["config"][section].update({name: value})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("config", "model", "depth", value=900_002), "depth=900002 is too large"),
-        (put("config", "model", "depth", value=4997), "asks for depth 4997"),
-        (put("config", "model", "depth", value=20), "Missing key|does not fit"),
-        (put("config", "model", "attention", value="sk(branches=100000)"), "does not fit"),
-        (put("config", "model", "attention", value="eca(kernel=999999999)"), "is absurd"),
-        (put("config", "data", "size", value=60_000), "size=60000 is too large"),
-        (put("config", value="[" * 100_000), "does not fit"),
-        (put("about", value=[1]), "does not fit"),
-        (put("about", "data", value={"name": 1}), "does not fit"),
-        (put("about", "data", "classes", value=["a"]), "1 class names for 7 outputs"),
-        (head(None), "no classifier"),
-        (head(torch.zeros(10**9, 0)), "no classifier"),
-        (head(torch.zeros(7, 3)), "size mismatch|does not fit"),
-        (not_a_number, "infinite or NaN"),
+        (put("model", "depth", 900_002), "depth=900002 is too large"),
+        (put("model", "depth", 4997), "asks for depth 4997"),
+        (put("model", "depth", 20), "Missing key|does not fit"),
+        (put("model", "attention", "sk(branches=100000)"), "does not fit"),
+        (put("model", "attention", "eca(kernel=999999999)"), "is absurd"),
+        (put("data", "size", 60_000), "size=60000 is too large"),
+        (lambda texts, _: texts.update(config="[" * 100_000), "does not fit"),
+        (lambda texts, _: texts.update(about=[1]), "does not fit"),
+        (lambda texts, _: texts["about"].update(data={"name": 1}), "does not fit"),
+        (lambda texts, _: texts["about"]["data"].update(classes=["a"]), "1 class names for 7"),
+        (lambda _, tensors: tensors.pop("fc.weight"), "no classifier"),
+        (lambda _, tensors: tensors.update({"fc.weight": torch.zeros(10**9, 0)}), "no classifier"),
+        (lambda _, tensors: tensors.update({"fc.weight": torch.zeros(7, 3)}), "does not fit"),
+        (lambda _, tensors: tensors["bn1.running_var"].fill_(float("nan")), "infinite or NaN"),
     ],
 )
 def test_crafted_weights_are_refused_before_anything_large_is_built(
-    change: Callable[..., None], message: str, tmp_path: Path
+    change: Change, message: str, tmp_path: Path
 ):
     path = tmp_path / "model.safetensors"
     crafted(path, change)

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from spem import initialise
 from spem.models import ResNet
@@ -52,12 +54,11 @@ class Stop(Silent):
 def tiny(attention: str = "spem", *, epochs: int = 4, **runtime: Any) -> RunConfig:
     """256 digits of 8x8 pixels in batches of 40, the last one smaller: 7 steps an epoch."""
     settings: dict[str, Any] = {"threads": 1, "device": "cpu", **runtime}
+    milestones = (1, 3) if epochs > 3 else (1,)
     return RunConfig(
         model=ModelConfig(depth=11, attention=attention),
-        data=DataConfig(
-            name="digits", size=8, limit=256, pad=1, flip=False, normalisation="digits"
-        ),
-        optim=OptimConfig(epochs=epochs, batch=40, milestones=(1, 3) if epochs > 3 else (1,)),
+        data=DataConfig("digits", size=8, limit=256, pad=1, flip=False, normalisation="digits"),
+        optim=OptimConfig(epochs=epochs, batch=40, milestones=milestones),
         runtime=RuntimeConfig(**settings),
         experiment="tiny",
     )
@@ -79,6 +80,18 @@ def begun(config: RunConfig) -> tuple[ResNet, Step]:
     initialise(model, 0)
     optimizer = make_optimizer(model.train(), config.optim)
     return model, make_step(model, optimizer, config.optim, config.runtime)
+
+
+def folder_set(root: Path, names: str, seed: int = 0) -> Path:
+    """Images of noise in one folder a class, of the same pixels whatever the names are."""
+    chance = np.random.default_rng(seed)
+    for split in ("train", "test"):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = chance.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
 
 
 class Keep:
