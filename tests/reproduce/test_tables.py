@@ -161,7 +161,7 @@ def test_rows_that_were_not_run_and_a_reference_that_was_not(tmp_path: Path):
     rows = pd.read_csv(out / "runs.csv")
     rows[~rows["module"].isin(["none", "cbam"])].to_csv(out / "runs.csv", index=False)
     (table,) = build_tables(load_runs(out))
-    assert table.not_run == ("plain", "CBAM")
+    assert table.not_run == ["plain", "CBAM"]
     assert table.frame["difference"].isna().all()
     assert set(table.frame["verdict"]) == {"too few seeds"}
 

@@ -116,10 +116,11 @@ def carry_out(
         require(module, extra="train", purpose="tables and report")
     from spem.reproduce import run
     from spem.reproduce.report import build_report
-    from spem.reproduce.tables import record, require_tables
+    from spem.reproduce.tables import read_results, record
 
     out.mkdir(parents=True, exist_ok=True)
-    require_tables(out)
+    if (out / "runs.csv").exists():
+        read_results(out)  # a damaged table is told before hours of training
     if retry_diverged:
         run.forget_diverged(planned, runs)
     todo = run.missing(planned, runs)

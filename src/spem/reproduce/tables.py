@@ -40,8 +40,6 @@ _RESULT = (
     *("flops", "steps", "impl", "step", "train_sha256", "test_sha256", "hardware", "commit"),
 )
 """Columns that are fields of a run's result."""
-_COMPARED_WITHIN = ["setting", "dataset", "depth", "epochs", "train_images", "batch", "precision"]
-"""What the arms of one comparison share; `setting` is empty in rows written before it was there."""
 COMPARE = "compare"
 Row = dict[str, Any]
 
@@ -183,30 +181,12 @@ def record(
             for name, rows in inner_rows(run).items():
                 tables[name] += rows
         elif error is not None:
-            row |= config_row(config) | {"status": FAILED, "error": error}
-            tables["runs.csv"].append(row)
+            tables["runs.csv"].append(row | config_row(config) | {"status": FAILED, "error": error})
         if error is not None:
             problems.append(f"{run_name(config)}: {error}")
     for name, rows in tables.items():
         _merge(out / name, rows)
     return problems
-
-
-def require_tables(out: Path) -> None:
-    """Make sure that rows can be added to the files of a results folder, before hours of training.
-
-    Raises:
-        ValueError: One of them is damaged, not one that spem wrote, or holds a run twice.
-    """
-    recorded, *_ = [_read_texts(out / name) for name in FILES]
-    own = [row for row in recorded if COMPARE in row.get("experiment", "").split()]
-    keys = [tuple(row.get(n, "") for n in (*_COMPARED_WITHIN, "module", "seed")) for row in own]
-    twice = sorted({f"{key[-2]}, seed {key[-1]}" for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(
-            f"{out / 'runs.csv'} holds two comparisons that cannot be told apart ({twice[0]} is "
-            "there twice). Move it away, or name another folder with --out."
-        )
 
 
 def _merge(path: Path, rows: Sequence[Row]) -> None:
@@ -303,7 +283,7 @@ class Table:
             `flops`; where the paper prints numbers of these cells `paper` and `paper_parameters`;
             with its recipe `best_mean`, `best_sd` and `against_paper`.
         runs: The runs behind it, with their `row`.
-        not_run: Rows without a run.
+        rows: All its rows, also those without a run.
         paper_recipe: Whether its runs follow the paper's recipe on the paper's data.
     """
 
@@ -314,8 +294,13 @@ class Table:
     where: str
     frame: pd.DataFrame
     runs: pd.DataFrame
-    not_run: tuple[str, ...]
+    rows: list[str]
     paper_recipe: bool = False
+
+    @property
+    def not_run(self) -> list[str]:
+        """Rows without a run."""
+        return [row for row in self.rows if row not in set(self.frame["row"])]
 
     @property
     def reference(self) -> str:
@@ -365,31 +350,28 @@ def _of_experiment(one: Experiment, runs: pd.DataFrame) -> list[Table]:
         if of_paper and any(cell.paper is not None for cell in cells):
             frame = _beside_paper(frame, own, cells, verdict=paper_recipe)
         name = f"{one.name}-{dataset}" + (f"-{scale}" if of_paper and scale != "paper" else "")
-        missing = tuple(cell.row for cell in cells if cell.row not in set(frame["row"]))
         where = _where(own) + (f"; {one.scale.title}" if scale != "paper" else "")
+        names = [cell.row for cell in cells]
         texts = (name, one.name, one.title, one.question, where)
-        tables.append(Table(*texts, frame, own, missing, paper_recipe))
+        tables.append(Table(*texts, frame, own, names, paper_recipe))
     return tables
 
 
 def _typed_in(runs: pd.DataFrame) -> list[Table]:
     """The tables of `spem compare`: one for each setting that its arms share."""
-    shared = [name for name in _COMPARED_WITHIN if name in runs.columns]
     tables: list[Table] = []
-    for _, own in runs.assign(row=runs["module"]).groupby(shared, sort=False, dropna=False):
+    for _, own in runs.assign(row=runs["module"]).groupby("setting", sort=False):
         if not _done(own).any():
             continue
         names, given = list(dict.fromkeys(own["module"])), str(own["baseline"].iloc[0])
         reference, dataset = given if given in names else names[0], str(own["dataset"].iloc[0])
-        cells = [Cell(name, name, dataset, name == reference) for name in names]
-        frame = _compared(own, cells)
+        frame = _compared(own, [Cell(name, name, dataset, name == reference) for name in names])
         others = [name for name in names if name != reference]
         named = stats.listed(others, len(others))
         question = f"{'Does' if len(others) == 1 else 'Do'} {named} differ from {reference}?"
         name = f"{COMPARE}-{dataset}" + (f"-{len(tables) + 1}" if tables else "")
-        missing = tuple(name for name in names if name not in set(frame["row"]))
         texts = (name, COMPARE, f"{named} against {reference}", question, _where(own))
-        tables.append(Table(*texts, frame, own, missing))
+        tables.append(Table(*texts, frame, own, names))
     return tables
 
 
@@ -437,11 +419,9 @@ def _beside_paper(
     best = {row: part.dropna() for row, part in runs.groupby("row")["best_accuracy"]}
 
     def said(row: str) -> str:
-        if row not in printed:
-            return ""
         ends = stats.prediction_interval(best[row])
-        if ends is None:
-            return "n too small to say"
+        if row not in printed or ends is None:
+            return "n too small to say" if row in printed else ""
         return "inside" if ends[0] <= printed[row].top1 <= ends[1] else "outside"
 
     means, spreads = [best[row].mean() for row in rows], [best[row].std() for row in rows]
@@ -450,15 +430,10 @@ def _beside_paper(
 
 def _where(runs: pd.DataFrame) -> str:
     """What was trained, in one line."""
-    one, seeds, depths = (
-        runs.iloc[0],
-        runs["seed"].nunique(),
-        sorted(set(runs["depth"].astype(int))),
-    )
-    images = one.get("train_images")
-    data = data_name(one["dataset"])
+    one, seeds, depths = runs.iloc[0], runs["seed"].nunique(), sorted(runs["depth"].astype(int))
+    images, data = one.get("train_images"), data_name(one["dataset"])
     data += f" ({int(images):,} training images)" if images and images == images else ""
-    depth = f"{depths[0]} to {depths[-1]}" if len(depths) > 1 else f"{depths[0]}"
+    depth = f"{depths[0]} to {depths[-1]}" if depths[0] < depths[-1] else f"{depths[0]}"
     epochs = f"{int(one['epochs'])} epoch" + ("s" if one["epochs"] > 1 else "")
     return f"{data}, ResNet-{depth}, {epochs}, {seeds} seed" + ("s" if seeds > 1 else "")
 
