@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,8 +25,7 @@ makes it), and batch norm, addition and ReLU one after the other."""
 class LayerCost:
     """A layer with its forward FLOPs; an attention is one, with all its parts.
 
-    Its name is the dotted one, ``kind`` its class; ``output`` is the shape of its last output, None
-    where it was not called as a module.
+    ``output`` is the shape of its last output, None where it was not called as a module.
     """
 
     name: str
@@ -40,15 +40,9 @@ class LayerCost:
 class TailCost:
     """The end of one residual block: norm, attention, addition, ReLU.
 
-    Attributes:
-        name: Dotted name of the block.
-        attention: Name of its attention, "none" without one.
-        impl: What runs it: "numba", "triton" and "formula" fuse it, "reference" composes it of
-            torch's modules (see `spem.ops.use_impl`).
-        reason: Why it is this one, where that needs saying.
-        forward_bytes: Bytes of whole maps read and written by the forward pass; statistics and the
-            like are left out. None for composed attention, whose traffic depends on the module.
-        backward_bytes: The same for the backward pass.
+    ``impl`` runs it ("reference" composes it of modules, the others fuse it), for this ``reason``
+    where that needs saying. The bytes are those of whole maps read and written; None for composed
+    attention, whose traffic depends on the module.
     """
 
     name: str
@@ -63,9 +57,7 @@ class TailCost:
 class Cost:
     """The cost of one forward pass of the whole batch, and the share of channel attention in it.
 
-    Attributes:
-        layers: One row for every layer, in the order of the model; they add up to the totals.
-        tails: The tail of every residual block, in the order of the model.
+    Layers and tails of blocks are in the order of the model; the layers add up to the totals.
     """
 
     parameters: int
@@ -212,38 +204,25 @@ def _run(
     """By module name: FLOPs with all that it contains, and the shape of its last output."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    totals: dict[str, int] = {}
     outputs: dict[str, tuple[int, ...]] = {}
-    open_at: dict[str, list[int]] = {}
-    counter = FlopCounterMode(display=False)
-
-    def enter(name: str, *_: object) -> None:
-        open_at.setdefault(name, []).append(counter.get_total_flops())
 
     def leave(name: str, _m: object, _x: object, output: object) -> None:
-        spent = counter.get_total_flops() - open_at[name].pop()
-        totals[name] = totals.get(name, 0) + spent
         if isinstance(output, Tensor):
             outputs[name] = tuple(output.shape)
 
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    modes = [(module, module.training) for module in model.modules()]
-    like = _like(model)
+    like, counter = _like(model), FlopCounterMode(display=False)
     x = torch.zeros(input_shape, dtype=like.dtype, device=like.device)
-    try:
+    with ExitStack() as stack:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(enter, name)))
-            handles.append(module.register_forward_hook(partial(leave, name)))
+            stack.callback(setattr, module, "training", module.training)
+            stack.callback(module.register_forward_hook(partial(leave, name)).remove)
         model.eval()
         # Composed tails call every module, whose hooks then see its share.
         with torch.no_grad(), use_impl("reference"), counter:
             model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    return totals, outputs
+    root, counts = type(model).__name__, counter.get_flop_counts()
+    totals = {key[len(root) + 1 :]: sum(found.values()) for key, found in counts.items()}
+    return totals | {"": counter.get_total_flops()}, outputs
 
 
 def _spent(module: nn.Module, name: str, totals: dict[str, int]) -> int:

@@ -22,7 +22,7 @@ from spem.ops import use_impl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import SubFigure
 
 __all__ = ["BlockView", "Explanation", "draw", "explain"]
 
@@ -41,14 +41,12 @@ class BlockView:
 
     Shape:
         kept: [C], the gate of every channel; its mean over positions where they differ.
-        maps: [C, H, W].
+        maps: [C, H, W], the channels before the gate; the gate itself where it is ``spatial``; the
+            output of a module that replaces a norm or a convolution.
 
     Attributes:
         name: The attention's name in the state dict; shared ones have the block's number behind it.
         attention: Its name in the registry.
-        kept: The gates.
-        maps: The channels before the gate; the gate itself where it differs from position to
-            position (``spatial``); the output of a module that replaces a norm or a convolution.
         spatial: Whether the gate differs from position to position.
         adds: Whether the attention also adds to the map.
         lambdas: The weight of the maximum in each of its mixes, by name.
@@ -97,16 +95,11 @@ class Explanation:
 def explain(model: nn.Module, image: Tensor) -> Explanation:
     """Shows one image to a network and looks at what each of its attentions keeps.
 
-    Tails are composed meanwhile, since a fused one never forms the map that its gate multiplies;
-    the numbers are those of ``impl="reference"``. The mode of every module is
-    restored.
+    Tails are composed meanwhile, since a fused one never forms the map that its gate multiplies.
+    The mode of every module is restored.
 
     Shape:
         image: [1, 3, H, W], normalised as in training.
-
-    Args:
-        model: A network with attention.
-        image: The image.
 
     Raises:
         ValueError: The network has no attention, or the image is no batch of one.
@@ -114,7 +107,6 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
     if image.dim() != 4 or image.shape[0] != 1:
         raise ValueError(f"explain: needs one image [1, 3, H, W], got {list(image.shape)}.")
     inside = inspect(model)
-    attentions = attentions_of(model).values()
     maps: list[tuple[ChannelAttention, Tensor]] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -122,12 +114,11 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
         shown = inputs[0] if module.needs.replaces is None else output
         maps.append((module, shown[0].detach().float().cpu()))
 
-    modes = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
-        for module, mode in modes:  # each its own: a norm may be frozen in a network in training
-            stack.callback(setattr, module, "training", mode)
+        for module in model.modules():  # a norm may be frozen in a network in training
+            stack.callback(setattr, module, "training", module.training)
         stack.enter_context(use_impl("reference"))
-        for attention in attentions:
+        for attention in attentions_of(model).values():
             stack.callback(attention.register_forward_hook(keep).remove)
         stack.enter_context(inside)
         output = model.eval()(image)
@@ -171,11 +162,11 @@ def draw(
     blocks: int = 6,
     top: int = 4,
 ) -> None:
-    """Draws an explanation into an image file.
+    """Draws an explanation, and the image as a person sees it (uint8 [3, H, W]), into a file.
 
     Args:
         explanation: What was seen.
-        image: The image as a person sees it, uint8 [3, H, W].
+        image: The image.
         path: Where to write; the suffix gives the format (.png, .svg, .pdf).
         title: What was looked at, in one line.
         classes: The names of the classes.
@@ -226,8 +217,8 @@ def evenly(blocks: Sequence[BlockView], count: int) -> list[BlockView]:
 
 
 def _answer(
-    figure: SubFigure | Figure,
-    probabilities: Tensor | None,
+    figure: SubFigure,
+    seen: Tensor | None,
     image: Tensor,
     classes: Sequence[str],
     marked: int | None,
@@ -236,23 +227,21 @@ def _answer(
     above.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
     above.set_title(f"the image, {image.shape[2]}x{image.shape[1]}", fontsize=10)
     above.set_axis_off()
-    if probabilities is None:
+    if seen is None:
         below.set_axis_off()
         return
-    best = probabilities.argsort(descending=True, stable=True)[:ANSWERS].tolist()
+    best = seen.argsort(descending=True, stable=True)[:ANSWERS].tolist()
     if marked is not None and marked not in best:
         best = [*best[:-1], marked]
-    values = [float(probabilities[k]) for k in best]
+    values = [float(seen[k]) for k in best]
     colours = [LEAST if k == marked else MOST for k in best]
     below.barh(range(len(best)), values, color=colours, height=0.6)
     for row, value in enumerate(values):
         below.text(value + 0.02, row, f"{value:.2f}", va="center", fontsize=9)
     below.set_yticks(range(len(best)), [classes[k] for k in best], fontsize=9)
     below.set_ylim(len(best) - 0.4, -0.6)
-    below.set_xlim(0, 1.2)
-    below.set_xticks([0, 0.5, 1])
+    below.set(xlim=(0, 1.2), xticks=[0, 0.5, 1], xlabel="probability")
     below.tick_params(axis="y", length=0)
-    below.set_xlabel("probability", fontsize=9)
     below.set_title("answer" + ("" if marked is None else ", orange: --class"), fontsize=10)
     below.spines[["top", "right"]].set_visible(False)
 
@@ -272,8 +261,7 @@ def _rows(figure: SubFigure, rows: Sequence[BlockView], top: int) -> None:
                 axis.imshow(block.maps[channel].numpy(), cmap=colours, vmin=low, vmax=high)
                 title = f"{channel}: {number(float(block.kept[channel]))}"
                 axis.set_title(title, fontsize=9, color=colour, pad=3)
-                axis.set_xticks([])
-                axis.set_yticks([])
+                axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_color(colour)
     figure.supxlabel(_legend(rows), fontsize=9)
 
@@ -291,8 +279,7 @@ def _profile(axis: Axes, block: BlockView, most: Sequence[int], least: Sequence[
     axis.set_ylim(low - 0.06 * (high - low), high + 0.1 * (high - low))
     axis.set_xlim(-0.03 * len(order), 1.03 * len(order))
     axis.locator_params(axis="y", nbins=4)
-    axis.set_xticks([0, len(order) - 1])
-    axis.set_xticklabels(["1", str(len(order))])
+    axis.set_xticks([0, len(order) - 1], ["1", str(len(order))])
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     closed = f", {100 * block.closed:.0f} % < {CLOSED}" if low >= 0 else ""
@@ -301,11 +288,13 @@ def _profile(axis: Axes, block: BlockView, most: Sequence[int], least: Sequence[
 
 def _scale(block: BlockView) -> tuple[float, float, str]:
     """The ends of the colours, the same in a row: a rare large value may not whiten the rest."""
+    import numpy as np
+
     maps = block.maps.flatten()
     if block.spatial:
         return float(maps.min()), max(float(maps.max()), float(maps.min()) + 1e-6), "viridis"
-    highest = float(maps.abs().double().quantile(0.995)) if len(maps) < 2**24 else float(maps.max())
-    return -max(highest, 1e-6), max(highest, 1e-6), "RdBu_r"
+    highest = max(float(np.quantile(maps.abs().numpy(), 0.995)), 1e-6)
+    return -highest, highest, "RdBu_r"
 
 
 def _legend(rows: Sequence[BlockView]) -> str:

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["EpochPlan", "ImageSet", "Split", "augment", "checksum", "epoch_plan", "hold_out"]
 __all__ += ["HUB_IDS", "NORMALISATION", "check_images", "decode", "load_images", "normalise"]
 
-_HOME = {"HUB_IDS": "names", "NORMALISATION": "names", "decode": "folder"}
-_HOME |= {"check_images": "sources", "load_images": "sources"}
+_HOME = {
+    **dict.fromkeys(("HUB_IDS", "NORMALISATION"), "names"),
+    **dict.fromkeys(("check_images", "load_images"), "sources"),
+    "decode": "folder",
+}
 
 
 def __getattr__(name: str) -> Any:
