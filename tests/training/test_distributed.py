@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,15 +14,33 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from tolerance import TOGETHER, TOLERANCE
+from torch import distributed
 from training.tiny import Stop, outcome, shortened, tiny, trained
 from training.together import OPTIM, STEPS, run_together, step_case, two_steps
 
 import spem
-from spem.training import Interrupted, RunConfig, train
+from spem.attention import AttentionSpec
+from spem.models import resnet
+from spem.training import (
+    Interrupted,
+    RunConfig,
+    RuntimeConfig,
+    Silent,
+    process_group,
+    read_metrics,
+    read_result,
+    read_run,
+    train,
+)
+from spem.training.distributed import Team, share_norms
+from spem.training.folder import load_checkpoint
+from spem.training.loop import _resolved
 from spem.training.step import make_optimizer, make_step
 
-# A dozen seconds on an idle core.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+
+def slow(test: Any) -> Any:
+    """A dozen seconds on an idle core."""
+    return pytest.mark.timeout(900)(pytest.mark.slow(test))
 
 
 def config(attention: str, images: int, **runtime: Any) -> RunConfig:
@@ -86,6 +109,7 @@ def require_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
         torch.testing.assert_close(mine["mixes"], other["mixes"], **TOGETHER)
 
 
+@slow
 @pytest.mark.parametrize("attention", STEPS)
 def test_steps_of_two_processes_are_those_of_one(attention: str, two: Together) -> None:
     """In float64 but for the logits, so that nothing turns over; the penalty counts once."""
@@ -105,6 +129,7 @@ def test_steps_of_two_processes_are_those_of_one(attention: str, two: Together) 
         torch.testing.assert_close(mine[3], whole.lambdas, **close)
 
 
+@slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_equal_one(name: str, one: Path, two: Together) -> None:
     if name == "numba" and not has_numba():
@@ -117,7 +142,8 @@ def test_two_processes_equal_one(name: str, one: Path, two: Together) -> None:
     assert first["loss"] == pytest.approx(result.train_loss, rel=TOGETHER["rtol"])
 
 
-def test_all_stop_after_the_same_step_and_one_goes_on(one: Path, two: Together) -> None:
+@slow
+def test_all_stop_after_the_same_step_and_another_number_goes_on(one: Path, two: Together) -> None:
     first, second = (said["begun by two"] for said in two.said)
     assert first == second
     assert first["code"] == 143
@@ -125,13 +151,10 @@ def test_all_stop_after_the_same_step_and_one_goes_on(one: Path, two: Together) 
     trained(STOPPED, two.folder / "begun by two")
     trained(STOPPED, one / "stopped")
     require_equal(outcome(two.folder / "begun by two"), outcome(one / "stopped"))
-
-
-def test_two_go_on_with_what_one_began(one: Path, two: Together) -> None:
-    trained(STOPPED, one / "stopped")
     require_equal(outcome(two.folder / "begun by one"), outcome(one / "stopped"))
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -144,3 +167,85 @@ def test_what_several_cannot_do_is_refused(name: str, reason: str, two: Together
     assert first.startswith("ValueError")
     assert reason in first
     assert reason in second
+
+
+def ranks(parent: int) -> dict[int, int]:
+    """The process ids of torchrun's children, by rank."""
+    found: dict[int, int] = {}
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in map(int, listed):
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(v[5:]): child for v in variables if v.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@slow
+def test_a_killed_process_ends_the_run_with_a_sentence_and_another_number_goes_on(
+    tmp_path: Path,
+) -> None:
+    folder, said = tmp_path / "run", tmp_path / "said"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "spem"),
+        *("train", "smoke", "--epochs", "6", "--limit", "50", "--attention", "none"),
+        *("--checkpoint-minutes", "0", "--runtime.impl", "reference", "--folder", str(folder)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with said.open("w") as errors:
+        running = subprocess.Popen(command, stderr=errors, stdout=errors, env=environment)
+        try:
+            while not read_metrics(folder) and running.poll() is None:
+                time.sleep(0.02)
+            os.kill(ranks(running.pid)[1], signal.SIGKILL)
+            assert running.wait(120) != 0
+        finally:
+            running.kill()
+    text = said.read_text()
+    assert text.count("run the same command again") == 1
+    assert "another of the 2 processes of this run is gone" in text
+    assert "checkpoint.pt" in text
+    assert read_result(folder) is None
+    assert load_checkpoint(folder / "checkpoint.pt")["epoch"] >= 1
+    result = train(read_run(folder).config, folder, progress=Silent())  # one process goes on
+    assert result.epochs == len(read_metrics(folder)) == 6
+
+
+# ---- parts of it
+
+
+def test_without_torchrun_nothing_is_joined() -> None:
+    with process_group() as first:
+        assert first
+        assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("images", "size"), [(41, 2), (128, 5)])
+def test_parts_cover_a_batch_once(images: int, size: int) -> None:
+    parts = [Team(rank, size).part(images) for rank in range(size)]
+    taken = [i for part in parts for i in range(images)[part]]
+    assert taken == list(range(images))
+    lengths = {part.stop - part.start for part in parts}
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_several_processes_step_eagerly_each_on_its_own_device() -> None:
+    assert _resolved(RuntimeConfig(device="cpu", step="auto"), 2).step == "eager"
+    with pytest.raises(ValueError, match=r"step='compile' is for one process, and 2 train"):
+        _resolved(RuntimeConfig(device="cpu", step="compile"), 2)
+    with pytest.raises(ValueError, match=r"device='cpu:0' cannot serve 2 processes"):
+        _resolved(RuntimeConfig(device="cpu:0"), 2)
+
+
+def test_shared_norms_keep_names_and_tensors() -> None:
+    for spec, reason in (("iebn", "takes statistics of the batch"), ("se(pool=srp)", "at random")):
+        with pytest.raises(ValueError, match=reason):
+            share_norms(resnet(11, attention=AttentionSpec.parse(spec)))
+    model = resnet(11, attention=AttentionSpec.parse("srm")).train()
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    norms = share_norms(model)
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    assert len(norms) == 16  # of stem, blocks, shortcuts and attention
+    assert all(norm.training for norm in norms)

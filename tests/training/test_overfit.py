@@ -23,12 +23,7 @@ def batch(data_root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return nn.functional.avg_pool2d(x, 2), images.labels
 
 
-@pytest.mark.parametrize(
-    "attention",
-    [
-        *("none", "se", "cbam", "srm", "sge", "spem", "spem(form=figure)"),
-    ],
-)
+@pytest.mark.parametrize("attention", ["none", "se", "cbam", "srm", "spem(form=figure)"])
 def test_64_images_are_learnt_by_heart(attention: str, batch: tuple[torch.Tensor, torch.Tensor]):
     config = tiny(attention)
     _, step = begun(config)

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.tiny import shortened, tiny
+from training.tiny import begun, shortened, tiny
 
-from spem import initialise
 from spem.data import load_images
 from spem.training import ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
-from spem.training.folder import build_network
 from spem.training.sets import load_sets
-from spem.training.step import decay, make_optimizer, make_step
+from spem.training.step import decay
 
 
 def test_a_device_that_is_not_there_can_be_corrected(tmp_path: Path):
@@ -45,17 +43,13 @@ def test_a_wrong_sum_of_the_images_is_refused_before_the_folder_is_made(tmp_path
 
 def test_attention_that_starts_as_the_identity_changes_no_output():
     config = tiny("se")
-    plain = build_network(tiny("none"), classes=10)
-    start = replace(config, model=replace(config.model, start="identity"))
-    model = build_network(start, classes=10)
-    for each in (plain, model):
-        initialise(each, 3)
+    plain, _ = begun(tiny("none"))
+    model, step = begun(replace(config, model=replace(config.model, start="identity")))
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.eval()(images), plain.eval()(images))
     alphas = {name: p for name, p in model.named_parameters() if name.endswith("alpha")}
     assert len(alphas) == 3
-    optimizer = make_optimizer(model.train(), config.optim)
-    step = make_step(model, optimizer, config.optim, config.runtime)
+    model.train()
     for _ in range(2):
         step(images, torch.arange(4))
     assert all(float(p.detach().abs().max()) > 0 for p in alphas.values())
@@ -106,4 +100,3 @@ def test_the_cosine_starts_at_the_rate_and_falls_to_nothing():
     optim = OptimConfig(epochs=4, schedule="cosine", milestones=())
     expected = [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]
     assert [decay(optim, epoch) for epoch in range(4)] == pytest.approx(expected)
-    assert RunConfig(optim=optim).id != RunConfig(optim=replace(optim, schedule=None)).id

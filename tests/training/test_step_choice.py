@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,35 +39,20 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- implementation
 
 
-@needs_numba
-def test_the_choice_is_written_down(tmp_path: Path):
-    train(shortened(tiny(precision="bf16", epochs=1), 40), tmp_path, progress=Silent())
-    run = read_run(tmp_path)
-    assert run.config.runtime.impl is None
-    assert run.runtime.impl == run.weights().impl == "numba"
-
-
-@pytest.mark.parametrize(
-    ("step", "impl"), [("eager", "reference"), ("compile", "formula"), ("graph", "reference")]
-)
-def test_on_cuda_what_is_compiled_gets_the_formula_until_triton_is_proven(
-    step: str, impl: str, monkeypatch: pytest.MonkeyPatch
+def test_on_cuda_a_proven_triton_is_chosen_for_graphs_and_the_formula_where_it_is_compiled(
+    proven: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dispatch, "_objection", lambda _: "kernels differ")
-    assert choose_impl(RuntimeConfig(step=step), "cuda") == impl
-    assert choose_impl(RuntimeConfig(step=step, impl="reference"), "cuda") == "reference"
+    def chosen(**how: Any) -> list[str]:
+        runtimes = [RuntimeConfig(step=step, **how) for step in ("eager", "compile", "graph")]
+        return [choose_impl(runtime, "cuda") for runtime in runtimes]
 
-
-def test_on_cuda_a_proven_triton_is_chosen_for_graphs(proven: None):
-    chosen = {
-        step: choose_impl(RuntimeConfig(step=step, precision="bf16"), "cuda")
-        for step in ("eager", "compile", "graph")
-    }
-    assert chosen == {"eager": "reference", "compile": "formula", "graph": "triton"}
+    assert chosen(precision="bf16") == ["reference", "formula", "triton"]
+    assert chosen(impl="reference") == ["reference"] * 3
     graph = RuntimeConfig(step="graph")
     assert choose_impl(graph, "cuda", attention=False) == "reference"
-    asked = replace(graph, impl="triton")
-    assert choose_impl(asked, "cuda", attention=False) == "triton"
+    assert choose_impl(replace(graph, impl="triton"), "cuda", attention=False) == "triton"
+    monkeypatch.setattr(dispatch, "_objection", lambda _: "kernels differ")
+    assert chosen() == ["reference", "formula", "reference"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +86,7 @@ def test_training_and_evaluation_run_under_the_planned_implementation(
     original = ResNet.forward
     monkeypatch.setattr(ResNet, "forward", forward)
     result = train(shortened(tiny(epochs=1, impl=impl), 40), tmp_path, progress=Silent())
-    assert result.impl == impl
+    assert result.impl == impl == read_run(tmp_path).weights().impl
     taken, counted = used[:-1], used[-1]  # the last one counts FLOPs, module by module
     assert len(taken) >= 2
     # The formula is for compiled steps; evaluation is never compiled.
@@ -117,6 +103,7 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.Monke
         trained(config, tmp_path / "whole")
         with pytest.raises(Interrupted):
             train(config, tmp_path / "stopped", progress=Stop(3))
+    assert read_run(tmp_path / "stopped").config.runtime.impl is None
     assert trained(config, tmp_path / "stopped").impl == "reference"
     assert differences(outcome(tmp_path / "stopped"), outcome(tmp_path / "whole")) == []
     with pytest.raises(Interrupted):
@@ -168,8 +155,8 @@ def test_auto_is_by_the_device_and_not_measured(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("attention", "impl"),
     [
-        *(("spem", "formula"), ("srm", "formula"), ("cbam", "formula")),
-        *(pytest.param(name, "numba", marks=needs_numba) for name in ("none", "spem")),
+        *(("srm", "formula"), ("cbam", "formula")),
+        pytest.param("spem", "numba", marks=needs_numba),
     ],
 )
 def test_every_tail_compiles_in_one_graph_and_follows_the_eager_step(
