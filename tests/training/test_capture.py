@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import TOLERANCE
-from torch import Tensor, nn
+from torch import Tensor
 from training.test_resume import train_with_stops
 from training.tiny import Stop, differences, kept_checkpoint, outcome, tiny, trained
 
@@ -25,7 +25,6 @@ from spem.training.step import (
     execution,
     make_optimizer,
     make_step,
-    momenta_from_zero,
 )
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -121,20 +120,6 @@ def test_preparing_takes_no_step(stand_in: list[int]):
     assert equal(before, after[: len(before)])
     assert len(after) == len(before) + len(list(training.model.parameters()))
     assert not any(bool(momentum.any()) for momentum in after[len(before) :])
-
-
-def test_a_step_from_zero_momentum_is_the_first_step_of_sgd():
-    weights: list[list[Tensor]] = []
-    for zeros in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 5))
-        optimizer = make_optimizer(model, tiny().optim)
-        assert not zeros or len(momenta_from_zero(optimizer)) == 4
-        model(torch.randn(4, 3, 8, 8)).square().sum().backward()
-        optimizer.step()
-        state = [s["momentum_buffer"] for s in optimizer.state.values()]
-        weights.append([*(p.detach() for p in model.parameters()), *state])
-    assert equal(*weights)
 
 
 def test_rates_are_tensors_inside_and_numbers_outside(stand_in: list[int]):

@@ -7,16 +7,14 @@ computed anything, and do all jobs one after the other in one process group.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
-from training.processes import fork, wait
+from training.processes import ended, environment, forked
 from training.tiny import Stop, tiny, trained
 
 from spem.attention import AttentionSpec
@@ -64,7 +62,7 @@ def take_steps(rank: int, folder: Path) -> None:
         )
 
 
-def work(rank: int, folder: Path) -> int:
+def work(rank: int, folder: Path) -> None:
     """Do all jobs as one of two processes; what each came to stands in `said.RANK.json`."""
     meeting = f"file://{folder / 'meeting'}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
@@ -83,7 +81,6 @@ def work(rank: int, folder: Path) -> int:
             said.append({"error": f"{type(error).__name__}: {error}"})
     (folder / f"said.{rank}.json").write_text(json.dumps(said))
     distributed.destroy_process_group()
-    return 0
 
 
 def run_together(folder: Path, jobs: dict[str, tuple[RunConfig, int]]) -> list[dict[str, Any]]:
@@ -94,28 +91,14 @@ def run_together(folder: Path, jobs: dict[str, tuple[RunConfig, int]]) -> list[d
     """
     listed = [{"name": n, "config": c.to_dict(), "stop": s} for n, (c, s) in jobs.items()]
     (folder / "jobs.json").write_text(json.dumps(listed))
-    paths = [str(Path(__file__).resolve().parents[1]), *sys.path]
-    subprocess.run(
-        [sys.executable, __file__, str(folder)],
-        check=True,
-        timeout=800,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, __file__, str(folder)]
+    subprocess.run(command, check=True, timeout=800, env=environment())
     said = [json.loads((folder / f"said.{rank}.json").read_text()) for rank in range(2)]
     return [dict(zip(jobs, each, strict=True)) for each in said]
-
-
-def _exchange(rank: int, folder: Path) -> int:
-    try:
-        return work(rank, folder)
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        raise
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     where = Path(sys.argv[1])
-    children = [fork(lambda rank=rank: _exchange(rank, where)) for rank in range(2)]
-    sys.exit(max(abs(wait(child)) for child in children))
+    children = [forked(work, rank, where) for rank in range(2)]
+    sys.exit(max(abs(ended(child) or 0) for child in children))

@@ -34,10 +34,6 @@ _PATIENCE = timedelta(days=1)
 ended is noticed at once, since its connections close."""
 
 
-class LostProcessError(RuntimeError):
-    """Another process of this run is gone."""
-
-
 class FollowerError(RuntimeError):
     """The first process of this run stopped, and says itself why."""
 
@@ -165,7 +161,7 @@ class Team:
 
     @contextlib.contextmanager
     def watched(self, checkpoint: Path) -> Generator[None]:
-        """Raise `LostProcessError`, which says what to do, for what a broken connection raises."""
+        """Say what to do where a broken connection raises a RuntimeError."""
         try:
             yield
         except RuntimeError as error:
@@ -176,7 +172,7 @@ class Team:
                 raise
             there = checkpoint.exists()
             said = f"The checkpoint is {checkpoint}" if there else "No checkpoint yet"
-            raise LostProcessError(
+            raise RuntimeError(
                 f"train: another of the {self.size} processes of this run is gone: killed, out of "
                 f"memory, or ended by an error that it has reported itself. {said}; run the same "
                 "command again to go on."

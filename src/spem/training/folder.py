@@ -228,7 +228,7 @@ def held(folder: Path) -> Generator[None]:
     """Hold a run folder, made if needed, for the length of a `with` block.
 
     The operating system keeps the lock while this process lives, also suspended, and frees it when
-    it ends, however. So nobody can take a folder over from a process that may still write.
+    it ends: nobody can take a folder over from a process that may still write.
 
     Raises:
         HeldError: another process holds the folder; the message says which.
@@ -265,8 +265,7 @@ def held(folder: Path) -> Generator[None]:
 def require_own(folder: Path) -> None:
     """Raise ValueError where something else lies, or stands in the place of a file of the run.
 
-    A run goes into a folder that is new or empty, or where it was begun; other files beside those
-    of a run that is at home there are left alone.
+    Files beside those of a run that is at home there are left alone.
     """
     try:
         entries = {path.name: path for path in folder.iterdir()}

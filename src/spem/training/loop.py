@@ -306,7 +306,7 @@ class _Training:
                 self._save()
             if stop:
                 raise self._interruption(self._place())
-            self._report((state.seconds - carried) / (state.step - first))
+            self._report(max(state.seconds - carried, 1e-6) / (state.step - first))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         state.seconds = carried + time.monotonic() - started
