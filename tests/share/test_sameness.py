@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,6 @@ def blind(model: Any, kind: type[nn.Module]) -> None:
             module.gate = lambda x, module=module: kind.gate(module, x) ** 2
 
 
-def put(model: Any, path: str, module: nn.Module) -> None:
-    above, _, name = path.rpartition(".")
-    setattr(model.get_submodule(above), name, module)
-
-
 class SimAM(nn.Module):
     """Attention without parameters, by its formula."""
 
@@ -70,22 +66,24 @@ class SimAM(nn.Module):
         return x * torch.sigmoid(square / (4 * square.mean((2, 3), keepdim=True) + 4e-4) + 0.5)
 
 
+def hidden_pool(model: Any) -> None:
+    model.global_pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+def blind_starts(model: Any) -> None:
+    spem.attach(model, "simam")
+    blind(model, spem.SimAM)
+
+
+plain = partial(timm.create_model, pretrained=False)
+simam = {"block_args": {"attn_layer": SimAM}}
 CASES: dict[str, Callable[[], Any]] = {
-    "max pooling that is hidden": lambda: changed(
-        host(),
-        lambda m: put(m, "global_pool", nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())),
-    ),
+    "max pooling that is hidden": lambda: changed(host(), hidden_pool),
     "silu": lambda: host(act_layer="silu"),
-    "simam by block_args": lambda: host(block_args={"attn_layer": SimAM}),
-    "behind last norms of zero": lambda: timm.create_model(
-        "test_resnet", pretrained=False, block_args={"attn_layer": SimAM}
-    ),
-    "behind identity starts": lambda: changed(
-        host(), lambda m: (spem.attach(m, "simam"), blind(m, spem.SimAM))
-    ),
-    "a layer scale of 1e-6": lambda: timm.create_model(
-        "convnext_atto", pretrained=False, act_layer="silu"
-    ),
+    "simam by block_args": lambda: host(**simam),
+    "behind last norms of zero": lambda: plain("test_resnet", **simam),
+    "behind identity starts": lambda: changed(host(), blind_starts),
+    "a layer scale of 1e-6": lambda: plain("convnext_atto", act_layer="silu"),
     "a hook": lambda: changed(
         host(), lambda m: m.layer3.register_forward_hook(lambda *a: a[2].relu() + 1)
     ),

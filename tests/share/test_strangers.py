@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import spem
 
@@ -38,101 +38,51 @@ def put(folder: Path, *, to: Path, weights: bytes | None = None, **fields: Any) 
     return to
 
 
-def test_the_copy_itself_is_read(written: Path, tmp_path: Path):
-    one = spem.from_pretrained(written).state_dict()
-    two = spem.from_pretrained(put(written, to=tmp_path)).state_dict()
-    assert list(one) == list(two)
-    assert all(torch.equal(one[k], two[k]) for k in one)
+def timm(arch: str, **options: Any) -> dict[str, Any]:
+    return {"network": {"kind": "timm", "arch": arch, "options": options}}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"schema": 2}, "is of layout 2, this version of spem reads 1"),
-        ({"schema": ...}, "is of layout None"),
-        (
-            {"auto_map": {"AutoModel": "code.py"}},
-            "can not match .auto_map. to any",
-        ),
+        ({"auto_map": {"AutoModel": "code.py"}}, "can not match .auto_map. to any"),
         ({"dtype": ...}, 'missing value for field "dtype"'),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ({"attach": 3}, "config.json: .* It takes schema"),
-        ({"network": []}, 'field "network"'),
         ({"network__kind": "pickle"}, "unknown kind 'pickle'. Known: spem.resnet, timm"),
+        ({"network__kind": []}, r"unknown kind \[\]"),
         ({"network__depth": "11"}, 'field "depth" - should be "int"'),
         ({"network__depth": True}, "depth=True is not 9n"),
-        ({"network__depth": 12}, "depth=12 is not 9n"),
         ({"network__block": "wide"}, "block='wide' is unknown"),
-        ({"network__attention": "spme"}, "unknown attention 'spme'"),
         ({"network__attention": "__import__('os').abort()"}, "cannot read attention"),
-        ({"network__weights": "x.pth"}, 'can not match "weights"'),
-        (
-            {"network__attention": "se"},
-            "the weights lack 'layer1.0.attention.attention.alpha' and 13",
-        ),
+        ({"network__attention": "se"}, "weights lack 'layer1.0.attention.attention.alpha' and 13"),
         ({"attach": []}, "hold beside those of the network"),
         ({"network__classes": 4}, r"'fc.weight' has the shape \[10, 256\], the network's is"),
         ({"attach__0__part": "layer9"}, "no part 'layer9'"),
-        ({"attach__0__stages": ["1"]}, 'field "attach.*should be'),
         ({"attach__0__where": "lambda m: m"}, 'field "attach.where" - should be "bool"'),
         ({"attach__0__where": True}, "where=, a rule that no file can hold"),
         ({"attach__0__start": "half"}, "start='half' is unknown"),
-        ({"classes": ["a"]}, "1 names of classes for 10 outputs"),
-        ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is no size with means"),
-        (
-            {"network": {"kind": "timm", "arch": "resnet18", "options": {"pretrained": True}}},
-            "take no option 'pretrained' here",
-        ),
-        ({"network__kind": []}, r"unknown kind \[\]"),
-        ({"network__depth": 9_000_002}, "depth=9000002 is too large for 1"),
-        ({"network__classes": 10**30}, "classes=10{30} is too large"),
-        (
-            {"network": {"kind": "timm", "arch": "resnet18", "options": {"num_classes": 10**9}}},
-            "num_classes=1000000000 is too large",
-        ),
-        (
-            {
-                "network": {"kind": "timm", "arch": "vit_giant_patch14_224", "options": {}},
-                "attach": [],
-            },
-            "the weights lack 'blocks.0.attn.proj.bias'",
-        ),
-        (
-            {"network": {"kind": "timm", "arch": "vit_giant_patch14_224", "options": {}}},
-            r"the network without attention has 1,0\d\d,\d\d\d,\d\d\d numbers, the weights 1",
-        ),
-        (
-            {"network": {"kind": "timm", "arch": "resnet18", "options": {"global_pool": "bogus"}}},
-            "timm:resnet18 cannot be built with {'global_pool': 'bogus'}: ",
-        ),
-        (
-            {"network": {"kind": "timm", "arch": "resnet18", "options": {"output_stride": 3}}},
-            "timm:resnet18 cannot be built with {'output_stride': 3}: ",
-        ),
-        (
-            {"network": {"kind": "timm", "arch": "resnet10t.nosuch", "options": {}}},
-            "timm:resnet10t.nosuch cannot be built at all: ",
-        ),
-        (
-            {"network": {"kind": "timm", "arch": "vgg11", "options": {"output_stride": 3}}},
-            "timm:vgg11 cannot be built with",
-        ),
         ({"attach__0__input_shape": [1, 3, 10**6, 10**6]}, "is no shape of an input"),
         ({"attach__0__input_shape": []}, "is no shape of an input"),
         ({"attach__0__input_shape": [1, 4, 8, 8]}, "does not run on an input of"),
+        ({"classes": ["a"]}, "1 names of classes for 10 outputs"),
+        ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is no size with means"),
         ({"images": {"size": 8, "mean": [0], "std": [float("nan")]}}, "is no size with means"),
-        ({"images": {"size": 8, "mean": [float("inf")], "std": [1]}}, "is no size with means"),
+        # sizes are checked before anything is built
+        ({"network__depth": 9_000_002}, "depth=9000002 is too large for 1"),
+        ({"network__classes": 10**30}, "classes=10{30} is too large"),
+        (timm("resnet18", num_classes=10**9), "num_classes=1000000000 is too large"),
+        (timm("vit_giant_patch14_224") | {"attach": []}, "the weights lack 'blocks.0.attn.proj"),
         (
-            {
-                "network": {"kind": "timm", "arch": "resnet18", "options": {"num_classes": 3}},
-                "classes": ["a"],
-            },
-            "1 names of classes for 3 outputs",
+            timm("vit_giant_patch14_224"),
+            r"attention has 1,0\d\d,\d\d\d,\d\d\d numbers, the",
         ),
-        (
-            {"network": {"kind": "timm", "arch": "hf-hub:me/net", "options": {}}},
-            "unknown architecture 'timm:hf-hub:me/net'",
-        ),
+        # nothing that fetches, and no option that names a file
+        (timm("resnet18", pretrained=True), "take no option 'pretrained' here"),
+        (timm("hf-hub:me/net"), "unknown architecture 'timm:hf-hub:me/net'"),
+        (timm("resnet10t.nosuch"), "timm:resnet10t.nosuch cannot be built at all: "),
+        (timm("resnet18", global_pool="bogus"), "cannot be built with {'global_pool': 'bogus'}: "),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(
@@ -144,20 +94,17 @@ def test_a_config_that_is_not_ours_is_refused(
 
 def test_weights_of_other_names_shapes_and_dtypes_are_refused(written: Path, tmp_path: Path):
     tensors = load_file(written / "model.safetensors")
+    bias = tensors["fc.bias"]
     cases = {
         "lack 'fc.bias'": {k: v for k, v in tensors.items() if k != "fc.bias"},
         "network 'fc.extra'": {**tensors, "fc.extra": torch.zeros(1)},
         r"'fc.bias' has the shape \[3\]": {**tensors, "fc.bias": torch.zeros(3)},
-        "'fc.bias' has the dtype torch.float64": {
-            **tensors,
-            "fc.bias": tensors["fc.bias"].double(),
-        },
+        "'fc.bias' has the dtype torch.float64": {**tensors, "fc.bias": bias.double()},
     }
     for message, content in cases.items():
-        file = tmp_path / "new.safetensors"
-        save_file(content, file)
+        folder = put(written, to=tmp_path, weights=save(content))
         with pytest.raises(ValueError, match=message):
-            spem.from_pretrained(put(written, to=tmp_path, weights=file.read_bytes()))
+            spem.from_pretrained(folder)
 
 
 class Bomb:
