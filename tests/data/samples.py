@@ -76,34 +76,18 @@ def write_cifar10(folder: Path, images: np.ndarray, labels: list[int]) -> None:
     size = len(images) // 6
     for index, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
         part = slice(index * size, (index + 1) * size)
-        batch = {
-            "batch_label": name,
-            "labels": labels[part],
-            "data": cifar_rows(images[part]),
-            "filenames": [f"x_{k}.png" for k in range(size)],
-        }
+        batch = {"labels": labels[part], "data": cifar_rows(images[part])}
         (folder / name).write_bytes(pickle.dumps(batch, 2))
     names = [f"class{k}" for k in range(10)]
-    meta = {"num_cases_per_batch": size, "label_names": names, "num_vis": 3072}
+    meta = {"label_names": names}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta, 2))
 
 
 def write_cifar100(
-    folder: Path,
-    split: str,
-    images: np.ndarray,
-    fine: list[int],
-    coarse: list[int],
-    names: list[str],
+    folder: Path, split: str, images: np.ndarray, fine: list[int], names: list[str]
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    batch = {
-        "filenames": [f"x_{k}.png" for k in range(len(fine))],
-        "batch_label": f"{split} batch 1 of 1",
-        "fine_labels": fine,
-        "coarse_labels": coarse,
-        "data": cifar_rows(images),
-    }
-    (folder / split).write_bytes(pickle.dumps(batch, 2))
+    labels = {"fine_labels": fine, "coarse_labels": [5] * len(fine)}
+    (folder / split).write_bytes(pickle.dumps({**labels, "data": cifar_rows(images)}, 2))
     meta = {"fine_label_names": names, "coarse_label_names": [f"coarse{k}" for k in range(20)]}
     (folder / "meta").write_bytes(pickle.dumps(meta, 2))

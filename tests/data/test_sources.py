@@ -98,7 +98,7 @@ def test_cifar10_batches_are_joined_in_order(
 def test_cifar100_has_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fine, names = [99, 0, *range(10, 20)], [f"fine{k}" for k in range(100)]
     for split in ("train", "test"):
-        write_cifar100(tmp_path / "c", split, IMAGES, fine, [5] * 12, names)
+        write_cifar100(tmp_path / "c", split, IMAGES, fine, names)
     publish(tmp_path / "c", torchvision.datasets.CIFAR100, monkeypatch)
     for split in ("train", "test"):
         data = load_images(str(tmp_path / "c"), split)
