@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 5.2
-"""Inches of a figure: with its 11 point letters it can be read on a telephone too."""
+WIDTH = 5.2  # inches: with its 11 point letters a figure can be read on a telephone too
 STYLE = {
     **{"axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10},
     **{"axes.spines.top": False, "axes.spines.right": False},
@@ -32,25 +31,16 @@ STYLE = {
 }
 GREY = "#555555"
 MINUS = "\N{MINUS SIGN}"
-KNOWN = {
-    # Okabe and Ito: people with any kind of colour blindness can tell them apart.
-    "none": "#000000",
-    CONTROL: "#7f7f7f",
-    "scale": "#b39b00",
-    "se": "#E69F00",
-    "spem": "#0072B2",
-    "eca": "#009E73",
-    "cbam": "#CC79A7",
-    "srm": "#D55E00",
-    "sge": "#56B4E9",
+KNOWN = {  # Okabe and Ito: people with any kind of colour blindness can tell them apart
+    **{"none": "#000000", CONTROL: "#7f7f7f", "scale": "#b39b00"},
+    **{"se": "#E69F00", "spem": "#0072B2", "eca": "#009E73"},
+    **{"cbam": "#CC79A7", "srm": "#D55E00", "sge": "#56B4E9"},
 }
 MARKERS = "osD^vPX<>hp"
-DASHES = ("-", "--", ":", "-.")
-"""Lines of rows that share a colour, since they have the same module."""
+DASHES = ("-", "--", ":", "-.")  # of rows that share a colour, since they have the same module
 DETAILED = ("compare", "table1", "controls", "scratch", "finetune-1000", "finetune-5000")
 """Experiments whose curves, mixes and gates are drawn."""
-FAR = 6.0
-"""A row that reaches this many times as far as the middle one is shown by an arrow at the edge."""
+FAR = 6.0  # times as far as the middle row: such a row is shown by an arrow at the edge
 ACCURACY = "test accuracy, last epoch, %"
 
 
@@ -155,7 +145,6 @@ def differences(table: Table) -> Drawing | None:
         line["bar"] = [max(low, -base), min(high, 100 - base)] if low == low else []
         line["reach"] = [line["difference"], *line["dots"], *line["bar"]]
         line["farthest"] = max(map(abs, line["reach"]))
-        line["text"] = f" [{low:+.2f}, {high:+.2f}]" if low == low else ""
     middle = statistics.median(line["farthest"] for line in lines)
     near = [line["farthest"] <= FAR * middle for line in lines]
     ends = [end for line, own in zip(lines, near, strict=True) if own for end in line["reach"]]
@@ -167,20 +156,14 @@ def differences(table: Table) -> Drawing | None:
         tint, mean, dots = colour(line["module"]), line["difference"], line["dots"]
         if not is_near:
             edge, inner = (least - margin, 1) if mean < 0 else (most + margin, -1)
-            known = f" [{line['low']:+.1f}, {line['high']:+.1f}]" if line["bar"] else ""
             axis.annotate(
-                f"{mean:+.1f}{known}".replace("-", MINUS),
-                xy=(edge, place),
-                xytext=(26 * inner, 0),
-                textcoords="offset points",
-                va="center",
-                ha="left" if inner > 0 else "right",
-                color=tint,
+                f"{mean:+.1f}{_interval(line, 1)}".replace("-", MINUS),
+                **{"xy": (edge, place), "xytext": (26 * inner, 0), "textcoords": "offset points"},
+                **{"va": "center", "ha": "left" if inner > 0 else "right", "color": tint},
                 arrowprops={"arrowstyle": "-|>", "color": tint, "linewidth": 2.4},
             )
             continue
-        if line["bar"]:
-            axis.plot(line["bar"], [place, place], color=tint, linewidth=2.4)
+        axis.plot(line["bar"], [place] * len(line["bar"]), color=tint, linewidth=2.4)
         axis.plot(mean, place, marker="|", markersize=15, markeredgewidth=3, color=tint)
         _dots(axis, dots, [place - 0.24] * len(dots), tint, size=22)
     axis.set_yticks(range(len(lines)), [_short(line["row"]) for line in lines])
@@ -194,8 +177,14 @@ def differences(table: Table) -> Drawing | None:
     caption = f"Dots are pairs of runs with the same seed, ticks their mean; {bars}."
     if not all(near):
         caption += " An arrow with numbers stands for a row that lies beyond the figure."
-    told = "; ".join(f"{line['row']} {line['difference']:+.2f}{line['text']}" for line in lines)
-    return Drawing(f"{table.name}-differences", figure, caption, f"{table.title}: {told}.")
+    told = (f"{line['row']} {line['difference']:+.2f}{_interval(line, 2)}" for line in lines)
+    alt = f"{table.title}: {'; '.join(told)}."
+    return Drawing(f"{table.name}-differences", figure, caption, alt)
+
+
+def _interval(line: Mapping[str, Any], decimals: int) -> str:
+    low, high = line["low"], line["high"]
+    return f" [{low:+.{decimals}f}, {high:+.{decimals}f}]" if low == low else ""
 
 
 def by_lambda(table: Table) -> Drawing | None:
