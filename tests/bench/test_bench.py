@@ -9,31 +9,35 @@ import gpu
 import pytest
 
 from spem.cli import main
+from spem.ops.dispatch import requested
 from spem.training import loop, step
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The networks for which a training step is made."""
-    found: list[Any] = []
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The implementations of which a training step is made."""
+    found: list[str | None] = []
     make = step.make_step
     assert loop.make_step is make, "training has a step of its own"
 
-    def noted(model: Any, *arguments: Any) -> Any:
-        found.append(model)
-        return make(model, *arguments)
+    def noted(*arguments: Any) -> Any:
+        found.append(requested(None, "train"))
+        return make(*arguments)
 
     monkeypatch.setattr(step, "make_step", noted)
     return found
 
 
 def test_the_step_that_is_timed_is_the_one_that_trains(
-    made: list[Any], capsys: pytest.CaptureFixture[str]
+    made: list[str | None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setenv("SPEM_IMPL", "reference")  # which is the one that is timed, too
     args = ["bench", "cifar:11", "--attention", "spem", "--size", "8", "--quick", "--threads", "1"]
     assert main([*args, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert len(made) == 2  # the plain network is timed beside it
+    assert made == ["reference", "reference"]  # the plain network is timed beside it
     assert [row["attention"] for row in told["rows"]] == ["none", "spem"]
     plain, other = told["rows"]
     for kind in ("training step", "inference"):
@@ -42,7 +46,7 @@ def test_the_step_that_is_timed_is_the_one_that_trains(
         assert other[f"{kind}, ms"] > 0
 
 
-def test_the_gpu_script_times_it_too(made: list[Any]):
+def test_the_gpu_script_times_it_too(made: list[str | None]):
     kind = {"depth": "11", "batch": "4", "attention": "none"}
     gpu.training_step(kind, "reference", "eager", device="cpu")
     assert len(made) == 1
@@ -63,21 +67,3 @@ def test_a_mistake_is_one_sentence(args: list[str], says: str, capsys: pytest.Ca
     assert says in told.err
     assert "Traceback" not in told.err
     assert not told.out
-
-
-def test_the_implementation_of_the_environment_is_the_one_that_is_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    from spem.ops.dispatch import requested
-
-    make, asked = step.make_step, list[str | None]()
-
-    def noted(*arguments: Any) -> Any:
-        asked.append(requested(None, "train"))
-        return make(*arguments)
-
-    monkeypatch.setattr(step, "make_step", noted)
-    monkeypatch.setenv("SPEM_IMPL", "reference")
-    args = ["bench", "cifar:11", "--attention", "none", "--size", "8", "--quick", "--threads", "1"]
-    assert main([*args, "--json"]) == 0, capsys.readouterr().err
-    assert asked == ["reference"]

@@ -92,8 +92,8 @@ def colour(module: str) -> str:
 
 def _marked(module: str) -> dict[str, Any]:
     """The colour and the mark of a module."""
-    names, attention = list(KNOWN), _attention_of(module)
-    place = names.index(attention) if attention in names else sum(attention.encode())
+    attention = _attention_of(module)
+    place = [*KNOWN].index(attention) if attention in KNOWN else sum(attention.encode())
     return {"color": colour(module), "marker": MARKERS[place % len(MARKERS)]}
 
 
@@ -117,18 +117,16 @@ def draw_all(tables: Sequence[Table], frames: Mapping[str, pd.DataFrame]) -> lis
     """Every figure that the tables have data for, the differences of the first table first."""
     found = [differences(table) for table in tables]
     for table in tables:
-        epochs, mixes, gated = (_of_table(table, frames[n]) for n in ("epochs", "mixes", "gates"))
+        epochs, mixes, gated = (inner(table, frames[n]) for n in ("epochs", "mixes", "gates"))
         found += [by_lambda(table), by_depth(table), curves(table, epochs), lambdas(table, mixes)]
         found += [gates(table, gated), gradients(table, epochs)]
     return [drawing for drawing in found if drawing is not None]
 
 
-def _of_table(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
+def inner(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table's runs, with the `row` and `module` that these have there."""
     runs = table.runs[["config", "seed", "row", "module"]]
-    if rows.empty:
-        return rows
-    return rows.drop(columns="module").merge(runs, on=["config", "seed"])
+    return rows if rows.empty else rows.drop(columns="module").merge(runs, on=["config", "seed"])
 
 
 def differences(table: Table) -> Drawing | None:
@@ -221,10 +219,9 @@ def by_depth(table: Table) -> Drawing | None:
     depths = sorted(set(rows["depth"]))
     figure, axis = _canvas(3.4)
     described: list[str] = []
-    for shift, (module, own) in zip(
-        (-0.05, 0.05), rows.groupby("module", sort=False), strict=False
-    ):
-        places, name = [depths.index(depth) + shift for depth in own["depth"]], str(module)
+    for i, (module, own) in enumerate(rows.groupby("module", sort=False)):
+        shift, name = 0.1 * i - 0.05, str(module)  # beside each other
+        places = [depths.index(depth) + shift for depth in own["depth"]]
         _with_seeds(axis, places, own, table, colour(name), width=0.02)
         axis.plot(places, own["mean"], label=name, markersize=5, **_marked(name))
         described.append(f"{name} " + ", ".join(f"{mean:.2f}" for mean in own["mean"]))
