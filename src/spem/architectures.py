@@ -28,9 +28,7 @@ _COMPOSED = ("fpn", "deeplab", "fcn", "lraspp", "ssd", "fcos", "retinanet")
 def library_of(arch: str, asker: str) -> tuple[str, str]:
     """The library of an architecture, and its name there; timm comes first.
 
-    Args:
-        arch: Such as ``resnet50``; ``torchvision:resnet50`` names one that timm has too.
-        asker: Who asks, the subject of messages.
+    ``torchvision:resnet50`` names one that timm has too. Messages begin with ``asker``.
 
     Raises:
         ValueError: Neither knows the name; the message lists the nearest.
@@ -56,11 +54,6 @@ def build(
     arch: str, options: Mapping[str, object] | None = None, *, asker: str = "build"
 ) -> nn.Module:
     """An architecture with random weights, in evaluation mode. Nothing is fetched.
-
-    Args:
-        arch: As for `library_of`.
-        options: Of `OPTIONS`.
-        asker: Who asks, the subject of messages.
 
     Raises:
         ValueError: An unknown name or option, an option of another type, or one that this

@@ -5,15 +5,11 @@ from types import ModuleType
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Imports an optional dependency.
-
-    Args:
-        module: Importable name, for example ``"sklearn.datasets"``.
-        extra: The extra of this package that brings it, for example ``"train"``.
-        purpose: What needs it, the subject of the message, for example ``"spem train"``.
+    """Imports an optional dependency, which an extra of this package brings.
 
     Raises:
-        ImportError: The module is not installed; the message ends in the line that installs it.
+        ImportError: The module is not installed; the message begins with the purpose and ends in
+            the line that installs it.
     """
     try:
         return import_module(module)

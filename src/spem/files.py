@@ -91,12 +91,8 @@ def save_json(values: dict[str, Any], path: Path) -> None:
 def load_json(path: Path, *, remedy: str) -> dict[str, Any]:
     """Read what `save_json` wrote, without the field "sha256".
 
-    Args:
-        path: the file.
-        remedy: last sentence of the error: what to do when this file is damaged.
-
     Raises:
-        ValueError: the file is damaged or was edited.
+        ValueError: the file is damaged or was edited; the message ends in the remedy.
     """
     content = read_regular(path)
     try:

@@ -13,18 +13,15 @@ import torch
 from tolerance import TOLERANCE
 from torch import Tensor
 from training.test_resume import train_with_stops
-from training.tiny import Stop, differences, kept_checkpoint, outcome, tiny, trained
+from training.tiny import Begun, Stop, begun, differences, kept_checkpoint, outcome, tiny, trained
 
-from spem import initialise
 from spem.data import normalise
 from spem.training import RunConfig, RuntimeConfig, loop, read_metrics, read_result
-from spem.training.folder import build_network, load_checkpoint
+from spem.training.folder import load_checkpoint
 from spem.training.step import (
     CapturedStep,
     StepOutput,
     execution,
-    make_optimizer,
-    make_step,
 )
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -55,26 +52,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return recorded
 
 
-class Training:
-    """A network, its optimiser and its step."""
+def set_rate(training: Begun, value: float) -> None:
+    for group in training.optimizer.param_groups:
+        group["lr"] = value
 
-    step: Any
 
-    def __init__(self, config: RunConfig) -> None:
-        self.model = build_network(config, classes=10)
-        initialise(self.model, 0)
-        self.model.to(config.runtime.device).train()
-        self.optimizer = make_optimizer(self.model, config.optim)
-        self.step = make_step(self.model, self.optimizer, config.optim, config.runtime)
-
-    def rate(self, value: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = value
-
-    def state(self) -> list[Tensor]:
-        momenta = [s["momentum_buffer"] for s in self.optimizer.state.values() if s]
-        kept = [*self.model.parameters(), *self.model.buffers(), *momenta]
-        return [tensor.detach().clone() for tensor in kept]
+def state(training: Begun) -> list[Tensor]:
+    momenta = [s["momentum_buffer"] for s in training.optimizer.state.values() if s]
+    kept = [*training.model.parameters(), *training.model.buffers(), *momenta]
+    return [tensor.detach().clone() for tensor in kept]
 
 
 def batches(count: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,34 +87,34 @@ def test_captured_steps_end_where_the_eager_ones_do(
 ):
     config = tiny(attention)
     config = replace(config, optim=replace(config.optim, rules=rules))
-    eager, captured = Training(config), Training(graph(config))
+    eager, captured = begun(config), begun(graph(config))
     for i, (images, labels) in enumerate(batches(10)):
         for training in (eager, captured):
-            training.rate(0.125 if i < 5 else 0.03125)  # the same number in float32
+            set_rate(training, 0.125 if i < 5 else 0.03125)  # the same number in float32
         a, b = eager.step(images, labels), captured.step(images, labels)
         assert equal(list(a), list(b))
-    assert equal(eager.state(), captured.state())
+    assert equal(state(eager), state(captured))
     assert len(stand_in) == 2  # one for each batch size
 
 
 def test_preparing_takes_no_step(stand_in: list[int]):
-    training = Training(graph(tiny()))
-    before = training.state()
+    training = begun(graph(tiny()))
+    before = state(training)
     for images, labels in batches(3):
         training.step.prepare(images, labels)
-    after = training.state()
+    after = state(training)
     assert equal(before, after[: len(before)])
     assert len(after) == len(before) + len(list(training.model.parameters()))
     assert not any(bool(momentum.any()) for momentum in after[len(before) :])
 
 
 def test_rates_are_tensors_inside_and_numbers_outside(stand_in: list[int]):
-    training = Training(graph(tiny()))
+    training = begun(graph(tiny()))
     seen: list[Tensor] = []
     group = training.optimizer.param_groups[0]
     training.optimizer.register_step_pre_hook(lambda *_: seen.append(group["lr"]))
     for i, (images, labels) in enumerate(batches(2)):
-        training.rate(0.1 / (i + 1))
+        set_rate(training, 0.1 / (i + 1))
         training.step(images, labels)
         assert group["lr"] == 0.1 / (i + 1)
     assert len({id(rate) for rate in seen[:4]}) == 1  # warm-up and recording; a replay has none
@@ -138,7 +124,7 @@ def test_rates_are_tensors_inside_and_numbers_outside(stand_in: list[int]):
 
 
 def test_the_graph_reads_buffers_of_its_own_and_its_results_are_the_callers(stand_in: list[int]):
-    training = Training(graph(tiny()))
+    training = begun(graph(tiny()))
     inner, addresses = training.step._step, []
 
     def watched(images: Tensor, labels: Tensor) -> StepOutput:
@@ -154,7 +140,7 @@ def test_the_graph_reads_buffers_of_its_own_and_its_results_are_the_callers(stan
 
 
 def test_a_step_that_cannot_be_captured_names_the_ways_out(monkeypatch: pytest.MonkeyPatch):
-    training = Training(graph(tiny()))
+    training = begun(graph(tiny()))
 
     def fail(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -206,7 +192,7 @@ def test_ten_replays_follow_ten_eager_steps(impl: str, precision: str):
     losses: list[list[float]] = []
     for each in (config, graph(config)):
         with execution(each.runtime):
-            training = Training(each)
+            training = begun(each)
             found = [training.step(*pair).loss for pair in batches(10, "cuda")]
             losses.append([float(loss) for loss in found])
     torch.testing.assert_close(
@@ -224,7 +210,7 @@ def test_ten_replays_follow_ten_eager_steps(impl: str, precision: str):
 def test_ten_steps_do_not_wait_for_the_gpu(kind: str, attention: str):
     config = tiny(attention, device="cuda", step=kind)
     with execution(config.runtime):
-        training = Training(config)
+        training = begun(config)
         given = list(batches(10, "cuda"))
         pixels = torch.zeros(16, 3, 8, 8, dtype=torch.uint8, device="cuda")
         for pair in given[:3]:
@@ -233,7 +219,7 @@ def test_ten_steps_do_not_wait_for_the_gpu(kind: str, attention: str):
         torch.cuda.set_sync_debug_mode("error")
         try:
             for i, pair in enumerate(given):
-                training.rate(0.1 / (i + 1))
+                set_rate(training, 0.1 / (i + 1))
                 normalise(pixels, (0.5,) * 3, (0.5,) * 3)
                 total += training.step(*pair).loss * len(pair[0])
         finally:

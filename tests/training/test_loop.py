@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_best_epoch_is_the_first_best_on_validation_images_if_there_are_any():
 
 def test_evaluation_equals_counting_by_hand():
     test = load_images("digits", "test", size=8).take(torch.arange(23))
-    model, _ = begun(tiny())
+    model = begun(tiny()).model
     next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()  # frozen
     modes = [module.training for module in model.modules()]
     found = evaluate(model, test, normalisation="digits", batch=7)
@@ -189,7 +190,7 @@ def test_batches_augmented_a_few_at_a_time_have_the_bits_of_the_whole_epoch():
 
 def one_step(config: RunConfig, count: int = 1) -> list[float]:
     """Losses of some steps on one batch."""
-    _, step = begun(config)
+    step = begun(config).step
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 3, 8, 8, generator=generator)
     labels = torch.randint(0, 10, (16,), generator=generator)
@@ -263,9 +264,20 @@ def test_nothing_in_an_epoch_reads_a_tensor(
     assert read_result(tmp_path) is not None
 
 
-def test_plain_progress_prints_a_line_an_epoch(tmp_path: Path):
-    stream = io.StringIO()
-    train(tiny(epochs=2), tmp_path, progress=PlainLines(stream))
+def test_progress_is_told_after_every_step_and_printed_once_an_epoch(tmp_path: Path):
+    stream, told = io.StringIO(), list[tuple[int, int, str]]()
+
+    class Watched(PlainLines):
+        def step(self, done: int, total: int, text: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            told.append((done, total, text))
+            super().step(done, total, text)
+
+    train(tiny(epochs=2), tmp_path, progress=Watched(stream))
+    assert [(done, total) for done, total, _ in told] == [(i, 14) for i in range(1, 15)]
+    speed = r"[1-9]\d* images/s, \d+ s left"
+    assert re.fullmatch(rf"epoch 1/2, step 1/7, {speed}", told[0][2])
+    figures = r"loss \d\.\d{3}, accuracy \d+\.\d\d %"
+    assert re.fullmatch(rf"epoch 2/2, step 7/7, {figures}, {speed}", told[-1][2])
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("3 block tails: ")

@@ -26,7 +26,7 @@ def batch(data_root: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("attention", ["none", "se", "cbam", "srm", "spem(form=figure)"])
 def test_64_images_are_learnt_by_heart(attention: str, batch: tuple[torch.Tensor, torch.Tensor]):
     config = tiny(attention)
-    _, step = begun(config)
+    step = begun(config).step
     losses: list[float] = []
     with execution(config.runtime):
         while len(losses) < STEPS and (not losses or losses[-1] >= 0.1):

@@ -43,8 +43,8 @@ def test_a_wrong_sum_of_the_images_is_refused_before_the_folder_is_made(tmp_path
 
 def test_attention_that_starts_as_the_identity_changes_no_output():
     config = tiny("se")
-    plain, _ = begun(tiny("none"))
-    model, step = begun(replace(config, model=replace(config.model, start="identity")))
+    plain = begun(tiny("none")).model
+    model, _, step = begun(replace(config, model=replace(config.model, start="identity")))
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.eval()(images), plain.eval()(images))
     alphas = {name: p for name, p in model.named_parameters() if name.endswith("alpha")}

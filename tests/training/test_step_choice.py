@@ -170,7 +170,7 @@ def test_every_tail_compiles_in_one_graph_and_follows_the_eager_step(
         images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         labels = torch.arange(16) % 10
         with execution(config.runtime):
-            _, step = begun(config)
+            step = begun(config).step
             losses.append([float(step(images, labels).loss) for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert len(set(losses[0])) == 3
@@ -178,7 +178,7 @@ def test_every_tail_compiles_in_one_graph_and_follows_the_eager_step(
 
 def test_a_step_tells_the_lambdas_it_left():
     config = tiny()
-    model, step = begun(config)
+    model, _, step = begun(config)
     told, rng = [lambdas(model)], torch.Generator().manual_seed(0)
     for _ in range(6):  # the first step leaves lambda: w = 0
         images = torch.randn(16, 3, 8, 8, generator=rng)

@@ -7,7 +7,7 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from spem.training import (
     train,
 )
 from spem.training.folder import CHECKPOINT, build_network, load_checkpoint
-from spem.training.step import Step, make_optimizer, make_step
+from spem.training.step import make_optimizer, make_step
 
 CLOCK = {"seconds", "evaluation_seconds", "images_per_second"}
 """Numbers of a metrics line that depend on the clock."""
@@ -74,12 +74,19 @@ def shortened(config: RunConfig, images: int) -> RunConfig:
     return replace(config, data=replace(config.data, limit=images))
 
 
-def begun(config: RunConfig) -> tuple[ResNet, Step]:
-    """A network of ten classes before its first step, and what takes its steps."""
+class Begun(NamedTuple):
+    """A network of ten classes before its first step, its optimiser, and what takes its steps."""
+
+    model: ResNet
+    optimizer: torch.optim.Optimizer
+    step: Any
+
+
+def begun(config: RunConfig) -> Begun:
     model = build_network(config, classes=10)
     initialise(model, 0)
-    optimizer = make_optimizer(model.train(), config.optim)
-    return model, make_step(model, optimizer, config.optim, config.runtime)
+    optimizer = make_optimizer(model.to(config.runtime.device).train(), config.optim)
+    return Begun(model, optimizer, make_step(model, optimizer, config.optim, config.runtime))
 
 
 def folder_set(root: Path, names: str, seed: int = 0) -> Path:

@@ -32,9 +32,9 @@ class Sets:
 
 
 def load_sets(data: DataConfig, seed: int = 0) -> Sets:
-    """Load the images of a run, with validation images and limit taken off.
+    """Load the images of a run; what is held out or left out does not depend on its seed.
 
-    Both are fixed choices that do not depend on the run's seed, unless `limit_seed` asks for it.
+    Only `limit_seed` draws the limited training images anew for every seed.
     """
     train, validation = _loaded(data, "train", data.sha256), None
     if data.val:
@@ -69,13 +69,10 @@ def _limited(images: ImageSet, limit: int | None, purpose: str, seed: int = 0) -
 def epoch_batches(
     train: ImageSet, data: DataConfig, seed: int, epoch: int, *, batch: int, first: int = 0
 ) -> Generator[tuple[Tensor, Tensor]]:
-    """The batches of an epoch in the order they are shown, from step `first` on.
+    """The batches of an epoch from step `first` on, on the device of `train`.
 
-    A few of them at a time are put in order and augmented, in one gather; the plan is that of the
-    whole epoch, so the bits do not depend on how many.
-
-    Yields:
-        Images, uint8 [batch, 3, H, W], and labels, int64 [batch], on the device of `train`.
+    Images are uint8 [batch, 3, H, W], labels int64 [batch]. A few batches at a time are augmented
+    in one gather; the plan is that of the whole epoch, so the bits do not depend on how many.
     """
     pad = data.pad if data.augment else 0
     plan = epoch_plan(seed, epoch, len(train), pad=pad)

@@ -47,20 +47,14 @@ Step = Callable[[Tensor, Tensor], StepOutput]
 def make_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, optim: OptimConfig, runtime: RuntimeConfig
 ) -> Step:
-    """Build the training step: cross entropy plus penalty, backward, SGD.
+    """Build the training step: cross entropy plus `optim.penalty` times the penalty, backward, SGD.
 
-    Args:
-        model: in training mode, on its device.
-        optimizer: of `make_optimizer`.
-        optim: gives the coefficient of the penalty.
-        runtime: gives precision, and whether forward and loss are compiled, or the whole step is
-            captured as a CUDA graph.
+    The model is in training mode and on its device; `runtime` gives the precision, and whether
+    forward and loss are compiled, or the whole step is captured as a CUDA graph.
     """
     forward = make_forward(model, runtime)
     if runtime.step == "compile":
-        # Every run compiles this function again; without a reset the compilations of a comparison's
-        # networks add up to dynamo's limit for one function.
-        torch.compiler.reset()
+        torch.compiler.reset()  # else a comparison's networks add up to dynamo's limit
         # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
 
@@ -234,8 +228,7 @@ def execution(
 ) -> Generator[torch.device]:
     """Set threads, determinism, full float32 and the implementation of all tails in a `with` block.
 
-    An implementation that was left open stays so. What is yielded is the device to run on: the
-    planned one, or the one given.
+    It yields the device to run on: the one given, or the planned one.
     """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
