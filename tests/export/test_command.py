@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import REPOSITORY
 from export.graphs import expected, loaded, maps, ran
 from insert.hosts import scattered
+from safetensors.torch import save_file
 from torch import nn
 
 import spem
@@ -62,11 +62,9 @@ def test_an_architecture(
 ) -> None:
     """With attention, and with weights of the plain network, or of the one with attention."""
     pytest.importorskip("timm", reason="timm is not installed")
-    from safetensors.torch import save_file
-
-    plain = scattered(build("timm:mobilenetv3_small_050"))
-    weights, arch = tmp_path / "plain.safetensors", "timm:mobilenetv3_small_050"
-    save_file(plain.state_dict(), weights)
+    arch, weights = "timm:mobilenetv3_small_050", tmp_path / "w.safetensors"
+    model = scattered(build(arch))
+    save_file(model.state_dict(), weights)
     out = str(tmp_path / "model.onnx")
     args = [arch, "--attention", "eca", "--out", out, "--weights", str(weights)]
     more = ["--dynamic-size", "--size", "64", "--opset", "18", "--start", "module"]
@@ -81,35 +79,27 @@ def test_an_architecture(
     assert "largest difference 1e-06, 2e-07 of the largest output" in text
 
     # trained with an identity start, which the weights tell
-    model = plain
     spem.attach(model, "eca", input_shape=(1, 3, 64, 64))
-    x = maps(1, 3, 64, 64)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("alpha"):
-                parameter.fill_(0.5)
-    save_file(model.state_dict(), weights)
+    alphas = [key for key, _ in model.named_parameters() if key.endswith("alpha")]
+    for key in alphas:
+        nn.init.constant_(model.get_parameter(key), 0.5)
+    state = model.state_dict()
+    save_file(state, weights)
     assert call([*args, "--fixed-batch"]) == 0
     assert (told["shape"], told["dynamic_batch"]) == ((1, 3, 224, 224), False)
+    x = maps(1, 3, 64, 64)
     assert (expected(told["model"], x) == expected(model, x)).all()
     assert capsys.readouterr().err == ""
-    first = next(key for key in model.state_dict() if key.endswith("alpha"))
-    part = {key: value for key, value in model.state_dict().items() if key != first}
-    save_file(part, weights)
-    assert call(args) == 2
-    assert "hold a part of the attention and lack" in capsys.readouterr().err
-    save_file(model.state_dict(), weights)
-    assert call([*args, "--classes", "7"]) == 2
-    assert "--classes that it was trained with" in capsys.readouterr().err
-    assert call([arch, "--out", out, "--weights", str(weights)]) == 2
-    assert "hold attention (blocks.0.0.bn2.attention." in capsys.readouterr().err
-    part = {key: value for key, value in model.state_dict().items() if "bn1" not in key}
-    save_file(part, weights)
-    assert call(args) == 2
-    err = capsys.readouterr().err
-    assert "lack " in err
-    assert "bn1" in err
-    assert "they are another network's" in err
+    for left_out, extra, message in (
+        (alphas[0], [], "hold a part of the attention and lack"),
+        (None, ["--classes", "7"], "--classes that it was trained with"),
+        (None, ["--attention", "none"], "hold attention (blocks.0.0.bn2.attention."),
+        ("bn1", [], "they are another network's"),
+    ):
+        part = {key: value for key, value in state.items() if (left_out or " ") not in key}
+        save_file(part, weights)
+        assert call([*args, *extra]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_not_trained_is_said(
@@ -117,17 +107,13 @@ def test_what_is_not_trained_is_said(
 ) -> None:
     pytest.importorskip("timm", reason="timm is not installed")
     args = ["timm:resnet10t", "--classes", "7", "--out", str(tmp_path / "x.onnx"), "--json"]
-    assert (
-        call([*args, "--attention", "se"]) == 2
-    )  # an identity start: nothing of it would be there
+    assert call([*args, "--attention", "se"]) == 2  # an identity start: it would not be there
     assert "the file would hold no attention. Give --weights" in capsys.readouterr().err
     assert call([*args, "--attention", "se", "--start", "module"]) == 0
     assert told["model"].get_classifier().out_features == 7
     out, err = capsys.readouterr()
     assert json.loads(out)["bytes"] == 1234
     assert err == "note: timm:resnet10t has random weights\n"
-    from safetensors.torch import save_file
-
     weights = tmp_path / "plain.safetensors"
     save_file(build("timm:resnet10t", {"num_classes": 7}).state_dict(), weights)
     with_weights = [*args, "--weights", str(weights)]
@@ -140,28 +126,21 @@ def test_what_is_not_trained_is_said(
     assert capsys.readouterr().err == ""  # no parameters, nothing that could be random
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"), [("digits", (1, 3, 16, 16)), ("cifar100", (1, 3, 32, 32)), ("mine", None)]
-)
 def test_the_size_that_a_set_has(
-    name: str,
-    shape: tuple[int, ...] | None,
-    told: dict[str, Any],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = read_weights(WEIGHTS)
-    model, config = found.network, found.config
-    data = dataclasses.replace(config.data, name=name, size=None)
-    weights = tmp_path / "w.safetensors"
-    save_weights(model, dataclasses.replace(config, data=data), weights)
-    args = [str(weights), "--out", str(tmp_path / "x.onnx")]
-    if shape is None:
-        assert call(args) == 2
-        assert "how large the images of mine were. Give --size" in capsys.readouterr().err
-        args, shape = [*args, "--size", "24"], (1, 3, 24, 24)
-    assert call(args) == 0
-    assert told["shape"] == shape
+    for name, side in (("digits", 16), ("cifar100", 32), ("mine", None)):
+        data = dataclasses.replace(found.config.data, name=name, size=None)
+        weights = tmp_path / f"{name}.safetensors"
+        save_weights(found.network, dataclasses.replace(found.config, data=data), weights)
+        args = [str(weights), "--out", str(tmp_path / "x.onnx")]
+        if side is None:
+            assert call(args) == 2
+            assert "how large the images of mine were. Give --size" in capsys.readouterr().err
+            args, side = [*args, "--size", "24"], 24
+        assert call(args) == 0
+        assert told["shape"] == (1, 3, side, side)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +150,7 @@ def test_the_size_that_a_set_has(
         (["no.safetensors"], "spem export: there is no file no.safetensors"),
         (["{tmp}/out"], "no run is in this folder"),
         (["{tmp}/damaged.safetensors"], "is damaged"),
-        (
-            [str(WEIGHTS), "--attention", "se"],
-            "--attention is for a named network",
-        ),
+        ([str(WEIGHTS), "--attention", "se"], "--attention is for a named network"),
         (["resnet18", "--classes", "0"], "--classes: '0' is no whole number"),
         (["resnet18", "--attention", "see"], "unknown attention 'see'"),
         (["resnet18", "--weights", "{tmp}/damaged.safetensors"], "no safetensors file"),
