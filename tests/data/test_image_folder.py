@@ -188,6 +188,9 @@ def test_images_stand_upright_as_their_exif_says(tmp_path: Path) -> None:
         exif[0x0112] = orientation
         found = one(tmp_path / str(orientation), "0.png", Image.fromarray(pixels), exif=exif)
         assert np.array_equal(found, expected), orientation
+        save(tmp_path / str(orientation) / "train" / "a" / "1.png", np.ascontiguousarray(expected))
+        save(tmp_path / str(orientation) / "test" / "a" / "0.png", np.ascontiguousarray(expected))
+        check_images(str(tmp_path / str(orientation)))  # which sees equal sizes
 
 
 # ---- faults
