@@ -143,21 +143,24 @@ def differences(table: Table) -> Drawing | None:
         line["bar"] = [max(low, -base), min(high, 100 - base)] if low == low else []
         line["reach"] = [line["difference"], *line["dots"], *line["bar"]]
         line["farthest"] = max(map(abs, line["reach"]))
-    middle = statistics.median(line["farthest"] for line in lines)
-    near = [line["farthest"] <= FAR * middle for line in lines]
-    ends = [end for line, own in zip(lines, near, strict=True) if own for end in line["reach"]]
+    limit = FAR * statistics.median(line["farthest"] for line in lines)
+    ends = [end for line in lines if line["farthest"] <= limit for end in line["reach"]]
     least, most = min(0.0, *ends), max(0.0, *ends)
     margin = 0.08 * ((most - least) or 1.0)
     figure, axis = _canvas(1.1 + 0.38 * len(lines))
     axis.axvline(0, color=GREY, linewidth=1.2)
-    for place, (line, is_near) in enumerate(zip(lines, near, strict=True)):
+    for place, line in enumerate(lines):
         tint, mean, dots = colour(line["module"]), line["difference"], line["dots"]
-        if not is_near:
-            edge, inner = (least - margin, 1) if mean < 0 else (most + margin, -1)
+        if line["farthest"] > limit:
+            edge, inwards = (least - margin, 26) if mean < 0 else (most + margin, -26)
             axis.annotate(
                 f"{mean:+.1f}{_interval(line, 1)}".replace("-", MINUS),
-                **{"xy": (edge, place), "xytext": (26 * inner, 0), "textcoords": "offset points"},
-                **{"va": "center", "ha": "left" if inner > 0 else "right", "color": tint},
+                xy=(edge, place),
+                xytext=(inwards, 0),
+                textcoords="offset points",
+                va="center",
+                ha="left" if mean < 0 else "right",
+                color=tint,
                 arrowprops={"arrowstyle": "-|>", "color": tint, "linewidth": 2.4},
             )
             continue
@@ -173,7 +176,7 @@ def differences(table: Table) -> Drawing | None:
     some = any(line["bar"] for line in lines)
     bars = "bars are 95 % t intervals" if some else "no intervals: too few seeds"
     caption = f"Dots are pairs of runs with the same seed, ticks their mean; {bars}."
-    if not all(near):
+    if any(line["farthest"] > limit for line in lines):
         caption += " An arrow with numbers stands for a row that lies beyond the figure."
     told = (f"{line['row']} {line['difference']:+.2f}{_interval(line, 2)}" for line in lines)
     alt = f"{table.title}: {'; '.join(told)}."
