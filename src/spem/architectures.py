@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from spem.extras import require
+from spem.extras import first_line, require
 
 OPTIONS: dict[str, dict[str, type]] = {
     "timm": {
@@ -75,9 +75,9 @@ def build(
         except ImportError:
             raise
         except Exception as error:  # these packages assert, look up and raise what they will
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
             how = f"with {given}" if given else "at all"
-            raise ValueError(f"{asker}: {arch} cannot be built {how}: {said}") from error
+            said = f"{asker}: {arch} cannot be built {how}: {first_line(error)}"
+            raise ValueError(said) from error
 
 
 def check_options(library: str, options: Mapping[str, object], asker: str) -> None:

@@ -217,11 +217,7 @@ def evenly(blocks: Sequence[BlockView], count: int) -> list[BlockView]:
 
 
 def _answer(
-    figure: SubFigure,
-    seen: Tensor | None,
-    image: Tensor,
-    classes: Sequence[str],
-    marked: int | None,
+    figure: SubFigure, seen: Tensor | None, image: Tensor, names: list[str], marked: int | None
 ) -> None:
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     above.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -235,10 +231,9 @@ def _answer(
         best = [*best[:-1], marked]
     values = [float(seen[k]) for k in best]
     colours = [LEAST if k == marked else MOST for k in best]
-    below.barh(range(len(best)), values, color=colours, height=0.6)
-    for row, value in enumerate(values):
-        below.text(value + 0.02, row, f"{value:.2f}", va="center", fontsize=9)
-    below.set_yticks(range(len(best)), [classes[k] for k in best], fontsize=9)
+    bars = below.barh(range(len(best)), values, color=colours, height=0.6)
+    below.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
+    below.set_yticks(range(len(best)), [names[k] for k in best], fontsize=9)
     below.set_ylim(len(best) - 0.4, -0.6)
     below.set(xlim=(0, 1.2), xticks=[0, 0.5, 1], xlabel="probability")
     below.tick_params(axis="y", length=0)
@@ -252,10 +247,10 @@ def _rows(figure: SubFigure, rows: Sequence[BlockView], top: int) -> None:
     for row, block in enumerate(rows):
         order = block.order
         count = min(top, (len(order) + 1) // 2)
-        most, least = order[:count], order[::-1][:count][::-1]
-        _profile(figure.add_subplot(grid[row, 0]), block, most, least)
+        _profile(figure.add_subplot(grid[row, 0]), block, count)
         low, high, colours = _scale(block)
-        for channels, first, colour in ((most, 1, MOST), (least, top + 2, LEAST)):
+        sides = (order[:count], 1, MOST), (order[-count:], top + 2, LEAST)
+        for channels, first, colour in sides:
             for place, channel in enumerate(channels):
                 axis = figure.add_subplot(grid[row, first + place])
                 axis.imshow(block.maps[channel].numpy(), cmap=colours, vmin=low, vmax=high)
@@ -263,23 +258,26 @@ def _rows(figure: SubFigure, rows: Sequence[BlockView], top: int) -> None:
                 axis.set_title(title, fontsize=9, color=colour, pad=3)
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_color(colour)
-    figure.supxlabel(_legend(rows), fontsize=9)
+    legend = "Curves: the gate of every channel, sorted. Maps: channels most kept (blue) and least "
+    legend += "kept (orange), number and gate above.\nColours: the "
+    spatial = "gate at each position, from dark (low) to bright (high)."
+    plain = "channel before its gate, red above 0, blue below, one scale a row."
+    legend += spatial if any(block.spatial for block in rows) else plain
+    figure.supxlabel(legend, fontsize=9)
 
 
-def _profile(axis: Axes, block: BlockView, most: Sequence[int], least: Sequence[int]) -> None:
+def _profile(axis: Axes, block: BlockView, count: int) -> None:
     """The gates of all channels, sorted; those whose maps are shown are marked."""
-    order = block.order
-    place = {channel: position for position, channel in enumerate(order)}
-    values = block.kept[torch.tensor(order)]
-    axis.plot(range(len(order)), values.numpy(), color="0.25", linewidth=1.5)
-    for channels, colour in ((most, MOST), (least, LEAST)):
-        marks = [place[channel] for channel in channels]
-        axis.plot(marks, [float(block.kept[c]) for c in channels], "o", color=colour, markersize=4)
-    low, high = min(0.0, float(values.min())), max(float(values.max()), 0.02)
+    values = block.kept.sort(descending=True).values.tolist()
+    channels = range(len(values))
+    axis.plot(channels, values, color="0.25", linewidth=1.5)
+    for shown, colour in ((slice(count), MOST), (slice(-count, None), LEAST)):
+        axis.plot(channels[shown], values[shown], "o", color=colour, markersize=4)
+    low, high = min(0.0, values[-1]), max(values[0], 0.02)
     axis.set_ylim(low - 0.06 * (high - low), high + 0.1 * (high - low))
-    axis.set_xlim(-0.03 * len(order), 1.03 * len(order))
+    axis.set_xlim(-0.03 * len(values), 1.03 * len(values))
     axis.locator_params(axis="y", nbins=4)
-    axis.set_xticks([0, len(order) - 1], ["1", str(len(order))])
+    axis.set_xticks([0, len(values) - 1], ["1", str(len(values))])
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     closed = f", {100 * block.closed:.0f} % < {CLOSED}" if low >= 0 else ""
@@ -295,14 +293,6 @@ def _scale(block: BlockView) -> tuple[float, float, str]:
         return float(maps.min()), max(float(maps.max()), float(maps.min()) + 1e-6), "viridis"
     highest = max(float(np.quantile(maps.abs().numpy(), 0.995)), 1e-6)
     return -highest, highest, "RdBu_r"
-
-
-def _legend(rows: Sequence[BlockView]) -> str:
-    text = "Curves: the gate of every channel, sorted. Maps: channels most kept (blue) and least "
-    text += "kept (orange), number and gate above.\n"
-    if any(block.spatial for block in rows):
-        return text + "Colours: the gate at each position, from dark (low) to bright (high)."
-    return text + "Colours: the channel before its gate, red above 0, blue below, one scale a row."
 
 
 def number(value: float) -> str:

@@ -348,15 +348,14 @@ def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | 
 def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
     """How weights differ from those of a config, found out before memory is taken for its network.
 
-    First by bounds that cost nothing: every layer counted in a depth has a tensor, every class and
+    First by bounds that cost nothing: every layer counted in a depth has a tensor, every class,
     every channel of the input a number. Then on the device meta, which allocates nothing; what
     cannot be built there is reported by the real build, if its host is of a sane size.
     """
     total = sum(tensor.numel() for tensor in state.values())
-    bounds = {"depth": len(state), "classes": total, "num_classes": total, "in_chans": total}
-    options = config.network.get("options", config.network)
-    for name, most in bounds.items():
-        if (value := options.get(name, 0)) > most:
+    for name, value in config.network.get("options", config.network).items():
+        most = len(state) if name == "depth" else total
+        if isinstance(value, int) and value > most:
             return f"{name}={value} is too large for {len(state)} tensors of {total:,} numbers"
     for each in (config, dataclasses.replace(config, attach=())):
         try:

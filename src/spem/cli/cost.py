@@ -28,6 +28,7 @@ def run(
     import torch
 
     from spem.cost import count, tails_text
+    from spem.extras import first_line
 
     found = load_network(network, fuse=fuse, **named)
     shape = found.shape(batch=batch)
@@ -35,10 +36,8 @@ def run(
     try:
         cost = count(found.model, shape, device=device, dtype=dtype)
     except (RuntimeError, TypeError) as error:  # a network that does not take such an input
-        said = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{network} does not run on an input {list(shape)}: {said}. Give --size."
-        ) from error
+        said = f"{network} does not run on an input {list(shape)}: {first_line(error)}"
+        raise ValueError(f"{said}. Give --size.") from error
     place = f"{device}, {precision}"
     if json:
         print_json({"model": found.text, **dataclasses.asdict(cost), "tails_for": place})
