@@ -70,7 +70,7 @@ def test_modules_without_a_gate_are_left_out_and_spatial_ones_averaged():
 
 
 def test_gradient_norms_are_those_of_the_convolutions():
-    model = resnet(11, attention="cbam")  # which has convolutions of its own
+    model = resnet(11, attention="coord")  # which has convolutions of its own
     model(torch.randn(4, 3, 8, 8)).square().mean().backward()
     by_hand = [
         np.sqrt(
