@@ -33,12 +33,8 @@ def test_stages_go_on_where_they_stopped(
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     out, first, last = tmp_path / "out", tmp_path / "first", tmp_path / "last"
     sleeps = [PYTHON, "-c", "import time; time.sleep(600)"]
-    commands = {
-        "tests": reports(out),
-        "first": writes(first),
-        "tails": sleeps,
-        "training": writes(last),
-    }
+    commands = {"tests": reports(out), "first": writes(first), "tails": sleeps}
+    commands["training"] = writes(last)
     began = time.monotonic()
     assert gpu.carry_on(commands, out, began + 6) == 3
     assert time.monotonic() - began < 60
@@ -51,20 +47,15 @@ def test_stages_go_on_where_they_stopped(
     assert "tests: done before" in capsys.readouterr().out
 
 
-def test_nothing_is_timed_where_the_tests_failed(tmp_path: Path):
-    fails = [PYTHON, "-c", "raise SystemExit(4)"]
-    commands = {"tests": fails, "tails": writes(tmp_path / "timed")}
-    assert gpu.carry_on(commands, tmp_path, time.monotonic() + 300) == 1
-    assert gpu.read_state(tmp_path) == {"tests": "failed"}
-    assert not (tmp_path / "timed").exists()
-
-
-def test_tests_that_are_all_skipped_have_not_passed(
+def test_nothing_is_timed_where_the_tests_failed_or_were_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    commands = {"tests": reports(tmp_path, "<skipped/>"), "tails": writes(tmp_path / "timed")}
-    assert gpu.carry_on(commands, tmp_path, time.monotonic() + 300) == 1
-    assert not (tmp_path / "timed").exists()
+    fails = [PYTHON, "-c", "raise SystemExit(4)"]
+    for name, tests in (("a", fails), ("b", reports(tmp_path / "b", "<skipped/>"))):
+        commands = {"tests": tests, "tails": writes(tmp_path / "timed")}
+        assert gpu.carry_on(commands, tmp_path / name, time.monotonic() + 300) == 1
+        assert gpu.read_state(tmp_path / name) == {"tests": "failed"}
+        assert not (tmp_path / "timed").exists()
     assert f"no test of {gpu.TESTS[0]}" in capsys.readouterr().out
 
 

@@ -86,26 +86,27 @@ def test_compare_trains_once_and_ends_with_the_answer(
     assert told["tables"][0]["reference"] == "none"
 
 
-def test_a_failed_run_is_named_at_the_end_with_status_1(
+def test_failed_runs_are_named_at_the_end_with_status_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    train = run.train
+    train, failures = run.train, {"se": OSError("the disk is full"), "eca": MemoryError("none")}
 
     def sometimes(config: Any, *args: Any, **options: Any) -> Any:
-        if config.model.attention == "se":
-            raise OSError("the disk is full")
+        if config.model.attention in failures:
+            raise failures[config.model.attention]
         return train(config, *args, **options)
 
     monkeypatch.setattr(run, "train", sometimes)
-    assert call(["compare", "none", "se", "spem", *TINY, "--seeds", "1"]) == 1
+    assert call(["compare", "none", "se", "eca", "spem", *TINY, "--seeds", "1"]) == 1
     out, err = capsys.readouterr()
     assert "\nspem " in out
     assert err.endswith(
-        "1 run did not end well; the others are kept.\n"
+        "2 runs did not end well; the others are kept.\n"
         "  se, digits, depth 11, seed 0: the disk is full\n"
+        "  eca, digits, depth 11, seed 0: MemoryError: none\n"
     )
     rows = load_runs(tmp_path / "comparison").set_index("module")
-    assert list(rows["status"]) == ["finished", "failed", "finished"]
+    assert list(rows["status"]) == ["finished", "failed", "failed", "finished"]
     assert rows.loc["se", "error"] == "the disk is full"
 
 

@@ -45,36 +45,6 @@ def tiny(*arms: str, seeds: int = 1, **optim: Any) -> list[RunConfig]:
     return comparison(base, arms, range(seeds))[0]
 
 
-def test_what_is_missing_is_run_and_a_second_call_trains_nothing(tmp_path: Path):
-    configs, told = tiny("none", "spem"), Told()
-    ended = run_missing(configs, tmp_path, told)
-    assert [one.status for one in ended] == ["finished"] * 2
-    assert told.started == configs
-    assert missing(configs, tmp_path) == []
-    assert list(load_runs(tmp_path)["status"]) == ["finished"] * 2
-
-
-def test_a_failure_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    configs, train = tiny("none", "se", "spem", "eca"), run.train
-    failures = {"se": MemoryError("no memory"), "spem": ValueError("damaged")}
-
-    def sometimes(config: RunConfig, *args: Any, **options: Any) -> Any:
-        if config.model.attention in failures:
-            raise failures[config.model.attention]
-        return train(config, *args, **options)
-
-    monkeypatch.setattr(run, "train", sometimes)
-    ended = {one.config.model.attention: one for one in run_missing(configs, tmp_path, Told())}
-    assert {name: one.status for name, one in ended.items()} == {
-        "none": "finished",
-        "se": "failed",
-        "spem": "failed",
-        "eca": "finished",
-    }
-    assert ended["se"].error == "MemoryError: no memory"
-    assert ended["spem"].error == "damaged"
-
-
 def test_a_run_that_diverged_is_not_trained_again_unless_asked(tmp_path: Path):
     configs = tiny("none", "se", lr=1e30)
     ended = run_missing(configs, tmp_path, Told())

@@ -37,10 +37,8 @@ def test_a_run_is_a_row(trained: tuple[list[RunConfig], Path]):
     rows = load_runs(runs).set_index("module")
     assert set(rows.index) == {"none", "spem"}
     spem = rows.loc["spem"]
-    assert (spem["status"], spem["depth"], spem["dataset"], spem["classes"]) == (
-        *("finished", 11, "digits"),
-        10,
-    )
+    wanted = ["finished", 11, "digits", 10]
+    assert spem[["status", "depth", "dataset", "classes"]].tolist() == wanted
     assert spem["config"] == configs[1].id
     assert spem["parameters"] == 127_642 + 1_798
     assert 0 <= spem["accuracy"] <= spem["best_accuracy"] <= 100
@@ -88,18 +86,6 @@ def test_rows_are_added_and_replaced_and_others_kept(
     # a run that two experiments share has both names
     record({configs[0]: ["table1"]}, runs, out)
     assert f"{COMPARE} table1" in set(load_runs(out)["experiment"])
-
-
-def test_a_failed_run_is_a_row_with_its_error(
-    trained: tuple[list[RunConfig], Path], tmp_path: Path
-):
-    configs, runs = trained
-    lost = replace(configs[0], seed=5)
-    problems = record_all([*configs, lost], runs, tmp_path, failed={lost: "no memory"})
-    assert problems == ["none, digits, depth 11, seed 5: no memory"]
-    rows = load_runs(tmp_path).set_index("seed")
-    assert (rows.loc[5, "status"], rows.loc[5, "error"]) == ("failed", "no memory")
-    assert sorted(rows["status"]) == ["failed", "finished", "finished"]
 
 
 @pytest.mark.parametrize(
