@@ -39,24 +39,12 @@ def write(
     """Write the four CSV files of a results folder."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FILES}
     for config, names in planned.items():
-        reached = (accuracy or steady())(config)
-        key = config_row(config)
+        reached, key = (accuracy or steady())(config), config_row(config)
         parameters = 127_642 + (0 if config.model.attention == "none" else 1798)
-        rows["runs.csv"].append(
-            key
-            | {
-                "experiment": " ".join(names),
-                "baseline": baseline,
-                "status": "finished",
-                "classes": classes,
-                "accuracy": reached,
-                "best_accuracy": reached + 0.1,
-                "parameters": parameters,
-                "flops": 1e7,
-                "hardware": "a machine",
-                "time_train_seconds": 10.0,
-            }
-        )
+        row = {"experiment": " ".join(names), "baseline": baseline, "status": "finished"}
+        row |= {"classes": classes, "accuracy": reached, "best_accuracy": reached + 0.1}
+        row |= {"parameters": parameters, "flops": 1e7, "hardware": "a machine"}
+        rows["runs.csv"].append(key | row | {"time_train_seconds": 10.0})
         short = {name: key[name] for name in ("module", "depth", "dataset", "config", "seed")}
         for epoch in range(epochs):
             line = {"epoch": epoch, "test_accuracy": reached - 5 * (epochs - 1 - epoch)}

@@ -87,6 +87,11 @@ def test_tables_of_the_paper_are_float32_and_composed():
 
 def test_table4_gives_letters_only_where_they_are_certain():
     cells = [c for c in experiment("table4", "paper").cells if c.data == "cifar10"]
+    assert [c.row for c in cells if c.reference] == ["shared_sum"]
+    for c in cells:
+        if c.config:
+            own = "spem" if c.reference else f"spem(reweight={c.row})"
+            assert c.config.model.attention == own
     certain = {c.row: c.note for c in cells if c.config and c.paper}
     names = {"shared_sum": "ours", "unshared_sum": "a", "none": "without"}
     assert certain == {row: f"the paper's '{name}'" for row, name in names.items()}

@@ -24,18 +24,14 @@ class Told(Silent):
     """What an observer was told."""
 
     def __init__(self) -> None:
-        self.started: list[RunConfig] = []
-        self.ended: list[run.Ended] = []
         self.shares: list[dict[RunConfig, float]] = []
 
-    def start(self, config: RunConfig) -> None:
-        self.started.append(config)
+    def start(self, config: RunConfig) -> None: ...
 
     def running(self, done: dict[RunConfig, float]) -> None:
         self.shares.append(done)
 
-    def finish(self, ended: run.Ended) -> None:
-        self.ended.append(ended)
+    def finish(self, ended: run.Ended) -> None: ...
 
 
 def tiny(*arms: str, seeds: int = 1, **optim: Any) -> list[RunConfig]:
