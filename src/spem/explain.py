@@ -32,7 +32,6 @@ MOST, LEAST = "#0072B2", "#D55E00"
 """Colours of the channels most and least kept (Okabe and Ito: which everybody can tell apart)."""
 ANSWERS = 5
 """Classes whose probability is drawn."""
-KINDS = ("png", "svg", "pdf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +166,7 @@ def draw(
     Args:
         explanation: What was seen.
         image: The image.
-        path: Where to write; the suffix gives the format (.png, .svg, .pdf).
+        path: Where to write; the suffix gives the format, one of matplotlib's.
         title: What was looked at, in one line.
         classes: The names of the classes.
         marked: The class to mark among the answers, or None.
@@ -175,15 +174,12 @@ def draw(
         top: Channels shown of those most kept, and of those least kept.
 
     Raises:
-        ValueError: ``blocks`` or ``top`` is below 1, or nothing was seen.
+        ValueError: ``blocks`` or ``top`` is below 1, nothing was seen, or an unknown format.
         ImportError: matplotlib is not installed.
     """
     if blocks < 1 or top < 1:
         raise ValueError(f"explain: blocks={blocks} and top={top} must be at least 1.")
     require("matplotlib", extra="train", purpose="the picture of an explanation")
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in KINDS:
-        raise ValueError(f"explain: {path} is no picture. End its name in .png, .svg or .pdf.")
     from matplotlib.figure import Figure
 
     rows = evenly(explanation.blocks, blocks)
@@ -198,7 +194,7 @@ def draw(
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the font lacks it: it is a box then
-        figure.savefig(content, dpi=150, format=kind)
+        figure.savefig(content, dpi=150, format=path.suffix.lower().removeprefix("."))
     write_atomic(path, content.getvalue())
 
 

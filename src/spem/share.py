@@ -43,6 +43,7 @@ SCHEMA = 1
 """Number of the layout of `config.json`; a change of meaning of a field raises it."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _LARGEST_INPUT = 2**26
 """Numbers in the input that attention was traced with; no image is larger."""
@@ -450,7 +451,7 @@ def from_pretrained(
     """
     if Path(repo_or_folder).is_dir():
         return read_shared(repo_or_folder).model
-    if not _is_id(str(repo_or_folder)):
+    if _ID.fullmatch(str(repo_or_folder)) is None:
         raise FileNotFoundError(
             f"from_pretrained: {repo_or_folder} is neither a folder nor the id of a repository "
             f"(owner/name)."
@@ -582,12 +583,8 @@ def push_to_hub(
 
 def check_id(repo_id: str, asker: str) -> None:
     """Raises ValueError unless this is the id of a repository."""
-    if not _is_id(repo_id):
+    if _ID.fullmatch(repo_id) is None:
         raise ValueError(f"{asker}: {repo_id!r} is no id of a repository. Write owner/name.")
-
-
-def _is_id(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
 
 
 # ---- the card
@@ -661,8 +658,8 @@ def _card(
     """The text of `README.md`: metadata for the hub, then what a reader needs."""
     hub = require("huggingface_hub", extra="hub", purpose="save_pretrained")
     host, images, calls = config.host, config.images, config.attach
-    specs = [config.network.get("attention", "none"), *(call.attention for call in calls)]
-    specs = [text for text in dict.fromkeys(specs) if text != "none"]
+    found = [config.network.get("attention", "none"), *(call.attention for call in calls)]
+    specs = [text for text in dict.fromkeys(found) if text != "none"]
     names = list(dict.fromkeys(spec.partition("(")[0] for spec in specs))
     if isinstance(host, _Ours):
         arch, extras = f"resnet{host.depth}", "hub"

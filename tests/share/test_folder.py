@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from insert.hosts import scattered
 from torch import nn
 
 import spem
@@ -17,17 +18,6 @@ from spem.insert.attach import remembered
 from spem.share import FILES, read_shared
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-def scattered(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode with all its numbers moved, alpha of identity starts too."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-                tensor.mul_(1 + 0.2 * noise.abs()) if "var" in name else tensor.add_(0.1 * noise)
-    return model.eval()
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -48,7 +38,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 )
 def test_our_networks_come_back(spec: str, dtype: torch.dtype, tmp_path: Path):
     depth, block = (20, "basic") if spec == "dia" else (11, "bottleneck")
-    model = scattered(spem.resnet(depth, 7, attention=spec, block=block).to(dtype))
+    model = scattered(spem.resnet(depth, 7, attention=spec, block=block).to(dtype).eval())
     folder = spem.save_pretrained(model, tmp_path / "new" / "folder")
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     again = spem.from_pretrained(str(folder))
@@ -56,16 +46,15 @@ def test_our_networks_come_back(spec: str, dtype: torch.dtype, tmp_path: Path):
     assert same(model, again)
 
 
-def timm_host(**options: Any) -> Any:
-    timm = pytest.importorskip("timm")
-    return timm.create_model("test_resnet", pretrained=False, **options)
+def timm_host(name: str = "test_resnet", **options: Any) -> Any:
+    return pytest.importorskip("timm").create_model(name, pretrained=False, **options)
 
 
 def test_a_timm_network_with_two_attentions_comes_back(tmp_path: Path):
     model = timm_host(num_classes=5)
     spem.attach(model, "spem", stages=[1, 2], fuse=True)
     spem.attach(model, "se(reduction=4)", stages=3, include="*.se", start="module")
-    scattered(model)
+    scattered(model.eval())
     before = torch.random.get_rng_state()
     again = spem.from_pretrained(spem.save_pretrained(model, tmp_path))
     assert torch.equal(before, torch.random.get_rng_state())  # no random numbers are drawn
@@ -90,7 +79,7 @@ def test_a_torchvision_network_whose_layers_were_replaced_comes_back(tmp_path: P
     models = pytest.importorskip("torchvision.models")
     model = models.mobilenet_v3_small(num_classes=3)
     spem.attach(model, "se(pool=mix())", replace=True)
-    scattered(model)
+    scattered(model.eval())
     arguments: dict[str, Any] = {"arch": "torchvision:mobilenet_v3_small"}
     with pytest.raises(ValueError, match=r"'classifier.3.weight' has the shape \[3, 1024\]"):
         spem.save_pretrained(model, tmp_path, **arguments)
@@ -103,7 +92,7 @@ def test_a_torchvision_network_whose_layers_were_replaced_comes_back(tmp_path: P
 def test_attention_attached_to_a_part(tmp_path: Path):
     model = spem.resnet(11)
     spem.attach(model.layer2, "eca", where=None, input_shape=(1, 64, 8, 8))
-    scattered(model)
+    scattered(model.eval())
     assert same(model, spem.from_pretrained(spem.save_pretrained(model, tmp_path)))
     assert json.loads((tmp_path / "config.json").read_text())["attach"][0]["part"] == "layer2"
 
@@ -227,3 +216,73 @@ def test_what_the_images_and_classes_are_comes_back(tmp_path: Path):
         (0.5, 0.4, 0.3),
         (1, 2, 3),
     )
+
+
+# ---- outputs are compared: what has no parameters may not get lost either
+
+
+def test_pooling_and_channels_are_read_off_the_network(tmp_path: Path):
+    options = {"num_classes": 3, "in_chans": 4, "global_pool": "max"}
+    model = scattered(timm_host(**options).eval())
+    again = spem.from_pretrained(spem.save_pretrained(model, tmp_path))
+    x = torch.randn(2, 4, 64, 64)
+    assert torch.equal(model(x), again(x))
+    assert json.loads((tmp_path / "config.json").read_text())["network"]["options"] == options
+
+
+class SimAM(nn.Module):
+    """Attention without parameters, by its formula."""
+
+    def __init__(self, channels: int, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        square = (x - x.mean((2, 3), keepdim=True)) ** 2
+        return x * torch.sigmoid(square / (4 * square.mean((2, 3), keepdim=True) + 4e-4) + 0.5)
+
+
+def hidden_pool(model: Any) -> None:
+    model.global_pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+
+
+def blind_starts(model: Any) -> None:
+    """Lets attention gate by another rule than it says."""
+    spem.attach(model, "simam")
+    for module in model.modules():
+        if isinstance(module, spem.SimAM):
+            module.gate = lambda x, module=module: spem.SimAM.gate(module, x) ** 2
+
+
+def hook(model: Any) -> None:
+    model.layer3.register_forward_hook(lambda *a: a[2].relu() + 1)
+
+
+def epsilon(model: Any) -> None:
+    model.layer4[0].bn1.eps = 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "change", "drawn"),
+    [
+        ("test_resnet", {}, hidden_pool, True),
+        ("test_resnet", {}, blind_starts, True),
+        ("test_resnet", {}, hook, True),
+        ("test_resnet", {}, epsilon, True),
+        ("test_resnet", {"act_layer": "silu"}, None, True),
+        ("test_resnet", {"block_args": {"attn_layer": SimAM}}, None, True),
+        # behind last norms of zero, and behind a layer scale of 1e-6
+        ("test_resnet", {"block_args": {"attn_layer": SimAM}}, None, False),
+        ("convnext_atto", {"act_layer": "silu"}, None, False),
+    ],
+)
+def test_what_would_load_as_another_network_is_not_written(
+    name: str, options: dict[str, Any], change: Any, drawn: bool, tmp_path: Path
+):
+    model = timm_host(name, **options).eval()
+    if drawn:
+        scattered(model)
+    if change is not None:
+        change(model)
+    with pytest.raises(ValueError, match=r"computes other outputs: pass options= as it was built"):
+        spem.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
