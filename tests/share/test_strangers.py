@@ -70,7 +70,7 @@ def timm(arch: str, **options: Any) -> dict[str, Any]:
         ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is no size with means"),
         ({"images": {"size": 8, "mean": [0], "std": [float("nan")]}}, "is no size with means"),
         # sizes are checked before anything is built
-        ({"network__depth": 9_000_002}, "depth=9000002 is too large for 1"),
+        ({"network__depth": 18_002}, "depth=18002 is too large for 1"),
         ({"network__classes": 10**30}, "classes=10{30} is too large"),
         (timm("resnet18", num_classes=10**9), "num_classes=1000000000 is too large"),
         (timm("vit_giant_patch14_224") | {"attach": []}, "the weights lack 'blocks.0.attn.proj"),
