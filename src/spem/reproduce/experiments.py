@@ -22,23 +22,20 @@ from spem.training.recipes import scaled_milestones
 
 MODULES = ("none", "se", "cbam", "eca", "srm", "sge", "spem")  # the rows of Table 1
 CIFAR = ("cifar10", "cifar100")
-CONTROL = "control"
-"""The plain network whose branches start as small as SPEM's."""
+CONTROL = "control"  # the plain network whose branches start as small as SPEM's
 BRANCH_START = 0.0320586  # SPEM's gate at the start
 LAMBDAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SMOKE_EPOCHS = 4
+# The network that `finetune` starts from: plain, depth 11, 12 epochs of CIFAR-100 (43.95 %).
 FIRST = "results/finetune/plain-cifar100.safetensors"
-"""The network that `finetune` starts from: plain, depth 11, 12 epochs of CIFAR-100 (43.95 %)."""
 FIRST_SHA256 = "e3cdb1c42b66d212a9193415a6471350f86ffcda295e4f4882a7dac94da3ed40"
 TUNING_RATE = 0.02
-Changes = Mapping[str, Mapping[str, Any]]
-"""Fields of a config by section: `{"optim": {"lr": 0.1}}`."""
+Changes = Mapping[str, Mapping[str, Any]]  # of a config, by section: {"optim": {"lr": 0.1}}
 
 # Fused kernels round differently: they may enter a table of the paper only after the experiment
 # `equivalence` has shown that this does not move accuracy.
 COMPOSED: Changes = {"runtime": {"impl": "reference"}}
-LADDER = {83: 11, 164: 20, 245: 29, 326: 38}
-"""What stands for each of the paper's depths in a network for a CPU."""
+LADDER = {83: 11, 164: 20, 245: 29, 326: 38}  # what stands for the paper's depths on a CPU
 
 
 class Scale(NamedTuple):
@@ -97,8 +94,7 @@ class Printed(NamedTuple):
     """A cell of a table of the paper: top-1 in percent, the best test epoch of one run."""
 
     top1: float
-    parameters_millions: float
-    """NaN in Table 3, which prints none."""
+    parameters_millions: float  # NaN in Table 3, which prints none
 
 
 @cache
@@ -168,13 +164,7 @@ class Experiment:
 
 
 def experiment(name: str, scale: str, *, seeds: Sequence[int] | None = None) -> Experiment:
-    """Build an experiment.
-
-    Args:
-        name: One of `EXPERIMENTS`.
-        scale: One of `SCALES`.
-        seeds: Other seeds than the scale's.
-    """
+    """Build one of `EXPERIMENTS` at one of `SCALES`, with the scale's seeds if none are given."""
     title, cells = _EXPERIMENTS[name]
     size = SCALES[scale]
     many = name in ("controls", "equivalence", "finetune-1000", "finetune-5000")
@@ -193,7 +183,7 @@ def comparison(
     Args:
         base: The config they share.
         arms: Attention specs or `CONTROL`; the first is what the others are compared with.
-        seeds: Seeds.
+        seeds: Each trains every arm once.
 
     Raises:
         ValueError: An unknown module, or an arm named twice.

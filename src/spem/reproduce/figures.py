@@ -38,8 +38,8 @@ KNOWN = {  # Okabe and Ito: people with any kind of colour blindness can tell th
 }
 MARKERS = "osD^vPX<>hp"
 DASHES = ("-", "--", ":", "-.")  # of rows that share a colour, since they have the same module
+# Experiments whose curves, mixes and gates are drawn.
 DETAILED = ("compare", "table1", "controls", "scratch", "finetune-1000", "finetune-5000")
-"""Experiments whose curves, mixes and gates are drawn."""
 FAR = 6.0  # times as far as the middle row: such a row is shown by an arrow at the edge
 ACCURACY = "test accuracy, last epoch, %"
 

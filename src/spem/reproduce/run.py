@@ -29,6 +29,7 @@ from spem.reproduce.tables import DIVERGED, FAILED, FINISHED
 from spem.training import (
     HeldError,
     Interrupted,
+    ModelConfig,
     OptimConfig,
     Progress,
     RunConfig,
@@ -42,10 +43,9 @@ from spem.training.signals import stop_signals
 
 HELD, STOPPED = "held", "stopped"
 RETRIES = 2  # how often Ray restarts a run whose process died; it goes on from its checkpoint
-LOOK_SECONDS, HELD_SECONDS = 0.5, 2.0
-"""Time between looks at tasks, and until a run that another process trains is checked again."""
-RESERVE_SECONDS = 10.0
-"""How long before the end of a budget (or a twentieth of it, if less) the runs are stopped."""
+LOOK_SECONDS = 0.5  # between looks at tasks
+HELD_SECONDS = 2.0  # until a run that another process trains is checked again
+RESERVE_SECONDS = 10.0  # before the end of a budget, or a twentieth of it, the runs are stopped
 
 
 @dataclass(frozen=True)
@@ -297,9 +297,8 @@ def _connected(address: str | None, cpus: int) -> Generator[Any]:
         ray.shutdown()
 
 
-CIFAR = (50_000, 10_000, 32)
-SIZES = {"digits": (1437, 360, 16), "cifar10": CIFAR, "cifar100": CIFAR}
-"""Training images, test images and their side."""
+_CIFAR = (50_000, 10_000, 32)  # training images, test images and their side
+SIZES = {"digits": (1437, 360, 16), "cifar10": _CIFAR, "cifar100": _CIFAR}
 MEASURED_IMAGES = 32
 ATTENTION_SHARE = 1.2  # about how much longer a step takes with attention
 SMALL = {"bottleneck": 11, "basic": 8}  # depth of the network that is measured
@@ -332,7 +331,7 @@ def _seconds_an_image(
     """Of the step that trains: the fastest of a few, since others may use the machine."""
     import torch
 
-    from spem.models import resnet
+    from spem.training.folder import build_network
     from spem.training.step import execution, make_optimizer, make_step
 
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -341,7 +340,8 @@ def _seconds_an_image(
     runtime = replace(runtime, device=device, step="eager", threads=threads)
     form = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with execution(runtime) as place:
-        network = resnet(SMALL[block], block=block).train()
+        small = ModelConfig(depth=SMALL[block], attention="none", block=block)
+        network = build_network(RunConfig(model=small), classes=10).train()
         network = network.to(place, memory_format=form)  # pyright: ignore[reportCallIssue]
         step = make_step(network, make_optimizer(network, optim), optim, runtime)
         images = torch.randn(MEASURED_IMAGES, 3, side, side, device=place)

@@ -34,12 +34,11 @@ TEXTS = (
     *("experiment", "scale", "module", "dataset", "config", "setting", "baseline"),
     *("status", "error"),
 )
-_RESULT = (
+_RESULT = (  # columns that are fields of a run's result
     *("accuracy", "loss", "train_accuracy", "train_loss", "validation_accuracy"),
     *("best_accuracy", "best_epoch", "best_selected_on", "parameters", "attention_parameters"),
     *("flops", "steps", "impl", "step", "train_sha256", "test_sha256", "hardware", "commit"),
 )
-"""Columns that are fields of a run's result."""
 COMPARE = "compare"
 Row = dict[str, Any]
 
