@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spem.attention import AttentionSpec, ChannelAttention
-from spem.insert.attach import DISPLACED, exchange
+from spem.insert.attach import DISPLACED, detach, exchange
 from spem.insert.families import is_norm, rule_of
-from spem.insert.fused import unfuse
-from spem.insert.sites import attentions_of, evaluating, float_like
+from spem.insert.sites import attentions_of, attribute, evaluating, float_like
 from spem.insert.start import IdentityStart
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 from spem.ops.library import has_hooks
@@ -81,20 +80,18 @@ class FoldReport:
         if self.agreement is not None:
             lines.append(f"Top-1 agreement: {100 * self.agreement:.2f}%.")
         if self.accuracy_before is not None and self.accuracy_after is not None:
-            lines.append(
-                f"Accuracy: {100 * self.accuracy_before:.2f}% with attention, "
-                f"{100 * self.accuracy_after:.2f}% folded."
-            )
+            before, after = f"{100 * self.accuracy_before:.2f}", f"{100 * self.accuracy_after:.2f}"
+            lines.append(f"Accuracy: {before}% with attention, {after}% folded.")
         return "\n".join(lines)
 
 
 class _Gate(NamedTuple):
-    """An attention, what holds it, and the name of the norm or layer that takes its factor."""
+    """An attention, what holds it, and the tensors before it that take its factor."""
 
     name: str
     attention: ChannelAttention
     parent: nn.Module
-    into: str
+    tensors: list[Tensor]
 
 
 def fold(
@@ -130,7 +127,6 @@ def fold(
         folded = copy.deepcopy(model)
         _apply(folded, _gates(folded), means)
         report = _compared(model, folded, gates, means, sites, _inputs(model, batches, labels))
-    with torch.no_grad():
         _apply(model, gates, means)
     return report
 
@@ -141,26 +137,24 @@ def _gates(model: nn.Module) -> list[_Gate]:
     Raises:
         ValueError: There is none, or one cannot be folded.
     """
-    found: dict[str, _Gate] = {}
-    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[int, _Gate] = {}
     for name, module in attentions_of(model).items():
         if not name:
             raise ValueError("fold: the model is one attention. Pass the network that holds it.")
-        above, _, key = name.rpartition(".")
-        parent = model.get_submodule(above)
         why = _no_factor(module)
-        into = None if why else _before(model, parent, above, key)
-        if into is None:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        tensors = [] if why else _factors(_before(model, name, parent))
+        if not tensors:
             raise ValueError(
                 f"fold: {name} {why or 'follows no norm, convolution or layer scale'}; only a "
                 f"factor per channel after one of these becomes a constant."
             )
-        into = names.get(id(_named(model, into)), into)
-        if into in found:
+        gate = _Gate(name, module, parent, tensors)
+        other = found.setdefault(id(tensors[0]), gate)
+        if other is not gate:
             raise ValueError(
-                f"fold: {name} and {found[into].name} share {into}; each needs its own."
+                f"fold: {name} and {other.name} share the layer before them; each needs its own."
             )
-        found[into] = _Gate(name, module, parent, into)
     if not found:
         raise ValueError(f"fold: there is no attention in {type(model).__name__}.")
     return list(found.values())
@@ -169,20 +163,21 @@ def _gates(model: nn.Module) -> list[_Gate]:
 def _no_factor(attention: ChannelAttention) -> str | None:
     """Why a gate is no factor per channel, as far as its class says."""
     inner = attention.inner if isinstance(attention, IdentityStart) else attention
+    own_forward = type(inner).forward is not ChannelAttention.forward
+    reasons = {
+        "adds to the map": inner.needs.adds,
+        "stands in place of a layer": inner.needs.replaces is not None,
+        "does more than multiply its map": inner.needs.shared or own_forward,
+    }
     kind = inner.name or type(inner).__name__
-    if inner.needs.adds:
-        return f"({kind}) adds to the map"
-    if inner.needs.replaces is not None:
-        return f"({kind}) stands in place of a layer"
-    if inner.needs.shared or type(inner).forward is not ChannelAttention.forward:
-        return f"({kind}) does more than multiply its map"
-    return None
+    return next((f"({kind}) {reason}" for reason, holds in reasons.items() if holds), None)
 
 
-def _before(model: nn.Module, parent: nn.Module, above: str, key: str) -> str | None:
-    """Name of what takes the factor of an attention; None if nothing can."""
+def _before(model: nn.Module, name: str, parent: nn.Module) -> object:
+    """What an attention follows: a layer or a parameter; None if that is not known."""
+    above, _, key = name.rpartition(".")
     if isinstance(parent, AfterNorm):
-        path = f"{above}.{parent.inner}"
+        target: object = parent.layer
     else:
         if isinstance(parent, BeforeModule):
             above, _, key = above.rpartition(".")
@@ -190,18 +185,10 @@ def _before(model: nn.Module, parent: nn.Module, above: str, key: str) -> str | 
         rule = rule_of(block)
         if rule is None or not rule.reads or key not in rule.find(block):
             return None
-        path = f"{above}.{rule.reads}" if above else rule.reads
-    target = _named(model, path)
+        target = attribute(block, rule.reads)
     while type(target) is nn.Sequential and len(target):
-        path, target = f"{path}.{len(target) - 1}", target[-1]
-    return path if _factors(target) else None
-
-
-def _named(model: nn.Module, path: str) -> object:
-    found: object = model
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        target = target[-1]
+    return target
 
 
 def _factors(target: object) -> list[Tensor]:
@@ -213,10 +200,10 @@ def _factors(target: object) -> list[Tensor]:
     act = getattr(target, "act", None)
     shaped = isinstance(act, nn.Module) and type(act) is not nn.Identity
     known = type(target) in _CONVOLUTIONS or (is_norm(target) and not shaped)
-    weight, bias = getattr(target, "weight", None), getattr(target, "bias", None)
-    if not known or has_hooks(target) or not isinstance(weight, Tensor):
+    tensors = [getattr(target, "weight", None), getattr(target, "bias", None)]
+    if not known or has_hooks(target) or tensors[0] is None:
         return []
-    return [weight, bias] if isinstance(bias, Tensor) else [weight]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def _measured(
@@ -226,21 +213,20 @@ def _measured(
     sums = [torch.zeros(2, gate.attention.channels, dtype=torch.float64) for gate in gates]
     counts = [0] * len(gates)
 
-    def see(number: int, attention: ChannelAttention, inputs: tuple[Tensor, ...]) -> None:
-        v = attention.gate(inputs[0])
+    def see(number: int, v: Tensor, images: int) -> None:
+        attention = gates[number].attention
         if any(extent > 1 for extent in v.shape[2:]):
             raise ValueError(
                 f"fold: {gates[number].name} ({attention.name}) has another gate at each position; "
                 f"only a factor per channel becomes a constant."
             )
-        v = v.flatten(1).expand(len(inputs[0]), attention.channels).double().cpu()
+        v = v.flatten(1).expand(images, attention.channels).double().cpu()
         sums[number] += torch.stack([v.sum(0), v.square().sum(0)])
-        counts[number] += len(v)
+        counts[number] += images
 
     with ExitStack() as stack:
         for number, gate in enumerate(gates):
-            hook = cast("Callable[..., None]", partial(see, number))
-            stack.enter_context(gate.attention.register_forward_pre_hook(hook))
+            stack.enter_context(gate.attention.observe_gates(partial(see, number)))
         for x, _ in inputs:
             model(x)
     idle = [gate.name for gate, count in zip(gates, counts, strict=True) if count == 0]
@@ -262,7 +248,7 @@ def _apply(model: nn.Module, gates: list[_Gate], means: list[Tensor]) -> None:
     """Multiplies the constants in and takes the attention out."""
     new: dict[nn.Module, nn.Module | None] = {}
     for gate, mean in zip(gates, means, strict=True):
-        for tensor in _factors(_named(model, gate.into)):
+        for tensor in gate.tensors:
             shape = [-1, *[1] * (tensor.dim() - 1)]
             if tensor.shape[0] != mean.numel():  # a layer scale [1, C, 1, 1]
                 shape = tensor.shape
@@ -271,11 +257,11 @@ def _apply(model: nn.Module, gates: list[_Gate], means: list[Tensor]) -> None:
             new[gate.parent] = gate.parent.layer
         else:
             new[gate.attention] = _left(gate)
+    exchange(model, new)
+    detach(model)  # the subclasses of fused blocks, and what is known of the attention
     for module in model.modules():
-        unfuse(module)
         if isinstance(getattr(module, "spec", None), AttentionSpec):
             vars(module)["spec"] = None  # of spem.resnet: it is the plain network now
-    exchange(model, new)
 
 
 def _left(gate: _Gate) -> nn.Module | None:
@@ -299,33 +285,25 @@ def _compared(
     Raises:
         ValueError: The folded network is not the one with its gates held constant.
     """
-    images = agreeing = labelled = right_before = right_after = 0
-    difference = largest = 0.0
-    classes = True
-    for number, (x, y) in enumerate(inputs):
+    images, difference, largest = 0, 0.0, 0.0
+    tops: list[Tensor] = []
+    labels: list[Tensor] = []
+    for x, y in inputs:
         before, after = _outputs(model(x)), _outputs(folded(x))
-        if number == 0:
+        if not images:
             _check(_held(model, gates, means, x), after)
         images += len(x)
         difference = max(difference, _difference(before, after))
         largest = max(largest, *(float(one.abs().max()) for one in before))
-        classes = classes and before[0].dim() == 2
-        if not classes:
-            continue
-        top, now = before[0].argmax(1), after[0].argmax(1)
-        agreeing += int((top == now).sum())
-        if y is not None:
-            labelled += len(y)
-            right_before += int((top == y.to(top.device)).sum())
-            right_after += int((now == y.to(top.device)).sum())
-    return FoldReport(
-        sites,
-        images,
-        difference / largest if largest else 0.0,
-        agreeing / images if classes else None,
-        right_before / labelled if labelled else None,
-        right_after / labelled if labelled else None,
-    )
+        if before[0].dim() == 2:
+            tops.append(torch.stack([before[0].argmax(1), after[0].argmax(1)]).cpu())
+            labels += [] if y is None else [y.cpu()]
+    shares: list[float] = []
+    if tops:
+        top, now = torch.cat(tops, 1)
+        pairs = [(top, now), *((one, torch.cat(labels)) for one in (top, now) if labels)]
+        shares = [float((one == two).double().mean()) for one, two in pairs]
+    return FoldReport(sites, images, difference / (largest or 1.0), *shares)
 
 
 def _held(model: nn.Module, gates: list[_Gate], means: list[Tensor], x: Tensor) -> list[Tensor]:
