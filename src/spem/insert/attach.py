@@ -327,8 +327,9 @@ def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
 
 def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:
     """The attention of a site, in the mode, on the device and in the dtype of its place."""
-    carried = spot.layer if spot.how == "replace" and carries(spot.layer) else None
-    if carried is not None and spec.name == "se" and {n for n, _ in spec.options} <= {"pool"}:
+    carried = spot.layer if spot.how == "replace" else None
+    options = {name for name, _ in spec.options}
+    if carried is not None and carries(carried) and spec.name == "se" and options <= {"pool"}:
         pool = cast("PoolSpec", dict(spec.options).get("pool", "avg"))  # make_pool checks it
         exact, place = start == "identity", spot.key
         attention = CarriedSE(carried, pool, channels=spot.channels, exact=exact, place=place)
