@@ -128,15 +128,9 @@ def test_timms_device_dtype_and_hints() -> None:
         ("speem", "unknown attention 'speem'. Did you mean spem"),
         ("iebn", "attn_layer: iebn stands in place of every norm"),
         ("ean", "attn_layer: ean is one module for all blocks of a stage"),
+        ("fca", r"FCA: .*size"),  # each stage has maps of its own size, which timm does not pass on
     ],
 )
 def test_attn_layer_refuses(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        spem.attn_layer(spec)
-
-
-def test_a_module_that_must_know_the_size_says_so() -> None:
-    """Every stage has maps of its own size, which timm does not pass on; attach finds them."""
-    with pytest.raises(ValueError, match=r"FCA: .*size"):
-        spem.attn_layer("fca")(64)
-    assert spem.attn_layer("fca(size=7)")(64).channels == 64
+        spem.attn_layer(spec)(64)

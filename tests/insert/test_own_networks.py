@@ -142,6 +142,25 @@ def test_branches_in_a_plain_forward_and_a_guessed_input() -> None:
     assert "residual branch of 2 convolutions" in sites[0].reason
 
 
+class Listed(nn.Module):
+    """Its layers are in a list, which does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layers[1](torch.relu(self.layers[0](x)))
+        return x + z
+
+
+def test_layers_in_a_list() -> None:
+    network = nn.Sequential(Listed(), Listed())
+    names = spem.attach(network, "eca", input_shape=(1, 3, 8, 8))
+    assert names == ["0.layers.1", "1.layers.1"]
+    assert spem.detach(network) == names
+
+
 def test_videos() -> None:
     with torch.device("meta"):
         network = models.video.r3d_18()
