@@ -52,13 +52,14 @@ def _slot(name: str) -> Find:
 
 def _at(*paths: str) -> Find:
     """The first of these names that is a module of the block."""
-    return lambda block: [path for path in paths if _has(block, path)][:1]
+    return lambda block: [p for p in paths if isinstance(attribute(block, p), nn.Module)][:1]
 
 
-def _has(module: nn.Module | None, path: str) -> bool:
+def attribute(holder: object, path: str) -> object:
+    """The attribute of a dotted name; None if there is none."""
     for name in path.split("."):
-        module = getattr(module, name, None)
-    return isinstance(module, nn.Module)
+        holder = getattr(holder, name, None)
+    return holder
 
 
 def _last_norm(inside: str) -> Find:
@@ -83,10 +84,6 @@ def _before_pools(net: nn.Module) -> list[str]:
             found.append(f"features.{norm or conv}")
             norm = conv = None
     return found
-
-
-def _itself(_: nn.Module) -> list[str]:
-    return [""]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -168,18 +165,18 @@ RULES = (
     _rule("after", "pool", "torchvision.densenet:_Transition", "conv", "site"),
     _rule("after", "features.norm5", "timm.densenet:DenseNet", stage="site"),
     _rule("after", "features.norm5", "torchvision.densenet:DenseNet", stage="site"),
-    _rule("after", _itself, "torchvision.squeezenet:Fire", stage="channels"),
+    _rule("after", lambda _: [""], "torchvision.squeezenet:Fire", stage="channels"),
     _rule("after", _last_norm("conv6"), "timm.selecsls:SelecSlsBlock"),
     # What is added of a dual path; where it is one convolution with what is appended, both.
     _rule("after", _at("c1x1_c1", "c1x1_c"), "timm.dpn:DualPathBlock"),
-    _rule("after", _itself, "torchvision.googlenet:Inception"),
+    _rule("after", lambda _: [""], "torchvision.googlenet:Inception"),
     *(
-        _rule("after", _itself, f"{library}:Inception{letter}")
+        _rule("after", lambda _: [""], f"{library}:Inception{letter}")
         for library in ("torchvision.inception", "timm.inception_v3")
         for letter in "ABCDE"
     ),
     *(
-        _rule("after", _itself, f"timm.inception_v4:{kind}", stage="channels")
+        _rule("after", lambda _: [""], f"timm.inception_v4:{kind}", stage="channels")
         for kind in ("InceptionA", "InceptionB", "InceptionC", "ReductionA", "ReductionB")
     ),
     _rule("after", "aggregation", "timm.hgnet:HighPerfGpuBlock"),

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.insert.attach import DISPLACED, detach, exchange
-from spem.insert.families import is_norm, rule_of
-from spem.insert.sites import attentions_of, attribute, evaluating, float_like
+from spem.insert.families import attribute, is_norm, rule_of
+from spem.insert.sites import attentions_of, evaluating, float_like
 from spem.insert.start import IdentityStart
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 from spem.ops.library import has_hooks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
-from spem.insert.families import How, Stage, is_norm, rule_of
+from spem.insert.families import How, Stage, attribute, is_norm, rule_of
 from spem.insert.follow import follow, suggestion, summary
 from spem.insert.start import existing_layer, se_channels
 
@@ -373,13 +373,6 @@ def _ruled(model: nn.Module) -> Iterator[Spot]:
                     f"into an nn.Sequential."
                 )
             yield Spot(model, site, block, f"known block {kind}", rule.how, rule.stage, reads)
-
-
-def attribute(holder: object, path: str) -> object:
-    """The attribute of a dotted name; None if there is none."""
-    for name in path.split("."):
-        holder = getattr(holder, name, None)
-    return holder
 
 
 def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
