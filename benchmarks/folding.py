@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from record import Row, facts, write
-from torch import nn
 
 import spem
 from spem.data import NORMALISATION, load_images, normalise
@@ -48,16 +47,12 @@ def main() -> int:
         # On a CPU, in the precision and at the rate with which training ended.
         runtime = replace(config.runtime, device="cpu", step="eager", impl=None)
         dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
-
-        def accuracy(model: nn.Module, how=how) -> float:
-            return evaluate(model.eval(), test, normalisation=how).top1
-
         whole = found.network.eval().to(memory_format=torch.channels_last)
         folded = copy.deepcopy(whole)
         shown = normalise(train.images[:SHOWN], *how, torch.float32)
         report = spem.fold(folded, shown.contiguous(memory_format=torch.channels_last).split(250))
         for kind, model in (("attention", whole), ("folded", folded)):
-            before = accuracy(model)
+            before = evaluate(model.eval(), test, normalisation=how).top1
             optimizer = make_optimizer(model.train(), config.optim)
             set_rate(optimizer, config.optim, config.optim.epochs - 1)
             step = make_step(model, optimizer, config.optim, runtime)
@@ -67,12 +62,13 @@ def main() -> int:
             for images, labels in batches:
                 x = normalise(images, *how, dtype)
                 step(x.contiguous(memory_format=torch.channels_last), labels)
+            after = evaluate(model.eval(), test, normalisation=how).top1
             rows.append(
                 {
                     "network": path.stem,
                     "kind": kind,
                     "accuracy": f"{before:.2f}",
-                    "accuracy_after_one_epoch": f"{accuracy(model):.2f}",
+                    "accuracy_after_one_epoch": f"{after:.2f}",
                     "agreement": f"{report.agreement:.3f}" if kind == "folded" else "",
                     **facts(torch.device("cpu")),
                 }
