@@ -177,7 +177,7 @@ def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module | None]) -> Non
                 setattr(parent, key, new[child])
 
 
-def attn_layer(attention: Attention) -> Callable[..., ChannelAttention]:
+def attn_layer(spec: Attention) -> Callable[..., ChannelAttention]:
     """What timm takes as ``attn_layer``: a function of a number of channels.
 
     Raises:
@@ -188,7 +188,7 @@ def attn_layer(attention: Attention) -> Callable[..., ChannelAttention]:
         >>> attn_layer("se(reduction=8)")(64).channels
         64
     """
-    return partial(_layer, _tail_spec(attention, "attn_layer"))
+    return partial(_layer, _tail_spec(spec, "attn_layer"))
 
 
 def _layer(
