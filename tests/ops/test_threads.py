@@ -83,20 +83,6 @@ def test_one_thread_of_torch_is_one_thread(monkeypatch):
     del code
 
 
-def test_failure_in_the_pool_reaches_the_caller():
-    started = threading.Event()
-    caller = threading.get_ident()
-
-    def work(data):
-        if threading.get_ident() != caller:
-            started.set()
-            raise ValueError("lost")
-        assert started.wait(20)
-
-    with pytest.raises(ValueError, match="lost"):
-        threads._Pool().run(work, 0, 2)
-
-
 def test_failure_of_the_caller_waits_for_the_others():
     started, ended = threading.Event(), threading.Event()
     caller = threading.get_ident()

@@ -13,135 +13,43 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spem.ops import formula, synchronised
 from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, affine, constants
-from spem.ops.library import laid_out_as, passes
+from spem.ops.library import laid_out_as, passes, stages
 from spem.ops.stats import compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Gathered(NamedTuple):
-    """What the first function hands on: tokens, statistics of x, the norm's affine map."""
-
-    z: Tensor
-    token_v: Tensor
-    token_total: Tensor
-    token_moment: Tensor
-    mean: Tensor
-    var: Tensor
-    high: Tensor
-    low: Tensor
-    mu: Tensor
-    a: Tensor
-    beta: Tensor
-    channel_var: Tensor
-    """The batch's biased variance [C], shape [0] where it was not taken; its mean is ``mu``."""
-    values: Tensor
-    """Number of values behind it over all processes, shape [0] without a process group."""
-
-
-class _Measured(NamedTuple):
-    """What the forward pass knows of a map and its norm; as in `Gathered`, and rstd [C]."""
-
-    raw: RawStats
-    normal: NormalStats
-    mu: Tensor
-    a: Tensor
-    beta: Tensor
-    rstd: Tensor
-    channel_var: Tensor
-    values: Tensor
-
-
-def gather(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> Gathered:
-    """Plane statistics of x = norm(z), with gradients; ``norm`` None leaves z as it is."""
-    if not torch.is_grad_enabled():
-        return _gather_values(z, norm, moments, extrema, impl)
-    given = norm is not None
-    flat = norm or Norm(None, None, None, None, 0.0)
-    out = _Stats.apply(z, *flat, given, moments, extrema, impl)
-    return Gathered(*out)
-
-
-def close(gathered: Gathered, v: Tensor | None, residual: Tensor, impl: str) -> Tensor:
-    """y = relu(v x + residual) with x = a (z - mu) + beta; v None is 1."""
-    g = gathered
-    if not torch.is_grad_enabled():
-        return _gated(g.z, v, residual, g.mu, g.a, g.beta, impl)[0]
-    return _Tail.apply(
-        g.z, g.token_v, g.token_total, g.token_moment, v, residual, g.mu, g.a, g.beta, impl
-    )
-
-
-def _gather_values(
-    z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str
-) -> Gathered:
-    """`gather` where no gradient is recorded: no tokens."""
-    m = _measure(z, norm, moments, extrema, impl)
-    none = m.mu.new_empty(0)
-    of_x, of_channels = m.normal[:4], (m.mu, m.a, m.beta, m.channel_var, m.values)
-    return Gathered(z, none, none, none, *of_x, *of_channels)
-
-
-def _measure(z: Tensor, norm: Norm | None, moments: bool, extrema: bool, impl: str) -> _Measured:
-    """Pass F1, the channel's moments and the statistics of x."""
-    work = passes(impl)
-    stages = work.stages
-    wide = compute_dtype(z.dtype)
-    channels = z.shape[1]
-    batch_moments = norm is not None and norm.mean is None
-    # An output of an autograd function must not come twice: hence so many new tensors.
-    if moments or extrema or batch_moments:
-        # Where memory goes channel by channel, the last pass finds the extrema by their values.
-        positions = {"positions": z.is_contiguous()} if work.plain else {}
-        raw = RawStats(*work.plane_stats(z, moments or batch_moments, extrema, **positions))
-    else:
-        nothing, nowhere = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=torch.int32)
-        raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
-    channel_var, values = z.new_empty(0, dtype=wide), z.new_empty(0, dtype=wide)
-    if norm is None:
-        mu, a, beta, rstd = constants(None, z)
-        normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
-        return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
-    if norm.mean is not None:
-        mu, a, beta, rstd = constants(norm, z)
-    elif norm.group is None and z.shape[0]:
-        size = math.prod(z.shape[2:])
-        mu, channel_var, rstd, a, beta, normal = stages.normalise_batch(raw, norm, size, moments)
-        return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
-    else:
-        if norm.group is None:
-            mu, channel_var = z.new_zeros(channels, dtype=wide), z.new_ones(channels, dtype=wide)
-        else:
-            mu, channel_var = formula.channel_moments(raw.mean, raw.var)
-            mu, channel_var, values = synchronised.moments(
-                mu, channel_var, z.numel() // channels, norm.group
-            )
-        rstd = torch.rsqrt(channel_var + norm.eps)
-        a, beta = affine(norm, rstd)
-    normal = stages.normalised(raw, a, mu, beta)
-    return _Measured(raw, normal, mu, a, beta, rstd, channel_var, values)
-
-
-def _gated(
+def tail(
     z: Tensor,
-    v: Tensor | None,
     residual: Tensor,
-    mu: Tensor,
-    a: Tensor,
-    beta: Tensor,
+    norm: Norm | None,
+    gate: Callable[..., Tensor] | None,
+    moments: bool,
+    extrema: bool,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Pass F2: the tail's output, and the gate as a dense tensor."""
-    v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
-    return passes(impl).affine_tail(z, residual, mu, v, a, beta), v
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """y = relu(v x + residual) with x = norm(z) and v = gate(mean, var, max, min of x).
+
+    ``norm`` None leaves z as it is, ``gate`` None is v = 1; statistics not gathered have shape [0].
+
+    Returns:
+        y, and the batch's mean and biased variance [C] with the number of values behind them over
+        all processes; the variance has shape [0] where it was not taken, the number has it without
+        a process group.
+    """
+    flat = [None] * len(Norm._fields) if norm is None else norm
+    found = _Stats.apply(z, *flat, moments, extrema, impl)
+    tokens, stats, (mu, a, beta, channel_var, values) = found[:4], found[4:8], found[8:]
+    v = None if gate is None else gate(*stats)
+    return _Tail.apply(*tokens, v, residual, mu, a, beta, impl), (mu, channel_var, values)
 
 
 class _Refused(torch.autograd.Function):
@@ -186,64 +94,74 @@ class _Stats(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        eps: float,
+        eps: float | None,
         group: ProcessGroup | None,
         running: tuple[Tensor, Tensor, float] | None,
-        given: bool,
         moments: bool,
         extrema: bool,
         impl: str,
     ) -> tuple[Tensor, ...]:
-        norm = Norm(weight, bias, mean, var, eps, group, running) if given else None
-        m = _measure(z, norm, moments, extrema, impl)
-        ctx.save_for_backward(z, m.a, m.mu, m.rstd, m.values, *m.raw[:2], *m.normal[4:])
+        norm = None if eps is None else Norm(weight, bias, mean, var, eps, group, running)
+        batch_stats = eps is not None and mean is None
+        wide, size = compute_dtype(z.dtype), math.prod(z.shape[2:])
+        # An output must not come twice: so each is a tensor of its own.
+        nothing, channel_var, values = (z.new_empty(0, dtype=wide) for _ in range(3))
+        nowhere = z.new_empty(0, dtype=torch.int32)
+        raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
+        if moments or extrema or batch_stats:
+            work, options = passes(impl), {}
+            if impl == "numba" and work is stages(impl):
+                # Where memory goes channel by channel, the last pass finds extrema by their values.
+                options = {"positions": z.is_contiguous()}
+            raw = RawStats(*work.plane_stats(z, moments or batch_stats, extrema, **options))
+        if norm is not None and batch_stats and group is None and z.shape[0]:
+            found = stages(impl).normalise_batch(raw, norm, size, moments)
+            mu, channel_var, rstd, a, beta, normal = found
+        else:
+            if norm is None or not batch_stats:
+                mu, a, beta, rstd = constants(norm, z)
+            else:
+                if group is None:
+                    mu, channel_var = (z.new_full(z.shape[1:2], n, dtype=wide) for n in (0, 1))
+                else:
+                    mu, channel_var = formula.channel_moments(raw.mean, raw.var)
+                    numbers = z.numel() // z.shape[1]
+                    mu, channel_var, values = synchronised.moments(mu, channel_var, numbers, group)
+                rstd = torch.rsqrt(channel_var + norm.eps)
+                a, beta = affine(norm, rstd)
+            if norm is None:
+                normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
+            else:
+                normal = stages(impl).normalised(raw, a, mu, beta)
+        ctx.save_for_backward(z, a, mu, rstd, values, *raw[:2], *normal[4:])
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.group, ctx.constant = impl, group, not given or mean is not None
+        ctx.impl, ctx.group, ctx.batch_stats = impl, group, batch_stats
         ctx.moments, ctx.extrema = moments, extrema
-        ctx.dtypes = (
-            None if weight is None else weight.dtype,
-            None if bias is None else bias.dtype,
-        )
-        a = m.a.clone() if m.a is m.rstd else m.a
-        ctx.mark_non_differentiable(m.mu, a, m.beta, m.channel_var, m.values)
-        tokens = [m.mu.new_empty(z.shape[:2]) for _ in range(3)]  # nobody reads them
-        stats = [s if s.dim() == 2 else m.mu.new_empty(0) for s in m.normal[:4]]
-        return (z.view_as(z), *tokens, *stats, m.mu, a, m.beta, m.channel_var, m.values)
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        a = a.clone() if a is rstd else a
+        ctx.mark_non_differentiable(mu, a, beta, channel_var, values)
+        tokens = [mu.new_empty(z.shape[:2]) for _ in range(3)]  # nobody reads them
+        stats = [s if s.dim() == 2 else mu.new_empty(0) for s in normal[:4]]
+        return (z.view_as(z), *tokens, *stats, mu, a, beta, channel_var, values)
 
     @staticmethod
     @first_derivatives
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        d: Tensor | None,
-        v: Tensor | None,
-        total: Tensor | None,
-        moment: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        high: Tensor | None,
-        low: Tensor | None,
-        *_: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, a, mu, rstd, count, raw_mean, raw_var, z_i, z_j, i, j = ctx.saved_tensors
-        work = passes(ctx.impl)
-        if d is None:
-            d = torch.zeros_like(z)
+        d = torch.zeros_like(z) if grads[0] is None else grads[0]
         zero: Tensor = mu.new_zeros(z.shape[:2])
-        v = zero if v is None else v
-        total = zero if total is None else total
-        moment = zero if moment is None else moment
-        if not ctx.moments:
-            mean = var = None  # compilers materialise zeros here
-        if not ctx.extrema:
-            high = low = None
-        into = Incoming(*(None if g is None else g.contiguous() for g in (mean, var, high, low)))
+        v, total, moment = (zero if g is None else g for g in grads[1:4])
+        # Compilers materialise zeros for what was not gathered.
+        moved = (grads[4:6] if ctx.moments else (None, None)) + (
+            grads[6:8] if ctx.extrema else (None, None)
+        )
+        into = Incoming(*(None if g is None else g.contiguous() for g in moved))
         needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        size = math.prod(z.shape[2:])
-        of_z = (raw_mean, raw_var, z_i, z_j)
+        size, of_z = math.prod(z.shape[2:]), (raw_mean, raw_var, z_i, z_j)
         if ctx.group is None:
-            weight, bias, c = work.stages.gradients(
+            weight, bias, c = stages(ctx.impl).gradients(
                 *(v, total, moment, into, of_z, a, mu, rstd, size),
-                batch_stats=not ctx.constant,
+                batch_stats=ctx.batch_stats,
                 of_norm=needs_weight or needs_bias,
                 of_map=needs_z,
             )
@@ -258,6 +176,7 @@ class _Stats(torch.autograd.Function):
             spikes = (None, None)
             if c.s_i is not None:
                 spikes = (i, j) if i.dim() == 2 else (z_i, z_j)
+            work = passes(ctx.impl)
             dz = work.stats_backward(d, z, mu, c.p, c.q, c.t, *spikes, c.s_i, c.s_j)
         weight = weight.to(ctx.dtypes[0]) if needs_weight else None
         bias = bias.to(ctx.dtypes[1]) if needs_bias else None
@@ -281,8 +200,9 @@ class _Tail(torch.autograd.Function):
         beta: Tensor,
         impl: str,
     ) -> Tensor:
-        y, factor = _gated(z, v, residual, mu, a, beta, impl)
-        ctx.save_for_backward(z, y, mu, a, beta, factor)
+        v = mu.new_ones(z.shape[:2]) if v is None else v.contiguous()
+        y = passes(impl).affine_tail(z, residual, mu, v, a, beta)
+        ctx.save_for_backward(z, y, mu, a, beta, v)
         ctx.impl = impl
         return y
 
@@ -290,10 +210,9 @@ class _Tail(torch.autograd.Function):
     @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, y, mu, a, beta, v = ctx.saved_tensors
-        work = passes(ctx.impl)
         grad = laid_out_as(grad, y)  # a sum's gradient, say, is expanded
-        d, total, moment = work.affine_tail_backward(grad, y, z, mu)
+        d, total, moment = passes(ctx.impl).affine_tail_backward(grad, y, z, mu)
         dv = None
         if ctx.needs_input_grad[4]:
-            dv = work.stages.gate_gradient(total, moment, a, beta)
+            dv = stages(ctx.impl).gate_gradient(total, moment, a, beta)
         return d, v, total, moment, dv, d, None, None, None, None

@@ -26,7 +26,7 @@ from spem.ops.library import (
     runs_eagerly,
     without_hooks,
 )
-from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype
+from spem.ops.stats import STATISTICS, PlaneStats, compute_dtype, selected
 from spem.ops.synchronised import SharedBatchNorm
 
 _G = TypeVar("_G", bound=Callable[..., Any])
@@ -91,7 +91,7 @@ def infer(
     impl: str | None,
 ) -> Tensor | None:
     """The tail's output; None where it is not for this path."""
-    asked = serves(op, z, residual, gate, impl)
+    asked = serves(op, z, residual, SMALL if gate is None else 0, impl)
     if asked is None:
         return None
     shape = z.shape
@@ -126,11 +126,7 @@ def infer(
     if any(name not in STATISTICS for name in statistics):
         return None
     found = kernels.norm_stats(z, constants, statistics)
-    size = z.numel() // (shape[0] * shape[1])
-    mean, var, high, low = (
-        s if name in statistics else None for name, s in zip(STATISTICS, found, strict=True)
-    )
-    stats = PlaneStats(mean, var, high, low, size, shape[0])
+    stats = selected(found, statistics, z)
     v = gate_values(gate, stats, z)
     compiled = _beside_hooks(gate, stats, v, shape[1])
     if compiled is not None:
@@ -138,10 +134,11 @@ def infer(
     return kernels.fused_tail(z, residual, constants, None, v.contiguous())
 
 
-def serves(
-    op: str, z: Tensor, residual: Tensor, gate: object | None, impl: str | None
-) -> str | None:
-    """What was asked for, ``"numba"`` or ``"auto"``; None where this path takes no such maps."""
+def serves(op: str, z: Tensor, residual: Tensor, least: int, impl: str | None) -> str | None:
+    """What was asked for, ``"numba"`` or ``"auto"``; None where this path takes no such maps.
+
+    Maps of fewer values than ``least`` have to be asked for.
+    """
     if type(z) is not Tensor or type(residual) is not Tensor or not (z.is_cpu and residual.is_cpu):
         return None
     if z.dtype not in _DTYPES or residual.dtype != z.dtype or not runs_eagerly(z):
@@ -152,7 +149,7 @@ def serves(
     asked = requested(impl, op) or "auto"
     if asked not in ("auto", "numba") or not _usable():
         return None
-    if gate is None and asked == "auto" and z.numel() < SMALL:
+    if asked == "auto" and z.numel() < least:
         return None
     return asked
 

@@ -1,8 +1,8 @@
-"""The passes as custom operators of torch, so that compilers and CUDA graphs take them whole.
+"""The passes as custom operators of torch, and what torch is asked about tensors and modules.
 
-Every kernel implementation has the same four operators, named after it (``spem::numba_plane_stats``
-and so on). They are functional, have no gradient of their own (that is `spem.ops.autograd`), and
-load their kernels when they are first called.
+As operators compilers and CUDA graphs take the passes whole. Every kernel implementation has the
+same four, named after it (``spem::numba_plane_stats`` and so on). They are functional, have no
+gradient of their own (that is `spem.ops.autograd`), and load their kernels when first called.
 """
 
 from collections import OrderedDict
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from copy import copy
 from functools import cache
 from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,54 +22,31 @@ from spem.ops.stats import compute_dtype
 
 _M = TypeVar("_M", bound=nn.Module)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_SCHEMAS = {
-    "plane_stats": "(Tensor z, bool moments, bool extrema) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "affine_tail": "(Tensor z, Tensor r, Tensor mu, Tensor v, Tensor a, Tensor beta) -> Tensor",
-    "affine_tail_backward": "(Tensor g, Tensor y, Tensor z, Tensor mu) -> (Tensor, Tensor, Tensor)",
-    "stats_backward": "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
-    "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
-}
 _TORCH_C = getattr(torch, "_C", None)  # what is behind it may change or go
 _FUNCTORCH = getattr(_TORCH_C, "_functorch", None)
 _STACKS = [getattr(_TORCH_C, f"_len_torch_{kind}_stack", int) for kind in ("dispatch", "function")]
 _MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Passes(NamedTuple):
-    """One implementation: the four passes, and the module that holds its scalar stages."""
+def passes(impl: str) -> Any:
+    """What holds the four passes of ``"formula"``, ``"numba"`` or ``"triton"``, by their names.
 
-    plane_stats: Callable[[Tensor, bool, bool], tuple[Tensor, ...]]
-    affine_tail: Callable[..., Tensor]
-    affine_tail_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    stats_backward: Callable[..., Tensor]
-    stages: Any
-    """`spem.ops.formula`, or a module of the same functions."""
-    plain: bool = False
-    """Whether they are Numba's own functions and nobody compiles or watches."""
-
-
-def passes(impl: str) -> Passes:
-    """The passes of an implementation, ``"formula"``, ``"numba"`` or ``"triton"``.
-
-    The scalar stages of Numba are plain calls, which a tracing compiler cannot follow; it gets
-    those of torch, and fuses them. Where nobody compiles or watches, its passes are plain calls as
-    well.
+    Numba's are plain calls where nobody compiles or watches.
     """
     if impl == "formula":
-        return _FORMULA
-    if impl == "numba" and not torch.compiler.is_compiling():
-        return _plain_calls(watched=_modes() > 0)
-    return _KERNELS[impl]
+        return formula
+    return kernels_of(impl) if is_direct(impl) and not _modes() else _OPERATORS[impl]
 
 
-@cache
-def _plain_calls(*, watched: bool) -> Passes:
-    kernels = kernels_of("numba")
-    if watched:
-        return _KERNELS["numba"]._replace(stages=kernels)
-    names = ("plane_stats", "affine_tail", "affine_tail_backward", "stats_backward")
-    return Passes(*(getattr(kernels, name) for name in names), stages=kernels, plain=True)
+def stages(impl: str) -> ModuleType:
+    """What holds an implementation's scalar stages; a compiler gets those of torch to fuse."""
+    return kernels_of(impl) if is_direct(impl) else formula
+
+
+def is_direct(impl: str) -> bool:
+    """Whether kernels may be called as they are: nobody traces, and they are plain functions."""
+    return impl == "numba" and not torch.compiler.is_compiling()
 
 
 def _modes() -> int:
@@ -122,30 +99,20 @@ def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     return x if agree(x, like) else torch.empty_like(like).copy_(x)
 
 
+_exporting = getattr(torch.compiler, "is_exporting", None) or (
+    # before torch 2.7, where only an export that is not strict is detected
+    lambda: torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+)
+
+
 def is_exporting() -> bool:
     """Whether the calls are recorded for a graph that leaves PyTorch or this process."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    if exporting is None:  # before torch 2.7, where only an export that is not strict is detected
-        compiler = torch.compiler
-        exporting = lambda: compiler.is_compiling() and not compiler.is_dynamo_compiling()  # noqa: E731
-    if exporting():
-        return True
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return _exporting() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def runs_eagerly(t: Tensor) -> bool:
     """Whether what is done with a tensor happens now, and nobody compiles or records it."""
-    if torch.compiler.is_compiling() or not is_plain(t) or is_exporting():
-        return False
-    return not _modes()
-
-
-def is_direct(impl: str) -> bool:
-    """Whether kernels may be called as they are: nobody traces, and they are plain functions."""
-    return impl == "numba" and not torch.compiler.is_compiling()
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not (torch.compiler.is_compiling() or not is_plain(t) or is_exporting() or _modes())
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -187,70 +154,56 @@ def any_global_hook() -> bool:
 
 def _fake_plane_stats(z: Tensor, moments: bool, extrema: bool) -> tuple[Tensor, ...]:
     wide = compute_dtype(z.dtype)
-
-    def scalar(wanted: bool, dtype: torch.dtype) -> Tensor:
-        return z.new_empty(z.shape[:2] if wanted else (0,), dtype=dtype)
-
-    kinds = [moments] * 2 + [extrema] * 3
-    floats = [scalar(wanted, wide) for wanted in kinds]
-    return (*floats, scalar(extrema, torch.int32), scalar(extrema, torch.int32))
+    kinds = [(moments, wide)] * 2 + [(extrema, wide)] * 3 + [(extrema, torch.int32)] * 2
+    return tuple(z.new_empty(z.shape[:2] if some else (0,), dtype=kind) for some, kind in kinds)
 
 
-def _fake_affine_tail(z: Tensor, *_rest: Tensor) -> Tensor:
-    return torch.empty_like(z)
+def _fake_affine_tail_backward(g: Tensor, y: Tensor, z: Tensor, mu: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(y), mu.new_empty(z.shape[:2]), mu.new_empty(z.shape[:2])
 
 
-def _fake_affine_tail_backward(
-    g: Tensor, y: Tensor, z: Tensor, mu: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    def sums() -> Tensor:
-        return mu.new_empty(z.shape[:2])
-
-    return torch.empty_like(y), sums(), sums()
-
-
-def _fake_stats_backward(d: Tensor, *_rest: Tensor | None) -> Tensor:
-    return torch.empty_like(d)
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "plane_stats": _fake_plane_stats,
-    "affine_tail": _fake_affine_tail,
-    "affine_tail_backward": _fake_affine_tail_backward,
-    "stats_backward": _fake_stats_backward,
+_SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "plane_stats": (
+        "(Tensor z, bool moments, bool extrema) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_plane_stats,
+    ),
+    "affine_tail": (
+        "(Tensor z, Tensor r, Tensor mu, Tensor v, Tensor a, Tensor beta) -> Tensor",
+        lambda z, *_: torch.empty_like(z),
+    ),
+    "affine_tail_backward": (
+        "(Tensor g, Tensor y, Tensor z, Tensor mu) -> (Tensor, Tensor, Tensor)",
+        _fake_affine_tail_backward,
+    ),
+    "stats_backward": (
+        "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "
+        "Tensor? i, Tensor? j, Tensor? s_i, Tensor? s_j) -> Tensor",
+        lambda d, *_: torch.empty_like(d),
+    ),
 }
 _LIBRARY = torch.library.Library("spem", "DEF")
 
 
-def _define(impl: str) -> Passes:
-    """Defines the four operators of an implementation and binds their overloads."""
+def _define(impl: str, name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines one operator and binds its overload."""
 
-    def kernel(name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if name == "stats_backward" and impl == "numba":
-                # Spikes by value are used up, and an operator may not write to what it is given.
-                spikes = (None if t is None else t.clone() for t in arguments[8:])
-                arguments = (*arguments[:8], *spikes)
-            result = getattr(kernels_of(impl), name)(*arguments)
-            return tuple(result) if isinstance(result, tuple) else result
+    def call(*arguments: Any) -> Any:
+        if name == "stats_backward" and impl == "numba":
+            # Spikes by value are used up, and an operator may not write to what it is given.
+            spikes = (None if t is None else t.clone() for t in arguments[8:])
+            arguments = (*arguments[:8], *spikes)
+        result = getattr(kernels_of(impl), name)(*arguments)
+        return tuple(result) if isinstance(result, tuple) else result
 
-        return call
-
-    overloads: dict[str, Any] = {}
-    for name, schema in _SCHEMAS.items():
-        full = f"{impl}_{name}"
-        _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(full, kernel(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"spem::{full}", _FAKES[name], lib=_LIBRARY)
-        overloads[name] = getattr(torch.ops.spem, full).default
-    return Passes(**overloads, stages=formula)
+    full = f"{impl}_{name}"
+    _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(full, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spem::{full}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.spem, full).default
 
 
-_FORMULA = Passes(
-    formula.plane_stats,
-    formula.affine_tail,
-    formula.affine_tail_backward,
-    formula.stats_backward,
-    formula,
-)
-_KERNELS = {impl: _define(impl) for impl in _MODULES}
+_OPERATORS = {
+    impl: SimpleNamespace(**{name: _define(impl, name, *kind) for name, kind in _SCHEMAS.items()})
+    for impl in _MODULES
+}

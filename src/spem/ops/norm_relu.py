@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spem.ops.autograd import first_derivatives
-from spem.ops.dispatch import SMALL, requested, unsupported
+from spem.ops.dispatch import SMALL
 from spem.ops.formula import Norm, constants
-from spem.ops.library import (
-    BATCH_NORMS,
-    has_hooks,
-    is_dense,
-    kernels_of,
-    laid_out_as,
-    may_show,
-    runs_eagerly,
-)
+from spem.ops.inference import serves
+from spem.ops.library import BATCH_NORMS, has_hooks, kernels_of, laid_out_as, may_show
 from spem.ops.tail import batch_norm_of, called, running_of
 
 _LEAST = {torch.float32: 1 << 21, torch.bfloat16: 1 << 18}
@@ -64,13 +57,9 @@ def _fusible(z: Tensor, norm: nn.Module) -> bool:
     """Whether the passes take this map and this norm."""
     if type(norm) not in BATCH_NORMS or has_hooks(norm) or not isinstance(z, Tensor):
         return False
-    if z.dim() < 3 or z.numel() == 0 or not runs_eagerly(z):
-        return False
-    wanted = requested(None, "norm_relu")
-    least = SMALL if norm.training or torch.is_grad_enabled() else _LEAST.get(z.dtype, SMALL)
-    if wanted not in (None, "numba") or (wanted is None and z.numel() < least):
-        return False
-    return unsupported("numba", z.device.type, z.dtype, dense=is_dense(z)) is None
+    recorded = norm.training or torch.is_grad_enabled()
+    least = SMALL if recorded else _LEAST.get(z.dtype, SMALL)
+    return serves("norm_relu", z, z, least, None) is not None
 
 
 def _affine_map(

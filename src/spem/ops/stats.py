@@ -1,6 +1,7 @@
 """Plane statistics: the mean, variance, maximum and minimum of every channel of every image."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def check(op: str, x: Tensor, which: Collection[str]) -> None:
+    """Refuses what is no map, and unknown statistics."""
+    if x.dim() < 3:
+        raise ValueError(f"{op}: needs a map [N, C, ...], got {x.dim()} axes.")
+    unknown = sorted(set(which) - set(STATISTICS))
+    if unknown:
+        raise ValueError(f"{op}: unknown statistic {unknown[0]!r}. Use {', '.join(STATISTICS)}.")
+
+
+def selected(found: Sequence[Tensor], which: Collection[str], z: Tensor) -> PlaneStats:
+    """Those of the four statistics of a map like z that were asked for."""
+    mean, var, high, low = (
+        s if name in which else None for name, s in zip(STATISTICS, found, strict=True)
+    )
+    return PlaneStats(mean, var, high, low, math.prod(z.shape[2:]), z.shape[0])
+
+
 def plane_stats(x: Tensor, which: Collection[str] = STATISTICS) -> PlaneStats:
     """Computes the statistics of every plane of a map.
 
@@ -51,13 +69,7 @@ def plane_stats(x: Tensor, which: Collection[str] = STATISTICS) -> PlaneStats:
     Raises:
         ValueError: ``which`` holds an unknown name, or x has no spatial axis or an empty plane.
     """
-    unknown = sorted(set(which) - set(STATISTICS))
-    if unknown:
-        raise ValueError(
-            f"plane_stats: unknown statistic {unknown[0]!r}. Use {', '.join(STATISTICS)}."
-        )
-    if x.dim() < 3:
-        raise ValueError(f"plane_stats: needs a map [N, C, ...], got {x.dim()} axes.")
+    check("plane_stats", x, which)
     dtype = compute_dtype(x.dtype)
     # A view in both memory layouts: positions keep their row-major order, whatever the strides.
     planes = x.flatten(2)

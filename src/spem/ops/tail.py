@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
-from spem.ops import reference
-from spem.ops.autograd import Gathered, close, gather
-from spem.ops.dispatch import Choice, choose, log_choice
+from spem.ops import autograd, reference
+from spem.ops.dispatch import choose, log_choice
 from spem.ops.formula import Norm, move_running
-from spem.ops.inference import gate_values, infer, serves
+from spem.ops.inference import SMALL, gate_values, infer, serves
 from spem.ops.library import (
     BATCH_NORMS,
     has_hooks,
@@ -24,7 +22,7 @@ from spem.ops.library import (
     without_hooks,
 )
 from spem.ops.reference import Gate
-from spem.ops.stats import STATISTICS, PlaneStats
+from spem.ops.stats import STATISTICS, check, selected
 from spem.ops.synchronised import SharedBatchNorm, group_of
 
 _NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
@@ -62,15 +60,7 @@ def gate_tail(
 
     Differences: second derivatives raise, except in ``"reference"``.
     """
-    if not torch.is_grad_enabled():
-        y = infer("gate_tail", x, residual, None, gate, statistics, impl)
-        if y is not None:
-            return y
-    _check("gate_tail", x, residual, statistics)
-    choice = _choose("gate_tail", x, residual, None, gate, impl)
-    if choice.impl == "reference":
-        return reference.tail(x, residual, None, gate, statistics)
-    return _fused(x, residual, None, gate, statistics, choice.impl)[0]
+    return _tail("gate_tail", x, residual, None, gate, statistics, impl)
 
 
 def bn_gate_tail(
@@ -112,35 +102,45 @@ def bn_gate_tail(
 
     Differences: second derivatives raise, except in ``"reference"``.
     """
+    return _tail("bn_gate_tail", z, residual, norm, gate, statistics, impl)
+
+
+def _tail(
+    op: str,
+    z: Tensor,
+    residual: Tensor,
+    norm: nn.Module | None,
+    gate: Gate | None,
+    statistics: Collection[str],
+    impl: str | None,
+) -> Tensor:
     if not torch.is_grad_enabled():
-        y = infer("bn_gate_tail", z, residual, norm, gate, statistics, impl)
+        y = infer(op, z, residual, norm, gate, statistics, impl)
         if y is not None:
             return y
-    _check("bn_gate_tail", z, residual, statistics)
-    if may_show(norm, z) and not norm.training:
+    if not isinstance(z, Tensor):  # a placeholder of a tracer
+        return reference.tail(z, residual, norm, gate, statistics)
+    check(op, z, statistics)
+    if z.shape != residual.shape:
+        raise ValueError(
+            f"{op}: the residual's shape {list(residual.shape)} is not the map's {list(z.shape)}."
+        )
+    if z.device != residual.device:
+        raise ValueError(f"{op}: the map is on {z.device}, the residual on {residual.device}.")
+    chosen = plain = None
+    if norm is not None and not norm.training and may_show(norm, z):
         plain = without_hooks(norm)
-        if serves("bn_gate_tail", z, residual, gate, impl) is None:
-            choice = _choose("bn_gate_tail", z, residual, plain, gate, impl)
-            if choice.impl == "reference":
-                return reference.tail(z, residual, norm, gate, statistics)
+    if plain is None or serves(op, z, residual, 0 if gate is not None else SMALL, impl) is None:
+        chosen = _choose(op, z, residual, plain or norm, impl)
+    if chosen == "reference":
+        return reference.tail(z, residual, norm, gate, statistics)
+    if norm is not None and plain is not None:
         x, plain = called(norm, z)
         if plain is not None:
-            return bn_gate_tail(z, residual, plain, gate, statistics=statistics, impl=impl)
+            return _tail(op, z, residual, plain, gate, statistics, impl)
         return reference.tail(x, residual, None, gate, statistics)  # a hook put another one there
-    choice = _choose("bn_gate_tail", z, residual, norm, gate, impl)
-    if choice.impl == "reference":
-        return reference.tail(z, residual, norm, gate, statistics)
-    view = batch_norm_of(norm, z)
-    running = running_of(norm) if view.mean is None else None
-    if view.group is None and is_direct(choice.impl) and z.numel():
-        view, running = view._replace(running=running), None  # the kernel moves them
-    y, gathered = _fused(z, residual, view, gate, statistics, choice.impl)
-    if running is not None:
-        shared = gathered.values.dim() == 0
-        values = gathered.values if shared else z.numel() // z.shape[1]
-        if z.numel() or shared:  # an empty batch leaves them
-            move_running(running, gathered.mu, gathered.channel_var, values)
-    return y
+    assert chosen is not None
+    return _fused(z, residual, norm, gate, statistics, chosen)
 
 
 def called(norm: nn.Module, z: Tensor) -> tuple[Tensor, nn.Module | None]:
@@ -156,83 +156,54 @@ def why_composed(norm: nn.Module | None) -> str | None:
     """Why a norm's tail has to be composed of modules; None if it can be fused."""
     if norm is None:
         return None
-    forward = type(norm).forward
-    plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SharedBatchNorm.forward)
-    known = forward in plain
-    if not known or not isinstance(norm, _NORMS):
+    forwards = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, SharedBatchNorm.forward)
+    if type(norm).forward not in forwards or not isinstance(norm, _NORMS):
         return f"fuses batch norms, not {type(norm).__name__}"
-    if has_hooks(norm):
-        return f"cannot call the hooks of {type(norm).__name__}"
-    return None
+    return f"cannot call the hooks of {type(norm).__name__}" if has_hooks(norm) else None
 
 
-def _check(op: str, z: Tensor, residual: Tensor, statistics: Collection[str]) -> None:
-    if not isinstance(z, Tensor):
-        return  # a placeholder of a tracer, which the reference takes
-    if z.dim() < 3:
-        raise ValueError(f"{op}: needs a map [N, C, ...], got {z.dim()} axes.")
-    if z.shape != residual.shape:
-        raise ValueError(
-            f"{op}: the residual's shape {list(residual.shape)} is not the map's {list(z.shape)}."
-        )
-    if z.device != residual.device:
-        raise ValueError(f"{op}: the map is on {z.device}, the residual on {residual.device}.")
-    unknown = sorted(set(statistics) - set(STATISTICS))
-    if unknown:
-        raise ValueError(f"{op}: unknown statistic {unknown[0]!r}. Use {', '.join(STATISTICS)}.")
-
-
-def _choose(
-    op: str,
-    z: Tensor,
-    residual: Tensor,
-    norm: nn.Module | None,
-    gate: Gate | None,
-    impl: str | None,
-) -> Choice:
-    if not isinstance(z, Tensor):
-        return Choice("reference", "traced")
+def _choose(op: str, z: Tensor, residual: Tensor, norm: nn.Module | None, impl: str | None) -> str:
     composed = why_composed(norm)
     if not is_plain(z):
         composed = "takes plain tensors, not those of a transform or a tracer"
     if residual.dtype != z.dtype:
         composed = f"takes maps of one dtype, got {z.dtype} and a residual of {residual.dtype}"
-    choice = choose(
-        op,
-        z.device,
-        z.dtype,
-        dense=is_dense(z),
-        values=z.numel(),
-        composed=composed,
-        impl=impl,
-    )
+    dense, values = is_dense(z), z.numel()
+    choice = choose(op, z.device, z.dtype, dense=dense, values=values, composed=composed, impl=impl)
     log_choice(op, z, choice)
-    return choice
+    return choice.impl
 
 
 def _fused(
     z: Tensor,
     residual: Tensor,
-    norm: Norm | None,
+    norm: nn.Module | None,
     gate: Gate | None,
     statistics: Collection[str],
     impl: str,
-) -> tuple[Tensor, Gathered]:
-    if z.numel() == 0:
-        impl = "formula"  # there is nothing for a kernel to do
-    residual = laid_out_as(residual, z)
+) -> Tensor:
+    view = running = None
+    if norm is not None:
+        view = batch_norm_of(norm, z)
+        running = running_of(norm) if view.mean is None else None
+        if view.group is None and is_direct(impl) and z.numel():
+            view, running = view._replace(running=running), None  # the kernel moves them
+
+    def gate_of(*found: Tensor) -> Tensor:
+        assert gate is not None
+        return gate_values(gate, selected(found, statistics, z), z)
+
     read = () if gate is None else statistics
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
-    gathered = gather(z, norm, moments, extrema, impl)
-    v = None
-    if gate is not None:
-        found = (gathered.mean, gathered.var, gathered.high, gathered.low)
-        size = math.prod(z.shape[2:])
-        mean, var, high, low = (
-            s if name in read else None for name, s in zip(STATISTICS, found, strict=True)
-        )
-        v = gate_values(gate, PlaneStats(mean, var, high, low, size, z.shape[0]), z)
-    return close(gathered, v, residual, impl), gathered
+    y, (mu, var, values) = autograd.tail(
+        *(z, laid_out_as(residual, z), view, None if gate is None else gate_of, moments, extrema),
+        impl if z.numel() else "formula",  # there is nothing for a kernel to do
+    )
+    if running is not None:
+        shared = values.dim() == 0
+        if z.numel() or shared:  # an empty batch leaves them
+            move_running(running, mu, var, values if shared else z.numel() // z.shape[1])
+    return y
 
 
 def batch_norm_of(norm: nn.Module, z: Tensor) -> Norm:

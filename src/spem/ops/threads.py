@@ -1,14 +1,13 @@
 """Runs compiled code on several threads: PyTorch's own where it lends them, else a small pool.
 
-The code is a C function of one pointer to its data. It divides the work itself: every thread that
-runs it takes the next piece from a counter in the data until none is left, so any number of threads
-will do, and what comes out does not depend on it.
+The code is a C function of one pointer to its data. Every thread that runs it takes the next piece
+of work from a counter in the data until none is left, so any number of threads will do, and the
+result does not depend on it.
 
-PyTorch's own threads are the better ones: they are those that ran the last convolution, and which
-spin for a while after it, so that others would compete with them for the same cores. They belong to
-an OpenMP library (``GOMP_parallel``), which a forked process must not call. There, and where there
-is no such library, a pool of Python threads does the same; the code runs without the interpreter's
-lock.
+PyTorch's own threads are the better ones: they ran the last convolution and spin for a while after
+it, so that others would compete with them for the cores. They belong to an OpenMP library
+(``GOMP_parallel``), which a forked process must not call. There, and where there is no such
+library, Python threads do the same, without the interpreter's lock.
 """
 
 import ctypes
@@ -16,12 +15,12 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 
-_Function = Callable[[int], None]
-_PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_function = cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 
 
 def launch(address: int, data: int, pieces: int) -> None:
@@ -40,29 +39,16 @@ def launch(address: int, data: int, pieces: int) -> None:
     elif _parallel is not None and os.getpid() == _PROCESS:
         _parallel(address, data, threads, 0)
     else:
-        _pool.run(_function(address), data, threads)
-
-
-_functions: dict[int, _Function] = {}
-
-
-def _function(address: int) -> _Function:
-    found = _functions.get(address)
-    if found is None:
-        found = _functions[address] = _PROTOTYPE(address)
-    return found
+        _pool.run(_function(address), data, threads - 1)
 
 
 class _Job:
     """One call of a function, in which any number of threads take part."""
 
-    def __init__(self, function: _Function, data: int) -> None:
-        self.function = function
-        self.data = data
-        self.failure: BaseException | None = None
+    def __init__(self, function: Callable[[int], None], data: int) -> None:
+        self.function, self.data = function, data
         self._state = threading.Condition(threading.Lock())
-        self._running = 0
-        self._closed = False
+        self._running, self._closed = 0, False
 
     def take_part(self) -> None:
         """What a thread of the pool does; nothing where the caller is through already."""
@@ -72,8 +58,6 @@ class _Job:
             self._running += 1
         try:
             self.function(self.data)
-        except BaseException as failure:  # noqa: BLE001  handed to the caller, not swallowed
-            self.failure = failure
         finally:
             with self._state:
                 self._running -= 1
@@ -81,52 +65,39 @@ class _Job:
 
     def finish(self) -> None:
         """Lets nobody in any more and waits for those inside: only then may the data go."""
-        interrupted: BaseException | None = None
+        interrupt = None
         while True:
             try:
                 with self._state:
                     self._closed = True
-                    while self._running:
-                        self._state.wait()
+                    self._state.wait_for(lambda: not self._running)
                 break
-            except KeyboardInterrupt as interrupt:
-                interrupted = interrupt
-        failure = interrupted or self.failure
-        if failure is not None:
-            raise failure
+            except KeyboardInterrupt as pressed:
+                interrupt = pressed
+        if interrupt is not None:
+            raise interrupt
 
 
 class _Pool:
-    """Threads that wait for jobs; started when first needed, and again after a fork.
-
-    A caller that finds no free thread does all the work itself, so that no call waits for another
-    caller's job and nothing can block.
-    """
+    """Threads that wait for jobs, started when first needed; nobody waits for a busy one."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._size = 0
+        self._lock, self._size = threading.Lock(), 0
 
-    def run(self, function: _Function, data: int, threads: int) -> None:
-        """Runs the function on this thread and on up to ``threads - 1`` others."""
+    def run(self, function: Callable[[int], None], data: int, helpers: int) -> None:
+        """Runs the function on this thread and on up to this many others."""
         job = _Job(function, data)
-        self._grow(threads - 1)
-        for _ in range(threads - 1):
+        with self._lock:
+            while self._size < helpers:
+                self._size += 1
+                threading.Thread(target=self._work, name=f"spem-{self._size}", daemon=True).start()
+        for _ in range(helpers):
             self._jobs.put(job)
         try:
             function(data)
         finally:
             job.finish()
-
-    def _grow(self, size: int) -> None:
-        if self._size >= size:
-            return
-        with self._lock:
-            while self._size < size:
-                name = f"spem-{self._size}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
-                self._size += 1
 
     def _work(self) -> None:
         while True:
@@ -153,6 +124,6 @@ def _find_parallel() -> Callable[[int, int, int, int], None] | None:
 
 _PROCESS = os.getpid()  # of the first import: `spem.ops` imports this before anybody forks
 _parallel = _find_parallel()
-_pool = _Pool()
+_renew_pool()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_pool)
