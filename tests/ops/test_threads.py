@@ -96,7 +96,7 @@ def test_failure_of_the_caller_waits_for_the_others():
         ended.set()
 
     with pytest.raises(ValueError, match="mine"):
-        threads._Pool().run(work, 0, 2)
+        threads._Pool().run(work, 0, 1)
     assert ended.is_set()
 
 
@@ -107,11 +107,11 @@ def test_a_busy_pool_blocks_nobody():
         inside.set()
         assert hold.wait(20)
 
-    slow = threading.Thread(target=pool.run, args=(long_work, 0, 2))
+    slow = threading.Thread(target=pool.run, args=(long_work, 0, 1))
     slow.start()
     assert inside.wait(20)
     done = []
-    pool.run(done.append, 5, 2)
+    pool.run(done.append, 5, 1)
     assert done
     hold.set()
     slow.join(20)
