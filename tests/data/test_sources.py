@@ -93,6 +93,12 @@ def test_cifar10_batches_are_joined_in_order(
     monkeypatch.setenv("SPEM_DATA", str(cifar10.parent))
     cifar10.rename(cifar10.parent / "cifar10")
     assert torch.equal(load_images("cifar10", "train").images, train.images)
+    monkeypatch.chdir(
+        cifar10.parent
+    )  # a relative path is taken as it is, whatever the variable says
+    (cifar10.parent / "cifar10").rename("mine")
+    monkeypatch.setenv("SPEM_DATA", str(cifar10.parent / "elsewhere"))
+    assert torch.equal(load_images("mine", "train").images, train.images)
 
 
 def test_cifar100_has_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Args:
-        argv: The arguments without the program's name; None takes those of the process.
-    """
+    """Run the command line, by default that of the process, and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -76,14 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def options_of(name: str) -> Options:
     """What a command takes. `--module` registers, in any command, what others name by text."""
+    from spem.cli.network import register_from_file
     from spem.cli.options import Options
 
-    def register(where: str) -> str:
-        from spem.cli.network import register_from_file
-
-        return register_from_file(where)
-
-    return Options(name, import_module(f"spem.cli.{COMMANDS[name][0]}").run, module=register)
+    run = import_module(f"spem.cli.{COMMANDS[name][0]}").run
+    return Options(name, run, module=register_from_file)
 
 
 def usage() -> str:
@@ -95,7 +88,7 @@ commands:
 {commands}
 
 `spem COMMAND --help` shows a command's options, `spem --version` the version.
---module FILE:CLASS, in any command, is an attention of your own, as compare trains it.
+--module FILE:CLASS, in any command, names an attention of your own.
 --debug, at any place in the line, shows the whole traceback of an error."""
 
 
@@ -116,7 +109,7 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
     else:
         code, text = 1, f"internal error: {type(error).__name__}: {error}"
         text += "" if debug else "\nrun again with --debug"
-    text = text.removeprefix(f"{name}: ")
+    text = text.removeprefix(f"{name}: ").removeprefix("from_pretrained: ")
     text = text if len(text) < 1200 else f"{text[:700]} ... {text[-300:]}"  # a name may be long
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     print(f"{f'spem {name}'.rstrip()}: {text}", file=sys.stderr)
@@ -129,6 +122,5 @@ def _is_message(error: BaseException) -> bool:
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = str(frame.f_globals.get("__name__")).startswith("spem.")
-    return type(error).__module__.startswith("spem.") or (
-        ours and type(error) in (RuntimeError, TypeError)
-    )
+    told = ours and type(error) in (RuntimeError, TypeError)
+    return told or type(error).__module__.startswith("spem.")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.network import Named, Size, load_network
+from spem.cli.network import Named, Size, Start, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from torch import nn
+
+_REPLACE = "put it in the place of attention that the network has"
+_FUSE = "run norm, attention, addition and ReLU as one operation"
 
 
 def run(
@@ -21,11 +24,9 @@ def run(
     *,
     include: Annotated[str | None, "PATTERN", "only sites of such names, as layer1*"] = None,
     stages: Annotated[Sequence[int], "N", "only these stages, from 1"] = (),
-    replace: Annotated[bool, "put it in the place of attention that the network has"] = False,
-    start: Annotated[
-        Literal["identity", "module"], "how gates start, at one or as the module does"
-    ] = "identity",
-    fuse: Annotated[bool, "run norm, attention, addition and ReLU as one operation"] = False,
+    replace: Annotated[bool, _REPLACE] = False,
+    start: Annotated[Start, "how gates start, at one or as the module does"] = "identity",
+    fuse: Annotated[bool, _FUSE] = False,
     size: Size = None,
     dry_run: Annotated[bool, "only list the sites"] = False,
     json: Json = False,
@@ -34,18 +35,15 @@ def run(
 
     Without --dry-run it is put in, too, and the outputs before and after are compared.
     """
-    from spem import insert
     from spem.attention import create_attention
+    from spem.insert import find_sites
 
     found = load_network(network, size=size)
-    model, shape = found.model, found.shape()
-    options: dict[str, Any] = {"include": include, "replace": replace, "input_shape": shape}
-    options["stages"] = tuple(stages) or None
-    plain = sum(p.numel() for p in model.parameters())
-    sites = insert.find_sites(model, attention, **options)
-    options |= {"start": start, "fuse": fuse}
-    insert.attach(model, attention, **options, dry_run=True)  # it too reports what is refused
-    change = None if dry_run else _change(model, attention, options)
+    options: dict[str, Any] = {"include": include, "replace": replace, "start": start, "fuse": fuse}
+    options |= {"stages": tuple(stages) or None, "input_shape": found.shape()}
+    plain = sum(p.numel() for p in found.model.parameters())
+    sites = find_sites(found.model, attention, **options)
+    change = None if dry_run else _change(found.model, attention, options)
     tails = "not fused"
     if fuse:
         site = sites[0]
@@ -66,9 +64,8 @@ def run(
     rows.append([f"{len(sites)} sites", "", "", "", "", added, flops])
     columns = ["site", "stage", "block", "how", "map", "parameters", "FLOPs"]
     print_table(columns, rows, title=f"{network}, attention {attention}")
-    print(
-        f"\nThe plain network has {plain:,} parameters; attention adds {100 * added / plain:.2f} %."
-    )
+    share = f"{100 * added / plain:.2f} %"
+    print(f"\nThe plain network has {plain:,} parameters; attention adds {share}.")
     print("FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass.")
     if start == "identity":
         print("The identity start adds one number a site, alpha.")
@@ -81,18 +78,18 @@ def _change(network: nn.Module, attention: str, options: dict[str, Any]) -> floa
     """The largest difference of the outputs that attention makes, on one random input."""
     import torch
 
-    from spem import insert
     from spem.export import difference, tensors
+    from spem.insert import attach
 
     shape = options["input_shape"]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = tensors(network(x))
-        insert.attach(network, attention, **options)
-        found = difference(shape, before, tensors(network(x)))
-    if not math.isfinite(found.largest):
+        attach(network, attention, **options)
+        found = difference(shape, before, tensors(network(x))).largest
+    if not math.isfinite(found):
         raise ValueError(
             "the outputs with attention are not finite numbers, or of another shape than before. "
             "Look at the weights, or at a smaller part with --include."
         )
-    return found.largest
+    return found

@@ -10,29 +10,30 @@ from dataclasses import replace
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from spem.cli.network import Named, load_network
+from spem.cli.network import Named, Size, load_network
 from spem.cli.options import RARE, Json
 from spem.cli.output import print_json, print_table
 
 ROUNDS, SECONDS = 5, 0.4
 """Timings of each network, and the length of one."""
+ARMS = ("none", "se", "eca", "spem")
+_WHOM = "whom to time (default none se eca spem)"
+_DEVICE = "cpu or cuda; else cuda where there is any"
+_IMPL = "of the blocks' tails: reference, formula, numba, triton"
+_QUICK = "small batches and few rounds, to see that it runs"
 
 
 def run(
     network: Named = "cifar:29",
     *,
-    attention: Annotated[
-        Sequence[str], "ATTENTION", "whom to time (default none se eca spem)"
-    ] = (),
+    attention: Annotated[Sequence[str], "ATTENTION", _WHOM] = ARMS,
     batch: Annotated[int, "N", "images a step"] = 128,
-    size: Annotated[int | None, "PIXELS", "side of the images"] = None,
-    device: Annotated[str | None, "DEVICE", "cpu or cuda; else cuda where there is any"] = None,
+    size: Size = None,
+    device: Annotated[str | None, "DEVICE", _DEVICE] = None,
     threads: Annotated[int | None, "N", "CPU threads; else torch's choice"] = None,
     precision: Annotated[Literal["fp32", "bf16"], "of the training step"] = "fp32",
-    impl: Annotated[
-        Any, "IMPL", "of the blocks' tails: reference, formula, numba, triton", str, RARE
-    ] = None,
-    quick: Annotated[bool, "small batches and few rounds, to see that it runs"] = False,
+    impl: Annotated[Any, "IMPL", _IMPL, str, RARE] = None,
+    quick: Annotated[bool, _QUICK] = False,
     json: Json = False,
 ) -> None:
     """Time a training step and inference with each attention beside the plain network.
@@ -47,18 +48,17 @@ def run(
     from spem.training.environment import hardware
     from spem.training.step import execution
 
-    arms = list(dict.fromkeys(attention or ("none", "se", "eca", "spem")))
-    arms = arms if "none" in arms else ["none", *arms]
+    arms = list(dict.fromkeys(attention if "none" in attention else ("none", *attention)))
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here.")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     threads = threads or torch.get_num_threads()
     runtime = RuntimeConfig(device=place, precision=precision, threads=threads, impl=impl)
     rounds, seconds, batch = (2, 0.05, min(batch, 16)) if quick else (ROUNDS, SECONDS, batch)
-    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    timers: dict[tuple[str, str], tuple[Any, int]] = {}
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
     with execution(runtime):
         calls = {name: _calls(network, name, size, batch, runtime) for name in arms}
-        timers: dict[tuple[str, str], tuple[Any, int]] = {}
         for name, kinds in calls.items():
             for kind, call in kinds.items():
                 print(f"warming up {name}, {kind}", file=sys.stderr, flush=True)
@@ -67,23 +67,20 @@ def run(
                 timers[name, kind] = (timer, max(1, round(seconds / once)))
         for turn in range(rounds):
             print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-            for (name, kind), (timer, number) in timers.items():
-                times[name][kind].append(1000 * timer.timeit(number).mean)
-    rows: list[dict[str, Any]] = []
-    for name in arms:
-        rows.append({"attention": name})
-        for kind, own in times[name].items():
-            rows[-1][f"{kind}, ms"] = median(own)
-            pairs = zip(own, times["none"][kind], strict=True)
-            rows[-1][f"{kind}, ratio"] = median(mine / plain for mine, plain in pairs)
-    machine = hardware(torch.device(place), threads)
+            for key, (timer, number) in timers.items():
+                times[key].append(1000 * timer.timeit(number).mean)
+    rows: dict[str, dict[str, Any]] = {name: {"attention": name} for name in arms}
+    for (name, kind), own in times.items():
+        pairs = zip(own, times["none", kind], strict=True)
+        rows[name][f"{kind}, ms"] = median(own)
+        rows[name][f"{kind}, ratio"] = median(mine / plain for mine, plain in pairs)
+    machine, table = hardware(torch.device(place), threads), list(rows.values())
     if json:
-        print_json({"network": network, "batch": batch, "hardware": machine, "rows": rows})
+        print_json({"network": network, "batch": batch, "hardware": machine, "rows": table})
         return
-    columns = list(rows[0])
-    cells = [[row["attention"], *(f"{row[name]:.3g}" for name in columns[1:])] for row in rows]
-    title = f"{network}, batch {batch}, {precision}, {machine}"
-    print_table(columns, cells, title=title)
+    columns = list(table[0])
+    cells = [[row["attention"], *(f"{row[name]:.3g}" for name in columns[1:])] for row in table]
+    print_table(columns, cells, title=f"{network}, batch {batch}, {precision}, {machine}")
 
 
 def _calls(

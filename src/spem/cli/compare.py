@@ -9,44 +9,27 @@ from typing import Annotated, Any
 from spem.cli.config import RECIPE_HELP, RECIPES, config_options, configured
 from spem.cli.network import register_from_file
 from spem.cli.options import RARE, Json, one_of
-from spem.cli.progress import carry_out, parse_seeds
+from spem.cli.progress import HOW, carry_out, parse_seeds
 
-SEEDS = [0, 1, 2]
-Recipe = Annotated[
-    str | None,
-    "RECIPE",
-    f"{RECIPE_HELP}; without it smoke for digits, else short",
-    one_of(*RECIPES, what="recipe"),
-]
-Workers = Annotated[int, "N", "runs at a time, as tasks of Ray"]
-Address = Annotated[str | None, "ADDRESS", "of a Ray cluster whose machines share the folder", RARE]
-PerGpu = Annotated[int, "N", "runs at a time on one GPU", RARE]
-RetryDiverged = Annotated[bool, "train runs that diverged once more, from their start", RARE]
+_ARMS = (
+    'the reference first: none control se "spem(form=code)"; control is the plain network '
+    "whose branches start as small as SPEM's"
+)
+_OWN = "modules of your own to compare too"
+_RECIPE = f"{RECIPE_HELP}; without it smoke for digits, else short"
+_SEEDS = "a number (3 is 0, 1, 2) or a list (0,4,7); else 3"
 
 
 def run(
-    arms: Annotated[
-        Sequence[str],
-        "ATTENTION",
-        'the reference first: none control se "spem(form=code)"; control is the plain network '
-        "whose branches start as small as SPEM's",
-    ] = (),
+    arms: Annotated[Sequence[str], "ATTENTION", _ARMS] = (),
     *,
-    module: Annotated[
-        Sequence[str], "FILE:CLASS", "modules of your own to compare too", register_from_file
-    ] = (),
-    recipe: Recipe = None,
-    seeds: Annotated[
-        list[int], "SEEDS", "a number (3 is 0, 1, 2) or a list (0,4,7); else 3", parse_seeds
-    ] = SEEDS,
+    module: Annotated[Sequence[str], "FILE:CLASS", _OWN, register_from_file] = (),
+    recipe: Annotated[str | None, "RECIPE", _RECIPE, one_of(*RECIPES, what="recipe")] = None,
+    seeds: Annotated[list[int] | None, "SEEDS", _SEEDS, parse_seeds] = None,
     out: Annotated[Path, "DIR", "folder for tables and report"] = Path("comparison"),
     runs: Annotated[Path, "DIR", "folder of all runs", RARE] = Path("runs"),
-    workers: Workers = 1,
-    address: Address = None,
-    per_gpu: PerGpu = 1,
-    retry_diverged: RetryDiverged = False,
     json: Json = False,
-    **given: Annotated[Any, config_options("seed", "model.attention")],
+    **given: Annotated[Any, [*config_options("seed", "model.attention"), *HOW]],
 ) -> int:
     """Train several attentions with the same seeds, and show how they differ from the first.
 
@@ -62,7 +45,7 @@ def run(
     from spem.reproduce.tables import COMPARE
 
     recipe = recipe or ("smoke" if given.get("data.name") == "digits" else "short")
-    configs, baseline = comparison(configured(recipe, given), [*arms, *module], seeds)
-    how: dict[str, Any] = {"workers": workers, "address": address, "per_gpu": per_gpu}
-    how |= {"baseline": baseline, "retry_diverged": retry_diverged, "json": json}
-    return carry_out({config: [COMPARE] for config in configs}, runs, out, **how)
+    how = {name: given.pop(name) for name in [*given] if "." not in name}
+    configs, baseline = comparison(configured(recipe, given), [*arms, *module], seeds or range(3))
+    planned = {config: [COMPARE] for config in configs}
+    return carry_out(planned, runs, out, baseline=baseline, json=json, **how)

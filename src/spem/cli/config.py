@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from spem.cli.options import Kind, Option, number, typed
+from spem.cli.options import Option, number, typed
 
 if TYPE_CHECKING:
     from spem.training.config import RunConfig
@@ -36,54 +36,46 @@ _RARE = ("runtime.checkpoint_minutes", "optim.batch")
 
 
 def config_options(*left_out: str) -> list[Option]:
-    """An option for every field of `RunConfig`; only those given are among the values.
+    """An option for every field of `RunConfig` but these; only those given are among the values."""
+    from spem.training.config import RunConfig
 
-    Args:
-        left_out: Fields that the command sets itself, such as "seed".
-    """
-    from spem.training import config as parts
-
-    kinds = (parts.ModelConfig, parts.DataConfig, parts.OptimConfig, parts.RuntimeConfig)
-    fields: dict[str, tuple[Any, str]] = {}
-    for section, kind in zip(("model", "data", "optim", "runtime"), kinds, strict=True):
-        said = (kind.__doc__ or "").partition("Args:\n")[2]
-        helps = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE))
-        for name, hint in get_type_hints(kind).items():
-            fields[f"{section}.{name}"] = hint, " ".join(helps.get(name, "").split()).rstrip(".")
-    seed = Option("seed", ("--seed",), "N", "of weights and order of images", number(0, int))
-    found = [] if "seed" in left_out else [seed]
-    for name in dict.fromkeys((*_USUAL, *fields)):
+    fields: dict[str, tuple[Any, str]] = {"seed": (int, "of weights and order of images")}
+    for section, part in get_type_hints(RunConfig).items():
+        if dataclasses.is_dataclass(part):
+            said = (part.__doc__ or "").partition("Args:\n")[2]
+            helps = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", said, re.MULTILINE))
+            for name, hint in get_type_hints(part).items():
+                help = " ".join(helps.get(name, "").split()).rstrip(".")
+                fields[f"{section}.{name}"] = hint, help
+    found: list[Option] = []
+    for name in dict.fromkeys(("seed", *_USUAL, *fields)):
+        hint, help = fields[name]
+        flag, rare = f"--{name.replace('_', '-')}", name not in ("seed", *_USUAL) or name in _RARE
         if name in left_out:
             continue
-        hint, help = fields[name]
-        flags = (f"--{name.replace('_', '-')}",)
         if hint is bool:
-            no = flags[0].replace(".", ".no-")
-            found += [
-                Option(name, flags, "", help, lambda _: True, rare=True),
-                Option(name, (no,), "", "the opposite", lambda _: False, rare=True),
-            ]
+            no = flag.replace(".", ".no-")
+            found.append(Option(name, (flag,), "", help, lambda _: True, rare=True))
+            found.append(Option(name, (no,), "", "the opposite", lambda _: False, rare=True))
             continue
         kind, metavar, many = typed(hint, -math.inf)  # the config says itself what it takes
+        if name == "seed":
+            kind = number(0, int)
         if NoneType in get_args(hint):
-            kind = _or_none(kind)
+            kind = lambda text, kind=kind: None if text.lower() == "none" else kind(text)  # noqa: E731
+        flags = (flag,)
         if name in _USUAL:
             short, metavar, help = _USUAL[name]
-            flags = (short, *flags)
-        rare = name not in _USUAL or name in _RARE
+            flags = (short, flag)
         found.append(Option(name, flags, metavar, help, kind, many=many, rare=rare))
     return found
 
 
 def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
-    """The config of a recipe with what the options of `config_options` say.
+    """The config of a recipe with the values of `config_options`.
 
     Another data set brings its own size, flips and normalisation, another length moves the
     milestones; what is given for those goes before.
-
-    Args:
-        recipe: One of `RECIPES`.
-        given: Dotted names of fields and their values.
     """
     from spem.training import recipes
 
@@ -95,16 +87,8 @@ def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
         config = dataclasses.replace(config, data=data)
     if epochs is not None:
         given = {"optim.milestones": recipes.scaled_milestones(epochs), **given}
-    parts = {"model": config.model, "data": config.data, "optim": config.optim}
-    for section, part in (parts | {"runtime": config.runtime}).items():
-        changes = {
-            dotted.removeprefix(f"{section}."): value
-            for dotted, value in given.items()
-            if dotted.startswith(f"{section}.")
-        }
-        config = dataclasses.replace(config, **{section: dataclasses.replace(part, **changes)})
-    return dataclasses.replace(config, seed=given.get("seed", config.seed))
-
-
-def _or_none(kind: Kind) -> Kind:
-    return lambda text: None if text.lower() == "none" else kind(text)
+    changes: dict[str, Any] = {"seed": given.get("seed", config.seed)}
+    for section in ("model", "data", "optim", "runtime"):
+        own = {k.partition(".")[2]: v for k, v in given.items() if k.startswith(f"{section}.")}
+        changes[section] = dataclasses.replace(getattr(config, section), **own)
+    return dataclasses.replace(config, **changes)

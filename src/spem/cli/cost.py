@@ -62,11 +62,11 @@ def run(
         "FLOPs: 2 per multiply-add of convolutions and matrix products, one forward pass. Norms,",
         "pooling and gates are not counted (-), so FLOPs say little about time.",
     )
-    moved = [(tail.forward_bytes, tail.backward_bytes) for tail in cost.tails]
     lines = [f"On {place}: {tails_text(cost.tails)}."]
-    if moved and all(forward and backward for forward, backward in moved):
-        ahead, back = (sum(part or 0 for part in way) / 1e6 for way in zip(*moved, strict=True))
-        megabytes = f"{ahead:.1f} MB forward, {back:.1f} MB backward"
+    ahead, back = [t.forward_bytes for t in cost.tails], [t.backward_bytes for t in cost.tails]
+    if cost.tails and None not in (*ahead, *back):
+        forward, backward = (sum(filter(None, way)) / 1e6 for way in (ahead, back))
+        megabytes = f"{forward:.1f} MB forward, {backward:.1f} MB backward"
         lines.append(f"Whole maps they read and write, by a model: {megabytes}.")
     say(*lines)
     if not layers:
@@ -74,12 +74,12 @@ def run(
 
 
 def _stages(cost: Cost) -> dict[str, list[LayerCost]]:
-    """The layers by the first part of their names."""
+    """The layers by the first part of their names, or two where it holds most of the network."""
+    firsts = [row.name.partition(".")[0] for row in cost.layers]
     stages: dict[str, list[LayerCost]] = {}
-    for row in cost.layers:
-        parts = row.name.split(".")
+    for row, first in zip(cost.layers, firsts, strict=True):
         # Containers such as `features` hold the whole network: their children are its stages.
-        long = sum(other.name.split(".")[0] == parts[0] for other in cost.layers)
-        deep = 2 * long > len(cost.layers) and len(parts) > 1
-        stages.setdefault(".".join(parts[: 2 if deep else 1]) or "(itself)", []).append(row)
+        most = 2 * firsts.count(first) > len(firsts)
+        name = ".".join(row.name.split(".")[: 2 if most else 1])
+        stages.setdefault(name or "(itself)", []).append(row)
     return stages

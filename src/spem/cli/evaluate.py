@@ -51,7 +51,6 @@ def run(
     found = load_network(network, **named)
     images = _images(found, network, data, root)
     model, how, config = found.model.to(place), (found.mean, found.std), found.config
-    _require_outputs(found, images, place)
     impl = stored_impl(found.impl, place, lambda text: print(text, file=sys.stderr))
     with use_impl(impl):
         accuracy = evaluate(model, images, normalisation=how)
@@ -70,14 +69,14 @@ def run(
             content = table.to_csv(index_label="index", lineterminator="\n")
             write_atomic(predictions, content.encode())
     if json:
-        told: dict[str, Any] = {"network": network, "attention": named.get("attention")}
+        told: dict[str, Any] = {"attention": named.get("attention")}
         told |= {"depth": None, "seed": None, "id": None}
         if config is not None:
-            told |= {"attention": config.model.attention, "depth": config.model.depth}
+            told = {"attention": config.model.attention, "depth": config.model.depth}
             told |= {"seed": config.seed, "id": config.id}
         told |= {"data": images.name, "data_sha256": images.sha256, "accuracy": accuracy.top1}
         counted = {"correct": accuracy.correct, "count": accuracy.count, "loss": accuracy.loss}
-        print_json(told | counted)
+        print_json({"network": network, **told, **counted})
         return
     seed = "" if config is None else f", seed {config.seed}"
     say(f"{network}: {found.text}{seed}{', random weights' * found.random}")
@@ -89,7 +88,9 @@ def run(
 
 
 def _images(found: Network, network: str, data: str | None, root: Path | None) -> ImageSet:
-    """The test images, checked against what the network was trained on."""
+    """The test images, which must have the classes that the network answers with."""
+    import torch
+
     from spem.data import load_images
     from spem.training import load_test_images
 
@@ -103,21 +104,15 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
     else:
         images = load_images(data, "test", root=root, size=found.size)
     found.require_classes(images)
-    return images
-
-
-def _require_outputs(found: Network, images: ImageSet, device: str) -> None:
-    """Raises ValueError unless the network answers with one number for every class."""
-    import torch
-
     with torch.no_grad():
-        output = found.model.eval()(images.images[:1].to(device) / 255.0)
+        output = found.model.eval()(images.images[:1] / 255.0)
     shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != [1, len(images.classes)]:
         remedy = "Use the data set it was trained on."
-        if found.config is None:
+        if config is None:
             remedy = f"Give --classes {len(images.classes)}, with weights trained on these."
         raise ValueError(
             f"the network answers {shape} for one image, {images.name} has {len(images.classes)} "
             f"classes. {remedy}"
         )
+    return images

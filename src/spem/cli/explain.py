@@ -14,20 +14,19 @@ if TYPE_CHECKING:
 
     from spem.explain import BlockView
 
+_IMAGE = "an image file, scaled to what the network takes; or test:N, a test image, from 0"
+_TOP = "channels shown of those most, and least, kept"
+
 
 def run(
     network: Named,
-    image: Annotated[
-        str,
-        "IMAGE",
-        "an image file, scaled to what the network takes; or test:N, a test image, from 0",
-    ],
+    image: Annotated[str, "IMAGE", _IMAGE],
     *,
     out: Annotated[Path, "PICTURE", "a .png, .svg or .pdf"] = Path("explain.png"),
     class_: Annotated[str | None, "CLASS", "name or number of one more to show"] = None,
     root: Annotated[Path | None, "DIR", "folder of the named data sets, for test:N"] = None,
     blocks: Annotated[int, "N", "rows of the picture"] = 6,
-    top: Annotated[int, "N", "channels shown of those most, and least, kept"] = 4,
+    top: Annotated[int, "N", _TOP] = 4,
     json: Json = False,
     **named: Annotated[Any, NETWORK],
 ) -> None:
@@ -51,18 +50,17 @@ def run(
     seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))
     answered = [] if seen.probabilities is None else seen.probabilities.tolist()
     names = found.classes or tuple(map(str, range(len(answered))))
+    best = sorted(range(len(answered)), key=lambda k: -answered[k])[:3]
     marked = None
     if class_ is not None:
         numbers = {str(k): k for k in range(len(names))} | {name: k for k, name in enumerate(names)}
         if class_ not in numbers:
             raise ValueError(f"--class: {unknown('class', class_, names)}")
         marked = numbers[class_]
+        best += [marked] if answered and marked not in best else []
     title = f"{Path(network).name}: {found.text}{', random weights' * found.random}, {said}"
-    looking.draw(
-        seen, shown, out, title=title, classes=names, marked=marked, blocks=blocks, top=top
-    )
-    best = sorted(range(len(answered)), key=lambda k: -answered[k])[:3]
-    best += [marked] if answered and marked is not None and marked not in best else []
+    how: dict[str, Any] = {"title": title, "classes": names, "marked": marked}
+    looking.draw(seen, shown, out, blocks=blocks, top=top, **how)
     answers = [{"class": names[k], "number": k, "probability": answered[k]} for k in best]
     if json:
         keys = ("name", "attention", "spatial", "mean", "closed", "lambdas", "alpha")
@@ -83,31 +81,23 @@ def run(
 
 
 def pixels(image: str, found: Network, root: Path | None) -> tuple[Tensor, str]:
-    """The image as the network is shown it, uint8 [3, H, W], and what it is in words.
-
-    Raises:
-        ValueError: It is no image, or there is no test image of this number.
-    """
+    """The image as the network is shown it, uint8 [3, H, W], and what it is in words."""
     import torch
 
-    if image.startswith("test:"):
-        from spem.training import load_test_images
+    from spem.data.folder import decode, fit
+    from spem.training import load_test_images
 
+    if image.startswith("test:"):
         if found.config is None:
             raise ValueError(f"{image}: {found.text} names no data set. Give an image file.")
         images, number = load_test_images(found.config, found.data, root=root), image[5:]
         if not number.isdecimal() or int(number) >= len(images):
-            raise ValueError(
-                f"{image}: the test images of {images.name} have the numbers 0 to "
-                f"{len(images) - 1}."
-            )
+            there = f"the test images of {images.name} have the numbers 0 to {len(images) - 1}"
+            raise ValueError(f"{image}: {there}.")
         truth = images.classes[int(images.labels[int(number)])]
         return images.images[int(number)], f"test image {number} ({truth})"
-    from spem.data.folder import decode, fit
-
-    array = decode(image, Path(image))
+    array, said = decode(image, Path(image)), Path(image).name
     height, width = array.shape[:2]
-    said = Path(image).name
     if found.size is not None and (height, width) != (found.size, found.size):
         array = fit(array, found.size)
         said += f" ({width}x{height}, its middle scaled to {found.size}x{found.size})"

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from spem.insert.fold import FoldReport
 
 _FOLDED_OVER = 512
+_FOLD = "make gates constants: their mean over these images"
 
 
 def run(
     network: Named,
     *,
     out: Annotated[Path | None, "FILE", "the ONNX file to write"] = None,
-    fold: Annotated[str | None, "SET", "make gates constants: their mean over these images"] = None,
+    fold: Annotated[str | None, "SET", _FOLD] = None,
     dynamic_size: Annotated[bool, "let height and width of the input change"] = False,
     fixed_batch: Annotated[bool, "keep the batch at one"] = False,
     precision: Annotated[Literal["fp32", "fp16"], "fp16 with gates in float32"] = "fp32",
@@ -58,16 +59,9 @@ def run(
         model = found.config.model
         about["spem_model"] = f"resnet(depth={model.depth}, block={model.block})"
         about["spem_data"] = found.config.data.name
-    exported = to_onnx(
-        found.model,
-        out,
-        found.shape(),
-        dynamic_batch=not fixed_batch,
-        dynamic_size=dynamic_size,
-        precision=precision,
-        opset=opset,
-        metadata=about,
-    )
+    how: dict[str, Any] = {"dynamic_batch": not fixed_batch, "dynamic_size": dynamic_size}
+    how |= {"precision": precision, "opset": opset, "metadata": about}
+    exported = to_onnx(found.model, out, found.shape(), **how)
     if json:
         folded = None if report is None else dataclasses.asdict(report)
         print_json({**dataclasses.asdict(exported), "path": str(exported.path), "folded": folded})
@@ -78,10 +72,8 @@ def run(
     print(f"{exported.path}: {size_and_kind}")
     print("operators:", ", ".join(f"{name} {n}" for name, n in exported.operators.items()))
     for each in exported.differences:
-        print(
-            f"onnxruntime and PyTorch on {shown(each.shape)}: largest difference "
-            f"{each.largest:.3g}, {each.relative:.2g} of the largest output"
-        )
+        share = f"{each.largest:.3g}, {each.relative:.2g} of the largest output"
+        print(f"onnxruntime and PyTorch on {shown(each.shape)}: largest difference {share}")
 
 
 def _folded(found: Network, name: str) -> FoldReport:
@@ -96,7 +88,7 @@ def _folded(found: Network, name: str) -> FoldReport:
     found.require_classes(images)
     order = torch.randperm(len(images), generator=keyed_generator(0, "fold"))[:_FOLDED_OVER]
     few = images.take(order)
-    shown = normalise(few.images, found.mean, found.std).split(32)
-    outputs = found.model(shown[0][:1])
+    batches = normalise(few.images, found.mean, found.std).split(32)
+    outputs = found.model(batches[0][:1])
     labelled = isinstance(outputs, torch.Tensor) and outputs.shape[1:] == (len(images.classes),)
-    return fold(found.model, shown, few.labels if labelled else None)
+    return fold(found.model, batches, few.labels if labelled else None)

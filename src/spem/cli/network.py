@@ -9,18 +9,17 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.options import Option, number, one_of, unknown
+from spem.cli.options import Option, number, typed, unknown
 from spem.extras import require
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from spem.data import ImageSet
-    from spem.seeding import Initialiser
     from spem.training import DataIdentity, RunConfig
 
 NETWORK_HELP = (
@@ -28,17 +27,16 @@ NETWORK_HELP = (
     "or a run's folder or weights"
 )
 Named = Annotated[str, "NETWORK", NETWORK_HELP]
+Start = Literal["identity", "module"]
 _SIZE = "side of its images; else what it is made for"
-Size = Annotated[int | None, "PIXELS", _SIZE]
 _START = "how attention without weights starts: as if it were not there, or as the module does"
+Size = Annotated[int | None, "PIXELS", _SIZE]
 NETWORK = [
     Option("attention", ("--attention",), "ATTENTION", 'put into it: spem, "se(reduction=8)" ...'),
     Option("weights", ("--weights",), "FILE", "weights (.safetensors) of a named network", Path),
     Option("classes", ("--classes",), "N", "outputs of a named network", number(1, int)),
     Option("size", ("--size",), "PIXELS", _SIZE, number(1, int)),
-    Option(
-        "start", ("--start",), "identity|module", _START, one_of("identity", "module"), rare=True
-    ),
+    Option("start", ("--start",), "identity|module", _START, typed(Start)[0], rare=True),
 ]
 """What `load_network` takes beside the name."""
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,15 +45,10 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and what is known of the images that it takes.
+    """A network in evaluation mode on the CPU, and what is known of the images that it takes.
 
-    Attributes:
-        model: In evaluation mode, on the CPU.
-        text: What it is, in words.
-        size: Height and width of the images, or None.
-        lacking: Whether a file of weights held none of its attention.
-        config: Of the run that trained it, or None; with what it was trained on, and what ran its
-            tails.
+    `text` says what it is; `lacking`, that a file of weights held none of its attention; `config`,
+    `data` and `impl` (of its tails) are of the run that trained it.
     """
 
     model: nn.Module
@@ -72,24 +65,14 @@ class Network:
     impl: str | None = None
 
     def shape(self, batch: int = 1) -> tuple[int, int, int, int]:
-        """Of its input.
-
-        Raises:
-            ValueError: Trained weights do not say how large their images were.
-        """
+        """Of its input; ValueError where trained weights do not say how large their images were."""
         if self.size is None and self.config is not None:
-            raise ValueError(
-                f"the weights do not say how large the images of {self.config.data.name} were. "
-                f"Give --size."
-            )
+            images = f"the images of {self.config.data.name}"
+            raise ValueError(f"the weights do not say how large {images} were. Give --size.")
         return batch, self.channels, self.size or 224, self.size or 224
 
     def require_classes(self, images: ImageSet) -> None:
-        """Refuse images whose labels mean something else than the network's outputs.
-
-        Raises:
-            ValueError: The classes are others.
-        """
+        """Raises ValueError for images whose labels mean something else than its outputs."""
         if self.data is not None:
             self.data.require_classes(images)
         elif self.classes is not None and self.classes != images.classes:
@@ -104,7 +87,7 @@ def load_network(
     text: str,
     *,
     attention: str | None = None,
-    start: Literal["identity", "module"] | None = None,
+    start: Start | None = None,
     fuse: bool = False,
     classes: int | None = None,
     weights: Path | None = None,
@@ -163,10 +146,10 @@ def load_network(
             tells = state is None or any(key.endswith(".alpha") for key in state)
             start = "identity" if tells else "module"
         attach(found.model, attention, start=start, fuse=fuse, input_shape=found.shape())
-    if state is not None:
-        lacking = _load(found.model, state, f"--weights {weights}", plain)
-        found = replace(found, random=False, lacking=lacking)
-    return found
+    if state is None:
+        return found
+    lacking = _load(found.model, state, f"--weights {weights}", plain)
+    return replace(found, random=False, lacking=lacking)
 
 
 def _architecture(text: str, classes: int | None) -> Network:
@@ -243,10 +226,8 @@ def _trained(path: Path) -> Network:
     if path.is_dir() and is_shared(path):
         shared = read_shared(path)
         name, images = type(shared.model).__name__, shared.images
-        found = Network(shared.model, name, classes=shared.classes, random=False)
-        if images is None:
-            return found
-        return replace(found, size=images.size, mean=images.mean, std=images.std)
+        known = {} if images is None else vars(images)
+        return Network(shared.model, name, classes=shared.classes, random=False, **known)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")
     if (path / "model.safetensors").exists() and not (path / "config.json").exists():
@@ -255,14 +236,14 @@ def _trained(path: Path) -> Network:
     weights = read_weights(path) if run is None else run.weights()
     config = weights.config if run is None else run.config
     mean, std = NORMALISATION[config.data.normalisation]
-    known = class_names(config.data.name, weights.network.classes)
+    classes = class_names(config.data.name, weights.network.classes)
     return Network(
         weights.network,
         f"ResNet-{config.model.depth}, attention {config.model.attention}",
         size=config.data.size or native_size(config.data.name),
         mean=mean,
         std=std,
-        classes=weights.data.classes if weights.data else known,
+        classes=weights.data.classes if weights.data else classes,
         random=False,
         config=config,
         data=weights.data,
@@ -334,12 +315,12 @@ def register_from_file(where: str) -> str:
     label = f"{name.lower()}_{_digest(path)}"
     if label in list_attention():
         return label
-    if issubclass(kind, ChannelAttention):
-        # One registered by its own decorator too: a class has one name.
-        own: type[ChannelAttention] = type(name, (kind,), {}) if kind.name else kind
-        needs = own.needs
+    own, needs = kind, Needs(adds=True)
+    if not issubclass(kind, ChannelAttention):
+        own = _wrapped(kind)
     else:
-        own, needs = _wrapped(kind), Needs(adds=True)
+        needs = kind.needs
+        own = type(name, (kind,), {}) if kind.name else kind  # a class has one name, also its own
     register_attention(label, paper=f"{name} of {path.name}", needs=needs)(own)
     try:
         got = list(own(64)(torch.zeros(2, 64, 8, 8)).shape)
@@ -358,12 +339,19 @@ def _wrapped(kind: type[nn.Module]) -> Any:
 
     from spem.attention import ChannelAttention
 
+    def draw(channels: int, name: str, parameter: Tensor, generator: Any) -> None:
+        """Fill a parameter as the class itself does, from the generator that is given."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            if generator is not None:
+                torch.manual_seed(generator.initial_seed())
+            parameter.copy_(kind(channels).get_parameter(name))
+
     class Wrapped(ChannelAttention):
         def __init__(self, channels: int, *, device: Any = None, dtype: Any = None) -> None:
             super().__init__(channels, device=device, dtype=dtype)
             self.inner = kind(channels).to(device=device, dtype=dtype)
             names = [name for name, _ in self.inner.named_parameters()]
-            self.random_init = {f"inner.{name}": _draw_like(kind, channels, name) for name in names}
+            self.random_init = {f"inner.{name}": partial(draw, channels, name) for name in names}
 
         def gate(self, x: Tensor) -> Tensor:
             return torch.ones_like(x[:, :, :1, :1])
@@ -377,16 +365,3 @@ def _wrapped(kind: type[nn.Module]) -> Any:
 
     Wrapped.__name__ = Wrapped.__qualname__ = kind.__name__
     return Wrapped
-
-
-def _draw_like(kind: type[nn.Module], channels: int, name: str) -> Initialiser:
-    """A rule that draws a parameter as the class itself does, from the generator it is given."""
-    import torch
-
-    def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            if generator is not None:
-                torch.manual_seed(generator.initial_seed())
-            parameter.copy_(kind(channels).get_parameter(name))
-
-    return fill

@@ -1,4 +1,4 @@
-"""The options of a command: read from the signature of its `run`, without torch.
+"""The options of a command: read from the signature of its `run`, without loading torch.
 
     def run(
         network: Annotated[str, "NETWORK", "a run's folder or its weights"],
@@ -9,10 +9,9 @@
         \"\"\"Accuracy of a network on test images.\"\"\"
 
 A parameter before the star is an argument, one behind it an option: `--batch`. Its type is followed
-by what it takes, its line of the help, and perhaps `RARE` (only `--help-all` shows it) or a
-function that makes the value of the text; behind that of ``**rest`` stands a list of options. The
-docstring is the head of the help, and what follows its first line comes last. A mistake is answered
-at once: importing a command must not load torch.
+by what it takes, its line of the help, and perhaps `RARE` or a function that makes the value of the
+text; behind that of ``**rest`` stands a list of options, which come first in the help, or last
+where `RARE` follows. The docstring is text of the help.
 """
 
 from __future__ import annotations
@@ -24,30 +23,25 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from textwrap import fill
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 Kind = Callable[[str], Any]
+"""Makes the value of a word; raises ValueError with a sentence about it."""
 RARE, ABSENT, REQUIRED = object(), object(), object()
+"""Shown by `--help-all` only; the default that leaves a parameter out; no default."""
 Json = Annotated[bool, "print the result as JSON"]
 _FLAG = re.compile(r"-[^\d.]")  # a negative number is none
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command, or an argument, which has no flags.
+    """An option of a command, or an argument, which has no flags; the short help shows the first.
 
-    Attributes:
-        name: Of the parameter that gets the value.
-        flags: As they are typed; the short help shows the first.
-        metavar: What it takes; "" for an option that takes nothing.
-        help: Its line.
-        kind: Makes the value of a word; raises ValueError with a sentence about it.
-        default: Without it; `ABSENT` leaves the parameter out.
-        many: Whether it takes all words up to the next option.
-        rare: Whether only `--help-all` shows it.
+    `metavar` is what it takes, "" for nothing; with `many`, all words up to the next option.
     """
 
     name: str
@@ -68,13 +62,7 @@ class Option:
 
 
 class Options:
-    """What a command takes.
-
-    Args:
-        command: Its name.
-        run: Its function.
-        module: Is given the word after `--module`, unless the command has such an option itself.
-    """
+    """What a command takes: the parameters of its `run`, and `--module` for the function given."""
 
     def __init__(self, command: str, run: Callable[..., Any], module: Kind = str) -> None:
         self.run, self._prog = run, f"spem {command}"
@@ -85,7 +73,7 @@ class Options:
         self._arguments = [option for option in self.options if not option.flags]
         self._usage = self._prog
         for option in self._arguments:
-            name = f"{option.metavar} ..." if option.many else option.metavar
+            name = option.metavar + " ..." * option.many
             self._usage += f" {name}" if option.default is REQUIRED else f" [{name}]"
         self._typed: dict[str, str] = {}
 
@@ -110,26 +98,27 @@ class Options:
             flag, sign, value = word.partition("=")
             option = self._named(flag := flag.replace("_", "-"))
             given = [value] if sign else list[str]()
-            while not sign and rest and not _FLAG.match(rest[0]):
-                if not option.metavar or (given and not option.many):
-                    break
-                given.append(rest.pop(0))
+            if option.metavar and not sign:
+                most = len(rest) if option.many else 1
+                given = list(takewhile(lambda word: not _FLAG.match(word), rest[:most]))
+                rest = rest[len(given) :]
             if bool(given) != bool(option.metavar):
                 takes = f"needs a value, {option.metavar}" if option.metavar else "takes no value"
-                raise ValueError(f"{flag} {takes}. See {self._prog} --help.")
+                raise self._wrong(f"{flag} {takes}")
             found[option.name] = option.value(given or [""], f"{flag}: ")
         for option in self._arguments:
             given, free = (free, []) if option.many else (free[:1], free[1:])
             if given:
                 found[option.name] = option.value(given)
             elif option.default is REQUIRED:
-                missing = f"{option.metavar} is missing: {self._usage}"
-                raise ValueError(f"{missing}. See {self._prog} --help.")
+                raise self._wrong(f"{option.metavar} is missing: {self._usage}")
         if free:
-            many = f"{free[0]!r} is one argument too many: {self._usage}"
-            raise ValueError(f"{many}. See {self._prog} --help.")
+            raise self._wrong(f"{free[0]!r} is one argument too many: {self._usage}")
         values = {option.name: found.get(option.name, option.default) for option in self.options}
         return {name: value for name, value in values.items() if value is not ABSENT}
+
+    def _wrong(self, text: str) -> ValueError:
+        return ValueError(f"{text}. See {self._prog} --help.")
 
     def _named(self, flag: str) -> Option:
         if flag not in self.flags:
@@ -146,13 +135,12 @@ class Options:
         names = [", ".join(o.flags if everything else o.flags[:1]) for o in shown]
         names = ["  " + f"{n} {o.metavar}".strip() for n, o in zip(names, shown, strict=True)]
         column = min(24, max(map(len, names))) + 2
+        indent = "\n" + " " * column
         lines: dict[bool, list[str]] = {False: [], True: []}
         for name, option in zip(names, shown, strict=True):
-            if len(name) > column - 2:
-                lines[bool(option.flags)].append(name)
-                name = ""
-            text = fill(option.help, width - column).replace("\n", "\n" + " " * column)
-            lines[bool(option.flags)].append(name.ljust(column) + text)
+            name = name.ljust(column) if len(name) <= column - 2 else name + indent
+            text = fill(option.help, width - column).replace("\n", indent)
+            lines[bool(option.flags)].append(name + text)
         hidden = len(self.options) - len(shown)
         more = f"{hidden} more option{'s' * (hidden > 1)}: {self._prog} --help-all" * bool(hidden)
         head, last = fill(self._text, width), fill(self._more, width)
@@ -170,12 +158,7 @@ class Options:
 
 
 def typed(hint: Any, lowest: float = 1) -> tuple[Kind, str, bool]:
-    """How a word becomes a value of this type, what it is called, and whether there are several.
-
-    Args:
-        hint: The type; None beside it is for a value that is left out.
-        lowest: The least of whole numbers.
-    """
+    """How a word becomes a value of this type, what it is called, and whether there are several."""
     parts = [part for part in get_args(hint) if part is not NoneType]
     if NoneType in get_args(hint):
         return typed(parts[0], lowest)
@@ -183,11 +166,8 @@ def typed(hint: Any, lowest: float = 1) -> tuple[Kind, str, bool]:
         return *typed(parts[0], lowest)[:2], True
     if get_origin(hint) is Literal:
         return one_of(*parts), "|".join(parts), False
-    kinds: dict[Any, tuple[Kind, str]] = {
-        bool: (lambda _: True, ""),
-        int: (number(lowest, int), "N"),
-        float: (number(), "X"),
-    }
+    kinds: dict[Any, tuple[Kind, str]] = {bool: (lambda _: True, ""), float: (number(), "X")}
+    kinds[int] = number(lowest, int), "N"
     return *kinds.get(hint, (hint, "TEXT")), False
 
 
@@ -196,8 +176,8 @@ def _options(run: Callable[..., Any]) -> list[Option]:
     hints = get_type_hints(run, include_extras=True)
     for name, parameter in inspect.signature(run).parameters.items():
         hint, said = hints[name].__origin__, hints[name].__metadata__
-        if parameter.kind is parameter.VAR_KEYWORD:  # before the command's own
-            place = sum(not option.flags for option in found)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            place = len(found) if RARE in said else sum(not option.flags for option in found)
             found[place:place] = said[0]
             continue
         kind, takes, many = typed(hint)
@@ -214,12 +194,7 @@ def _options(run: Callable[..., Any]) -> list[Option]:
 
 
 def number(lowest: float = -math.inf, kind: type[float] = float) -> Kind:
-    """Finite numbers from here on, whole ones for int.
-
-    >>> number(1, int)("0")
-    Traceback (most recent call last):
-    ValueError: '0' is no whole number from 1 on.
-    """
+    """Finite numbers from here on, whole ones for int."""
     what = "whole number" if kind is int else "number"
     what += "" if lowest == -math.inf else f" from {lowest:g} on"
 
@@ -236,12 +211,7 @@ def number(lowest: float = -math.inf, kind: type[float] = float) -> Kind:
 
 
 def one_of(*names: str, what: str = "value") -> Kind:
-    """One of these names.
-
-    >>> one_of("fp32", "bf16")("fp23")
-    Traceback (most recent call last):
-    ValueError: unknown value 'fp23'. Did you mean fp32? Known: fp32, bf16.
-    """
+    """One of these names."""
 
     def make(text: str) -> str:
         if text not in names:
@@ -252,11 +222,7 @@ def one_of(*names: str, what: str = "value") -> Kind:
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> str:
-    """The sentences for a name that does not exist, with the nearest ones that do.
-
-    >>> unknown("command", "trian", ["train", "list"])
-    "unknown command 'trian'. Did you mean train? Known: train, list."
-    """
+    """The sentences for a name that does not exist, with the nearest ones that do."""
     near = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}."

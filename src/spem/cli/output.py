@@ -38,11 +38,7 @@ def plain(text: str) -> str:
 
 
 def shown(cell: object) -> str:
-    """A number, a shape or a text as a person reads it; "-" for None.
-
-    >>> shown(12345), shown((1, 3, 8)), shown(None)
-    ('12,345', '1 x 3 x 8', '-')
-    """
+    """A number (12,345), a shape (1 x 3 x 8) or a text as a person reads it; "-" for None."""
     if isinstance(cell, tuple):
         return " x ".join(map(str, cell))
     return "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else plain(str(cell))
@@ -51,13 +47,7 @@ def shown(cell: object) -> str:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = ""
 ) -> None:
-    """Print a table: drawn by rich on a terminal, aligned plain text with full cells elsewhere.
-
-    Args:
-        columns: Headings.
-        rows: Cells, for `shown`. A column of numbers stands at the right.
-        title: A line above the table.
-    """
+    """Print cells, for `shown`: drawn by rich on a terminal, aligned plain text elsewhere."""
     cells = [[shown(cell) for cell in row] for row in (columns, *rows)]
     right = [bool(_NUMBERS.fullmatch("".join(rest))) for _, *rest in zip(*cells, strict=True)]
     if sys.stdout.isatty() and find_spec("rich") is not None:

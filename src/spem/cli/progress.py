@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spem.cli.options import Option, number
 from spem.cli.output import print_json, print_table
 from spem.extras import require
+from spem.training.progress import Silent, choose_progress
 
 if TYPE_CHECKING:
     from spem.reproduce.report import Report
@@ -20,19 +22,33 @@ if TYPE_CHECKING:
 
 LEFT = 3
 """Exit code where a budget was over before every run was finished."""
+_WORKERS = "runs at a time, as tasks of Ray (default 1)"
+_ADDRESS = "of a Ray cluster whose machines share the folder"
+_RETRY = "train runs that diverged once more, from their start"
+HOW = [
+    Option("workers", ("--workers",), "N", _WORKERS, number(1, int)),
+    Option("address", ("--address",), "ADDRESS", _ADDRESS, rare=True),
+    Option(
+        "per_gpu",
+        ("--per-gpu",),
+        "N",
+        "runs at a time on a GPU (default 1)",
+        number(1, int),
+        rare=True,
+    ),
+    Option("retry_diverged", ("--retry-diverged",), "", _RETRY, lambda _: True, rare=True),
+]
+"""How `carry_out` trains, in the commands that train several runs."""
 
 
-class Several:
+class Several(Silent):
     """One line on how far many runs are: in place on a terminal, now and then elsewhere."""
 
     def __init__(self, total: int) -> None:
-        from spem.training.progress import choose_progress
-
-        self._total, self._done = total, 0
-        self._shares: dict[Any, float] = {}
-        self._said: set[str] = set()
+        self._total, self._done, self._began = total, 0, time.monotonic()
         self._config: RunConfig | None = None
-        self._began = time.monotonic()
+        self._shares: dict[RunConfig, float] = {}
+        self._said: set[str] = set()
         self._output = choose_progress()
         self.stop = self._output.close
 
@@ -46,8 +62,7 @@ class Several:
         self._shares = dict(done)
         finished = self._done + sum(done.values())
         text = f"{self._done} of {self._total} runs done"
-        if done:
-            text += f", {len(done)} under way"
+        text += f", {len(done)} under way" if done else ""
         if finished > 0.05:
             took = time.monotonic() - self._began
             text += f", {roughly(took * (self._total - finished) / finished)} left"
@@ -67,18 +82,11 @@ class Several:
         """A step of the run in this process."""
         self.running({} if self._config is None else {self._config: done / total})
 
-    def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """An epoch is complete: nothing, the run's own `metrics.jsonl` has it."""
-
     def message(self, text: str) -> None:
         """Something worth a line of its own; what every run says is shown once."""
         if text not in self._said:
             self._said.add(text)
             self._output.message(text)
-
-    def close(self) -> None:
-        """One run has ended; the line stays for the next."""
-        self._shares = {}
 
 
 def carry_out(
@@ -91,7 +99,7 @@ def carry_out(
     json: bool = False,
     **how: Any,
 ) -> int:
-    """Train what is missing, write tables and report, and show the answer.
+    """Train what is missing, write tables and report, and show the answer; the exit code.
 
     Args:
         planned: Runs, each with the experiments it belongs to.
@@ -102,15 +110,8 @@ def carry_out(
         json: Show JSON.
         how: As `run_missing` takes it: `workers`, `address`, `per_gpu`, `budget`.
 
-    Returns:
-        The exit code: 0, or `LEFT` where the budget was over before every run was finished.
-
     Raises:
-        FileNotFoundError: The weights that a run starts from are not here.
         FloatingPointError: Runs failed or diverged; the others are trained and in the tables.
-        Interrupted: A signal stopped the runs; what is finished is in the tables.
-        OSError: A file cannot be written.
-        ValueError: A file of the results folder is damaged.
     """
     for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
         require(module, extra="train", purpose="tables and report")
@@ -125,7 +126,7 @@ def carry_out(
         run.forget_diverged(planned, runs)
     todo = run.missing(planned, runs)
     run.require_weights(todo)
-    _announce(planned, todo, how["workers"])
+    _announce(planned, todo, how.get("workers", 1))
     progress, ended = Several(len(todo)), list[run.Ended]()
     try:
         ended = run.run_missing(todo, runs, progress, **how)
@@ -138,7 +139,7 @@ def carry_out(
     show(report, left=left, json=json)
     if problems:
         sys.stdout.flush()
-        many = f"{len(problems)} run" + ("s" if len(problems) > 1 else "")
+        many = f"{len(problems)} run" + "s" * (len(problems) > 1)
         lines = "\n".join(f"  {text}" for text in problems)
         raise FloatingPointError(f"{many} did not end well; the others are kept.\n{lines}")
     return LEFT if left else 0
@@ -158,22 +159,23 @@ def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], worke
 
 
 def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
-    """Print the table and the answer of a report's first screen, and where the report lies.
+    """Print a report's first table, its answer and where it lies, or all tables as JSON.
 
-    Args:
-        report: None before the first run was finished.
-        left: Runs that are still to be trained.
-        json: Print all tables, as JSON.
+    There is no report before the first run is finished; `left` runs are still to be trained.
     """
+    tables = [] if report is None else report.tables
     if json:
-        print_json(_document(report) | {"left": left})
+        names = ("name", "question", "answer", "where", "reference")
+        told = [{n: getattr(t, n) for n in names} | {"rows": records(t.frame)} for t in tables]
+        page = None if report is None else str(report.page)
+        print_json({"report": page, "tables": told, "left": left})
         return
     if report is None or report.headline is None:
         print("No run is finished yet.")
     else:
-        print_report_table(report.headline)
+        _print(report.headline)
         print(f"\n{report.headline.answer}\n")
-        others = len(report.tables) - 1
+        others = len(tables) - 1
         if others:
             print(f"{others} more table{'s are' if others > 1 else ' is'} in the report.")
     if report is not None:
@@ -182,27 +184,18 @@ def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
         print(f"{left} runs are left; the same command goes on from their checkpoints.")
 
 
-def print_report_table(table: Table) -> None:
+def _print(table: Table) -> None:
     """Print one table, without the columns that only a page has room for."""
     from spem.reproduce.report import MINUS, notes, shown
 
-    text = shown(table).rename(columns=lambda name: name.replace(MINUS, "-"))
-    text = text.drop(columns=["note", "p", "parameters, paper"], errors="ignore")
-    rows = [[str(cell).replace(MINUS, "-") for cell in row] for row in text.to_numpy().tolist()]
-    print_table(list(text.columns), rows, title=f"{table.title}: {table.where}")
+    text = shown(table).drop(columns=["note", "p", "parameters, paper"], errors="ignore")
+    columns, *rows = [
+        [str(cell).replace(MINUS, "-") for cell in row]
+        for row in (list(text.columns), *text.to_numpy().tolist())
+    ]
+    print_table(columns, rows, title=f"{table.title}: {table.where}")
     for note in notes(table):
         print(note)
-
-
-def _document(report: Report | None) -> dict[str, Any]:
-    if report is None:
-        return {"report": None, "tables": []}
-    names = ("name", "question", "answer", "where", "reference")
-    tables = [
-        {name: getattr(table, name) for name in names} | {"rows": records(table.frame)}
-        for table in report.tables
-    ]
-    return {"report": str(report.page), "tables": tables}
 
 
 def records(frame: Any) -> list[dict[str, Any]]:
@@ -211,11 +204,7 @@ def records(frame: Any) -> list[dict[str, Any]]:
 
 
 def roughly(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> [roughly(s) for s in (4, 80, 4000, 90_000, 146_403_278)]
-    ['about 4 s', 'about 80 s', 'about 67 min', 'about 25 h', 'about 5 years']
-    """
+    """A time as people say it: about 4 s, about 80 s, about 67 min, about 25 h, about 5 years."""
     units = (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48), ("days", 86_400, 730))
     for name, size, most in units:
         if seconds < most * size:
@@ -224,14 +213,7 @@ def roughly(seconds: float) -> str:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds that "3" (0, 1, 2) or "0,4,7" stand for.
-
-    Raises:
-        ValueError: The text is neither, or names a seed twice or none.
-
-    >>> parse_seeds("3"), parse_seeds("0,4,7"), parse_seeds("5,")
-    ([0, 1, 2], [0, 4, 7], [5])
-    """
+    """The seeds that "3" (0, 1, 2) or "0,4,7" stand for; "5," is seed 5 alone."""
     parts = text.removesuffix(",").split(",")
     if not all(part.isascii() and part.isdigit() for part in parts) or text == "0":
         raise ValueError(f"{text!r} is no number of seeds (3) and no list of them (0,4,7).")
@@ -242,14 +224,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of a time such as 90s, 30m, 1.5h or 45 (seconds).
-
-    Raises:
-        ValueError: The text is no such time.
-
-    >>> parse_duration("30m"), parse_duration("1.5h"), parse_duration("45")
-    (1800.0, 5400.0, 45.0)
-    """
+    """Seconds of a time such as 90s, 30m, 1.5h or 45 (seconds)."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) *([smh]?)", text.strip())
     if found is None or not float(found[1]):
         raise ValueError(f"{text!r} is no time. Write 90s, 30m or 8h.")

@@ -8,12 +8,10 @@ from typing import Annotated
 from spem.cli.options import Json
 from spem.cli.progress import show
 
+_RESULTS = "a folder that `spem reproduce` or `spem compare` wrote"
 
-def run(
-    results: Annotated[Path, "FOLDER", "a folder that `spem reproduce` or `spem compare` wrote"],
-    *,
-    json: Json = False,
-) -> None:
+
+def run(results: Annotated[Path, "FOLDER", _RESULTS], *, json: Json = False) -> None:
     """Rebuild the report of a results folder: a page, tables (CSV, LaTeX, Markdown), figures.
 
     Nothing is trained and no run is read: runs.csv and the tables beside it are enough.

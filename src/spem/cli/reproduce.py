@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.compare import Address, PerGpu, RetryDiverged, Workers
-from spem.cli.options import Json, one_of
+from spem.cli.options import RARE, Json, one_of
 from spem.cli.output import print_table
-from spem.cli.progress import carry_out, parse_duration, parse_seeds, roughly
+from spem.cli.progress import HOW, carry_out, parse_duration, parse_seeds, roughly
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from spem.training import RunConfig
 
 PAPER = ("table1", "table2", "table3", "table4", "figure2")
@@ -23,43 +20,26 @@ OWN = (
     *("mixes", "penalty", "gradients", "equivalence", "family"),
 )
 SCALES = ("paper", "short", "study", "smoke")
+_EXPERIMENTS = f"{' '.join(PAPER)}, all (these five), or of our own: {' '.join(OWN)}"
+_EXPERIMENT = one_of("all", *PAPER, *OWN, what="experiment")
+_RECIPE = "paper (164 epochs), study (20 epochs), short (hours) or smoke (minutes, digits)"
+_SEEDS = "a number (3 is 0, 1, 2) or a list (0,4,7), instead of the recipe's"
+_ROOT = "folder that holds cifar10 and cifar100; else $SPEM_DATA, or the hub"
+_BUDGET = "stop with checkpoints after 90s, 30m, 8h"
+_DRY_RUN = "only show how many runs there are, and about how long they take"
 
 
 def run(
-    experiments: Annotated[
-        Sequence[str],
-        "EXPERIMENT",
-        f"{' '.join(PAPER)}, all (these five), or of our own: {' '.join(OWN)}",
-        one_of("all", *PAPER, *OWN, what="experiment"),
-    ] = (),
+    experiments: Annotated[Sequence[str], "EXPERIMENT", _EXPERIMENTS, _EXPERIMENT] = (),
     *,
-    recipe: Annotated[
-        str,
-        "RECIPE",
-        "paper (164 epochs), study (20 epochs), short (hours) or smoke (minutes, digits)",
-        one_of(*SCALES, what="recipe"),
-    ] = "short",
+    recipe: Annotated[str, "RECIPE", _RECIPE, one_of(*SCALES, what="recipe")] = "short",
     results: Annotated[Path, "DIR", "folder for everything"] = Path("reproduction"),
-    seeds: Annotated[
-        list[int] | None,
-        "SEEDS",
-        "a number (3 is 0, 1, 2) or a list (0,4,7), instead of the recipe's",
-        parse_seeds,
-    ] = None,
-    root: Annotated[
-        Path | None, "DIR", "folder that holds cifar10 and cifar100; else $SPEM_DATA, or the hub"
-    ] = None,
-    budget: Annotated[
-        float | None, "TIME", "stop with checkpoints after 90s, 30m, 8h", parse_duration
-    ] = None,
-    dry_run: Annotated[
-        bool, "only show how many runs there are, and about how long they take"
-    ] = False,
-    workers: Workers = 1,
-    address: Address = None,
-    per_gpu: PerGpu = 1,
-    retry_diverged: RetryDiverged = False,
+    seeds: Annotated[list[int] | None, "SEEDS", _SEEDS, parse_seeds] = None,
+    root: Annotated[Path | None, "DIR", _ROOT] = None,
+    budget: Annotated[float | None, "TIME", _BUDGET, parse_duration] = None,
+    dry_run: Annotated[bool, _DRY_RUN] = False,
     json: Json = False,
+    **how: Annotated[Any, HOW, RARE],
 ) -> int:
     """Reproduce tables and figures of the paper: train what is missing, then tables and report.
 
@@ -76,11 +56,9 @@ def run(
         data = config.data if root is None else replace(config.data, root=str(root))
         planned[replace(config, data=data)] = owners
     if dry_run:
-        _show_plan(planned, names, results / "runs", workers)
+        _show_plan(planned, names, results / "runs", how.get("workers", 1))
         return 0
-    how: dict[str, Any] = {"workers": workers, "address": address, "per_gpu": per_gpu}
-    how |= {"budget": budget, "retry_diverged": retry_diverged, "json": json}
-    return carry_out(planned, results / "runs", results, **how)
+    return carry_out(planned, results / "runs", results, budget=budget, json=json, **how)
 
 
 def _show_plan(
@@ -98,8 +76,7 @@ def _show_plan(
         depths = ", ".join(map(str, sorted({config.model.depth for config in own})))
         networks, seeds = {(c.id, c.experiment) for c in own}, {c.seed for c in own}
         time = roughly(estimate_seconds(left) or 0) if left else "-"
-        counts = [len(networks), len(seeds), len(own), len(left)]
-        rows.append([name, data, depths, *map(str, counts), time])
+        rows.append([name, data, depths, *map(str, map(len, (networks, seeds, own, left))), time])
     columns = ["experiment", "trained on", "depth", "networks", "seeds", "runs", "missing", "time"]
     print_table(columns, rows)
     seconds = (estimate_seconds(todo) or 0) / min(workers, max(1, len(todo)))

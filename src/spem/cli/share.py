@@ -9,9 +9,11 @@ from spem.cli.network import load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json
 
+_RUN = "folder of a finished run, or its weights alone, without results"
+
 
 def run(
-    run: Annotated[str, "RUN", "folder of a finished run, or its weights alone, without results"],
+    run: Annotated[str, "RUN", _RUN],
     *,
     folder: Annotated[Path | None, "DIR", "write here"] = None,
     to: Annotated[str | None, "OWNER/NAME", "send it to this Hugging Face repository"] = None,
@@ -34,17 +36,14 @@ def run(
     found = load_network(run)
     if found.config is None:
         raise ValueError(f"{run} was shared before. Copy the folder, or name the run it came from.")
-    describing: dict[str, Any] = {
-        "results": run if Path(run).is_dir() else None,
-        "images": {"size": found.size, "mean": list(found.mean), "std": list(found.std)},
-        "classes": found.classes,
-        "license": license,
-    }
+    images = {"size": found.size, "mean": list(found.mean), "std": list(found.std)}
+    about: dict[str, Any] = {"images": images, "classes": found.classes, "license": license}
+    about["results"] = run if Path(run).is_dir() else None
     sent = None
     if folder is not None:
-        save_pretrained(found.model, folder, repo_id=to, **describing)
+        save_pretrained(found.model, folder, repo_id=to, **about)
     if to is not None:
-        sent = push_to_hub(found.model, to, private=private or None, **describing)
+        sent = push_to_hub(found.model, to, private=private or None, **about)
     if json:
         print_json({"folder": None if folder is None else str(folder), "sent": sent})
         return

@@ -37,8 +37,8 @@ def run(
     if not (folder / "result.json").exists():  # before torch is loaded
         from spem.data import check_images
 
-        how: dict[str, Any] = {"size": data.size, "test": data.test}
-        check_images(data.name, root=data.root, skip_broken=data.skip_broken, **how)
+        fields = {name: getattr(data, name) for name in ("root", "size", "test", "skip_broken")}
+        check_images(data.name, **fields)
     import torch
 
     from spem.training import Interrupted, process_group, train

@@ -151,22 +151,25 @@ def load_images(
 def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     """The folder of a set; None for one that the hub has."""
     short = known_name(name_or_path)
-    if short is None and root is not None:
-        raise ValueError(
-            f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
-            "Give the whole path instead."
-        )
-    base = os.environ.get("SPEM_DATA") if root is None else root
-    folder = Path(base or "", short or name_or_path).expanduser()
-    if (base or short is None) and folder.is_dir():
-        return folder
     if short is None:
+        if root is not None:
+            raise ValueError(
+                f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
+                "Give the whole path instead."
+            )
+        folder = Path(name_or_path).expanduser()
+        if folder.is_dir():
+            return folder
         known = ["digits", *HUB_IDS, *HUB_IDS.values()]
         near = difflib.get_close_matches(name_or_path, known, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise FileNotFoundError(
             f"{name_or_path}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
         )
+    base = os.environ.get("SPEM_DATA") if root is None else root
+    folder = Path(base or "", short).expanduser()
+    if base and folder.is_dir():
+        return folder
     if root is not None:
         raise FileNotFoundError(
             f"{short}: {folder} is not there. Give the folder that holds {short}/ as the root, "
