@@ -148,7 +148,7 @@ def test_the_size_that_a_set_has(
     [
         (["resnet5"], "spem export: unknown architecture 'resnet5'. Did you mean resnet"),
         (["no.safetensors"], "spem export: there is no file no.safetensors"),
-        (["{tmp}/out"], "no run is in this folder"),
+        (["{tmp}/out"], "this folder holds no run"),
         (["{tmp}/damaged.safetensors"], "is damaged"),
         ([str(WEIGHTS), "--attention", "se"], "--attention is for a named network"),
         (["resnet18", "--classes", "0"], "--classes: '0' is no whole number"),

@@ -99,7 +99,7 @@ def test_best_epoch_and_verdict_stand_only_where_the_recipe_is_the_papers(tmp_pa
     other = page(reproduced(tmp_path / "s", "table1", scale="short", accuracy=steady(40))).first
     assert "best epoch, %" not in other
     assert "paper's number" not in other
-    assert "another recipe than the paper's" in other
+    assert "not the paper's recipe" in other
     assert "93.39" in other
 
 
@@ -184,7 +184,7 @@ def test_the_papers_column_is_spoken_of_only_where_it_stands(tmp_path: Path):
     found = page(reproduced(tmp_path, "scratch", scale="study"))
     assert "plain" in found.first
     assert "paper's column" not in found.all
-    assert "In what this differs from the paper" not in found.all
+    assert "How this differs from the paper" not in found.all
     (table,) = build_tables(load_runs(tmp_path))
     assert "paper" not in table.frame
     assert list(shown(table).columns[1:5]) == ["accuracy, %", f"{MINUS} plain", INTERVAL, "verdict"]

@@ -141,7 +141,7 @@ def test_dict_and_back_is_the_identity():
         ("model", "attention", "se(\x00)", "cannot read attention"),
         ("data", "val", -1, r"data.val=-1 is too small"),
         ("data", "size", 60_000, r"data.size=60000 is too large"),
-        ("data", "test", 1.5, r"data.test=1.5 is no share"),
+        ("data", "test", 1.5, r"data.test=1.5 is not a share"),
         ("runtime", "step", "grahp", r"runtime.step"),
         ("runtime", "impl", "numbra", r"runtime.impl"),
         ("optim", "milestones", [9, 3], r"optim.milestones=\(9, 3\) must be rising"),

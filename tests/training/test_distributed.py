@@ -158,7 +158,7 @@ def test_all_stop_after_the_same_step_and_another_number_goes_on(one: Path, two:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("iebn", "takes statistics of the batch by itself, which several processes cannot share"),
+        ("iebn", "computes batch statistics of its own, which several processes cannot share"),
         ("compiled", "step='compile' is for one process, and 2 train this run. Use 'eager'"),
     ],
 )
@@ -238,7 +238,7 @@ def test_several_processes_step_eagerly_each_on_its_own_device() -> None:
 
 
 def test_shared_norms_keep_names_and_tensors() -> None:
-    for spec, reason in (("iebn", "takes statistics of the batch"), ("se(pool=srp)", "at random")):
+    for spec, reason in (("iebn", "computes batch statistics"), ("se(pool=srp)", "random numbers")):
         with pytest.raises(ValueError, match=reason):
             share_norms(resnet(11, attention=AttentionSpec.parse(spec)))
     model = resnet(11, attention=AttentionSpec.parse("srm")).train()

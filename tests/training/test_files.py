@@ -176,7 +176,7 @@ def test_whole_configs_of_other_content_are_refused(finished: Path, tmp_path: Pa
 
 
 def test_folders_without_a_run_are_told(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="no run is in this folder"):
+    with pytest.raises(FileNotFoundError, match="this folder holds no run"):
         read_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         read_run(tmp_path / "missing")

@@ -154,7 +154,7 @@ def test_torn_metrics_and_a_lost_config_are_written_anew(
         train(tiny(), tmp_path, progress=Stop(16))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: line 2 .*Go on with the run"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: line 2 .*Resume the run"):
         read_metrics(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged: .*Delete it: the run goes on"):
@@ -231,4 +231,6 @@ def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path):
     progress = Stop(-1)
     assert train(tiny(epochs=1), tmp_path, progress=progress) == first
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
-    assert progress.messages == [f"finished on {first.date}, so nothing is trained: {tmp_path}"]
+    assert progress.messages == [
+        f"finished on {first.date}, so there is nothing to train: {tmp_path}"
+    ]

@@ -1,6 +1,6 @@
-"""Every table and figure of the paper, and some of our own, as run configs: nothing else says what.
+"""Every table and figure of the paper, and some of our own, as run configs.
 
-An experiment is a list of cells, the rows of its table; a scale gives each its run.
+An experiment is a list of cells, the rows of its table; a scale turns each into a run.
 """
 
 import csv
@@ -35,21 +35,21 @@ Changes = Mapping[str, Mapping[str, Any]]  # of a config, by section: {"optim": 
 # Fused kernels round differently: they may enter a table of the paper only after the experiment
 # `equivalence` has shown that this does not move accuracy.
 COMPOSED: Changes = {"runtime": {"impl": "reference"}}
-LADDER = {83: 11, 164: 20, 245: 29, 326: 38}  # what stands for the paper's depths on a CPU
+LADDER = {83: 11, 164: 20, 245: 29, 326: 38}  # replaces the paper's depths on a CPU
 
 
 class Scale(NamedTuple):
-    """How large an experiment is trained: the paper's recipe, or the same scaled down by name.
+    """The size of an experiment: the paper's recipe, or a scaled-down one.
 
     Args:
         name: `paper`, `short`, `study` or `smoke`; also the folder of its runs.
-        title: What differs from the paper, in one line.
-        changes: What differs from the paper's recipe.
-        depth: What stands for the paper's ResNet164 wherever depth is not the question.
-        ladder: What stands for each of the paper's four depths where it is, if not itself.
-        datasets: The paper's data sets that are trained at this scale.
-        seeds: Seeds of a cell.
-        control_seeds: Seeds of a cell of the controls, the one question fixed beforehand.
+        title: How it differs from the paper, in one line.
+        changes: Changes to the paper's recipe.
+        depth: Replaces the paper's ResNet164 wherever depth is not the question.
+        ladder: Replacements for the paper's four depths where depth is the question.
+        datasets: The paper's data sets trained at this scale.
+        seeds: Seeds per cell.
+        control_seeds: Seeds per cell of the controls, the one question fixed in advance.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Scale(NamedTuple):
     control_seeds: tuple[int, ...] = tuple(range(8))
 
     def base(self, dataset: str) -> RunConfig:
-        """The config of the plain network and seed 0, on one thread, since a grid has many runs."""
+        """The config of the plain network with seed 0, on one thread: a grid has many runs."""
         full = recipes.fast(dataset, attention="none")
         if self.name == "smoke":  # the digits stand for every data set
             full = recipes.smoke("none", epochs=SMOKE_EPOCHS)
@@ -91,7 +91,7 @@ SCALES = {scale.name: scale for scale in _ALL}
 
 
 class Printed(NamedTuple):
-    """A cell of a table of the paper: top-1 in percent, the best test epoch of one run."""
+    """A cell of a table of the paper: top-1 in percent at one run's best test epoch."""
 
     top1: float
     parameters_millions: float  # NaN in Table 3, which prints none
@@ -114,17 +114,17 @@ class Cell:
     """One row of a table or figure.
 
     Args:
-        row: What people call it; unique within (experiment, data).
-        attention: The text of its spec, or `CONTROL`; None where the formula is not known.
+        row: Its name; unique within (experiment, data).
+        attention: Its spec as text, or `CONTROL`; None if the formula is unknown.
         data: The paper's data set, `cifar10` or `cifar100`.
-        reference: Whether the others of its group are compared with it.
+        reference: Whether the rest of its group is compared with it.
         group: Rows are compared within their group: the same depth, the same module.
         paper: What the paper prints here.
-        note: What a reader of the row must know.
+        note: Anything a reader of the row must know.
         depth: The paper's depth, where depth is the question.
-        changes: What else its config has of its own.
-        folder: A part of the name of its runs' folder, for networks that others are too.
-        config: The run of seed 0; None where nothing can be run, or before there is a scale.
+        changes: Other changes to its config.
+        folder: Part of its runs' folder name, where the network alone does not identify it.
+        config: The run of seed 0; None if nothing can be run, or before a scale is applied.
     """
 
     row: str
@@ -140,10 +140,10 @@ class Cell:
     config: RunConfig | None = None
 
     def at(self, scale: Scale) -> "Cell":
-        """This cell with its run at a scale, if that trains its data set."""
+        """This cell with its run at a scale, if the scale trains its data set."""
         depth = scale.ladder.get(self.depth, self.depth) if self.depth else scale.depth
         stands = self.depth not in (None, depth)
-        note = f"depth {depth} stands for {self.depth}" if stands else self.note
+        note = f"depth {depth} instead of {self.depth}" if stands else self.note
         if self.attention is None or self.data not in scale.datasets:
             return replace(self, note=note)
         base = replace(scale.base(self.data), experiment=scale.name + self.folder)
@@ -153,7 +153,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure: its cells, and the seeds with which each is run."""
+    """A table or figure: its cells, and the seeds of each."""
 
     name: str
     title: str
@@ -164,7 +164,7 @@ class Experiment:
 
 
 def experiment(name: str, scale: str, *, seeds: Sequence[int] | None = None) -> Experiment:
-    """Build one of `EXPERIMENTS` at one of `SCALES`, with the scale's seeds if none are given."""
+    """Build one of `EXPERIMENTS` at one of `SCALES`, by default with the scale's seeds."""
     title, cells = _EXPERIMENTS[name]
     size = SCALES[scale]
     many = name in ("controls", "equivalence", "finetune-1000", "finetune-5000")
@@ -176,14 +176,14 @@ def experiment(name: str, scale: str, *, seeds: Sequence[int] | None = None) -> 
 def comparison(
     base: RunConfig, arms: Sequence[str], seeds: Sequence[int]
 ) -> tuple[list[RunConfig], str]:
-    """The runs of a comparison whose arms were typed in, and the name of the reference.
+    """The runs of a comparison with given arms, and the name of the reference.
 
-    All arms of a seed come before the next seed, so what is stopped early holds whole pairs.
+    All arms of a seed come before the next seed, so stopping early leaves complete pairs.
 
     Args:
-        base: The config they share.
-        arms: Attention specs or `CONTROL`; the first is what the others are compared with.
-        seeds: Each trains every arm once.
+        base: Their common config.
+        arms: Attention specs or `CONTROL`; the first is the reference.
+        seeds: Every arm is trained once per seed.
 
     Raises:
         ValueError: An unknown module, or an arm named twice.
@@ -198,7 +198,7 @@ def comparison(
 
 
 def module_name(model: ModelConfig) -> str:
-    """What the runs of a network are called in tables: its attention, and what else is special.
+    """The name of a network in tables: its attention, and whatever else is special.
 
     >>> module_name(ModelConfig(attention="none", branch_start=BRANCH_START))
     'control'
@@ -218,8 +218,8 @@ def module_name(model: ModelConfig) -> str:
 def run_configs(experiments: Iterable[Experiment]) -> dict[RunConfig, list[str]]:
     """Every run of some experiments once, with the experiments it belongs to, in running order.
 
-    All cells of a seed come before the next seed, so that what is stopped early holds whole pairs.
-    An arm of `equivalence` whose kernels are not those of this machine is left out.
+    All cells of a seed come before the next seed, so stopping early leaves complete pairs. Arms of
+    `equivalence` whose kernels this machine lacks are left out.
     """
     experiments = list(experiments)
     absent = "numba" if torch.cuda.is_available() else "triton"
@@ -239,13 +239,13 @@ def _changed(config: RunConfig, changes: Changes) -> RunConfig:
 
 
 def _network(name: str) -> dict[str, Any]:
-    """The fields of a model that an arm's name stands for."""
+    """The model fields that an arm's name means."""
     if name == CONTROL:
         return {"attention": "none", "branch_start": BRANCH_START}
     return {"attention": name}
 
 
-# ---- the cells of each experiment; its question is what the docstring says ---------------------
+# ---- the cells of each experiment; the docstring is its question -------------------------------
 
 
 def _paper(
@@ -261,7 +261,7 @@ def _label(attention: str) -> str:
 
 
 def _rows(arms: Mapping[str, str]) -> list[Cell]:
-    """Rows on CIFAR-10 that differ by attention, the reference first."""
+    """Rows on CIFAR-10 that differ in attention, the reference first."""
     return [
         Cell(row, attention, reference=not i) for i, (row, attention) in enumerate(arms.items())
     ]
@@ -327,7 +327,7 @@ def _scratch() -> list[Cell]:
 
 
 def _finetune(images: int, epochs: int) -> Iterator[Cell]:
-    """From CIFAR-100 to so many images of CIFAR-10, attached as the identity unless a row says."""
+    """From CIFAR-100 to N images of CIFAR-10, identity start unless a row says otherwise."""
     arms = {
         "plain": ("none", None, TUNING_RATE),
         "scale": ("scale", "identity", TUNING_RATE),
@@ -359,13 +359,13 @@ def _finetune_5000() -> Iterator[Cell]:
 
 
 def _controls() -> list[Cell]:
-    """Does SPEM beat its control, a network whose branches start as small without attention?"""
+    """Does SPEM beat its control, a network without attention whose branches start as small?"""
     arms = {_SMALL_START: CONTROL, "plain": "none", "scale": "scale", "SE": "se"}
     return _rows(arms | {"SPEM (text)": "spem", "SPEM (code)": "spem(form=code)"})
 
 
 def _forms() -> list[Cell]:
-    """Do text, official code and figure 3 differ in accuracy?"""
+    """Do the paper's text, its official code and its figure 3 differ in accuracy?"""
     arms = {"text": "spem", "code": "spem(form=code)", "figure": "spem(form=figure)"}
     return _rows(arms | {"plain": "none"})
 

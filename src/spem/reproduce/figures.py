@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 5.2  # inches: with its 11 point letters a figure can be read on a telephone too
+WIDTH = 5.2  # inches: at 11 points, text stays readable on a phone
 STYLE = {
     **{"axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10},
     **{"axes.spines.top": False, "axes.spines.right": False},
@@ -46,7 +46,7 @@ ACCURACY = "test accuracy, last epoch, %"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: the name of its file, a caption, and a text for those who do not see it."""
+    """A figure: file name, caption and alternative text."""
 
     name: str
     figure: Figure
@@ -55,14 +55,14 @@ class Drawing:
 
     @cached_property
     def svg(self) -> str:
-        """The figure as an element of a page, letters as shapes."""
+        """The figure as an SVG element, text as paths."""
         import matplotlib as mpl
 
         text = io.StringIO()
         with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": self.name}):
             self.figure.savefig(text, format="svg", metadata={"Date": None})
         svg = "<svg" + text.getvalue().partition("<svg")[2]
-        # As wide as its column; an id must be unique in a page of many figures.
+        # As wide as its column; ids must be unique in a page of many figures.
         svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
         tag = re.sub(r"\W", "-", self.name)
         svg = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{tag}-", svg)
@@ -71,7 +71,7 @@ class Drawing:
 
 
 def colour(module: str) -> str:
-    """The colour of a module, the same in every figure; also of those of the user's own.
+    """The colour of a module, the same in every figure; also of a user's own modules.
 
     >>> colour("se, start=identity") == colour("se") != colour("se(pool=max)")
     True
@@ -80,7 +80,7 @@ def colour(module: str) -> str:
     if module in KNOWN:
         return KNOWN[module]
     others = [name for name in list_attention() if name not in KNOWN]
-    if module in others:  # neighbours in the list lie far apart on the circle of hues
+    if module in others:  # neighbours in the list have distant hues
         place = others.index(module)
         hue, light = (0.05 + 0.618034 * place) % 1, (0.38, 0.52, 0.3)[place % 3]
     else:
@@ -98,13 +98,13 @@ def _marked(module: str) -> dict[str, Any]:
 
 
 def _attention_of(module: str) -> str:
-    """The attention in the name of a module: what follows its text is how the network began."""
+    """The attention in a module's name; what follows it is how the network started."""
     found = re.match(r".*\)|[^,]*", module)
     return found.group() if found else module
 
 
 def _styles(table: Table) -> dict[str, dict[str, Any]]:
-    """The line of each row: whole for the first of a colour, broken for the others."""
+    """The line style of each row: solid for the first of a colour, dashed for the others."""
     seen: dict[str, int] = {}
     styles: dict[str, dict[str, Any]] = {}
     for row, module in zip(table.frame["row"], table.frame["module"], strict=True):
@@ -114,7 +114,7 @@ def _styles(table: Table) -> dict[str, dict[str, Any]]:
 
 
 def draw_all(tables: Sequence[Table], frames: Mapping[str, pd.DataFrame]) -> list[Drawing]:
-    """Every figure that the tables have data for, the differences of the first table first."""
+    """Every figure that the tables have data for, starting with the first table's differences."""
     found = [differences(table) for table in tables]
     for table in tables:
         epochs, mixes, gated = (inner(table, frames[n]) for n in ("epochs", "mixes", "gates"))
@@ -124,13 +124,13 @@ def draw_all(tables: Sequence[Table], frames: Mapping[str, pd.DataFrame]) -> lis
 
 
 def inner(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table's runs, with the `row` and `module` that these have there."""
+    """The rows of a table's runs, with their `row` and `module` there."""
     runs = table.runs[["config", "seed", "row", "module"]]
     return rows if rows.empty else rows.drop(columns="module").merge(runs, on=["config", "seed"])
 
 
 def differences(table: Table) -> Drawing | None:
-    """Differences to the reference of equal seeds: seeds as dots, means with 95 % intervals."""
+    """Differences from the reference at equal seeds: seeds as dots, means with 95 % intervals."""
     lines = table.frame[table.frame["difference"].notna()].to_dict("records")
     if not lines:
         return None
@@ -177,9 +177,9 @@ def differences(table: Table) -> Drawing | None:
     bars = "bars are 95 % t intervals" if some else "no intervals: too few seeds"
     caption = f"Dots are pairs of runs with the same seed, ticks their mean; {bars}."
     if any(line["farthest"] > limit for line in lines):
-        caption += " An arrow with numbers stands for a row that lies beyond the figure."
-    told = (f"{line['row']} {line['difference']:+.2f}{_interval(line, 2)}" for line in lines)
-    alt = f"{table.title}: {'; '.join(told)}."
+        caption += " An arrow with numbers marks a row outside the figure."
+    shown = (f"{line['row']} {line['difference']:+.2f}{_interval(line, 2)}" for line in lines)
+    alt = f"{table.title}: {'; '.join(shown)}."
     return Drawing(f"{table.name}-differences", figure, caption, alt)
 
 
@@ -189,7 +189,7 @@ def _interval(line: Mapping[str, Any], decimals: int) -> str:
 
 
 def by_lambda(table: Table) -> Drawing | None:
-    """Figure 2 and Table 3: accuracy for each constant mix, beside the average or learned one."""
+    """Figure 2 and Table 3: accuracy at each constant mix, next to the average or learned one."""
     lam = table.frame["row"].str.extract(r"lambda = ([\d.]+)$")[0].astype(float)
     rows, base = table.frame[lam.notna()], table.frame[lam.isna()]
     if table.experiment not in ("figure2", "table3") or rows.empty:
@@ -238,7 +238,7 @@ def by_depth(table: Table) -> Drawing | None:
 def _with_seeds(
     axis: Axes, places: Sequence[float], rows: pd.DataFrame, table: Table, tint: str, width: float
 ) -> None:
-    """Seeds as dots around their place, and a bar of one standard deviation about their mean."""
+    """Seeds as dots, and a bar of one standard deviation around their mean."""
     values = table.runs.groupby("row")["accuracy"]
     for place, line in zip(places, rows.to_dict("records"), strict=True):
         if line["sd"] == line["sd"]:
@@ -271,7 +271,7 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
 
 
 def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
-    """Lambda and |p| of every block over epochs, of the first row with a learned mix."""
+    """Lambda and |p| of every block over epochs, for the first row with a learned mix."""
     if mixes.empty or table.experiment not in (*DETAILED, "penalty"):
         return None
     row = next(row for row in table.runs["row"] if row in set(mixes["row"]))
@@ -302,7 +302,7 @@ def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
 
 
 def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
-    """How large the gates of each block are, and how far they look at the image."""
+    """The size of each block's gates, and how much they depend on the image."""
     if gates.empty or table.experiment not in DETAILED:
         return None
     figure, (top, bottom) = _canvas(5.0, rows=2)
@@ -341,7 +341,7 @@ def gradients(table: Table, epochs: pd.DataFrame) -> Drawing | None:
 
 
 def _canvas(height: float, rows: int = 1) -> tuple[Figure, Any]:
-    """A figure of the usual width, and its axes."""
+    """A figure of standard width, and its axes."""
     mpl = require("matplotlib", extra="train", purpose="figures")
     from matplotlib.figure import Figure
 
@@ -355,7 +355,7 @@ def _dots(axis: Axes, xs: Any, ys: Any, tint: str, *, size: float) -> None:
 
 
 def _finish(axis: Axes, x: str, y: str, *, whole: bool = False) -> None:
-    """Labels of the axes, whole numbers on the lower one, and a legend where lines have names."""
+    """Axis labels, integers on the lower axis, and a legend if lines have names."""
     axis.set(xlabel=x, ylabel=y)
     if whole:
         axis.locator_params(axis="x", integer=True)
@@ -372,6 +372,6 @@ def _ramp(i: int, n: int) -> Any:
 
 
 def _short(text: str) -> str:
-    """A label that leaves room for the figure, in two lines where it is long."""
+    """A label, wrapped to two lines if long."""
     lines = textwrap.wrap(text.replace("$", r"\$"), 22, max_lines=2, placeholder=" ...")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The report of a results folder: one HTML page, and its tables and figures as files.
 
-Everything comes from the CSV files of the folder; no run is read and nothing is trained.
+Everything comes from the folder's CSV files; no run is read and nothing is trained.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HEADLINES = ("compare", "controls", "table1", *EXPERIMENTS)
-"""What the first screen answers: the first of these that was asked."""
+"""The first screen answers the first of these that is present."""
 P_VALUES = ("p", "p_flip", "p_holm")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the page, and its tables, that of the first screen first."""
+    """What was written: the page and its tables, the first screen's first."""
 
     page: Path
     tables: tuple[Table, ...]
 
     @property
     def headline(self) -> Table | None:
-        """The table of the first screen; None where no run is finished yet."""
+        """The first screen's table; None if no run is finished yet."""
         return self.tables[0] if self.tables else None
 
 
 def build_report(folder: Path) -> Report:
-    """Write `report.html`, `tables/` (CSV, LaTeX, Markdown) and `figures/` (SVG) of a folder.
+    """Write `report.html`, `tables/` (CSV, LaTeX, Markdown) and `figures/` (SVG) into a folder.
 
-    Files of other names that lie there are not touched.
+    Other files there are left alone.
 
     Raises:
         FileNotFoundError: The folder holds no runs.csv.
@@ -67,7 +67,7 @@ def build_report(folder: Path) -> Report:
 
 
 def shown(table: Table) -> pd.DataFrame:
-    """A table as people read it: texts, columns without content left out."""
+    """A table for people: formatted text, without empty columns."""
     import pandas as pd
 
     frame, decimals = table.frame, table.decimals
@@ -106,7 +106,7 @@ def shown(table: Table) -> pd.DataFrame:
 
 
 def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str:
-    """A number as it is printed, with a true minus sign; nothing where there is none."""
+    """A number as printed, with a true minus sign; empty for NaN."""
     if value is None or value != value:
         return ""
     value = round(value, decimals) + 0.0  # no minus before a zero
@@ -114,7 +114,7 @@ def number(value: float | None, decimals: int = 2, *, sign: bool = False) -> str
 
 
 def notes(table: Table) -> list[str]:
-    """What must be known to read a table: rows without runs, runs that ended badly, its columns."""
+    """Notes to a table: rows without runs, runs that ended badly, the meaning of columns."""
     found: list[str] = []
     runs = table.runs
     for status, part in runs[runs["status"] != FINISHED].groupby("status"):
@@ -125,7 +125,7 @@ def notes(table: Table) -> list[str]:
         found.append(f"Not run: {', '.join(table.not_run)}.")
     if "paper" in table.frame and not table.paper_recipe:
         found.append(
-            "This is another recipe than the paper's: the paper's column stands there for "
+            "This is not the paper's recipe: the paper's column is there for "
             "orientation, and nothing here confirms or refutes it."
         )
     if "against_paper" in table.frame:
@@ -147,7 +147,7 @@ def _write_table(table: Table, folder: Path) -> None:
 
 
 def markdown(text: pd.DataFrame) -> str:
-    """A table of texts in Markdown."""
+    """A text table in Markdown."""
     rows = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     cells = ([str(cell).replace("|", r"\|") for cell in row] for row in rows)
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
@@ -184,11 +184,11 @@ def _page(tables: Sequence[Table], drawings: Sequence[Drawing], runs: pd.DataFra
 
 
 def _machines(runs: pd.DataFrame) -> list[str]:
-    """On what was trained, by which version, and for how long, a sentence each."""
+    """Hardware, versions and training time, a sentence each."""
     if runs.empty:
         return []
     hours = float(runs["time_train_seconds"].sum()) / 3600 if "time_train_seconds" in runs else 0
-    found = [f"{len(runs)} runs, together {hours:.2g} hours of training."]
+    found = [f"{len(runs)} runs, {hours:.2g} hours of training in total."]
     for name in ("hardware", "torch", "commit", "precision", "impl", "step"):
         cells = [str(cell) for cell in runs[name].dropna().unique()] if name in runs else []
         if cells:

@@ -1,7 +1,7 @@
-"""Run what is missing: in this process one run after the other, or several at a time on Ray.
+"""Train missing runs: one after the other in this process, or several at a time on Ray.
 
-A Ray cluster executes whatever reaches its ports: it is for trusted networks. One that is started
-here listens on this machine's loopback address only.
+A Ray cluster executes whatever reaches its ports, so use it on trusted networks only. One started
+here listens on the loopback address only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from spem.training import (
 from spem.training.signals import stop_signals
 
 HELD, STOPPED = "held", "stopped"
-RETRIES = 2  # how often Ray restarts a run whose process died; it goes on from its checkpoint
+RETRIES = 2  # how often Ray restarts a run whose process died; it resumes from its checkpoint
 LOOK_SECONDS = 0.5  # between looks at tasks
 HELD_SECONDS = 2.0  # until a run that another process trains is checked again
 RESERVE_SECONDS = 10.0  # before the end of a budget, or a twentieth of it, the runs are stopped
@@ -50,7 +50,7 @@ RESERVE_SECONDS = 10.0  # before the end of a budget, or a twentieth of it, the 
 
 @dataclass(frozen=True)
 class Ended:
-    """How one run ended: `status` is "finished", "diverged", "failed", "held" or "stopped"."""
+    """How a run ended: `status` is "finished", "diverged", "failed", "held" or "stopped"."""
 
     config: RunConfig
     status: str
@@ -58,25 +58,25 @@ class Ended:
 
 
 class Observer(Progress, Protocol):
-    """Receives reports on many runs, besides those of each run."""
+    """Receives reports on many runs, in addition to those of each run."""
 
     def start(self, config: RunConfig) -> None:
-        """A run begins, or goes on."""
+        """A run starts or resumes."""
 
     def running(self, done: dict[RunConfig, float]) -> None:
-        """Runs that are under way elsewhere, and the share that each has done."""
+        """Runs in progress elsewhere, and the fraction of each that is done."""
 
     def finish(self, ended: Ended) -> None:
         """A run has ended."""
 
 
 def missing(configs: Iterable[RunConfig], runs: Path) -> list[RunConfig]:
-    """Those runs that have no result yet; that a run diverged is a result too."""
+    """The runs that have no result yet; divergence is a result too."""
     return [config for config in configs if not (config.folder(runs) / "result.json").exists()]
 
 
 def require_weights(configs: Iterable[RunConfig]) -> None:
-    """Make sure that the weights which runs start from are here, before the first run.
+    """Check before the first run that the weights which runs start from are there.
 
     Raises:
         FileNotFoundError: They are not.
@@ -109,23 +109,23 @@ def run_missing(
     per_gpu: int = 1,
     budget: float | None = None,
 ) -> list[Ended]:
-    """Train runs; what has begun goes on from its checkpoint, what fails does not stop the others.
+    """Train runs, resuming from checkpoints; a failure does not stop the others.
 
     Ctrl-C, SIGTERM and the end of the budget stop the runs with a checkpoint. A run that another
     process trains is checked again until that one has finished it or is gone.
 
     Args:
-        configs: The runs, in the order in which to take them.
+        configs: The runs, in order.
         runs: Folder of all runs.
         observer: Receives reports.
         workers: Runs at a time: one is a loop in this process, more are tasks of Ray.
-        address: Of a Ray cluster whose machines have this package and see `runs` under this path;
-            None starts one here where several workers are asked for.
+        address: Ray cluster whose machines have this package and see `runs` at the same path;
+            None starts one here if there are several workers.
         per_gpu: Runs at a time on one GPU.
-        budget: Seconds after which everything is stopped.
+        budget: Seconds after which all runs are stopped.
 
     Returns:
-        How each run ended; those that were stopped or not begun are "stopped".
+        How each run ended; runs that were stopped or never started are "stopped".
 
     Raises:
         ImportError: Ray is not installed.
@@ -187,7 +187,7 @@ def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
         return Ended(config, HELD, str(error))
     except FloatingPointError as error:
         return Ended(config, DIVERGED, str(error))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs continue
         text = str(error) or type(error).__name__
         readable = isinstance(error, (ValueError, OSError, ImportError))
         return Ended(config, FAILED, text if readable else f"{type(error).__name__}: {text}")
@@ -216,14 +216,14 @@ def _here(configs: Sequence[RunConfig], runs: Path, observer: Observer, end: flo
                 ended.append(one)
                 observer.finish(one)
         if stop.received and time.monotonic() < end:
-            then = "Run the command again to go on."
+            then = "Run the command again to resume."
             raise stop.interruption(f"with {len(todo)} runs left", then)
     return [*ended, *(Ended(config, STOPPED) for config in todo)]
 
 
 @contextlib.contextmanager
 def _signal_at(end: float) -> Generator[None]:
-    """Stop a training with a checkpoint when the time is over, as SIGTERM does."""
+    """Stop training with a checkpoint when time is up, as SIGTERM does."""
     left = min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
     timer = threading.Timer(left, _thread.interrupt_main, (signal.SIGTERM,))
     timer.daemon = True
@@ -236,7 +236,7 @@ def _signal_at(end: float) -> Generator[None]:
 
 
 def _task(config: RunConfig, runs: str, probe: str, folder: str) -> Ended:
-    """What a cluster executes: one run, in the folder that all machines share."""
+    """Executed by a cluster: one run, in the folder that all machines share."""
     if not Path(probe).exists():
         raise FileNotFoundError(
             f"{platform.node()} does not see the folder {runs}. Use a --results folder that "
@@ -263,7 +263,7 @@ def _result(ray: Any, reference: Any, config: RunConfig, *, stopping: bool) -> E
 
 
 def _share_done(config: RunConfig, runs: Path) -> float:
-    """The share of its epochs that a run has behind it, from its folder."""
+    """The fraction of a run's epochs that are done, read from its folder."""
     with contextlib.suppress(OSError, ValueError):
         return len(read_metrics(config.folder(runs))) / config.optim.epochs
     return 0.0
@@ -271,7 +271,7 @@ def _share_done(config: RunConfig, runs: Path) -> float:
 
 @contextlib.contextmanager
 def _connected(address: str | None, cpus: int) -> Generator[Any]:
-    """Ray, joined to a cluster or with one started here that only this machine can reach."""
+    """Ray, connected to a cluster or to one started here that only this machine can reach."""
     imported = "ray" in sys.modules
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -305,9 +305,9 @@ SMALL = {"bottleneck": 11, "basic": 8}  # depth of the network that is measured
 
 
 def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
-    """Roughly how long runs take one after the other: from a few steps of a small network.
+    """Estimate how long runs take one after the other, from a few steps of a small network.
 
-    None where it is not known how many images there are.
+    None if the number of images is unknown.
     """
     total = 0.0
     for config in configs:
@@ -328,7 +328,7 @@ def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
 def _seconds_an_image(
     block: Literal["bottleneck", "basic"], runtime: RuntimeConfig, side: int
 ) -> float:
-    """Of the step that trains: the fastest of a few, since others may use the machine."""
+    """Seconds of a training step: the fastest of a few, since others may use the machine."""
     import torch
 
     from spem.training.folder import build_network

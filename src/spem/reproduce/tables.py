@@ -1,4 +1,4 @@
-"""Runs as rows of DataFrames: reading run folders, the CSV files of a results folder, the tables.
+"""Runs as DataFrames: reading run folders, the CSV files of a results folder, the tables.
 
 A results folder holds `runs.csv`, `epochs.csv`, `mixes.csv` and `gates.csv`. Rows are added or
 replaced by (config, seed); nothing else in these files is touched, and no row is removed. Epochs
@@ -44,10 +44,10 @@ Row = dict[str, Any]
 
 
 def load_runs(folder: Path) -> pd.DataFrame:
-    """Read every run of a folder: one row a run, with those that failed or are not finished.
+    """Read every run of a folder into one row each, including failed and unfinished ones.
 
-    Rows come from the run folders beneath `folder`, and from its `runs.csv` for runs whose folder
-    is not there.
+    Rows come from the run folders below `folder`, and from its `runs.csv` for runs whose folder is
+    missing.
 
     Args:
         folder: A results folder, a folder of runs, or a run folder.
@@ -80,7 +80,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
 
 
 def run_row(run: Run) -> Row:
-    """A run in one row."""
+    """A run as one row."""
     row = config_row(run.config) | {"classes": len(run.data.classes), "error": run.error}
     result = run.result
     if result is None:
@@ -95,7 +95,7 @@ def run_row(run: Run) -> Row:
 
 
 def config_row(config: RunConfig) -> Row:
-    """What is known of a run before it has been trained."""
+    """What is known about a run before training."""
     bare = replace(config, model=replace(config.model, attention="none", branch_start=None))
     return {
         "scale": config.experiment,
@@ -114,7 +114,7 @@ def config_row(config: RunConfig) -> Row:
 
 
 def inner_rows(run: Run) -> dict[str, list[Row]]:
-    """Epochs, learned mixes and gates of a run, in rows."""
+    """Epochs, learned mixes and gates of a run, as rows."""
     of_run = config_row(run.config)
     key = {name: of_run[name] for name in ("module", "depth", "dataset", "config", "seed")}
     epochs: list[Row] = []
@@ -152,15 +152,15 @@ def record(
         planned: Runs, each with the experiments it belongs to.
         runs: Folder of all runs.
         out: The results folder.
-        failed: What went wrong with runs that have no result.
-        baseline: Module that the others of a comparison are compared with.
+        failed: The error of each run without a result.
+        baseline: The module that a comparison's other arms are compared with.
 
     Returns:
-        A sentence for each run that diverged, failed or cannot be read; they have a row too.
+        A sentence for each run that diverged, failed or cannot be read; these have rows too.
 
     Raises:
         OSError: A file cannot be written.
-        ValueError: A file that is there is damaged, or not one that spem wrote.
+        ValueError: An existing file is damaged, or spem did not write it.
     """
     there = {_key(row): row.get("experiment", "") for row in _read_texts(out / "runs.csv")}
     tables: dict[str, list[Row]] = {name: [] for name in FILES}
@@ -189,7 +189,7 @@ def record(
 
 
 def _merge(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file; those of the same runs are replaced where they stand."""
+    """Add rows to a CSV file; rows of the same runs are replaced in place."""
     import pandas as pd
 
     if not rows:
@@ -216,10 +216,10 @@ def _text(value: Any) -> str:
 
 
 def _read_texts(path: Path) -> list[Row]:
-    """The rows of a CSV file of ours, as the texts that are there; none where there is no file.
+    """The rows of one of our CSV files, as text; empty if there is no file.
 
     Raises:
-        ValueError: It is damaged, or not one that spem wrote.
+        ValueError: It is damaged, or spem did not write it.
     """
     import pandas as pd
 
@@ -228,10 +228,10 @@ def _read_texts(path: Path) -> list[Row]:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} cannot be read ({error}). Move it away, or mend it.") from error
+        raise ValueError(f"{path} cannot be read ({error}). Move it away, or repair it.") from error
     lacking = sorted({"config", "seed", "module"} - set(table.columns))
     if lacking or not table["seed"].str.fullmatch(r"\d+").all():
-        what = f"it has no column {', '.join(lacking)}" if lacking else "a seed is no number"
+        what = f"it has no column {', '.join(lacking)}" if lacking else "a seed is not a number"
         raise ValueError(
             f"{path} is not a table that spem wrote: {what}. Move it away, or use another folder."
         )
@@ -239,7 +239,7 @@ def _read_texts(path: Path) -> list[Row]:
 
 
 def _typed(rows: Sequence[Row]) -> pd.DataFrame:
-    """A table of rows: numbers where a column holds only numbers, and texts that stay texts."""
+    """A table of rows; columns that hold only numbers become numeric."""
     import pandas as pd
 
     table = pd.DataFrame(rows)
@@ -273,16 +273,16 @@ class Table:
     """One table of a report; a row needs a finished run.
 
     Args:
-        name: What it is called in file names: `table1-cifar10`, `compare-digits`.
-        experiment: Its experiment; "compare" for arms that were typed in.
+        name: Its name in file names: `table1-cifar10`, `compare-digits`.
+        experiment: Its experiment; "compare" for `spem compare`.
         title: Its heading.
-        question: What was asked.
+        question: The question it answers.
         where: What was trained, in one line.
         frame: The columns of `spem.stats.compare` and `row`, `module`, `note`, `parameters`,
             `flops`; where the paper prints numbers of these cells `paper` and `paper_parameters`;
             with its recipe `best_mean`, `best_sd` and `against_paper`.
         runs: The runs behind it, with their `row`.
-        rows: All its rows, also those without a run.
+        rows: All its rows, including those without a run.
         paper_recipe: Whether its runs follow the paper's recipe on the paper's data.
     """
 
@@ -303,24 +303,24 @@ class Table:
 
     @property
     def reference(self) -> str:
-        """The row that others are compared with; "" where there are several."""
+        """The row that others are compared with; "" if there are several."""
         found = set(self.frame["baseline"])
         return found.pop() if len(found) == 1 else ""
 
     @property
     def answer(self) -> str:
-        """What it shows, in one sentence."""
+        """The result in one sentence."""
         several = {} if self.reference else {"baseline": "the reference of the same group"}
         return stats.answer(self.frame.assign(**several), decimals=self.decimals)
 
     @property
     def decimals(self) -> int:
-        """Decimals that accuracies are shown with: about as many as one test image is worth."""
+        """Decimals to show accuracies with, matching what one test image is worth."""
         return 1 if set(self.runs["dataset"]) == {"digits"} else 2
 
 
 def build_tables(runs: pd.DataFrame) -> list[Table]:
-    """Every table that finished runs belong to, comparisons that were typed in first."""
+    """Every table that finished runs belong to, those of `spem compare` first."""
 
     def of(name: str) -> pd.DataFrame:
         return runs.loc[[name in names.split() for names in runs["experiment"]]]
@@ -343,7 +343,7 @@ def _of_experiment(one: Experiment, runs: pd.DataFrame) -> list[Table]:
         if not _done(own).any():
             continue
         dataset = str(own["dataset"].iloc[0])
-        of_paper = dataset == data  # digits are not put beside CIFAR's numbers
+        of_paper = dataset == data  # digits are not compared with CIFAR's numbers
         paper_recipe = of_paper and scale == "paper"
         frame = _compared(own, cells)
         if of_paper and any(cell.paper is not None for cell in cells):
@@ -385,7 +385,7 @@ def _done(runs: pd.DataFrame) -> pd.Series:
 
 
 def _compared(runs: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
-    """A row for each cell with runs: means over seeds, and differences within its group."""
+    """A row per cell with runs: means over seeds, and differences within its group."""
     cell_of = {cell.row: cell for cell in cells}
     runs = runs[_done(runs)].assign(within=runs["row"].map(lambda row: cell_of[row].group))
     references = {(cell.group,): cell.row for cell in cells if cell.reference}
@@ -402,9 +402,9 @@ def _compared(runs: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
 def _beside_paper(
     frame: pd.DataFrame, runs: pd.DataFrame, cells: Sequence[Cell], *, verdict: bool
 ) -> pd.DataFrame:
-    """The paper's numbers; where the recipe is the paper's, also our best epochs and a verdict.
+    """The paper's numbers; with the paper's recipe, also our best epochs and a verdict.
 
-    The rule, fixed before any run: a number of the paper is "inside" if it lies in the 95 %
+    The rule, fixed before any run: a number of the paper is "inside" if it is within the 95 %
     prediction interval for one more best-epoch run of ours.
     """
     printed = {cell.row: cell.paper for cell in cells if cell.paper is not None}
@@ -417,14 +417,14 @@ def _beside_paper(
         return frame
     best = {row: part.dropna() for row, part in runs.groupby("row")["best_accuracy"]}
 
-    def said(row: str) -> str:
+    def judge(row: str) -> str:
         ends = stats.prediction_interval(best[row])
         if row not in printed or ends is None:
             return "n too small to say" if row in printed else ""
         return "inside" if ends[0] <= printed[row].top1 <= ends[1] else "outside"
 
     means, spreads = [best[row].mean() for row in rows], [best[row].std() for row in rows]
-    return frame.assign(best_mean=means, best_sd=spreads, against_paper=rows.map(said))
+    return frame.assign(best_mean=means, best_sd=spreads, against_paper=rows.map(judge))
 
 
 def _where(runs: pd.DataFrame) -> str:
@@ -438,5 +438,5 @@ def _where(runs: pd.DataFrame) -> str:
 
 
 def data_name(name: str) -> str:
-    """A data set as people write it."""
+    """A data set's usual name."""
     return {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(name, name)

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, their checks, the run's id and its folder. Needs no torch."""
+"""A run's config: frozen dataclasses, their checks, the run's id and folder. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Impl = Literal["reference", "formula", "numba", "triton"]
 Step = Literal["auto", "eager", "compile", "graph"]
 
 _RANGES: dict[str, tuple[int, int | None]] = {
-    # No network of these blocks was ever deeper than 1,202; a file that asks for more is crafted.
+    # The deepest published network of these blocks has 1,202; a file asking for more is crafted.
     "model.depth": (1, 5_000),
     **dict.fromkeys(("data.pad", "runtime.threads"), (0, 4_096)),
     "data.size": (1, 4_096),
@@ -32,20 +32,20 @@ _RANGES: dict[str, tuple[int, int | None]] = {
     "optim.milestones": (1, None),
     "seed": (-(2**63), 2**63 - 1),
 }
-"""The least and the largest of whole numbers; others are from 0 on."""
+"""Smallest and largest value of integer fields; other fields start at 0."""
 
 SCHEMA = 1
-"""Number of the layout of `config.json`; a change of meaning of a field raises it."""
+"""Layout version of `config.json`, raised when a field changes meaning."""
 
 _NOT_IN_ID = ("weights", "root", "sha256", "test_sha256")
-"""Fields that say where weights and images lie and what is checked, not what they are."""
+"""Fields that say where weights and images are or how to verify them: not part of the id."""
 _CHOOSING = ("impl", "step", "channels_last", "deterministic")
-"""Fields of `RuntimeConfig` that are part of the id where they are not what they are by default."""
+"""Fields of `RuntimeConfig` that enter the id unless they have their defaults."""
 _LATER = (
     *("branch_start", "start", "weights_sha256", "test", "test_limit", "limit_seed", "skip_broken"),
     "schedule",
 )
-"""Fields younger than the first runs: left out of the id while they are not used."""
+"""Fields added after the first runs: they enter the id only when used."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class ModelConfig:
 
     Args:
         depth: 9n+2 for bottleneck blocks (11, 29, 83, 164 ...), 6n+2 for basic ones (20, 56 ...).
-        attention: text of an attention spec, or "none"; kept in its canonical form. A bare name is
-            looked up when it is first needed (`RunConfig.id`, `spec`).
+        attention: an attention spec as text, or "none"; stored in canonical form. A bare name is
+            looked up on first use (`RunConfig.id`, `spec`).
         block: kind of residual block.
-        init_scope: "backbone" leaves a module its own initialisation, "all" re-initialises the
-            convolutions and norms inside modules too, as the official program does.
-        branch_start: weight at which the last norm of every residual branch starts, a control for
-            modules that start a branch small; None is the norm's own 1.
-        start: "identity" puts the attention into the plain network as `spem.attach` does: its
-            output is unchanged at the start, and a learned alpha from 0 lets the gate in. "module"
-            and None leave the module its own start.
-        weights: file of weights that the network starts from, but for its head and its attention;
-            where it lies is not part of the id.
-        weights_sha256: SHA-256 of that file, which is; needed with `weights`.
+        init_scope: "backbone" keeps each module's own initialisation; "all" also re-initialises
+            the convolutions and norms inside modules, as the official program does.
+        branch_start: initial weight of the last norm of every residual branch, a control for
+            modules that start a branch small; None keeps the norm's 1.
+        start: "identity" attaches the attention as `spem.attach` does: the output is unchanged at
+            first, and an alpha learned from 0 lets the gate in. "module" and None keep the
+            module's own start.
+        weights: file of weights to start from, except head and attention; its path is not part of
+            the id.
+        weights_sha256: SHA-256 of that file, part of the id; required with `weights`.
     """
 
     depth: int = 164
@@ -87,8 +87,8 @@ class ModelConfig:
             object.__setattr__(self, "attention", spec_text(AttentionSpec.parse(self.attention)))
         if (self.weights is None) != (self.weights_sha256 is None):
             raise ValueError(
-                "model.weights needs model.weights_sha256, by which the run is known, and the "
-                "reverse. Give both (`sha256sum FILE`)."
+                "model.weights and model.weights_sha256, which identifies the run, go together. "
+                "Give both (`sha256sum FILE`)."
             )
 
     @property
@@ -108,12 +108,12 @@ class DataConfig:
     """The images.
 
     Args:
-        name: "digits", "cifar10", "cifar100", or a path of parquet files or image folders. The
-            name is a label: what a network was trained on is known by checksum and class names.
+        name: "digits", "cifar10", "cifar100", or the path of parquet files or image folders. Only
+            a label: data are identified by checksum and class names.
         root: folder that holds the CIFAR sets; not part of the run's id.
-        val: training images held out for selecting the best epoch; 0 selects on the test set.
-        test: share of each class held out for the test where an image folder has no splits; None
-            is a fifth.
+        val: training images held out to select the best epoch; 0 selects on the test set.
+        test: share of each class held out for testing if an image folder has no splits; None is a
+            fifth.
         skip_broken: leave out image files that cannot be read.
         limit: train on this many images only (a fixed subset, the same for every seed).
         limit_seed: draw another subset for every seed, the same for all networks of a seed.
@@ -122,9 +122,8 @@ class DataConfig:
         flip: flip half of the images; wrong for digits and letters.
         pad: zeros added on each side before the crop, in pixels.
         normalisation: a key of `spem.data.NORMALISATION`.
-        size: side in pixels to which the images are brought; None keeps theirs.
-        sha256: expected `ImageSet.sha256` of the training split as it is decoded; not part of the
-            run's id.
+        size: side in pixels to resize images to; None keeps theirs.
+        sha256: expected `ImageSet.sha256` of the decoded training split; not part of the run's id.
         test_sha256: the same for the test split.
     """
 
@@ -145,35 +144,35 @@ class DataConfig:
     test_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        # A set has one name: its hub id must not give another run than its short name.
+        # A set's hub id and its short name must give the same run.
         short = {hub_id: name for name, hub_id in HUB_IDS.items()}
         object.__setattr__(self, "name", short.get(self.name, self.name))
         _check(self, "data.")
         _one_of("data.normalisation", self.normalisation, tuple(NORMALISATION))
         if self.test is not None and not 0 < self.test < 1:
             raise ValueError(
-                f"data.test={self.test} is no share of the images. Use a number between 0 and 1."
+                f"data.test={self.test} is not a share of the images. Use a number between 0 and 1."
             )
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with momentum and a rate that falls at milestones.
+    """SGD with momentum and a learning rate that drops at milestones.
 
     Args:
         epochs: passes over the training images.
-        batch: images a step; the last, smaller batch of an epoch is kept.
+        batch: images per step; an epoch's last, smaller batch is kept.
         lr: learning rate of epoch 0.
         momentum: of SGD, without Nesterov.
         weight_decay: L2 coefficient.
-        milestones: epochs, counted from 0, before which the rate is multiplied by `factor`.
+        milestones: epochs, from 0, at whose start the rate is multiplied by `factor`.
         factor: see `milestones`.
         penalty: coefficient of `spem.penalty` in the loss.
-        rules: "host" decays every parameter (the paper), "declared" follows each module's own
-            rules (`spem.param_groups`).
+        rules: "host" decays every parameter (the paper); "declared" follows the rules of each
+            module (`spem.param_groups`).
         mix_lr: rate of the learned mixes under `rules="declared"`; None means `lr`.
-        schedule: "cosine" lets the rate fall as half a cosine, epoch by epoch, and passes over the
-            milestones; "steps" and None follow them.
+        schedule: "cosine" lowers the rate along half a cosine, epoch by epoch, and ignores the
+            milestones; "steps" and None use them.
     """
 
     epochs: int = 164
@@ -206,19 +205,19 @@ class OptimConfig:
 class RuntimeConfig:
     """How the run is carried out.
 
-    What chooses another computation is part of the run's id where it is set: precision, memory
-    format, step, implementation, determinism. Device and threads are not: they are resolved when
-    the run is planned, written to `config.json` and kept when it is resumed.
+    Whatever changes the computation (precision, memory format, step, implementation, determinism)
+    enters the run's id when it is set. Device and threads do not: planning resolves them and writes
+    them to `config.json`, and resuming keeps them.
 
     Args:
-        device: "auto" (CUDA if there is any, else the CPU) or a torch device.
+        device: "auto" (CUDA if available, else the CPU) or a torch device.
         precision: "fp32", or "bf16" for autocast with float32 weights, norms, gates and loss.
         channels_last: memory format of maps and weights.
-        step: "compile" runs forward and loss of a step through `torch.compile`, "graph" captures
-            the step as a CUDA graph. "auto" is "graph" on CUDA, else "eager".
+        step: "compile" runs a step's forward pass and loss through `torch.compile`; "graph"
+            captures the step as a CUDA graph. "auto" is "graph" on CUDA, else "eager".
         impl: implementation of the blocks' tails (`spem.ops`), in training and evaluation; None
-            takes the library's choice for the device and the dtype of the maps.
-        threads: CPU threads; 0 takes torch's number at planning.
+            lets the library choose by device and dtype.
+        threads: CPU threads; 0 is torch's default when the run is planned.
         deterministic: ask torch for deterministic algorithms only.
         checkpoint_minutes: time between checkpoints within an epoch (each epoch ends in one).
     """
@@ -238,10 +237,9 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, completely.
+    """One training run.
 
-    `id` names what can change the result; the seed is left out, so all seeds of a configuration
-    share it.
+    `id` covers everything that can change the result except the seed, so seeds share it.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -264,7 +262,7 @@ class RunConfig:
         """The fields behind `id`, as nested plain values.
 
         Raises:
-            ValueError: no attention module has the name that is asked for.
+            ValueError: the attention module is unknown.
         """
         _ = self.model.spec
         full = self.to_dict()
@@ -297,15 +295,15 @@ class RunConfig:
         return Path(runs) / self.experiment / f"{self.slug}-{self.id}" / f"seed{self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as `from_dict` takes them and JSON holds them."""
+        """Nested plain values for `from_dict` and JSON."""
         return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(self))))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Build a config from `to_dict`'s values; fields that are lacking take their defaults.
+        """Build a config from `to_dict`'s values; missing fields take their defaults.
 
-        Unknown fields under "runtime" are ignored: another version used them to choose how to
-        train, and they do not change what the run is.
+        Unknown fields under "runtime" are ignored: another version used them to decide how to
+        train, which does not change the run's identity.
 
         Raises:
             ValueError: a field is unknown or has a value of the wrong type.
@@ -331,7 +329,7 @@ class RunConfig:
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Name the fields in which two identities differ: "optim.lr 0.1 -> 0.05, ..."."""
+    """List the fields in which two identities differ: "optim.lr 0.1 -> 0.05, ..."."""
 
     def flat(identity: dict[str, Any]) -> dict[str, Any]:
         sections = {k: v if isinstance(v, dict) else {"": v} for k, v in identity.items()}
@@ -346,7 +344,7 @@ _hints = cache(get_type_hints)
 
 
 def _check(part: Any, section: str = "") -> None:
-    """Check every field by its type: a listed word, a whole number, or a number from 0 on."""
+    """Check every field against its type: a listed word, an integer, or a number >= 0."""
     for field_name, hint in _hints(type(part)).items():
         name, value = f"{section}{field_name}", getattr(part, field_name)
         optional = NoneType in get_args(hint)

@@ -1,8 +1,8 @@
-"""One run trained by several processes: who they are, what they exchange, which one is lost.
+"""Training one run in several processes: who they are, what they exchange, how a loss shows.
 
-The first process (rank 0) alone claims the run folder, writes and evaluates; the others take their
-part of every step and wait for its messages. Gradients and the epoch's sums travel over the default
-process group, everything else over one for the CPU, so that no GPU is waited for.
+Only the first process (rank 0) holds the run folder, writes and evaluates; the others do their part
+of every step and wait for its messages. Gradients and the epoch's sums use the default process
+group; everything else uses one for the CPU, which never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from spem.training.step import Step, StepOutput, lambdas, make_forward
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)
-"""How long a process waits for what the first one does alone, such as an evaluation. One that has
-ended is noticed at once, since its connections close."""
+"""How long a process waits while the first works alone, such as evaluating. One that has ended is
+noticed at once, since its connections close."""
 
 
 class FollowerError(RuntimeError):
-    """The first process of this run stopped, and says itself why."""
+    """The first process of this run stopped; it reports the reason itself."""
 
 
 @contextlib.contextmanager
 def process_group(device: str = "auto") -> Generator[bool]:
-    """Join the processes that torchrun started, if it did, for the length of a `with` block.
+    """Join the processes that torchrun started, if any, for a `with` block.
 
     They communicate over gloo, and over NCCL for tensors on GPUs.
 
@@ -48,7 +48,7 @@ def process_group(device: str = "auto") -> Generator[bool]:
         device: where the processes will train: "auto", "cpu", "cuda" ...
 
     Yields:
-        Whether this is the first process, the one that reports for all.
+        Whether this is the first process, which reports for all.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield True
@@ -56,7 +56,7 @@ def process_group(device: str = "auto") -> Generator[bool]:
     cuda = device.partition(":")[0] in ("auto", "cuda") and torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     yield dist.get_rank() == 0
-    # After an error the process ends; taking leave of one that is lost might wait for it.
+    # Not after an error: this could wait for a lost process.
     dist.destroy_process_group()
 
 
@@ -75,7 +75,7 @@ class Team:
         return self.rank == 0
 
     def lead(self, work: Callable[[], T]) -> T:
-        """Let the first process do something and give all of them what it returns.
+        """Run something in the first process and return its result in all.
 
         Raises:
             Interrupted: the work was stopped by a signal; in all processes.
@@ -83,26 +83,26 @@ class Team:
         """
         if self.size == 1:
             return work()
-        said: list[Any] = [None, None]  # what was returned, and how it failed
+        outcome: list[Any] = [None, None]  # what was returned, and how it failed
         if self.leads:
             try:
-                said[0] = work()
+                outcome[0] = work()
             except BaseException as error:
-                said[1] = (str(error), getattr(error, "code", None))
-                # The error counts, even if there is nobody left to hear of it.
+                outcome[1] = (str(error), getattr(error, "code", None))
+                # Raise the error even if no process is left to receive it.
                 with contextlib.suppress(RuntimeError):
-                    dist.broadcast_object_list(said, 0, self.control)
+                    dist.broadcast_object_list(outcome, 0, self.control)
                 raise
-        dist.broadcast_object_list(said, 0, self.control)
-        if said[1] is None:
-            return said[0]
-        message, code = said[1]
+        dist.broadcast_object_list(outcome, 0, self.control)
+        if outcome[1] is None:
+            return outcome[0]
+        message, code = outcome[1]
         if isinstance(code, int):
             raise Interrupted(message, code)
         raise FollowerError(f"train: the first process of this run stopped. {message}")
 
     def require_same(self, name: str, mine: Any) -> None:
-        """Raise ValueError where plain values are not those of the first process."""
+        """Raise ValueError if plain values differ from the first process's."""
         first = self.lead(lambda: mine)
         if first != mine:
             raise ValueError(
@@ -111,9 +111,9 @@ class Team:
             )
 
     def agree(self, stop: StopSignals, due: bool = False) -> tuple[bool, bool]:
-        """Whether to stop here, asked for in any process, and what the first process finds due.
+        """Whether any process was asked to stop, and what the first process finds due.
 
-        All get the same answers, so that all stop after the same step. It does not wait for a GPU.
+        All get the same answers, so all stop after the same step. This does not wait for a GPU.
         """
         if self.size == 1:
             return stop.received is not None, due
@@ -125,7 +125,7 @@ class Team:
         return bool(number), bool(anything)
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum of the processes' parts, a new tensor."""
+        """The sum over the processes, as a new tensor."""
         if self.size == 1:
             return part
         whole = part.clone()
@@ -133,7 +133,7 @@ class Team:
         return whole
 
     def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by the sum of the processes' ones, in one exchange."""
+        """Replace every gradient by its sum over the processes, in one exchange."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat)
@@ -142,7 +142,7 @@ class Team:
             gradient.copy_(whole.view(gradient.shape))
 
     def part(self, images: int) -> slice:
-        """The images of a batch that this process takes; sizes differ by one at most."""
+        """This process's share of a batch; shares differ by at most one image."""
         return slice(self.rank * images // self.size, (self.rank + 1) * images // self.size)
 
     def device(self, kind: str) -> torch.device:
@@ -161,27 +161,27 @@ class Team:
 
     @contextlib.contextmanager
     def watched(self, checkpoint: Path) -> Generator[None]:
-        """Say what to do where a broken connection raises a RuntimeError."""
+        """Turn the RuntimeError of a broken connection into one that says what to do."""
         try:
             yield
         except RuntimeError as error:
-            # Errors of a process group have no one type.
+            # Process groups raise errors of many types.
             signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
             lost = isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
             if self.size == 1 or not lost:
                 raise
             there = checkpoint.exists()
-            said = f"The checkpoint is {checkpoint}" if there else "No checkpoint yet"
+            kept = f"The checkpoint is {checkpoint}" if there else "There is no checkpoint yet"
             raise RuntimeError(
                 f"train: another of the {self.size} processes of this run is gone: killed, out of "
-                f"memory, or ended by an error that it has reported itself. {said}; run the same "
-                "command again to go on."
+                f"memory, or ended by an error that it reported itself. {kept}; run the same "
+                "command again to resume."
             ) from error
 
 
 @contextlib.contextmanager
 def gather_team() -> Generator[Team]:
-    """The processes of the default process group for a `with` block, or this one alone."""
+    """The processes of the default process group, or this one alone, for a `with` block."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield Team()
         return
@@ -197,21 +197,22 @@ def shared_step(
     runtime: RuntimeConfig,
     team: Team,
 ) -> Step:
-    """Build the step of one process of several; its batch norms become shared ones.
+    """Build one process's training step; batch norms become synchronised.
 
-    Together they take the step of one process, within rounding: norms share their statistics, and
-    loss, penalty and gradient are sums weighted by each process's share of the images. Gradients
-    are added in one exchange after the backward pass: a CIFAR ResNet has too few for overlapping.
+    Together the processes take the step that one would take, within rounding: norms share their
+    statistics, and loss, penalty and gradient are weighted by each process's share of the images.
+    Gradients are summed in one exchange after the backward pass: a CIFAR ResNet has too few to gain
+    from overlapping.
 
-    The step is given the whole batch in every process and takes its part; a batch too small for the
-    network's modules to be divided is taken whole by all. The loss and the correct answers that it
-    returns are this process's parts of the batch's.
+    Every process gets the full batch and works on its share; a batch too small for the network's
+    modules to split is processed in full by all. The returned loss and correct answers are this
+    process's share.
 
     Raises:
-        ValueError: a module cannot be trained by several processes, or the batch is too small.
+        ValueError: a module cannot be trained in several processes, or the batch is too small.
     """
     norms = share_norms(model)
-    # How many images each module certainly can train on; of the smallest maps, one position.
+    # Images that each module needs for training, assuming maps of one position.
     needs = [m.needs for m in model.modules() if isinstance(m, ChannelAttention)]
     least = max((max(need.batch, need.values) for need in needs), default=1)
     if optim.batch < least * team.size:
@@ -240,17 +241,17 @@ def shared_step(
 
 
 def share_norms(model: nn.Module) -> list[SharedBatchNorm]:
-    """Put shared norms in the place of a network's batch norms, with the same tensors."""
+    """Replace a network's batch norms by synchronised ones with the same tensors."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, BATCH_NORMS):
             model.set_submodule(name, SharedBatchNorm.of(module))
     for name, module in model.named_modules():
         reason = ""
         if callable(getattr(module, "reseed", None)):
-            reason = "draws at random by an image's place in the batch"
+            reason = "draws random numbers by an image's position in the batch"
         alone = isinstance(module, ChannelAttention) and module.needs.batch_statistics
         if alone and not any(isinstance(inner, SharedBatchNorm) for inner in module.modules()):
-            reason = "takes statistics of the batch by itself"
+            reason = "computes batch statistics of its own"
         if reason:
             raise ValueError(
                 f"train: {name} ({type(module).__name__}) {reason}, which several processes cannot "

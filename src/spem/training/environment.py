@@ -1,4 +1,4 @@
-"""What a run runs on: versions, hardware, commit."""
+"""The environment of a run: versions, hardware, commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a result."""
+    """Versions of the packages that compute a result."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("spem", "numpy", "numba", "triton"):
         try:
@@ -23,29 +23,29 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, threads: int) -> str:
-    """Name of the GPU, or of the processor with the number of threads."""
+    """Name of the GPU, or of the processor and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     cpuinfo = Path("/proc/cpuinfo")
-    told = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.*\S)", told, re.MULTILINE)
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*\S)", text, re.MULTILINE)
     name = model[1] if model else platform.processor() or platform.machine()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def commit() -> str | None:
-    """Commit this package's source belongs to, "-dirty" if changed; None for an installed one."""
-    here, said = Path(__file__).resolve(), ""
+    """Commit of this package's source, "-dirty" if changed; None if it is installed."""
+    here, output = Path(__file__).resolve(), ""
     for command in (
-        # An installed package may lie in somebody else's checkout.
+        # An installed package may be inside another project's checkout.
         ["git", "ls-files", "--error-unmatch", here.name],
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
     ):
         try:
             quiet = subprocess.DEVNULL
-            said = subprocess.check_output(command, cwd=here.parent, stderr=quiet, text=True)
+            output = subprocess.check_output(command, cwd=here.parent, stderr=quiet, text=True)
         except (OSError, subprocess.CalledProcessError):
             return None
-    return said.strip()
+    return output.strip()

@@ -1,4 +1,4 @@
-"""What is measured of a network: accuracy and loss on images, gates and gradients of its blocks."""
+"""Measurements of a network: accuracy and loss, and the gates and gradients of its blocks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from spem.training.folder import DataIdentity
 from spem.training.sets import load_test
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
-"""Mean and deviation of the pixels on the scale 0 to 1."""
+"""Mean and standard deviation of pixels scaled to 0 to 1."""
 GATE_IMAGES = 256
-"""Test images, the first ones, whose gates are described."""
+"""Gates are described on this many of the first test images."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -48,17 +48,17 @@ def evaluate(
     batch: int = 500,
     between: Callable[[], None] | None = None,
 ) -> Accuracy:
-    """Evaluate a network on all images of a set, in float32 on the network's own device.
+    """Evaluate a network on a set of images, in float32 on the network's device.
 
-    It is float32 whatever the network was trained in, so that saved weights give the row of their
-    run again. The mode of every module is restored.
+    Whatever the precision of training, this is float32, so saved weights reproduce their run's
+    results. The mode of every module is restored.
 
     Args:
         model: takes images [n, 3, H, W] and returns logits [n, classes].
-        data: the images; they are moved to the network's device if they lie elsewhere.
+        data: the images; moved to the network's device if necessary.
         normalisation: a key of `spem.data.NORMALISATION`, or mean and deviation, as in training.
         batch: images at a time.
-        between: called after every batch; may raise to stop here.
+        between: called after every batch; may raise to stop.
 
     Raises:
         ValueError: the set is empty.
@@ -81,7 +81,7 @@ def predict(
     normalisation: str | Normalisation = "paper",
     batch: int = 500,
 ) -> Tensor:
-    """The class a network answers for each image, int64 [n] on the CPU: what `evaluate` counts."""
+    """The predicted class of each image, int64 [n] on the CPU."""
     answers = [logits.argmax(1) for logits, _ in _answers(model, data, normalisation, batch)]
     return torch.cat(answers).cpu()
 
@@ -113,21 +113,21 @@ def load_test_images(
     name: str | None = None,
     root: str | Path | None = None,
 ) -> ImageSet:
-    """The test images to judge trained weights on: those of their training, or others.
+    """Load the test images to evaluate trained weights on: their own, or others.
 
-    They are known by checksum and class names: anything may lie in a folder called digits.
+    Checksum and class names identify them: a folder called digits may hold anything.
 
     Args:
         config: of `Weights` or `Run`.
-        data: of the same.
-        name: name or path of other images; None takes those of the training.
+        data: likewise.
+        name: name or path of other images; None takes the training's.
         root: folder that holds the named sets; None takes the training's.
 
     Raises:
-        FileNotFoundError: there are no such images; or the weights were passed on, and where their
-            images lie is not known.
-        ValueError: the images are not those that the network was tested on, though none were named;
-            or their classes have other names than the network's outputs.
+        FileNotFoundError: there are no such images, or the weights came from elsewhere and do not
+            say where their images are.
+        ValueError: no images were named and those found are not the network's test images; or their
+            class names differ from those of the network's outputs.
     """
     asked, there = replace(config.data, test_sha256=None), None if root is None else str(root)
     if name is not None and name != config.data.name:
@@ -154,9 +154,9 @@ def load_test_images(
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> Tensor:
-    """The norm of the gradient of each block's own convolutions, from the first block to the last.
+    """The gradient norm of each block's convolutions, from the first block to the last.
 
-    Those of attention modules are left out, so that networks compare the same parameters.
+    Attention modules are left out, so that networks are compared on the same parameters.
     """
     found: list[Tensor] = []
     for _, block in blocks(model):
@@ -174,10 +174,10 @@ def describe_gates(
     """Describe the gates of every attention module on the first test images.
 
     Returns:
-        For each module, from the first block to the last: its name, `mean` and `sd` over all values
-        of its gate, their quantiles `q05` to `q95`, `sd_channels` (over channels, of the mean over
-        images) and `sd_images` (over images, averaged over channels): a gate whose `sd_images` is 0
-        does not look at its input. A module that has no gate (it only adds) is left out.
+        For each module, from the first block to the last: its name, `mean` and `sd` over all gate
+        values, their quantiles `q05` to `q95`, `sd_channels` (over channels, of the mean over
+        images) and `sd_images` (over images, averaged over channels): at `sd_images` 0 a gate
+        ignores its input. A module without a gate (it only adds) is left out.
     """
     few = replace(data, images=data.images[:GATE_IMAGES], labels=data.labels[:GATE_IMAGES])
     if not any(isinstance(module, ChannelAttention) for module in model.modules()):
@@ -212,6 +212,6 @@ def norm_report(model: nn.Module, count: int = 4) -> str:
         if isinstance(module, (*BATCH_NORMS, nn.SyncBatchNorm)) and module.running_var is not None:
             variance, weight = float(module.running_var.max()), float(module.weight.detach().norm())
             badness = variance if math.isfinite(variance) else math.inf
-            said = f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})"
-            found.append((badness, said))
+            text = f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})"
+            found.append((badness, text))
     return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:count])

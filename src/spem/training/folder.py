@@ -1,14 +1,14 @@
-"""All that a run leaves: config, metrics, checkpoint, weights, result, and the lock on its folder.
+"""The files of a run: config, metrics, checkpoint, weights, result, and the folder's lock.
 
-    config.json        what was asked for, how it was carried out, on which data and machine
-    metrics.jsonl      one line an epoch
-    checkpoint.pt      the latest state; gone when the run is finished
+    config.json        what was requested, how it was run, on which data and machine
+    metrics.jsonl      one line per epoch
+    checkpoint.pt      the latest state; deleted when the run finishes
     model.safetensors  the trained weights
-    result.json        last of all, with the SHA-256 of each file that stays: its presence alone
-                       means finished
+    result.json        written last, with the SHA-256 of each remaining file: if it exists, the run
+                       has finished
     .lock              held by the process that trains
 
-Each file is whole or refused; nothing is unpickled beyond tensors and plain values.
+Incomplete or damaged files are refused; only tensors and plain values are unpickled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
 WEIGHTS, RESULT, LOCK = "model.safetensors", "result.json", ".lock"
 FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, RESULT, LOCK)
 _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp")
-"""Of a process that was killed while it wrote (`spem.files.write_atomic`)."""
+"""Left by a process that was killed while writing (`spem.files.write_atomic`)."""
 
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
@@ -59,10 +59,10 @@ dacite = require("dacite", extra="train", purpose="training")
 
 
 def _build(kind: type[T], values: Any) -> T:
-    """A dataclass of this file from JSON; values of another shape are a ValueError."""
+    """Build a dataclass of this module from JSON; ValueError if the values do not fit."""
     hooks = {
         RunConfig: RunConfig.from_dict,
-        # A run's own section, read by the rules of a whole config.
+        # A section read by the rules of a full config.
         RuntimeConfig: lambda section: RunConfig.from_dict({"runtime": section}).runtime,
     }
     try:
@@ -72,14 +72,14 @@ def _build(kind: type[T], values: Any) -> T:
 
 
 class HeldError(RuntimeError):
-    """Another process trains in the run folder."""
+    """Another process is training in the run folder."""
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What a network was trained on: class names by label and `ImageSet.sha256` of the images.
+    """The data of a network: class names by label and `ImageSet.sha256` of the images.
 
-    The name is only a label: as asked for, of a folder in passed-on weights its last part.
+    The name is only a label; shared weights keep just the last part of a path.
     """
 
     name: str
@@ -88,7 +88,7 @@ class DataIdentity:
     test_sha256: str
 
     def require_classes(self, images: ImageSet) -> None:
-        """Raise ValueError where the images' labels mean something else than the outputs."""
+        """Raise ValueError if the images' labels mean something other than the outputs."""
         mine, theirs = self.classes, images.classes
         if mine == theirs:
             return
@@ -98,22 +98,21 @@ class DataIdentity:
             difference = f"class {i} is {mine[i]!r} there and {theirs[i]!r} here"
         raise ValueError(
             f"the network was trained on the classes of {self.name}, and those of {images.name} "
-            f"are others ({difference}). An accuracy would mean nothing. Use images of the same "
+            f"differ ({difference}). An accuracy would mean nothing. Use images of the same "
             "classes."
         )
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `result.json` holds; accuracies are percent, times seconds.
+    """Contents of `result.json`; accuracies in percent, times in seconds.
 
-    `accuracy` and `loss` are those of the last epoch on the test set, `best_accuracy` is the test
-    accuracy of `best_epoch`, which was selected on the set named by `best_selected_on`.
-    `step_seconds` is the median over epochs of the time of a training step. `commit` is that of the
-    checkout which finished the run, with "-dirty" if it was changed, and `date` when that was, UTC.
-    `impl` ran the tails of its blocks (`spem.ops.use_impl`), `step` is how its steps were taken.
-    `gates` describes the gate of each module on the first test images (`describe_gates`); `files`
-    holds the SHA-256 of each file that stays in the folder.
+    `accuracy` and `loss` are those of the last epoch on the test set; `best_accuracy` is the test
+    accuracy of `best_epoch`, selected on the set named by `best_selected_on`. `step_seconds` is the
+    median over epochs of the time per training step. `commit` is the checkout that finished the run
+    ("-dirty" if modified), at `date` (UTC). `impl` ran the tails of the blocks
+    (`spem.ops.use_impl`); `step` is how steps were executed. `gates` describes each module's gate
+    on the first test images (`describe_gates`); `files` has the SHA-256 of each remaining file.
     """
 
     id: str
@@ -155,14 +154,13 @@ class Run:
     """A run folder as it was planned or read.
 
     Args:
-        folder: where it lies.
-        config: what was asked for.
-        runtime: how it is carried out: the device, implementation, step and threads that were
-            resolved when it was planned.
+        folder: its path.
+        config: what was requested.
+        runtime: how it runs: the device, implementation, step and threads resolved at planning.
         data: what it is trained on.
-        starts: date, hardware, versions and commit of each process that took it up.
-        result: None while it is unfinished, and of a run that failed.
-        error: why it cannot be finished (it diverged), or None.
+        starts: date, hardware, versions and commit of each process that started or resumed it.
+        result: None if the run is unfinished or failed.
+        error: why it cannot finish (it diverged), or None.
         epochs: the lines of `metrics.jsonl`.
     """
 
@@ -176,7 +174,7 @@ class Run:
     epochs: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` holds, as nested plain values."""
+        """Contents of `config.json`, as nested plain values."""
         parts = {name: asdict(getattr(self, name)) for name in ("config", "runtime", "data")}
         values = {"schema": SCHEMA, "id": self.config.id, **parts, "starts": self.starts}
         return json.loads(json.dumps(values))
@@ -187,13 +185,13 @@ class Run:
         return self.result is not None or self.error is not None
 
     def weights(self) -> Weights:
-        """The trained weights, with what is known of them.
+        """The trained weights and their metadata.
 
         Raises:
-            ValueError: the run is not finished, or the file is not the one that it wrote.
+            ValueError: the run is not finished, or did not write this file.
         """
         if self.result is None:
-            why = self.error or "It has not finished: run the same training again to go on."
+            why = self.error or "It has not finished: run the same training again to resume."
             raise ValueError(f"{self.folder}: the run has no trained weights. {why}")
         _require_sum(self.folder / WEIGHTS, self.result.files)
         return read_weights(self.folder / WEIGHTS)
@@ -205,12 +203,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file of weights holds.
+    """Contents of a file of weights.
 
     Args:
         network: in evaluation mode on the CPU.
         config: of the run that trained it.
-        data: what it was trained on; None in files from before that was written down.
+        data: what it was trained on; None in older files, which do not record it.
         impl: what ran the tails of its blocks in training and evaluation, or None.
     """
 
@@ -225,14 +223,14 @@ class Weights:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Generator[None]:
-    """Hold a run folder, made if needed, for the length of a `with` block.
+    """Lock a run folder, created if needed, for a `with` block.
 
-    The operating system keeps the lock while this process lives, also suspended, and frees it when
-    it ends: nobody can take a folder over from a process that may still write.
+    The operating system keeps the lock while this process lives, even suspended, and frees it when
+    it ends: no other process can take over a folder that may still be written to.
 
     Raises:
         HeldError: another process holds the folder; the message says which.
-        ValueError: the folder holds files of another origin.
+        ValueError: the folder holds files that are not a run's.
     """
     filelock = require("filelock", extra="train", purpose="training")
     require_own(folder)
@@ -263,9 +261,9 @@ def held(folder: Path) -> Generator[None]:
 
 
 def require_own(folder: Path) -> None:
-    """Raise ValueError where something else lies, or stands in the place of a file of the run.
+    """Raise ValueError if the folder holds something else, or a run's file is no regular file.
 
-    Files beside those of a run that is at home there are left alone.
+    Extra files in the folder of a run are left alone.
     """
     try:
         entries = {path.name: path for path in folder.iterdir()}
@@ -280,13 +278,13 @@ def require_own(folder: Path) -> None:
     if foreign and not any(_is_ours(entries[name]) for name in ours):
         few = ", ".join(foreign[:3]) + (" ..." if len(foreign) > 3 else "")
         raise ValueError(
-            f"train: {folder} holds files that are not of a run ({few}). They are left as they "
+            f"train: {folder} holds files that are not a run's ({few}). They are left as they "
             "are; name a new folder."
         )
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file looks as a run writes it, damaged or not."""
+    """Whether a file looks like one that a run writes, even if damaged."""
     content = path.read_bytes()
     if path.name == CHECKPOINT:
         return _MAGIC in content[-2 * _FOOTER :] or content[:2] == b"PK"
@@ -302,13 +300,13 @@ def now() -> str:
 
 
 def read_plan(folder: Path) -> Run | None:
-    """Read `config.json`; where it was lost, what the checkpoint knows of it; None without both."""
+    """Read `config.json`, or the checkpoint's copy if it is lost; None without both."""
     path = folder / CONFIG
     if path.exists():
         remedy = _AGAIN
         if (folder / CHECKPOINT).exists():
-            remedy = "Delete it: the run goes on from what its checkpoint knows."
-        elif not (folder / METRICS).exists():  # a network that was passed on
+            remedy = "Delete it: the run resumes from its checkpoint, which holds a copy."
+        elif not (folder / METRICS).exists():  # a shared network
             remedy = "Fetch the folder again, or share the network again."
         values = load_json(path, remedy=remedy)
     elif (folder / CHECKPOINT).exists():
@@ -323,7 +321,7 @@ def read_plan(folder: Path) -> Run | None:
 
 
 def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
-    """Raise ValueError where id or seed differ, with the fields that do."""
+    """Raise ValueError if id or seed differ, listing the fields that do."""
     differing = f"belongs to seed {stored.seed}, this config has seed {asked.seed}"
     if stored.id != asked.id:
         fields = differing_fields(stored.identity, asked.identity)
@@ -333,7 +331,7 @@ def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
 
 
 def write_metrics(history: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Write `metrics.jsonl`, whole as every file of a run."""
+    """Write `metrics.jsonl` atomically."""
     lines = [json.dumps(line, allow_nan=False) + "\n" for line in history]
     write_atomic(folder / METRICS, "".join(lines).encode())
 
@@ -349,7 +347,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             epochs.append({**json.loads(line)})
         except Exception as error:  # RecursionError among others
             finding = f"line {number} cannot be read ({error or type(error).__name__})"
-            remedy = "Go on with the run, which rewrites the file from its checkpoint."
+            remedy = "Resume the run, which rewrites the file from its checkpoint."
             raise damaged(path, finding, remedy) from error
     return epochs
 
@@ -375,7 +373,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
-        # The sum is right, so these bytes were written on purpose, by another program or version.
+        # The checksum matches, so another program or version wrote these bytes on purpose.
         finding = f"it cannot be read ({str(error).partition(chr(10))[0]})"
         raise damaged(path, finding, "Train into another folder.") from error
 
@@ -384,7 +382,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def build_network(config: RunConfig, classes: int) -> ResNet:
-    """Build the network of a config, not yet initialised by its seed."""
+    """Build the network of a config, before its seeded initialisation."""
     model, spec = config.model, config.model.spec
     if model.start == "identity" and spec is not None:
         plain = resnet(model.depth, classes, block=model.block)
@@ -394,11 +392,11 @@ def build_network(config: RunConfig, classes: int) -> ResNet:
 
 
 def start_from(model: ResNet, path: str, sha256: str | None) -> None:
-    """Load the weights of a network of the same backbone; head and attention stay as they are.
+    """Load weights of the same backbone; head and attention keep theirs.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is another file, or of another backbone.
+        ValueError: the file is not the expected one, or has another backbone.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="model.weights")
     content = read_regular(Path(path))
@@ -432,8 +430,8 @@ def save_weights(
 ) -> None:
     """Write a network's weights as safetensors: equal weights of equal runs give equal files.
 
-    The metadata hold the config, what is known of the data, what ran the tails (`impl`), and a
-    SHA-256 over all of it. Names of folders are cut to their last part: weights are passed on.
+    The metadata hold the config, the data's identity, what ran the tails (`impl`), and a SHA-256
+    over everything. Paths are cut to their last part, since weights are shared.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="save_weights")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -446,20 +444,20 @@ def save_weights(
     metadata = {"format": "pt", **texts, "sha256": _weights_sum(tensors, texts)}
     content = safetensors.save(tensors, metadata)
     length, header = _header(content)
-    header["__metadata__"] = dict(sorted(metadata.items()))  # the library has them in any order
+    header["__metadata__"] = dict(sorted(metadata.items()))  # the library's order varies
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     write_atomic(Path(path), len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
 def _header(content: bytes) -> tuple[int, dict[str, Any]]:
-    """Length and content of the header of a safetensors file."""
+    """Length and contents of a safetensors file's header."""
     length = int.from_bytes(content[:8], "little")
     return length, json.loads(content[8 : 8 + length])
 
 
 def read_weights(path: Path) -> Weights:
-    """Read what `save_weights` wrote; sizes are checked before anything is built.
+    """Read a file of `save_weights`; sizes are checked before anything is built.
 
     Raises:
         ValueError: the file is damaged or was not written by `save_weights`.
@@ -472,7 +470,7 @@ def read_weights(path: Path) -> Weights:
         tensors = cast("dict[str, Tensor]", safetensors.load(content))
         metadata = _header(content)[1].get("__metadata__") or {}
     except Exception as error:  # safetensors has its own exception types for broken files
-        raise damaged(path, f"it is not a whole safetensors file ({error})", remedy) from error
+        raise damaged(path, f"it is not a complete safetensors file ({error})", remedy) from error
     texts = {name: metadata[name] for name in ("config", "about") if name in metadata}
     if "config" not in texts or "sha256" not in metadata:
         finding = "its metadata holds no config and SHA-256"
@@ -485,14 +483,14 @@ def read_weights(path: Path) -> Weights:
         data = about.get("data") and _build(DataIdentity, about["data"])
         network = _fitting(config, tensors, data)
     except Exception as error:
-        # The sum is right, so this was written on purpose, by another program or version.
+        # The checksum matches, so another program or version wrote this on purpose.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} does not fit this version of spem. {reason}") from error
     return Weights(network.eval(), config, data, about.get("impl") or config.runtime.impl)
 
 
 def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity | None) -> ResNet:
-    """The network of a config with these weights, if they are of one size."""
+    """The network of a config with these weights; ValueError if they do not fit."""
     head = tensors.get("fc.weight")
     if head is None or head.dim() != 2 or not 0 < head.shape[0] <= head.numel():
         raise ValueError("The weights have no classifier fc.weight.")
@@ -524,9 +522,9 @@ def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 
 def write_result(result: dict[str, Any], folder: Path) -> None:
-    """Write `result.json`, which declares the run finished, with the sums of what stays.
+    """Write `result.json`, which marks the run finished, with checksums of the remaining files.
 
-    It holds the fields of `Result`; or id, seed and error of a run that always ends in that error.
+    It holds the fields of `Result`, or id, seed and error of a run that always fails that way.
     """
     staying = (folder / name for name in (CONFIG, METRICS, WEIGHTS))
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in staying if p.exists()}
@@ -539,23 +537,23 @@ def _require_sum(path: Path, sums: dict[str, str]) -> None:
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result of a run folder; None if the run has not finished; raises as `read_run`."""
+    """The result of a run folder, None if the run has not finished; raises as `read_run`."""
     return read_run(folder).result
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder, finished or not; what is finished is checked by the sums of its files.
+    """Read a run folder, finished or not; checksums verify the files of a finished run.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no run in it.
-        ValueError: a file of it is damaged, edited, or from another version.
+        FileNotFoundError: the folder does not exist or holds no run.
+        ValueError: a file is damaged, edited, or from another version.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder.")
     run = read_plan(folder)
     if run is None:
-        raise FileNotFoundError(f"{folder}: no run is in this folder (no {CONFIG}).")
+        raise FileNotFoundError(f"{folder}: this folder holds no run (no {CONFIG}).")
     path, result, error, sums = folder / RESULT, None, None, dict[str, str]()
     if path.exists():
         remedy = "Delete it and run the same training again."
@@ -567,8 +565,8 @@ def read_run(folder: str | Path) -> Run:
                 result = _build(Result, values)
                 sums = result.files
         except (ValueError, KeyError, TypeError) as problem:
-            said = f"{path} does not fit this version of spem ({problem}). {remedy}"
-            raise ValueError(said) from problem
+            message = f"{path} does not fit this version of spem ({problem}). {remedy}"
+            raise ValueError(message) from problem
     if result is not None and (result.id, result.seed) != (run.config.id, run.config.seed):
         raise ValueError(
             f"{folder}: {RESULT} is of run {result.id}, seed {result.seed}, and {CONFIG} of run "

@@ -1,4 +1,4 @@
-"""Training, from a config and a folder to a result: plan, resume, epochs, result."""
+"""Training: plan or resume a run in its folder, train its epochs, write its result."""
 
 from __future__ import annotations
 
@@ -46,37 +46,37 @@ from spem.training.step import (
 )
 
 DIVIDED = ("loss", "correct")
-"""Sums of which each process that trains a run holds a part; of the others each holds all."""
+"""Sums that are split over the processes of a run; of the others each process holds the total."""
 
 
 def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> Result:
-    """Train in a folder, from the start or from its checkpoint; a finished run is only read.
+    """Train in a folder, from the start or its checkpoint; the result of a finished run is read.
 
-    On the CPU a resumed run ends in the same bits as an undisturbed one. Where torch.distributed
-    has a process group of several processes (`spem.training.process_group` joins torchrun's), all
-    of them call this with the same arguments and train the run together: every batch is divided
-    among them, and the result is that of one process, within rounding.
+    On the CPU a resumed run matches an uninterrupted one bit for bit. If torch.distributed has a
+    group of several processes (`spem.training.process_group` joins torchrun's), all call this with
+    the same arguments and train together: each batch is split among them, and the result is that
+    of one process, within rounding.
 
     Args:
-        config: what to train; what it leaves open (device, threads, implementation, step) is
-            resolved and written down.
-        folder: the run folder, made if needed (`spem.training.folder` says what lies in it). One
+        config: what to train; whatever it leaves open (device, threads, implementation, step) is
+            resolved and recorded.
+        folder: the run folder, created if needed (its files: `spem.training.folder`). Only one
             process at a time may train in it.
         progress: receives the run's reports; None shows a live bar or plain lines.
 
     Raises:
-        ValueError: the folder holds another run, a damaged file or files of another origin; the
-            images cannot be read or are not those the run was begun on; or the config asks for an
-            implementation or a step that cannot be had.
-        HeldError: another process trains in the folder.
-        RuntimeError: a process that trained with this one is gone.
+        ValueError: the folder holds another run, a damaged file or unrelated files; the images
+            cannot be read or are not those the run started with; or the requested implementation
+            or step is unavailable.
+        HeldError: another process is training in the folder.
+        RuntimeError: another process of this run is gone.
         ImportError: safetensors or filelock is not installed.
         FloatingPointError: the loss became infinite or NaN, now or when the run was last trained.
         Interrupted: SIGTERM or Ctrl-C; a checkpoint is written, and the exception carries the
             exit code.
     """
     folder = Path(folder)
-    # Needed after the last epoch; missing, it must be missed before the first.
+    # Needed only after the last epoch, but it should fail before the first.
     require("safetensors", extra="train", purpose="train")
     with (
         gather_team() as team,
@@ -94,21 +94,21 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
         finished = partial(_finished, config, folder)
         result = team.lead(finished)
         if result is None:
-            # Before the folder is made: where the images lack there is nothing to train.
+            # Before the folder is created: without images there is nothing to train.
             sets = load_sets(config.data, config.seed)
             team.require_same("images", [sets.train.sha256, sets.test.sha256])
             team.lead(lambda: until.enter_context(store.held(folder)))
-            result = team.lead(finished)  # by another process, meanwhile
+            result = team.lead(finished)  # finished by another process meanwhile
             if result is None:
                 run = team.lead(lambda: _plan(config, folder, sets, progress, team.size))
                 with execution(run.runtime, team.device(run.runtime.device)) as device:
                     return _Training(run, sets, device, stop, team, progress).run()
-        progress.message(f"finished on {result.date}, so nothing is trained: {folder}")
+        progress.message(f"finished on {result.date}, so there is nothing to train: {folder}")
         return result
 
 
 def _finished(config: RunConfig, folder: Path) -> Result | None:
-    """The result of this very run, if the folder holds it; raises the error of a diverged one."""
+    """The result of this run if the folder holds it; raises the error of a diverged run."""
     if not (folder / store.RESULT).exists():
         return None
     run = store.read_run(folder)
@@ -119,9 +119,9 @@ def _finished(config: RunConfig, folder: Path) -> Result | None:
 
 
 def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int) -> Run:
-    """Resolve what a config leaves open, or take over how the folder's run was planned.
+    """Resolve what a config leaves open, or keep the plan of the folder's run.
 
-    Several processes step eagerly, each on a device of its own, also in a run begun otherwise.
+    Several processes step eagerly, each on its own device, even in a run that started otherwise.
     """
     train, test = sets.train, sets.test
     data = DataIdentity(config.data.name, train.classes, train.sha256, test.sha256)
@@ -130,13 +130,13 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
         require_same_run(stored.config, config, folder)
         if replace(stored.data, name=data.name) != data:
             raise ValueError(
-                f"train: the images differ from those that the run in {folder} was begun on "
+                f"train: the images differ from those that the run in {folder} started with "
                 f"({stored.data.train_sha256[:10]} -> {data.train_sha256[:10]}, "
                 f"{stored.data.test_sha256[:10]} -> {data.test_sha256[:10]}, or the names of the "
                 "classes). Use another folder."
             )
     if not (folder / store.CHECKPOINT).exists():
-        stored = None  # nothing has been trained: it is planned anew
+        stored = None  # nothing has been trained yet: plan it again
     if stored is not None:
         starts = stored.starts
         # Each of these can change the last bits.
@@ -156,7 +156,7 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
     except ValueError as error:
         if stored is None:
             raise
-        raise ValueError(f"{error} But the run in {folder} was begun this way.") from error
+        raise ValueError(f"{error} But the run in {folder} was started this way.") from error
     machine = hardware(torch.device(runtime.device), runtime.threads)
     machine = machine if processes == 1 else f"{processes} x {machine}"
     start = {"date": store.now(), "hardware": machine, "versions": versions(), "commit": commit()}
@@ -166,7 +166,7 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
 
 
 def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) -> RuntimeConfig:
-    """Fill in what was left open, and refuse what cannot be had."""
+    """Fill in what was left open, and refuse what is unavailable."""
     device = runtime.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,8 +187,8 @@ def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True)
         )
     if processes > 1 and device not in ("cpu", "cuda"):
         raise ValueError(
-            f"train: runtime.device={device!r} cannot serve {processes} processes, each of which "
-            "takes a device of its own. Use 'cuda', 'cpu' or 'auto'."
+            f"train: runtime.device={device!r} cannot serve {processes} processes: each of them "
+            "needs its own device. Use 'cuda', 'cpu' or 'auto'."
         )
     if step == "graph" and kind != "cuda":
         raise ValueError(
@@ -213,11 +213,11 @@ def _starting_network(config: RunConfig, classes: int) -> ResNet:
 
 @dataclass
 class _State:
-    """Where a run stands: everything of a checkpoint but model and optimiser."""
+    """The state of a run: a checkpoint without model and optimiser."""
 
     sums: dict[str, Tensor]
-    """Sums over the steps of the current epoch: loss, penalty, correct, change of each lambda; and,
-    of its last step, the norm of each block's gradient."""
+    """Sums over the current epoch's steps (loss, penalty, correct, change of each lambda), and the
+    last step's gradient norm of each block."""
     epoch: int = 0
     step: int = 0
     """Steps done in the current epoch."""
@@ -228,7 +228,7 @@ class _State:
 
 
 class _Training:
-    """One run in progress, in the process that leads it or in one that follows."""
+    """One run in progress, in its first process or another."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class _Training:
         self.saved_at = time.monotonic()
 
     def run(self) -> Result:
-        """Train the epochs that are missing and write the result."""
+        """Train the remaining epochs and write the result."""
         self._resume()
         self._prepare()
         state, optim = self.state, self.config.optim
@@ -280,7 +280,7 @@ class _Training:
         return result
 
     def _train_epoch(self) -> None:
-        """Take the missing steps of the current epoch, without waiting for the device between."""
+        """Run the remaining steps of the epoch, without waiting for the device in between."""
         config, state = self.config, self.state
         data, seed, batch = config.data, config.seed, config.optim.batch
         before = lambdas(self.model)
@@ -315,8 +315,8 @@ class _Training:
         return f"in epoch {self.state.epoch + 1} after step {self.state.step} of {self.steps}"
 
     def _interruption(self, where: str) -> Interrupted:
-        again = "run the same command again to go on from there"
-        return self.stop.interruption(where, f"The checkpoint lies in {self.folder}; {again}.")
+        again = "run the same command again to resume from it"
+        return self.stop.interruption(where, f"The checkpoint is in {self.folder}; {again}.")
 
     def _normalised(self, images: Tensor) -> Tensor:
         mean, std = NORMALISATION[self.config.data.normalisation]
@@ -324,7 +324,7 @@ class _Training:
         return pixels.contiguous(memory_format=self.format)
 
     def _prepare(self) -> None:
-        """Say what runs the steps, and capture them, if they are, before the clock starts."""
+        """Report how steps run; capture them, if at all, before the clock starts."""
         runtime, train = self.runtime, self.sets.train
         self.progress.message(f"{tails_of(self.model, runtime)}, step: {runtime.step}")
         if isinstance(self.take_step, CapturedStep):
@@ -338,7 +338,7 @@ class _Training:
             self.progress.message(f"captured the step for {text} images in {seconds:.0f} s")
 
     def _epoch_line(self, rate: float, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """Read the epoch's sums (once), evaluate, and put the epoch's line together."""
+        """Read the epoch's sums (once), evaluate, and assemble the epoch's line."""
         state, count = self.state, len(self.sets.train)
         loss = float(sums["loss"]) / count
         self._require_finite("training loss", loss)
@@ -385,7 +385,7 @@ class _Training:
             return evaluate(self.model, images, normalisation=normalisation, between=between)
 
     def _finish(self) -> Result:
-        """Write weights and result, and take the checkpoint away."""
+        """Write weights and result, and delete the checkpoint."""
         path, impl = self.folder / store.WEIGHTS, self.runtime.impl
         store.save_weights(self.model, self.config, path, data=self.plan.data, impl=impl)
         store.write_result(asdict(self._result()), self.folder)
@@ -460,9 +460,9 @@ class _Training:
         store.save_checkpoint(content, self.folder / store.CHECKPOINT)
 
     def _resume(self) -> None:
-        """Go to where the checkpoint stands, if there is one."""
+        """Load the checkpoint, if there is one."""
         path = self.folder / store.CHECKPOINT
-        # The first process reads for all: another machine need not have the folder.
+        # The first process reads for all: other machines may not see the folder.
         content = self.team.lead(lambda: store.load_checkpoint(path) if path.exists() else None)
         if content is not None:
             of_checkpoint = RunConfig.from_dict(content["plan"]["config"])
@@ -479,22 +479,22 @@ class _Training:
             store.write_metrics(self.state.history, self.folder)
 
     def _require_finite(self, name: str, value: float) -> None:
-        """Raise FloatingPointError, and end the run so, for infinity and NaN."""
+        """End the run with a FloatingPointError at infinity or NaN."""
         if math.isfinite(value):
             return
         path, rate = self.folder / store.CHECKPOINT, self.optimizer.param_groups[0]["lr"]
         there = path.exists()
         good = f"The last good checkpoint is {path}" if there else "There is no checkpoint yet"
-        said = (
+        message = (
             f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
             f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
         )
-        failed = {"id": self.config.id, "seed": self.config.seed, "error": said}
+        failed = {"id": self.config.id, "seed": self.config.seed, "error": message}
         store.write_result(failed, self.folder)
-        raise FloatingPointError(said)
+        raise FloatingPointError(message)
 
     def _report(self, per_step: float) -> None:
-        """Tell where the run stands, from the seconds that a step takes now."""
+        """Report progress and the time left, from the current seconds per step."""
         state, optim, last = self.state, self.config.optim, ""
         left = (optim.epochs - state.epoch) * self.steps * per_step - state.step * per_step
         if state.history:
@@ -522,5 +522,5 @@ class _Training:
 
 
 def best_line(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first epoch with the best accuracy, on validation images or, without any, on test."""
+    """The first epoch with the best accuracy, on validation images if any, else on test."""
     return max(history, key=lambda line: line.get("validation_accuracy", line["test_accuracy"]))

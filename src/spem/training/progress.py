@@ -1,4 +1,4 @@
-"""What a run reports while it trains: messages, epochs, live progress."""
+"""Progress reports of training: messages, epochs, a live bar."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from spem.extras import require
 
 
 class Progress(Protocol):
-    """What `train` reports to its caller; pass one to show it elsewhere."""
+    """Receives reports from `train`; subclass it to show them elsewhere."""
 
     def step(self, done: int, total: int, text: str) -> None:
-        """After every step: how many of the run's are done, and a line for people."""
+        """Called after every step: steps done, steps in total, and a readable line."""
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """An epoch is complete; `line` is its line of `metrics.jsonl`."""
 
     def message(self, text: str) -> None:
-        """Something worth a line of its own."""
+        """Something that deserves its own line."""
 
     def close(self) -> None:
-        """The run has ended, in whatever way."""
+        """The run has ended, whatever the outcome."""
 
 
 class Silent(Progress):
@@ -30,13 +30,13 @@ class Silent(Progress):
 
 
 class Lines(Progress):
-    """Text for people, every so many seconds; `show` and `message` say how."""
+    """Readable text at fixed intervals; subclasses define `show` and `message`."""
 
     seconds: float
     _next = 0.0
 
     def step(self, done: float, total: float, text: str) -> None:
-        """Show that `done` of `total` is done, if it is time for that."""
+        """Show that `done` of `total` steps are done, if an update is due."""
         if time.monotonic() >= self._next:
             self._wait()
             self.show(done, total, text)
@@ -59,7 +59,7 @@ class Lines(Progress):
 
 
 class PlainLines(Lines):
-    """A line an epoch and one every half minute, for logs and pipes."""
+    """A line per epoch and one every half minute, for logs and pipes."""
 
     seconds = 30.0
 
@@ -94,12 +94,12 @@ class LiveBar(Lines):
         self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 def choose_progress() -> LiveBar | PlainLines:
-    """A live bar where standard error is a terminal, plain lines otherwise."""
+    """A live bar if standard error is a terminal, else plain lines."""
     return LiveBar() if sys.stderr.isatty() else PlainLines()
 
 

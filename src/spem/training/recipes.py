@@ -27,9 +27,9 @@ def paper(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -
 
 
 def fast(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -> RunConfig:
-    """Return `paper` with what leaves the distribution of trained networks unchanged.
+    """Return `paper` with speed-ups that do not change the distribution of trained networks.
 
-    That is channels_last, and the step captured as a graph on CUDA. It stays in float32.
+    These are channels_last and, on CUDA, a captured step. It stays in float32.
     """
     recipe = paper(dataset, depth, attention)
     return replace(recipe, runtime=replace(recipe.runtime, channels_last=True, step="auto"))
@@ -38,10 +38,10 @@ def fast(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") ->
 def short(
     dataset: str = "cifar10", depth: int = 11, attention: str = "spem", epochs: int = 3
 ) -> RunConfig:
-    """Return the paper's recipe scaled down for a CPU; another recipe, and named so in tables.
+    """Return the paper's recipe scaled down for a CPU; tables mark it as another recipe.
 
-    Few epochs, with the milestones at the same fractions of the run, and bf16 where the processor
-    computes in it.
+    Few epochs, with milestones at the same fractions of the run, and bf16 if the processor supports
+    it natively.
     """
     recipe = fast(dataset, depth, attention)
     return replace(
@@ -57,7 +57,7 @@ def short(
 def smoke(attention: str = "spem", epochs: int = 10) -> RunConfig:
     """Return a run on scikit-learn's digits: well under a minute on one CPU thread, no download.
 
-    8x8 images, shifted by a pixel but never flipped, in many small steps.
+    Images are shifted by up to a pixel, never flipped.
     """
     return RunConfig(
         model=ModelConfig(depth=11, attention=attention),

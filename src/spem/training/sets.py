@@ -1,4 +1,4 @@
-"""The images of a run: loaded once, put in order and augmented a few batches at a time."""
+"""The images of a run: loaded once, shuffled and augmented a few batches at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from spem.seeding import keyed_generator
 from spem.training.config import DataConfig
 
 AT_ONCE = 8
-"""Batches that are augmented together."""
+"""Number of batches augmented together."""
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The images of a run; without validation images the test set selects the best epoch."""
+    """The images of a run; without validation images, the test set selects the best epoch."""
 
     train: ImageSet
     test: ImageSet
@@ -32,9 +32,9 @@ class Sets:
 
 
 def load_sets(data: DataConfig, seed: int = 0) -> Sets:
-    """Load the images of a run; what is held out or left out does not depend on its seed.
+    """Load the images of a run; every seed gets the same subsets.
 
-    Only `limit_seed` draws the limited training images anew for every seed.
+    Only with `limit_seed` do the limited training images depend on the seed.
     """
     train, validation = _loaded(data, "train", data.sha256), None
     if data.val:
@@ -50,7 +50,7 @@ def load_sets(data: DataConfig, seed: int = 0) -> Sets:
 
 
 def load_test(data: DataConfig) -> ImageSet:
-    """Load the test images of a run, in the order of its answers, on the CPU."""
+    """Load the test images of a run, in their fixed order, on the CPU."""
     return _limited(_loaded(data, "test", data.test_sha256), data.test_limit, "test_limit")
 
 
@@ -71,8 +71,8 @@ def epoch_batches(
 ) -> Generator[tuple[Tensor, Tensor]]:
     """The batches of an epoch from step `first` on, on the device of `train`.
 
-    Images are uint8 [batch, 3, H, W], labels int64 [batch]. A few batches at a time are augmented
-    in one gather; the plan is that of the whole epoch, so the bits do not depend on how many.
+    Images are uint8 [batch, 3, H, W], labels int64 [batch]. One gather augments several batches;
+    the plan covers the full epoch, so the bits do not depend on their number.
     """
     pad = data.pad if data.augment else 0
     plan = epoch_plan(seed, epoch, len(train), pad=pad)
@@ -88,7 +88,7 @@ def epoch_batches(
 
 
 def require_batches(model: nn.Module, images: int, batch: int) -> None:
-    """Raise ValueError before the first step for what would fail at the last one of the epoch."""
+    """Raise ValueError early if the epoch's last batch is too small for a module."""
     smallest = images % batch or batch
     for module in model.modules():
         if isinstance(module, ChannelAttention) and smallest < module.needs.batch:

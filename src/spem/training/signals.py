@@ -13,7 +13,7 @@ class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal; its checkpoint is written.
 
     Args:
-        message: what was stopped where, and how to go on.
+        message: what was stopped where, and how to resume.
         code: exit status for the process: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
@@ -23,18 +23,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Which signal asked for the end, if any has."""
+    """Which stop signal was received, if any."""
 
     received: signal.Signals | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Remember the first signal; a second Ctrl-C does not wait for the step to end."""
+        """Remember the first signal; a second Ctrl-C stops without finishing the step."""
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 
     def interruption(self, where: str, then: str) -> Interrupted:
-        """Build the exception that says what happened and how to go on."""
+        """Build the exception that says what happened and how to resume."""
         assert self.received is not None
         name = "Ctrl-C" if self.received == signal.SIGINT else self.received.name
         return Interrupted(f"Training stopped by {name} {where}. {then}", 128 + self.received)
@@ -42,7 +42,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals() -> Generator[StopSignals]:
-    """Catch SIGTERM and SIGINT in a `with` block; in the main thread, the only one to get any."""
+    """Catch SIGTERM and SIGINT in a `with` block, if in the main thread: only it gets signals."""
     stop = StopSignals()
     main = threading.current_thread() is threading.main_thread()
     caught = (signal.SIGTERM, signal.SIGINT) if main else ()

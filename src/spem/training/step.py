@@ -1,6 +1,6 @@
-"""One training step, what runs it, and the settings of torch it runs under.
+"""One training step, its implementation, and the torch settings it runs under.
 
-The step that trains is the step that benchmarks time: both call `make_step`.
+Training and benchmarks both call `make_step`, so what is timed is what trains.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from spem.training.config import OptimConfig, RuntimeConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 WARM_UPS = 3
-"""Steps before a recording: they compile all kernels and let libraries choose theirs."""
+"""Steps before a recording, to compile kernels and let libraries select theirs."""
 
 
 class StepOutput(NamedTuple):
-    """What a step computed, on the device."""
+    """The results of a step, on the device."""
 
     loss: Tensor
     """Mean cross entropy."""
@@ -41,7 +41,7 @@ class StepOutput(NamedTuple):
 
 
 Step = Callable[[Tensor, Tensor], StepOutput]
-"""Takes normalised images and labels, updates the network, and does not wait for the device."""
+"""Takes normalised images and labels and updates the network, without waiting for the device."""
 
 
 def make_step(
@@ -49,13 +49,13 @@ def make_step(
 ) -> Step:
     """Build the training step: cross entropy plus `optim.penalty` times the penalty, backward, SGD.
 
-    The model is in training mode and on its device; `runtime` gives the precision, and whether
-    forward and loss are compiled, or the whole step is captured as a CUDA graph.
+    The model must be in training mode and on its device; `runtime` sets the precision, and whether
+    forward and loss are compiled or the full step is captured as a CUDA graph.
     """
     forward = make_forward(model, runtime)
     if runtime.step == "compile":
-        torch.compiler.reset()  # else a comparison's networks add up to dynamo's limit
-        # Two shapes occur, the batch and the smaller last one; each is compiled for itself.
+        torch.compiler.reset()  # else the networks of a comparison reach dynamo's limit
+        # Two shapes occur, the batch and the smaller last one; each is compiled separately.
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
 
     def step(images: Tensor, labels: Tensor) -> StepOutput:
@@ -69,14 +69,13 @@ def make_step(
 
 
 class CapturedStep:
-    """A step as CUDA graphs: recorded for a batch size when it first occurs, then replayed.
+    """A step as CUDA graphs, recorded when a batch size first occurs and replayed after that.
 
-    A step of a deep network launches thousands of kernels, each in less time on the GPU than the
-    CPU takes to launch it; a replay launches all of them at once. What is recorded are addresses:
-    images and labels are copied into buffers that stay, the rates are carried over into tensors
-    (those of the optimiser's groups stay plain numbers, in checkpoints too), the momentum exists
-    before the recording, and a checkpoint is loaded before the first step. Weights, buffers and
-    momentum end where the same steps without a graph would end.
+    A step of a deep network launches thousands of kernels, each taking longer to launch than to
+    run; a replay launches all at once. A graph records addresses, so images and labels are copied
+    into fixed buffers, the rates into tensors (the optimiser's groups and checkpoints keep plain
+    numbers), momentum exists before the recording, and a checkpoint is loaded before the first
+    step. Weights, buffers and momentum end up as without a graph.
     """
 
     def __init__(self, step: Step, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -89,7 +88,7 @@ class CapturedStep:
         """The graphs share their memory: only one of them may run at a time."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
-        """Take one step; its results are the caller's to keep."""
+        """Run one step; the caller may keep its results."""
         self.prepare(images, labels)
         kept_images, kept_labels, output, replay = self._recordings[len(images)]
         kept_images.copy_(images)
@@ -99,7 +98,7 @@ class CapturedStep:
         return StepOutput(*(value.clone() for value in output))
 
     def prepare(self, images: Tensor, labels: Tensor) -> None:
-        """Record for this batch size, without taking a step; the weights stay as they are."""
+        """Record a graph for this batch size; the weights do not change."""
         if len(images) in self._recordings:
             return
         images, labels = images.clone(), labels.clone()
@@ -127,10 +126,10 @@ class CapturedStep:
         self._recordings[len(images)] = images, labels, output, replay
 
     def _record(self, run: Callable[[], StepOutput]) -> tuple[StepOutput, Callable[[], None]]:
-        """Run it a few times and record it: its results, and what replays it."""
+        """Warm up and record; return the results and the function that replays."""
         with torch.cuda.device(self._device):
             if self._stream is None:
-                # Both warm-up and recording: autograd ties the leaves of a graph to a stream.
+                # For warm-up and recording alike: autograd ties a graph's leaves to a stream.
                 self._stream = torch.cuda.Stream(self._device)
                 self._pool = torch.cuda.graph_pool_handle()
             here = torch.cuda.current_stream()
@@ -139,7 +138,7 @@ class CapturedStep:
                 for _ in range(WARM_UPS):
                     run()
             here.wait_stream(self._stream)
-            # The gradients are the recording's own, so that it need not add to older ones.
+            # Gradients are created while recording, so that it does not add to older ones.
             self._optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
@@ -152,10 +151,10 @@ class CapturedStep:
 
 
 def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The momentum of every parameter, zero where there is none yet.
+    """The momentum of every parameter, created as zero if missing.
 
-    SGD's first step sets the momentum to the gradient, a branch that must not be recorded; from
-    zero the ordinary step computes the same, bit for bit.
+    SGD's first step sets momentum to the gradient, a branch that must not be recorded; starting
+    from zero, the ordinary step gives the same bits.
     """
     momenta: list[Tensor] = []
     for group in optimizer.param_groups:
@@ -170,7 +169,7 @@ def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def make_forward(
     model: nn.Module, runtime: RuntimeConfig
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Build what a step differentiates: images and labels to loss, penalty and correct answers."""
+    """Build the forward pass: images and labels to loss, penalty and correct answers."""
     device = next(model.parameters()).device.type
     bf16 = runtime.precision == "bf16"
 
@@ -186,14 +185,14 @@ def make_forward(
 
 @torch.no_grad()
 def lambdas(model: nn.Module) -> Tensor:
-    """The lambda of every learned mix, on the device of the model."""
+    """The lambda of every learned mix, on the model's device."""
     found = [mix.lam for _, mix in learned_mixes(model)]
     device = next(model.parameters()).device
     return torch.stack(found) if found else torch.zeros(0, device=device)
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
-    """Build SGD with one group that decays everything, or with every module's declared rules.
+    """Build SGD with one group that decays everything, or by each module's declared rules.
 
     Each group keeps its starting rate as "initial_lr", from which `set_rate` computes.
     """
@@ -209,14 +208,14 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
 
 
 def decay(optim: OptimConfig, epoch: int) -> float:
-    """What the starting rates are multiplied by in an epoch, counted from 0."""
+    """The factor on the initial rates in an epoch, counted from 0."""
     if optim.schedule == "cosine":
         return (1 + math.cos(math.pi * epoch / optim.epochs)) / 2
     return optim.factor ** sum(epoch >= milestone for milestone in optim.milestones)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, epoch: int) -> float:
-    """Set the rates of an epoch, by the epoch alone, and return the common one."""
+    """Set the rates for an epoch, which depend on nothing else, and return the common one."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * decay(optim, epoch)
     return optim.lr * decay(optim, epoch)
@@ -228,7 +227,7 @@ def execution(
 ) -> Generator[torch.device]:
     """Set threads, determinism, full float32 and the implementation of all tails in a `with` block.
 
-    It yields the device to run on: the one given, or the planned one.
+    Yields the device to run on: the one given, or the planned one.
     """
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -237,7 +236,7 @@ def execution(
     try:
         torch.set_num_threads(runtime.threads)
         torch.backends.cudnn.benchmark = not runtime.deterministic
-        # torch would round the inputs of float32 convolutions to TF32, which is another precision.
+        # By default torch rounds the inputs of float32 convolutions to TF32.
         torch.backends.cudnn.allow_tf32 = False
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -252,15 +251,15 @@ def execution(
 
 
 def map_dtype(runtime: RuntimeConfig) -> torch.dtype:
-    """The dtype of the maps in training; evaluation's is float32."""
+    """The dtype of feature maps in training; in evaluation it is float32."""
     return torch.bfloat16 if runtime.precision == "bf16" else torch.float32
 
 
 def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) -> str:
-    """Decide the implementation of all tails of a run; what takes bfloat16 takes float32 too.
+    """Choose the implementation of a run's tails; any that takes bfloat16 takes float32 too.
 
     Raises:
-        ValueError: one was asked for that cannot run.
+        ValueError: the requested one cannot run.
     """
     graph, dtype = attention and runtime.step == "graph", map_dtype(runtime)
     impl = choose("train", device, dtype, impl=runtime.impl, graph=graph).impl
@@ -270,26 +269,26 @@ def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) 
 
 
 def evaluation_impl(impl: str | None) -> str | None:
-    """What evaluates a run of this implementation: the formula is for compiled steps only."""
+    """The implementation that evaluates such a run: "formula" is for compiled steps only."""
     return "reference" if impl == "formula" else impl
 
 
 def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
-    """What runs the tails of a planned run, and why they are composed if they are."""
+    """What runs the tails of a planned run, and why if they are not fused."""
     device, dtype = torch.device(runtime.device).type, map_dtype(runtime)
     with use_impl(runtime.impl):
         tails = block_tails(model, device=device, dtype=dtype)
     with use_impl(None):
         unasked = block_tails(model, device=device, dtype=dtype)
-    # Planning has asked for this implementation; if it would be chosen anyway, give that reason.
+    # Planning requested this implementation; if it would be chosen anyway, give that reason.
     same = [tail.impl for tail in tails] == [tail.impl for tail in unasked]
     return tails_text(unasked if same else tails)
 
 
 def stored_impl(trained: str | None, device: str, message: Callable[[str], None]) -> str | None:
-    """What to evaluate under: what is asked for, else what a run was trained with, if it runs here.
+    """The implementation to evaluate with: the requested one, else that of training.
 
-    Else it is None, the library's choice, and `message` says so.
+    If that cannot run here, it is None, the library's choice, and `message` says so.
     """
     asked, stored = requested(None, "eval"), evaluation_impl(trained)
     if asked is not None or stored is None:
@@ -305,14 +304,14 @@ def stored_impl(trained: str | None, device: str, message: Callable[[str], None]
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next allocation; for processes that train on a CPU.
 
-    By default every step pays for clearing hundreds of megabytes of fresh pages again. It concerns
-    the whole process and cannot be undone, so the commands call it and the library does not.
+    By default every step pays for clearing hundreds of megabytes of fresh pages. This affects the
+    entire process and cannot be undone, so the commands call it and the library does not.
 
     Returns:
-        Whether it took effect; not with another C library than glibc.
+        Whether it took effect; always False without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # Both, or memory that no longer comes from mmap would be trimmed instead.
+    # Both: otherwise memory that no longer comes from mmap would be trimmed.
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
