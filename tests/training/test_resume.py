@@ -157,7 +157,7 @@ def test_torn_metrics_and_a_lost_config_are_written_anew(
     with pytest.raises(ValueError, match=r"metrics.jsonl is damaged: line 2 .*Resume the run"):
         read_metrics(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged: .*Delete it: the run goes on"):
+    with pytest.raises(ValueError, match=r"config.json is damaged: .*Delete it: the run resumes"):
         train(tiny(), tmp_path, progress=Silent())
     (tmp_path / "config.json").unlink()
     trained(tiny(), tmp_path)
