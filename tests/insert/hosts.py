@@ -179,7 +179,7 @@ def meta(name: str) -> nn.Module:
 
 
 def attentions(model: nn.Module) -> list[Any]:
-    """The attention modules that stand in a network by themselves, not those inside others."""
+    """The attention modules that a network holds by themselves, not those inside others."""
     return list(attentions_of(model).values())
 
 

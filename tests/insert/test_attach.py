@@ -108,7 +108,7 @@ def test_weights_load_before_and_after_and_missing_keys_are_named() -> None:
     assert found.unexpected_keys == ["layer1.0.bn2.norm.surplus"]
     with pytest.raises(RuntimeError, match=r'Missing key.*"layer1.0.bn2.norm.weight"'):
         after.load_state_dict(state)
-    # And after detach the plain network's stand under the plain keys.
+    # And after detach the plain network's have the plain keys.
     spem.detach(after)
     assert list(after.state_dict()) == list(source.state_dict())
 

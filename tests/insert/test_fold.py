@@ -161,7 +161,7 @@ def test_refused(make: Callable[[], nn.Module], message: str) -> None:
 
 
 def test_a_sum_of_branches_and_an_activation_before_the_gate_are_refused() -> None:
-    """The norm of one branch of RepVGG is not what stands before the gate."""
+    """The norm of one branch of RepVGG is not all that comes before the gate."""
     network = scattered(build("timm:repvgg_a0")).double()
     spem.attach(network, "se(reduction=4)", stages=(2,))
     set_alpha(network, 0.7)

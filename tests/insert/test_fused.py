@@ -267,7 +267,7 @@ def test_a_block_that_somebody_watches_says_once_that_it_is_composed(
     assert [r for r in reasons if r] == ["relu is a ReLU with hooks"] * 2
 
 
-def test_averages_of_weights_take_statistics_anew() -> None:
+def test_averaged_weights_get_new_statistics() -> None:
     """`update_bn` sets momentum=None: the running average of all batches."""
     from torch.optim.swa_utils import update_bn
 

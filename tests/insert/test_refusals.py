@@ -15,7 +15,7 @@ from spem.insert import find_sites
 
 
 class Permuted(nn.Module):
-    """A norm over channels that stand last."""
+    """A norm over channels that come last."""
 
     def __init__(self) -> None:
         super().__init__()

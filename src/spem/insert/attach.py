@@ -22,7 +22,7 @@ from spem.insert.wrap import AfterNorm, Around, BeforeModule
 Attention = str | AttentionSpec | type[ChannelAttention]
 _KEY = "attached_by_spem"
 DISPLACED = "displaced_by_spem"
-"""Attribute of an attention: what stood where it stands, beside the network, not in it."""
+"""Attribute of an attention: the module whose place it took, kept out of the network."""
 _SHARED_BY_PROCESSES = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -58,7 +58,7 @@ def attach(
 ) -> list[str]:
     """Puts attention into a network: at the end of every residual branch.
 
-    The network is changed in place: attention takes a free slot of a block, or stands with the last
+    The network is changed in place: attention takes a free slot of a block, or goes with the last
     norm of the branch (or what else ends it) in an `AfterNorm`. Weights of the plain network load
     before or after (``load_state_dict(..., strict=False)``; only keys of attention are missing).
     `detach` takes it out again. At the end the network runs once, if it takes the input it is made
@@ -68,7 +68,7 @@ def attach(
         model: Any network of convolutions, of one to three axes. timm's and torchvision's families
             are known by name; others are followed through one forward pass. One without residual
             branches gets attention after the last norm of each resolution, and a warning.
-        attention: A spec, its text, or the class, of a module that stands in the tail of a block.
+        attention: A spec, its text, or the class, of a module that goes in the tail of a block.
         where: For other networks: a function that is given every module and returns the norm to
             follow (or another module of the network whose output is [N, C, ...]), or None.
         include: Wildcard pattern of the names of sites, or several; None is all.
@@ -90,7 +90,7 @@ def attach(
         The names of the sites, in the order of the network.
 
     Raises:
-        ValueError: No site, an unknown attention, one that stands elsewhere or does not fit the
+        ValueError: No site, an unknown attention, one that goes elsewhere or does not fit the
             channels or the rank of a map, attention that is there already, a site that does not
             run, a network that DDP or FSDP has wrapped, or a block that cannot be fused.
 
@@ -144,7 +144,7 @@ def find_sites(
 def detach(model: nn.Module) -> list[str]:
     """Takes out what `attach` put in; keys, modules and outputs are those of the host again.
 
-    Weights of the host that were trained meanwhile stay as they are. A layer that attention had
+    Weights of the host that were trained since stay as they are. A layer that attention had
     replaced comes back in the mode, on the device and in the dtype that the network has now.
 
     Returns:
@@ -181,7 +181,7 @@ def attn_layer(spec: Attention) -> Callable[..., ChannelAttention]:
     """What timm takes as ``attn_layer``: a function of a number of channels.
 
     Raises:
-        ValueError: The spec is unreadable, unknown or "none", or names a module that does not stand
+        ValueError: The spec is unreadable, unknown or "none", or names a module that does not go
             in the tail of a block.
 
     Examples:
@@ -244,7 +244,7 @@ def _tuple(values: str | int | Collection[Any] | None) -> tuple[Any, ...] | None
 
 
 def _displaced_by(attention: nn.Module) -> nn.Module | None:
-    """What stood where attention stands: as it is in the network now."""
+    """What was there before attention, in the state that the network has now."""
     if isinstance(attention, Around):
         return attention.layer
     layer: nn.Module | None = vars(attention)[DISPLACED]

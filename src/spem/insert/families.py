@@ -1,4 +1,4 @@
-"""The table of families: where in the blocks of other people's networks attention stands.
+"""The table of families: where attention goes in the blocks of other people's networks.
 
 Classes are known by the module they are defined in and their name, so that neither timm nor
 torchvision is loaded; a subclass has the rule of its base.
@@ -17,7 +17,7 @@ Find = Callable[[nn.Module], list[str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """Where attention stands in the blocks of a family.
+    """Where attention goes in the blocks of a family.
 
     Attributes:
         classes: The blocks: module path and class name, ``"timm.models.resnet:Bottleneck"``.

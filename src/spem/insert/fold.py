@@ -117,7 +117,7 @@ def fold(
 
     Raises:
         ValueError: No attention, a gate that is no factor per channel (it differs between
-            positions, adds to the map, or stands in place of a layer), nothing before it that can
+            positions, adds to the map, or replaces a layer), nothing before it that can
             take the factor, or no images.
     """
     gates = _gates(model)

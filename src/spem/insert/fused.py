@@ -38,7 +38,7 @@ class Tail(NamedTuple):
 
 
 class FusedTail(nn.Module):
-    """What the four subclasses have in common; stands before the host's class."""
+    """What the four subclasses have in common; comes before the host's class."""
 
     _tail: ClassVar[Tail]
 

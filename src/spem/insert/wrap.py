@@ -1,4 +1,4 @@
-"""What attention stands in beside a layer of a host: after it, or before it."""
+"""Wrappers that put attention after or before a layer of a host."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Around(nn.Module):
 
     Args:
         layer: The layer of the host.
-        attention: What stands beside it.
+        attention: What goes after or before it.
         place: Name of the layer in the host, such as ``"bn2"``; for messages.
     """
 
     inner: ClassVar[str] = "norm"
     """Name of the child that the host's layer is."""
     role: ClassVar[str] = "with attention after it"
-    """Where the layer stands, for messages."""
+    """Where the layer is, for messages."""
 
     def __init__(self, layer: nn.Module, attention: ChannelAttention, place: str = "") -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class BeforeModule(Around):
 def true_keys(model: nn.Module, state: Mapping[str, _V]) -> dict[str, _V]:
     """The state of a plain network under the names of a model.
 
-    ``bn2.weight`` becomes ``bn2.norm.weight`` where attention stands around ``bn2``. Keys that the
+    ``bn2.weight`` becomes ``bn2.norm.weight`` where a wrapper holds ``bn2``. Keys that the
     model has stay as they are.
     """
     found = dict(state)
