@@ -247,7 +247,7 @@ def test_other_peoples_blocks_are_fused_when_asked(fuse: bool, fused: int) -> No
     assert sum(tail.impl == "formula" for tail in tails) == fused
     text = tails_text(tails)
     if not fuse:
-        apart = "not fused: attention stands apart from norm and addition"
+        apart = "not fused: attention is separate from norm and addition"
         assert text == f"8 block tails: reference ({apart})"
 
 

@@ -151,7 +151,7 @@ def test_mistakes_are_one_sentence():
         compare(rows, baseline="spme")
     with pytest.raises(KeyError, match=r"no column 'modul'. Nearest: module"):
         compare(rows, by="modul")
-    with pytest.raises(ValueError, match="level=1 is no level"):
+    with pytest.raises(ValueError, match="level=1 is not a level"):
         compare(rows, level=1)
     with pytest.raises(ValueError, match="no row holds a finite number"):
         compare(rows.assign(accuracy=float("nan")))

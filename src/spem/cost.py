@@ -1,4 +1,4 @@
-"""What a network costs: parameters and FLOPs, layer by layer, and the tails of its blocks."""
+"""The cost of a network: parameters and FLOPs by layer, and the tails of its blocks."""
 
 import math
 from collections import Counter
@@ -40,9 +40,9 @@ class LayerCost:
 class TailCost:
     """The end of one residual block: norm, attention, addition, ReLU.
 
-    ``impl`` runs it ("reference" composes it of modules, the others fuse it), for this ``reason``
-    where that needs saying. The bytes are those of whole maps read and written; None for composed
-    attention, whose traffic depends on the module.
+    ``impl`` runs it ("reference" composes modules, the others fuse them), and ``reason`` says why
+    if it is not fused. The bytes count full maps read and written; None for composed attention,
+    whose traffic depends on the module.
     """
 
     name: str
@@ -55,7 +55,7 @@ class TailCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one forward pass of the whole batch, and the share of channel attention in it.
+    """The cost of one forward pass of the batch, and the share of channel attention.
 
     Layers and tails of blocks are in the order of the model; the layers add up to the totals.
     """
@@ -86,8 +86,8 @@ def count(
     Args:
         model: Any module that takes one tensor.
         input_shape: Shape of that tensor, such as (1, 3, 32, 32).
-        device: Type of the device whose tails are reported, there or not; None is the model's.
-        dtype: Dtype of the maps that are assumed; None is that of the model.
+        device: Device type to report tails for, present or not; None is the model's.
+        dtype: Assumed dtype of the maps; None is the model's.
 
     Raises:
         ValueError: `input_shape` is empty or holds a number below 1, or an implementation that was
@@ -130,9 +130,9 @@ def block_tails(
     """What runs the tail of each residual block, without running the model.
 
     A block is a module with an `attention` (a channel attention, or None) and a last norm `bn3` or
-    `bn2`, as those of `spem.models`; a stage is one whose `shared` is the attention of its blocks;
-    what ``spem.attach(fuse=True)`` has fused says what its tail is. Attention that stands elsewhere
-    follows its norm as a module of its own: not fused. Arguments and errors as for `count`.
+    `bn2`, as in `spem.models`; a stage has its blocks' attention as `shared`; blocks fused by
+    ``spem.attach(fuse=True)`` describe their own tail. Attention elsewhere is a separate module
+    after its norm: not fused. Arguments and errors as for `count`.
     """
     like = _like(model)
     device, dtype = device or like.device.type, dtype or like.dtype
@@ -170,13 +170,13 @@ def block_tails(
             counted.update(block.modules())
             if block.needs.place == "tail":
                 kind = block.name or type(block).__name__
-                why = "attention stands apart from norm and addition"
+                why = "attention is separate from norm and addition"
                 found.append(TailCost(name, kind, "reference", why))
     return tuple(found)
 
 
 def tails_text(tails: Sequence[TailCost]) -> str:
-    """One phrase for people: how many tails there are, and what runs them.
+    """One readable phrase: the number of tails, and what runs them.
 
     Examples:
         >>> tails_text([TailCost("layer1.0", "spem", "numba", "")])
@@ -201,7 +201,7 @@ def _like(model: nn.Module) -> Tensor:
 def _run(
     model: nn.Module, input_shape: tuple[int, ...]
 ) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """By module name: FLOPs with all that it contains, and the shape of its last output."""
+    """By module name: FLOPs including its children, and the shape of its last output."""
     from torch.utils.flop_counter import FlopCounterMode
 
     outputs: dict[str, tuple[int, ...]] = {}
@@ -226,7 +226,7 @@ def _run(
 
 
 def _spent(module: nn.Module, name: str, totals: dict[str, int]) -> int:
-    """FLOPs of a module; one not called itself (a fused tail) spends what its parts spend."""
+    """FLOPs of a module; if it is not called itself (a fused tail), the sum of its parts."""
     if name in totals:
         return totals[name]
     return sum(_spent(child, _join(name, key), totals) for key, child in module.named_children())
@@ -239,7 +239,7 @@ def _join(name: str, child: str) -> str:
 def _rows(
     module: nn.Module, totals: dict[str, int], outputs: dict[str, tuple[int, ...]], name: str = ""
 ) -> Iterator[LayerCost]:
-    """Rows: attention modules, modules without children, and what containers do themselves."""
+    """Rows: attention modules, modules without children, and containers' own work."""
     attention = isinstance(module, ChannelAttention)
     children = [] if attention else list(module.named_children())
     parameters = sum(p.numel() for p in module.parameters(recurse=attention))

@@ -1,4 +1,4 @@
-"""What attention keeps of one image: its gates block by block, as numbers and as a picture."""
+"""What attention keeps of one image: the gates of each block, as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ __all__ = ["BlockView", "Explanation", "draw", "explain"]
 CLOSED = 0.1
 """A channel whose gate is below this is reported as closed."""
 MOST, LEAST = "#0072B2", "#D55E00"
-"""Colours of the channels most and least kept (Okabe and Ito: which everybody can tell apart)."""
+"""Colours of the channels most and least kept (Okabe and Ito, safe for colour blindness)."""
 ANSWERS = 5
-"""Classes whose probability is drawn."""
+"""Number of classes whose probability is drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class BlockView:
             output of a module that replaces a norm or a convolution.
 
     Attributes:
-        name: The attention's name in the state dict; shared ones have the block's number behind it.
+        name: The attention's name in the state dict; shared ones append the block's number.
         attention: Its name in the registry.
         spatial: Whether the gate differs from position to position.
         adds: Whether the attention also adds to the map.
@@ -79,7 +79,7 @@ class BlockView:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The attentions in the order in which they ran, and the answer of the network.
+    """The attentions in running order, and the network's answer.
 
     Attributes:
         blocks: One view per attention, or per block that shares one.
@@ -92,9 +92,9 @@ class Explanation:
 
 @torch.no_grad()
 def explain(model: nn.Module, image: Tensor) -> Explanation:
-    """Shows one image to a network and looks at what each of its attentions keeps.
+    """Run a network on one image and record what each of its attentions keeps.
 
-    Tails are composed meanwhile, since a fused one never forms the map that its gate multiplies.
+    Tails are not fused here, since a fused one never forms the map that its gate multiplies.
     The mode of every module is restored.
 
     Shape:
@@ -161,17 +161,17 @@ def draw(
     blocks: int = 6,
     top: int = 4,
 ) -> None:
-    """Draws an explanation, and the image as a person sees it (uint8 [3, H, W]), into a file.
+    """Draw an explanation and the original image (uint8 [3, H, W]) into a file.
 
     Args:
-        explanation: What was seen.
+        explanation: What to draw.
         image: The image.
-        path: Where to write; the suffix gives the format, one of matplotlib's.
-        title: What was looked at, in one line.
+        path: File to write; its suffix sets the format, one of matplotlib's.
+        title: Title of the picture, in one line.
         classes: The names of the classes.
         marked: The class to mark among the answers, or None.
-        blocks: Rows at most; of more blocks, as many are taken evenly from the first to the last.
-        top: Channels shown of those most kept, and of those least kept.
+        blocks: Maximum number of rows; of more blocks, an even selection from first to last.
+        top: Number of most kept channels to show, and of least kept ones.
 
     Raises:
         ValueError: ``blocks`` or ``top`` is below 1, nothing was seen, or an unknown format.
@@ -199,12 +199,12 @@ def draw(
 
 
 def _literal(text: str) -> str:
-    """Text as matplotlib shows it as it stands: no formulas, no control characters."""
+    """Text that matplotlib shows unchanged: no formulas, no control characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace("$", r"\$")
 
 
 def evenly(blocks: Sequence[BlockView], count: int) -> list[BlockView]:
-    """At most this many of the blocks, with the first and the last, at even distances."""
+    """At most this many blocks, evenly spaced, including the first and the last."""
     if len(blocks) <= count:
         return list(blocks)
     if count == 1:
@@ -281,7 +281,7 @@ def _profile(axis: Axes, block: BlockView, count: int) -> None:
 
 
 def _scale(block: BlockView) -> tuple[float, float, str]:
-    """The ends of the colours, the same in a row: a rare large value may not whiten the rest."""
+    """The colour limits of a row, chosen so that rare large values do not wash out the rest."""
     import numpy as np
 
     maps = block.maps.flatten()

@@ -1,6 +1,6 @@
 """`to_onnx`: one ONNX file of a network, checked against it before it is written.
 
-torch.export captures a copy, torch.onnx writes the graph, onnxruntime runs it beside the network.
+torch.export captures a copy, torch.onnx writes the graph, onnxruntime runs it for comparison.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = ["Difference", "Exported", "Session", "difference", "tensors", "to_onn
 Precision = Literal["fp32", "fp16"]
 
 TOLERANCE: dict[str, float] = {"fp32": 1e-3, "fp16": 3e-2}
-"""Largest difference of the outputs, relative to their largest magnitude, that is no error. In
-float32 it is some 1e-6 as a rule; gates that divide by the deviation of a plane go further."""
+"""Largest acceptable difference of the outputs, relative to their largest magnitude. In
+float32 it is usually about 1e-6; gates that divide by a plane's deviation reach more."""
 
 _STEP = 32
 """Pixels by which the second height differs, and half of those of the second width."""
 _OLDEST = 7
-"""The oldest version of ONNX's operators that onnxruntime runs."""
+"""The oldest ONNX opset that onnxruntime runs."""
 _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself is that sensitive."
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the outputs of two programs are apart on one input of this shape.
+    """The difference between two programs' outputs on one input of this shape.
 
-    ``largest`` is absolute, ``relative`` that over the largest magnitude of the first's outputs.
+    ``largest`` is absolute; ``relative`` divides it by the largest output magnitude of the first.
     """
 
     shape: tuple[int, ...]
@@ -54,11 +54,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Exported:
-    """What `to_onnx` has written.
+    """The file that `to_onnx` wrote.
 
     Attributes:
-        operators: How often each operator occurs.
-        differences: To the network in PyTorch in float32, per checked input; empty without check.
+        operators: The number of times each operator occurs.
+        differences: From the PyTorch network in float32, per checked input; empty without check.
     """
 
     path: Path
@@ -83,13 +83,13 @@ def to_onnx(
     tolerance: float | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
-    """Writes a network, or a module of it, as ONNX, and checks the graph with onnxruntime.
+    """Write a network, or one of its modules, as ONNX, and check the graph with onnxruntime.
 
-    A copy in evaluation mode on the CPU is exported; the network stays as it is. Attention whose
+    A copy in evaluation mode on the CPU is exported; the network is not changed. Attention whose
     identity start has alpha = 0 is left out, which changes no output. Tails are composed of
-    standard operators. The graph runs beside the network in PyTorch: on the example, on a second
-    batch if the batch is dynamic, and on a second height and width if they are. The file appears
-    whole, after that.
+    standard operators. The graph is compared with the PyTorch network on the example, on a second
+    batch if the batch is dynamic, and on a second height and width if they are. Only then is the
+    file written.
 
     Shape:
         input: [N, C, H, W], as the network takes it; outputs are the tensors that it returns.
@@ -97,18 +97,18 @@ def to_onnx(
     Args:
         model: A network, or an attention module alone, that takes one tensor.
         path: The file to write; its folder must exist.
-        input_shape: Shape of a random example; None is what the network says it is made for, or
+        input_shape: Shape of a random example; None is the network's default input, or
             (1, 3, 224, 224).
-        example: An input of your own, or a shape; instead of ``input_shape``.
-        dynamic_batch: Whether N may change.
-        dynamic_size: Whether H and W may; not with modules that are built for one map size.
-        opset: Version of ONNX's operators; None is what torch writes.
+        example: Your own input, or a shape; instead of ``input_shape``.
+        dynamic_batch: Whether N may vary.
+        dynamic_size: Whether H and W may vary; not for modules built for one map size.
+        opset: ONNX opset; None is torch's default.
         precision: ``"fp16"`` exports weights, maps and input in half precision; gates are computed
             in float32 there too, and the check compares with the network in float32.
-        check: Whether onnxruntime runs the graph.
+        check: Whether to check the graph with onnxruntime.
         tolerance: Largest difference relative to the outputs' largest magnitude; None is 1e-3,
             for fp16 3e-2.
-        metadata: Entries of the file's metadata, beside ``spem_version``, ``spem_attention`` and
+        metadata: Additional metadata entries, next to ``spem_version``, ``spem_attention`` and
             ``spem_precision``.
 
     Raises:
@@ -249,7 +249,7 @@ def _converted(
 
 
 def _clean(graph: Any) -> None:
-    """Takes out the exporter's notes, which hold paths of its machine; names the axes."""
+    """Remove the exporter's notes, which contain local paths, and name the axes."""
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")
     axes = graph.input[0].type.tensor_type.shape.dim
@@ -284,7 +284,7 @@ def _inputs(x: Tensor, *, batch: bool, size: bool) -> list[Tensor]:
 def _compared(
     model: nn.Module, content: bytes, inputs: list[Tensor], limit: float
 ) -> tuple[Difference, ...]:
-    """The graph beside the network, not the one with constants: they share but the weights.
+    """Compare the graph with the original network, not the copy with constants.
 
     Raises:
         ValueError: The graph differs, or one of them does not run.
@@ -340,7 +340,7 @@ class Session:
         self.half: bool = first.type == "tensor(float16)"
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """The outputs for one input, in float32; ValueError where the graph does not run on it."""
+        """The outputs for one input, in float32; ValueError if the graph does not run on it."""
         fed = (x.half() if self.half else x.float()).contiguous().numpy()
         try:
             found = self._session.run(None, {self.input: fed})
@@ -351,7 +351,7 @@ class Session:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output in float32, or float64, however it holds them."""
+    """The tensors of an output, however nested, in float32 or float64."""
     if isinstance(output, Tensor):
         return [output if output.dtype == torch.float64 else output.float()]
     parts = output.values() if isinstance(output, Mapping) else output
@@ -363,7 +363,7 @@ def tensors(output: Any) -> list[Tensor]:
 def difference(
     shape: Sequence[int], expected: Sequence[Tensor], found: Sequence[Tensor]
 ) -> Difference:
-    """Compares two lists of outputs; another number or shape of them is an infinite difference."""
+    """Compare two lists of outputs; if number or shapes differ, the difference is infinite."""
     if [e.shape for e in expected] != [f.shape for f in found]:
         return Difference(tuple(shape), float("inf"), float("inf"))
     pairs = [(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]

@@ -1,22 +1,22 @@
-"""Optional dependencies: imported where used; a missing one names the line that installs it."""
+"""Optional dependencies: imported on use; if missing, the error says how to install them."""
 
 from importlib import import_module
 from types import ModuleType
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Imports an optional dependency, which an extra of this package brings.
+    """Import an optional dependency, installed by an extra of this package.
 
     Raises:
-        ImportError: The module is not installed; the message begins with the purpose and ends in
-            the line that installs it.
+        ImportError: The module is not installed; the message starts with the purpose and ends with
+            the command that installs it.
     """
     try:
         return import_module(module)
     except ImportError as error:
         missing = error.name or module
         if missing.partition(".")[0] != module.partition(".")[0]:
-            raise  # the dependency is there and broken: its own message says more
+            raise  # it is installed but broken: its own message says more
         raise ImportError(
             f"{purpose} needs {missing.partition('.')[0]}, which is not installed. "
             f'Install it, from a checkout: pip install ".[{extra}]"',
@@ -25,5 +25,5 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another package raised, without a full stop; never empty."""
+    """The first line of another package's error, without a full stop; never empty."""
     return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__

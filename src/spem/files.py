@@ -1,4 +1,4 @@
-"""Files that are whole or refused: atomic writes, regular files only, JSON with a checksum."""
+"""Safe files: atomic writes, regular files only, JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, cast
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file such that a reader finds the old content or the new one, never a part.
+    """Write a file so that readers find the old content or the new, never a part.
 
-    The content reaches the disk before the name does, and the folder's entry after it.
+    The content reaches the disk before the name does; the folder's entry is synced last.
 
     Raises:
-        ValueError: the name is taken by something that is no regular file (a link, a device).
-        OSError: the disk is full, or the like; it names the file.
+        ValueError: the name is taken by something other than a regular file (a link, a device).
+        OSError: for example, the disk is full; the message names the file.
     """
     require_regular(path, missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -44,7 +44,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """Read a whole file; a pipe or a device, which might never end, is refused.
+    """Read a file; a pipe or a device, which might never end, is refused.
 
     Raises:
         FileNotFoundError: there is none.
@@ -55,10 +55,10 @@ def read_regular(path: Path) -> bytes:
 
 
 def require_regular(path: Path, *, missing_ok: bool = False) -> None:
-    """Refuse a link, pipe, device or folder in the place of a file.
+    """Refuse a link, pipe, device or folder where a file is expected.
 
     Raises:
-        FileNotFoundError: there is nothing of this name.
+        FileNotFoundError: nothing has this name.
         ValueError: it is no regular file.
     """
     try:
@@ -89,10 +89,10 @@ def save_json(values: dict[str, Any], path: Path) -> None:
 
 
 def load_json(path: Path, *, remedy: str) -> dict[str, Any]:
-    """Read what `save_json` wrote, without the field "sha256".
+    """Read a file of `save_json`, without the field "sha256".
 
     Raises:
-        ValueError: the file is damaged or was edited; the message ends in the remedy.
+        ValueError: the file is damaged or was edited; the message ends with the remedy.
     """
     content = read_regular(path)
     try:
@@ -109,5 +109,5 @@ def load_json(path: Path, *, remedy: str) -> dict[str, Any]:
 
 
 def damaged(path: Path, finding: str, remedy: str) -> ValueError:
-    """The error for a file whose content is not what it should be."""
+    """The error for a file with wrong content."""
     return ValueError(f"{path} is damaged: {finding}. {remedy}")

@@ -1,4 +1,4 @@
-"""CIFAR ResNets with any attention in each block, and the reader of official checkpoints."""
+"""CIFAR ResNets with any attention in each block, and a reader for official checkpoints."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +22,10 @@ BlockName = Literal["bottleneck", "basic"]
 def residual_tail(
     z: Tensor, residual: Tensor, norm: nn.Module, attention: nn.Module | None, shared: Tail | None
 ) -> Tensor:
-    """The end of a residual branch, [N, C, H, W]: relu(attention(norm(z)) + residual).
+    """The end of a residual block, [N, C, H, W]: relu(attention(norm(z)) + residual).
 
-    One operation where the gate is a function of plane statistics, or absent (`spem.ops`). An
-    attention in place of the norm ends the branch itself.
+    A single operation if the gate depends only on plane statistics, or is absent (`spem.ops`).
+    Attention that replaces the norm ends the branch itself.
     """
     if shared is not None:
         return shared(z, residual, norm)
@@ -45,12 +45,12 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 class Block(nn.Module):
     """A residual block with attention on its last norm's output.
 
-    Attention of other kinds stands elsewhere; `Places` returns what each slot holds.
+    Other kinds of attention go elsewhere; `Places` returns what each slot holds.
     """
 
     expansion: ClassVar[int]
     norms: ClassVar[int]
-    """How many norms its branch has, bn1 to the last one."""
+    """The number of norms in its branch."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shared: Tail | None = None) -> Tensor:
         """[N, inputs, H, W] -> [N, expansion planes, H/stride, W/stride].
 
-        ``shared`` is the tail of the attention that the blocks of a stage have in common.
+        ``shared`` is the tail of the attention that a stage's blocks share.
         """
         residual = x if self.downsample is None else self.downsample(x)
         return residual_tail(self._branch(x), residual, self.last_norm, self.attention, shared)
@@ -123,9 +123,9 @@ class Basic(Block):
 
 
 class Stage(nn.Module):
-    """Blocks "0", "1" ... one after the other, and the attention of the whole stage.
+    """Blocks "0", "1" ... in sequence, and the attention of the stage.
 
-    ``shared`` is one module for the tails of all blocks (a state it carries begins again in every
+    ``shared`` is one module for the tails of all blocks (any state it carries is reset in every
     forward pass), ``after`` one for the stage's output; or None.
     """
 
@@ -199,8 +199,7 @@ class ResNet(nn.Module):
             after = None if last else places.at("between", outputs, size=size)
             return Stage([first, *rest], shared, after or places.at("stage", outputs, size=size))
 
-        # The last number is the map's side for the 32 x 32 images of CIFAR; only attention modules
-        # that must know it read it.
+        # The last number is the map's side for 32 x 32 images, for attention built for one size.
         self.layer1 = stage(16, 16, 1, 32)
         self.layer2 = stage(16 * kind.expansion, 32, 2, 16)
         self.layer3 = stage(32 * kind.expansion, 64, 2, 8, last=True)
@@ -208,7 +207,7 @@ class ResNet(nn.Module):
         placed = any(isinstance(module, ChannelAttention) for module in self.modules())
         if attention is not None and not placed:
             raise ValueError(
-                f"resnet: {attention} stands {PLACES[attention.place]}, and a network of {block} "
+                f"resnet: {attention} goes {PLACES[attention.place]}, and a network of {block} "
                 f"blocks has no such place. Use block='bottleneck'."
             )
 
@@ -222,12 +221,12 @@ class ResNet(nn.Module):
 
 
 def blocks(model: nn.Module) -> list[tuple[str, Block]]:
-    """The residual blocks of a network with their names, from the first to the last."""
+    """The residual blocks of a network with their names, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
 
 
 def start_branches(model: nn.Module, weight: float) -> None:
-    """Sets the weight of the last norm of every residual branch.
+    """Set the weight of the last norm of every residual branch.
 
     A control: a module whose gate starts at 0.03 (SPEM) starts every branch at that size, which
     alone changes how a deep network trains.
@@ -243,10 +242,10 @@ def resnet(
     attention: str | AttentionSpec | None = None,
     block: BlockName = "bottleneck",
 ) -> ResNet:
-    """Builds a CIFAR ResNet; its weights follow torch's generator (`torch.manual_seed`).
+    """Build a CIFAR ResNet; its weights follow torch's generator (`torch.manual_seed`).
 
-    `spem.initialise` draws them by a seed and their names, so that networks of one seed differ in
-    their attention alone.
+    `spem.initialise` draws them from a seed and their names instead, so that networks of one seed
+    differ only in their attention.
 
     Args:
         depth: 9n + 2 for bottleneck blocks (11, 29, 83, 164, 245, 326), 6n + 2 for basic ones
@@ -273,9 +272,9 @@ _OFFICIAL_NAMES = {"w1": "w_e", "b1": "b_e", "w2": "w_r", "b2": "b_r", "p": "poo
 
 
 def load_official(path: str | Path) -> ResNet:
-    """Reads a checkpoint of the official SPEM repository into a network of form ``code``.
+    """Read a checkpoint of the official SPEM repository into a network of form ``code``.
 
-    Depth and number of classes are read off the weights. Nothing in the file is executed.
+    Depth and number of classes follow from the weights. Nothing in the file is executed.
 
     Args:
         path: A file that ``torch.save`` wrote: a dict with ``state_dict`` (keys with or without
@@ -286,7 +285,7 @@ def load_official(path: str | Path) -> ResNet:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, holds other objects than tensors and numbers, or is no such
+        ValueError: The file is damaged, holds objects other than tensors and numbers, or is no such
             checkpoint.
     """
     path = Path(path)
@@ -295,7 +294,7 @@ def load_official(path: str | Path) -> ResNet:
     try:
         stored: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch reports damage and refused objects by many exception types.
+        # torch reports damage and refused objects with many exception types.
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"load_official: {path} is damaged or no checkpoint: {reason}") from error
     state = stored.get("state_dict") if isinstance(stored, Mapping) else None

@@ -40,13 +40,13 @@ from spem.version import __version__
 __all__ = ["Images", "Shared", "from_pretrained", "push_to_hub", "read_shared", "save_pretrained"]
 
 SCHEMA = 1
-"""Number of the layout of `config.json`; a change of meaning of a field raises it."""
+"""Layout version of `config.json`, raised when a field changes meaning."""
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _LARGEST_INPUT = 2**26
-"""Numbers in the input that attention was traced with; no image is larger."""
+"""Largest number of values in an input that attention was traced with."""
 
 Results = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
@@ -56,9 +56,9 @@ Results = str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 @dataclass(frozen=True)
 class Images:
-    """How images of ``size`` pixels (None: unknown) come to a network: (pixels / 255 - mean) / std.
+    """How images of ``size`` pixels (None: unknown) are normalised: (pixels / 255 - mean) / std.
 
-    Mean and deviation are those of red, green and blue on the scale 0 to 1.
+    Mean and std are per channel (RGB), on the scale 0 to 1.
     """
 
     size: int | None
@@ -136,7 +136,7 @@ class _Config:
 
     @property
     def host(self) -> _Ours | _Theirs:
-        """The network without what was attached to it."""
+        """The network without attached attention."""
         kind = self.network.get("kind")
         if kind == "spem.resnet":
             return _read(_Ours, self.network, "network")
@@ -149,7 +149,7 @@ class _Config:
 
 
 class Shared(NamedTuple):
-    """What a shared folder holds: the network, in evaluation mode, and what it takes and says."""
+    """Contents of a shared folder: the network, in evaluation mode, its images and classes."""
 
     model: nn.Module
     images: Images | None
@@ -157,7 +157,7 @@ class Shared(NamedTuple):
 
 
 def _read(kind: type[Any], values: Any, subject: str) -> Any:
-    """A dataclass of a table: all fields, none besides, each of its type; else a ValueError."""
+    """Build a dataclass from a table with exactly its fields and types; else ValueError."""
     dacite = require("dacite", extra="hub", purpose="a shared folder")
     try:
         return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple]))
@@ -181,24 +181,24 @@ def save_pretrained(
     license: str | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Writes a network into a folder from which `from_pretrained` makes it again.
+    """Write a network into a folder that `from_pretrained` can load.
 
     The folder gets ``model.safetensors``, ``config.json`` and a model card, ``README.md``. Before
-    anything is written, the network is built from that config and compared: tensor by tensor, then
-    by the outputs of both for one random input.
+    anything is written, the network is rebuilt from that config and compared, first tensor by
+    tensor, then by its outputs for one random input.
 
     Args:
         model: A network of `spem.resnet`, timm or torchvision, with or without attached attention.
-        folder: Is made if it is not there; what an earlier call wrote is replaced.
+        folder: Created if missing; files of an earlier call are replaced.
         results: For the card: the folder of a finished run, or tables with ``dataset``, ``metric``,
             ``value`` and optionally ``split`` and ``note``.
-        arch: Such as ``"torchvision:resnet50"``; timm's networks say it.
-        options: What it was built with, such as ``{"num_classes": 10}``
+        arch: Such as ``"torchvision:resnet50"``; timm's networks know theirs.
+        options: Its constructor's options, such as ``{"num_classes": 10}``
             (`spem.architectures.OPTIONS`).
-        images: ``size``, ``mean`` and ``std`` of its training images; timm's networks say it.
+        images: ``size``, ``mean`` and ``std`` of its training images; timm's networks know them.
         classes: Names of the classes in the order of the outputs.
         license: Of the weights, as the hub spells it, such as ``"apache-2.0"``.
-        repo_id: Where it will be found, for the card's example.
+        repo_id: Its future repository, for the card's example.
 
     Raises:
         ValueError: The network cannot be made from a config, is of several dtypes, a result is no
@@ -239,7 +239,7 @@ def save_pretrained(
         built.load_state_dict(state)
         outputs = _compared(model, built)
         if config.network["kind"] == "torchvision" and [t.dim() for t in outputs] == [2]:
-            # The number of outputs, which the network itself does not know.
+            # The number of outputs, which the network itself does not store.
             config.network["options"]["num_classes"] = outputs[0].shape[1]
             config = dataclasses.replace(config)  # checks the names of classes
     except ValueError as error:
@@ -252,7 +252,7 @@ def save_pretrained(
             f"Name another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # The config last: a folder that has one is whole.
+    # The config last: a folder that has one is complete.
     write_atomic(folder / WEIGHTS, content)
     write_atomic(folder / CARD, card.encode())
     write_atomic(folder / CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
@@ -271,7 +271,7 @@ def is_shared(folder: Path) -> bool:
 def _described(
     model: nn.Module, arch: str | None, options: Mapping[str, Any] | None, asker: str
 ) -> dict[str, Any]:
-    """The network as plain values, without what was attached to it."""
+    """The network as plain values, without attached attention."""
     if isinstance(model, ResNet):
         if arch is not None or options:
             raise ValueError("a network of spem.resnet has no arch= and options=.")
@@ -296,7 +296,7 @@ def _described(
 
 
 def _said(model: nn.Module) -> dict[str, Any]:
-    """What a timm network says of itself and of the images it was trained on."""
+    """A timm network's metadata on itself and its training images."""
     said = getattr(model, "pretrained_cfg", None)
     return said if isinstance(said, dict) else {}
 
@@ -307,8 +307,8 @@ def _said(model: nn.Module) -> dict[str, Any]:
 def _built(config: _Config) -> nn.Module:
     """The network of a config, with random weights, in evaluation mode.
 
-    Nothing is run but the constructors of this library, timm and torchvision, with the arguments
-    that `OPTIONS` and the dataclasses here admit.
+    Only constructors of this library, timm and torchvision run, with the arguments that `OPTIONS`
+    and the dataclasses here allow.
     """
     host = config.host
     with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
@@ -331,7 +331,7 @@ def _built(config: _Config) -> nn.Module:
 
 
 def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
-    """How the tensors of a file differ from those that a network needs; None if they do not."""
+    """How a file's tensors differ from those that a network needs; None if they do not."""
     lacking, beside = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     for names, what in ((lacking, "lack"), (beside, "hold beside those of the network")):
         if names:
@@ -347,11 +347,11 @@ def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | 
 
 
 def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
-    """How weights differ from those of a config, found out before memory is taken for its network.
+    """How weights differ from those of a config, checked before allocating memory for its network.
 
-    First by bounds that cost nothing: every layer counted in a depth has a tensor, every class,
-    every channel of the input a number. Then on the device meta, which allocates nothing; what
-    cannot be built there is reported by the real build, if its host is of a sane size.
+    First by cheap bounds: every layer counted in a depth has a tensor, every class and input
+    channel a number. Then on the meta device, which allocates nothing; what cannot be built there
+    is reported by the real build, if its host has a sane size.
     """
     total = sum(tensor.numel() for tensor in state.values())
     for name, value in config.network.get("options", config.network).items():
@@ -377,9 +377,9 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
 def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     """The outputs of a network on one random input; ValueError unless the other gives the same.
 
-    What has no parameters counts too. Copies of both run in float64. Scales that are about zero (an
+    This also compares parts without parameters. Copies of both run in float64. Scales near zero (an
     untouched identity start, a block's last norm, a layer scale) would hide what they multiply, so
-    they are opened in both alike.
+    they are raised in both.
     """
     shape = next((c.input_shape for part, c in remembered(model) if not part), None)
     if shape is None:
@@ -396,7 +396,7 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
                 _open(twin)
                 torch.manual_seed(0)
                 outputs.append(tensors(twin(x)))
-        except Exception as error:  # a network says in its own way that an input does not fit
+        except Exception as error:  # whatever the network raises
             raise ValueError(
                 f"the network cannot be run on a random input {list(x.shape)}, as it must be to "
                 f"compare it with the rebuilt one: {first_line(error)}"
@@ -413,7 +413,7 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
 
 
 def _open(model: nn.Module) -> None:
-    """Sets scales that are about zero to 0.5."""
+    """Set scales near zero to 0.5."""
     for module in model.modules():
         if isinstance(module, IdentityStart):
             module.alpha.fill_(0.5)
@@ -440,12 +440,12 @@ def from_pretrained(
         repo_or_folder: A folder, or the id of a repository on the hub, ``owner/name``.
         revision: Branch, tag or commit of the repository; only a commit never changes.
         token: For private repositories; None takes that of `hf auth login`.
-        cache_dir: Where fetched files lie; None is the hub's usual place.
-        local_files_only: Fetch nothing; use what was fetched before.
+        cache_dir: Where fetched files are kept; None is the hub's default.
+        local_files_only: Fetch nothing; use files fetched earlier.
 
     Raises:
         FileNotFoundError: No such folder and no such id, or a file is missing.
-        ValueError: The config is of another layout, or the weights do not belong to it.
+        ValueError: The config has another layout, or the weights do not belong to it.
         OSError: The repository cannot be fetched.
         ImportError: An extra is missing; the message ends in the line that installs it.
     """
@@ -477,7 +477,7 @@ def from_pretrained(
 
 
 def read_shared(folder: str | Path) -> Shared:
-    """The network of a folder with what is known of its images and classes.
+    """The network of a folder, with its images and classes.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -541,21 +541,21 @@ def push_to_hub(
     commit_message: str = "Weights, config and card written by spem",
     **describing: Any,
 ) -> str:
-    """Writes a network as `save_pretrained` does, sends it to the hub, returns the commit's URL.
+    """Write a network as `save_pretrained` does, upload it to the hub, return the commit's URL.
 
     Args:
         model: The network.
-        repo_id: Of the repository, ``owner/name``; it is made if it is not there.
+        repo_id: Of the repository, ``owner/name``; created if missing.
         private: Whether a new repository is private; None is the owner's default.
-        token: A token that may write; None takes that of `hf auth login`.
-        revision: The branch; None is the main one.
+        token: A token with write access; None takes that of `hf auth login`.
+        revision: The branch; None is the default branch.
         create_pr: Open a pull request instead of committing to the branch.
-        commit_message: Of the commit.
-        describing: The other arguments of `save_pretrained`.
+        commit_message: Message of the commit.
+        describing: Further arguments of `save_pretrained`.
 
     Raises:
         ValueError: As for `save_pretrained`, or ``repo_id`` is no id.
-        OSError: The hub refuses, or cannot be reached.
+        OSError: The hub refuses or cannot be reached.
         ImportError: huggingface_hub is not installed.
     """
     check_id(repo_id, "push_to_hub")
@@ -564,7 +564,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, repo_id=repo_id, **describing)
         try:
-            api.whoami()  # at once, where the client's other calls try again for half a minute
+            api.whoami()  # fails at once; other calls retry for half a minute
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -576,13 +576,13 @@ def push_to_hub(
         except Exception as error:  # the client's types, and those of its transport
             raise OSError(
                 f"push_to_hub: cannot write to {repo_id}: {first_line(error)}. Look at your "
-                f"connection, and log in with `hf auth login` as somebody who may write there."
+                f"connection, and log in with `hf auth login` as a user with write access."
             ) from error
     return str(commit.commit_url)
 
 
 def check_id(repo_id: str, asker: str) -> None:
-    """Raises ValueError unless this is the id of a repository."""
+    """Raise ValueError unless this is a repository id."""
     if _ID.fullmatch(repo_id) is None:
         raise ValueError(f"{asker}: {repo_id!r} is no id of a repository. Write owner/name.")
 
@@ -592,7 +592,7 @@ def check_id(repo_id: str, asker: str) -> None:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One measured number; accuracies are percent."""
+    """One measured number; accuracies are in percent."""
 
     dataset: str
     metric: str
@@ -631,7 +631,7 @@ def _of_run(folder: Path) -> _Measured:
     except (KeyError, TypeError) as error:
         raise ValueError(f"save_pretrained: {path} lacks {error}. Has the run failed?") from error
     note += f", commit {run['commit']}" if run.get("commit") else ""
-    # Where a folder lies is nobody's business, and it is not the known set it may be named after.
+    # A folder's path is private, and its name does not make it the known set of that name.
     name = known_name(name) or f"{Path(name).name} (a folder of the author's)"
     return _Measured(name, "accuracy", value, note=note)
 
@@ -655,7 +655,7 @@ def _card(
     license: str | None,
     repo_id: str | None,
 ) -> str:
-    """The text of `README.md`: metadata for the hub, then what a reader needs."""
+    """The text of `README.md`: metadata for the hub, then the card."""
     hub = require("huggingface_hub", extra="hub", purpose="save_pretrained")
     host, images, calls = config.host, config.images, config.attach
     found = [config.network.get("attention", "none"), *(call.attention for call in calls)]

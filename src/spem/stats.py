@@ -1,7 +1,7 @@
 """Paired comparison of a table of results: one function in, one table out.
 
-What is compared are per-seed differences: two networks that were trained with the same seed share
-batches and the start of the backbone, so their difference varies less than either of them.
+It compares per-seed differences: networks trained with the same seed share batches and the initial
+backbone, so their difference varies less than either of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def compare(
     together: bool = False,
     level: float = 0.95,
 ) -> pd.DataFrame:
-    """Compare groups of runs with a baseline, run by run of equal seed.
+    """Compare groups of runs with a baseline, pairing runs of equal seed.
 
     **Formula** With d the n differences of pairs: mean(d) -+ t(n - 1, (1 + level) / 2) sd(d) /
     sqrt(n), and p of the paired t test; from six pairs on also the share of the 2**n patterns of
@@ -47,11 +47,11 @@ def compare(
         table: One run a row; where the values are accuracies and a column `classes` says how many
             there are, groups that are hardly better than guessing are not judged.
         by: Columns that name a group.
-        value: Column of the number that is compared; rows without a finite number are left out.
-        pair: Column that makes two runs a pair.
+        value: Column to compare; rows without a finite number are left out.
+        pair: Column whose equal values make two runs a pair.
         baseline: Group that the others are compared with, or one for each table of `within`, by
             its cells; None takes "none" where there is such a group, else the first.
-        within: Columns that split the table into tables of their own.
+        within: Columns that split the table into separate tables.
         together: Correct over the comparisons of all these tables, not of each.
         level: Level of the intervals.
 
@@ -73,7 +73,7 @@ def compare(
 
     by, within = [[names] if isinstance(names, str) else list(names) for names in (by, within)]
     if not 0 < level < 1:
-        raise ValueError(f"compare: level={level} is no level. Use a number between 0 and 1.")
+        raise ValueError(f"compare: level={level} is not a level. Use a number between 0 and 1.")
     for name in (*by, value, pair, *within):
         if name not in table.columns:
             raise KeyError(f"compare: {no_column(name, list(table.columns))}")
@@ -105,7 +105,7 @@ def compare(
 def _part(
     rows: pd.DataFrame, value: str, pair: str, reference: str | None, level: float
 ) -> pd.DataFrame:
-    """The table of rows that may be compared with one another."""
+    """The table of rows that may be compared with each other."""
     import numpy as np
     import pandas as pd
 
@@ -153,7 +153,7 @@ def _difference(pairs: Any, level: float) -> dict[str, float]:
     if n == 0:
         return {"pairs": 0}
     line = {"pairs": n, "difference": d.mean(), "difference_sd": d.std(ddof=1) if n > 1 else np.nan}
-    # What the rounding of the numbers themselves can make of equal differences is no spread.
+    # Rounding alone can make equal differences look unequal: that is no spread.
     equal = np.ptp(d) <= 4 * np.finfo(float).eps * np.abs(pairs).max()
     if n > 1 and equal:
         line["difference_sd"] = 0.0
@@ -204,7 +204,7 @@ def prediction_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def _guessing(rows: pd.DataFrame, value: str) -> float:
-    """What a mean must reach to be judged: twice guessing, for few classes less; -inf otherwise."""
+    """The least mean to be judged: twice guessing, less for few classes; else -inf."""
     counts = rows["classes"].dropna().unique() if "classes" in rows.columns else []
     if "acc" not in value.lower() or len(counts) != 1 or not float(counts[0]) > 1:
         return -float("inf")
@@ -229,7 +229,7 @@ def _baseline(names: Sequence[str], asked: str) -> str:
         return asked if asked in names else found[0]
     what = f"no group {asked!r} to be the baseline.{_nearest(asked, names)}"
     if found:
-        what = f"baseline {asked!r} stands for several groups."
+        what = f"baseline {asked!r} matches several groups."
     raise ValueError(f"{what} Name one of: {'; '.join(found or names)}.")
 
 
@@ -258,7 +258,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def sentence(line: Any, *, unit: str = "points", decimals: int = 2, pair: str = "seed") -> str:
-    """What one row of `compare` says, in words that say no more than the data."""
+    """One row of `compare` in words that claim no more than the data."""
     name, baseline, pairs = line["group"], line["baseline"], line["pairs"]
     if pairs == 0:
         return f"{name} and {baseline} share no {pair}: nothing can be compared."
@@ -276,7 +276,7 @@ def sentence(line: Any, *, unit: str = "points", decimals: int = 2, pair: str = 
 
 
 def answer(table: pd.DataFrame, *, decimals: int = 2) -> str:
-    """What a whole table of `compare` shows, in one sentence; differences are in points."""
+    """The result of a table of `compare` in one sentence; differences are in points."""
     lines = table[table["verdict"] != REFERENCE].to_dict("records")
     if not lines:
         return "There is nothing to compare yet."

@@ -73,7 +73,7 @@ def test_where_they_stand() -> None:
 def test_networks_run_in_training_and_evaluation(spec: str, block: str) -> None:
     depth = 20 if block == "bottleneck" else 14
     if spec == "sk":
-        with pytest.raises(ValueError, match=r"resnet: sk stands in place of the 3x3.*basic"):
+        with pytest.raises(ValueError, match=r"resnet: sk goes in place of the 3x3.*basic"):
             spem.resnet(14, attention=spec, block="basic")
         depth, block = 20, "bottleneck"
     model = spem.resnet(depth, 7, attention=spec, block=block)

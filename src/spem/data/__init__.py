@@ -1,7 +1,7 @@
 """Images: sources, the set held in memory, the epoch's plan, crop and flip, normalisation.
 
-Names are loaded when they are used: `names` and `folder` need no torch, so that a command can look
-at its data before anything slow happens.
+Names are imported on first use: `names` and `folder` need no torch, so that a command can check
+its data before anything slow happens.
 """
 
 from importlib import import_module

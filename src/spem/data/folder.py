@@ -1,6 +1,6 @@
-"""Image files in one folder a class, and any image file as pixels; torch is not needed.
+"""Image files in one folder per class, and decoding of any image file; torch is not needed.
 
-A folder is checked as a whole first, so that all that is wrong with it is told before work begins.
+A folder is checked in full first, so that everything wrong with it is reported before work begins.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
-"""Of Pillow: those that are pixels and nothing else. It knows others that start programs."""
+"""Pillow's formats that hold only pixels; some of its others start programs."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision's."""
 _UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".svg")
-"""Images too, which nobody should believe to be in the set while they are not."""
+"""Images that are not read: reported, or they would be missing unnoticed."""
 _TESTS = ("test", "val", "valid", "validation")
 MAX_PIXELS = 89_478_485
-"""Of one image; beyond it Pillow warns of a trap as well."""
+"""Per image; beyond this Pillow warns of a decompression bomb, too."""
 MAX_BYTES = 32 * 2**30
-"""A set is held whole in memory; beyond these a file is taken for damaged."""
+"""Sets are held in memory; a file that needs more is assumed to be damaged."""
 _LISTED = 10
 
 
@@ -40,20 +40,20 @@ class Listing(NamedTuple):
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Whether a folder holds splits, or classes with images in them."""
+    """Whether a folder holds splits, or classes that contain images."""
     return any(path.name in ("train", *_TESTS) or _walk(path)[0] for path in _folders(folder))
 
 
 def look(folder: Path) -> Listing:
     """List the images of ``folder/train/<class>/**`` and ``folder/test/<class>/**``.
 
-    ``val/``, ``valid/`` or ``validation/`` do where there is no ``test/``. A folder of classes
-    alone has no splits. Links are followed; what is hidden (``.ipynb_checkpoints``, ``._1.png``) or
-    ``__MACOSX`` is left out, as are files that are no images by their suffix.
+    ``val/``, ``valid/`` or ``validation/`` can replace ``test/``. A folder of classes alone has no
+    splits. Links are followed; hidden files (``.ipynb_checkpoints``, ``._1.png``), ``__MACOSX`` and
+    files without an image suffix are skipped.
 
     Raises:
         FileNotFoundError: a split is missing.
-        ValueError: everything else that is wrong with the folder, in one message.
+        ValueError: anything else wrong with the folder, all in one message.
     """
     names = [path.name for path in _folders(folder)]
     test = next((name for name in _TESTS if name in names), None)
@@ -105,7 +105,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images below a folder by path, links followed, and names of kinds that are not read."""
+    """The images below a folder, links followed, and the names of unsupported ones."""
     images: list[Path] = []
     others: list[str] = []
     seen: set[str] = set()
@@ -126,7 +126,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -> None:
-    """Read the head of every image file, which is quick, and refuse all that cannot be used."""
+    """Read every image file's header, which is quick, and refuse all unusable ones."""
     faults: list[str] = []
     sizes: dict[str, str] = {}
     for path in paths:
@@ -141,11 +141,11 @@ def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -
 
 
 def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
-    """Refuse broken images, and several sizes (with an image of each), all in one message."""
+    """Report broken images and differing sizes (an example of each) in one message."""
     if faults:
         more = [f"... and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
         raise ValueError(
-            f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Mend or remove "
+            f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Repair or remove "
             "them, or leave them out with --data.skip-broken (skip_broken=True):\n"
             + "\n".join([*faults[:_LISTED], *more])
         )
@@ -153,16 +153,16 @@ def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
         few = ", ".join(f"{size} ({where})" for size, where in list(sizes.items())[:3])
         raise ValueError(
             f"the images have {len(sizes)} different sizes: {few}{' ...' if len(sizes) > 3 else ''}"
-            ". Give the size that all are brought to: --data.size 32 (size=32)."
+            ". Give one size for all: --data.size 32 (size=32)."
         )
 
 
 def decode_all(
     sources: Iterable[tuple[str, bytes | Path]], count: int, *, size: int | None, skip_broken: bool
 ) -> tuple[NDArray[np.uint8], list[int]]:
-    """Decode images into uint8 [n, H, W, 3]; also gives the positions of those that were kept.
+    """Decode images into uint8 [n, H, W, 3]; also return the positions of those kept.
 
-    A source is what to call an image in a message, and the file or its bytes; there are `count`.
+    A source is an image's name in messages, and its file or bytes; there are `count`.
     """
     import numpy as np
 
@@ -191,19 +191,19 @@ def decode_all(
             kept.append(index)
     _refuse([] if skip_broken else faults, sizes)
     if pixels is None:
-        raise ValueError("there is no image that can be read." + "".join(faults[:1]))
+        raise ValueError("no image can be read." + "".join(faults[:1]))
     return pixels[: len(kept)], kept
 
 
 def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDArray[np.uint8]:
-    """Decode one image file, or its bytes, to uint8 [H, W, 3], the way its photographer saw it.
+    """Decode one image file, or its bytes, to uint8 [H, W, 3], upright.
 
-    The EXIF rotation is applied. Transparent pixels are put on white. 16-bit grey is scaled to 8
-    bits. With a size the shorter side is brought to it (bilinear, as torchvision's `Resize`) and
-    the middle is cut out (`CenterCrop`).
+    The EXIF rotation is applied, transparency becomes white, and 16-bit grey is scaled to 8 bits.
+    With a size, the shorter side is resized to it (bilinear, like torchvision's `Resize`) and the
+    centre is cropped (`CenterCrop`).
 
     Raises:
-        ValueError: no image of an admitted format, broken, incomplete or too large; the message
+        ValueError: not an image of an allowed format, broken, incomplete or too large; the message
             calls it ``label``.
     """
     import numpy as np
@@ -220,7 +220,7 @@ def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDAr
 
 
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Bring one image [H, W, 3] to a size, as `decode` does."""
+    """Resize one image [H, W, 3] as `decode` does."""
     import numpy as np
 
     pillow = require("PIL.Image", extra="train", purpose="scaling images")
@@ -229,7 +229,7 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _reading(label: str) -> Generator[Any]:
-    """Pillow; whatever a damaged file makes it raise becomes one sentence."""
+    """Pillow; any error that a damaged file raises becomes one sentence."""
     pillow = require("PIL.Image", extra="train", purpose="reading images")
     try:
         yield pillow
@@ -249,7 +249,7 @@ def _opened(pillow: Any, source: Path | io.BytesIO) -> Any:
 
 
 def _colour(image: Any, pillow: Any) -> Any:
-    """The image as red, green and blue of 8 bits, upright."""
+    """The image as 8-bit RGB, upright."""
     import numpy as np
 
     image = require("PIL.ImageOps", extra="train", purpose="reading images").exif_transpose(image)
@@ -261,7 +261,7 @@ def _colour(image: Any, pillow: Any) -> Any:
         return pillow.fromarray(np.stack([grey] * 3, axis=-1))
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"its values have 32 bits (mode {image.mode}), and where black and white lie is not "
+            f"its values have 32 bits (mode {image.mode}), and which are black and white is not "
             "known: save it with 8 or 16 bits"
         )
     if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:

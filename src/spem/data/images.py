@@ -1,4 +1,4 @@
-"""A set of images held whole in memory, the plan of an epoch, crop and flip, normalisation."""
+"""Sets of images in memory, the plan of an epoch, crop and flip, normalisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size with their labels, as every source delivers them.
+    """Images of one size with their labels; every source returns one.
 
     Shape:
         images: uint8 [n, 3, H, W], red, green, blue, 0 to 255.
@@ -28,8 +28,8 @@ class ImageSet:
         images: The pixels.
         labels: The class of each image.
         classes: The names of the classes, in the order of their labels.
-        name: Short name of the set, as tables and folders show it.
-        sha256: ``checksum(images, labels)``; computed here when left empty.
+        name: Short name of the set, for tables and folders.
+        sha256: ``checksum(images, labels)``; computed if left empty.
 
     Raises:
         ValueError: Shapes, dtypes, devices or labels do not fit together.
@@ -76,7 +76,7 @@ class ImageSet:
 
 
 def checksum(images: Tensor, labels: Tensor) -> str:
-    r"""SHA-256, in hex, of a set's shape, pixels (row-major) and labels, wherever it was read from.
+    r"""SHA-256, in hex, of a set's shape, pixels (row-major) and labels.
 
     **Formula**: sha256(b"uint8 n 3 H W\n" + pixels + labels as little-endian int64). Class names
     are left out: sources spell them differently.
@@ -89,13 +89,13 @@ def checksum(images: Tensor, labels: Tensor) -> str:
 
 
 def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
-    """Splits training images into (rest, validation), both in the set's order.
+    """Split training images into (rest, validation), both in the set's order.
 
-    Which images are held out depends on the number of images alone, never on the seed of a run, so
-    that runs of several seeds are judged on the same images.
+    The held-out images depend only on the number of images, not on a run's seed, so that all seeds
+    are judged on the same images.
 
     Raises:
-        ValueError: ``count`` images cannot be held out with one remaining at least.
+        ValueError: Holding out ``count`` images would leave none, or it is below 1.
     """
     if not 0 < count < len(train):
         raise ValueError(
@@ -107,10 +107,10 @@ def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 class EpochPlan(NamedTuple):
-    """All random choices of one epoch; row i belongs to the i-th image the epoch shows.
+    """All random choices of an epoch; row i is for the i-th image shown.
 
     Shape:
-        permutation: int64 [n], which image is shown at position i.
+        permutation: int64 [n], the image shown at position i.
         offsets: int64 [n, 2], row and column of its crop in the padded image, 0 to 2 * pad.
         flips: bool [n], whether it is mirrored.
     """
@@ -121,9 +121,9 @@ class EpochPlan(NamedTuple):
 
 
 def epoch_plan(seed: int, epoch: int, n: int, *, pad: int = 4) -> EpochPlan:
-    """Draws order, crops (in a padding of ``pad`` pixels) and flips of the n images of an epoch.
+    """Draw the order, crops (with ``pad`` pixels of padding) and flips of n images.
 
-    A pure function of its arguments, on the CPU: a resumed run sees what an undisturbed one sees.
+    A pure function of its arguments, on the CPU, so a resumed run sees the same images.
     """
     generator = keyed_generator(seed, "epoch", epoch)
     permutation = torch.randperm(n, generator=generator, device="cpu")
@@ -133,14 +133,14 @@ def epoch_plan(seed: int, epoch: int, n: int, *, pad: int = 4) -> EpochPlan:
 
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> Tensor:
-    """Pads with zeros, crops to the old size and mirrors, all images in one gather.
+    """Pad with zeros, crop to the original size and mirror, all images in one gather.
 
     **Formula**: out[i, c, y, x] = padded[i, c, offsets[i, 0] + y, offsets[i, 1] + x'], where
     x' = W - 1 - x if flips[i], else x. No host synchronisation.
 
     Shape:
         images: uint8 (any dtype) [n, C, H, W], any memory format; n = 0 is fine.
-        offsets, flips: As in an `EpochPlan` that was drawn with this ``pad``.
+        offsets, flips: As in an `EpochPlan` drawn with this ``pad``.
         result: [n, C, H, W], channels_last.
     """
     n, channels, height, width = images.shape
@@ -164,7 +164,7 @@ def normalise(
 
     Shape:
         images: uint8 [n, C, H, W]; the result has the same shape and memory format.
-        mean, std: Of each channel, on the scale 0 .. 1.
+        mean, std: Per channel, on the scale 0 .. 1.
 
     Raises:
         ValueError: Images are not uint8, or mean and std do not fit their channels.

@@ -1,4 +1,4 @@
-"""One door to every source of images: by name, or by the path of a folder."""
+"""Loading images from every source: by name, or from a folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from spem.data.images import ImageSet, Split
 
 TEST_SHARE = 0.2
-"""Part of each class that is held out where a folder has no splits."""
+"""Share of each class held out if a folder has no splits."""
 
 _IMAGE_COLUMNS = ("img", "image")
-_LABEL_COLUMNS = ("fine_label", "label")  # CIFAR-100 has a coarse one beside the fine one
+_LABEL_COLUMNS = ("fine_label", "label")  # CIFAR-100 has a coarse label next to the fine one
 
 
 class _Read(NamedTuple):
-    """What a reader found: image files or their bytes with what to call them, or pixels."""
+    """What a reader found: image files or bytes with names for messages, or pixels."""
 
     images: Iterable[tuple[str, bytes | Path]] | NDArray[np.uint8]
     labels: list[int]
@@ -43,10 +43,10 @@ def check_images(
     test: float | None = None,
     skip_broken: bool = False,
 ) -> None:
-    """Refuse at once what `load_images` would refuse later, without loading torch.
+    """Refuse right away what `load_images` would refuse later, without loading torch.
 
-    An image folder is looked at as a whole, down to the head of every file. Of parquet and CIFAR
-    files only the presence is checked; the hub is asked when the images are fetched.
+    An image folder is checked down to every file's header; parquet and CIFAR files only for
+    existence. The hub is not asked until the images are fetched.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `load_images`.
@@ -81,37 +81,37 @@ def load_images(
     skip_broken: bool = False,
     sha256: str | None = None,
 ) -> ImageSet:
-    """Load one split of a set of images into memory, from wherever it lies.
+    """Load one split of a set of images into memory, from any source.
 
     - ``digits``: scikit-learn's bundled digits, no network.
     - ``cifar10``, ``cifar100`` or their hub ids: ``root/<name>`` if a root is given, else
-      ``$SPEM_DATA/<name>`` if that is there, else the hub.
-    - A folder with ``train-*.parquet`` and ``test-*.parquet``, here or one folder below: the hub's
+      ``$SPEM_DATA/<name>`` if it exists, else the hub.
+    - A folder with ``train-*.parquet`` and ``test-*.parquet``, in it or one level down: the hub's
       layout.
-    - ``cifar-10-batches-py``, ``cifar-100-python``: torchvision's folders, read by torchvision,
-      which compares every file with its published MD5 sum first.
+    - ``cifar-10-batches-py``, ``cifar-100-python``: torchvision's folders, read by torchvision
+      after checking every file's published MD5 sum.
     - A folder with ``train/<class>/`` and ``test/<class>/`` (or ``val/``): image files, one folder
-      a class (`spem.data.folder.look`). Without splits, ``<class>/`` straight in it, a part of
-      each class is held out for the test, always the same.
+      per class (`spem.data.folder.look`). If it has no splits, only ``<class>/``, a fixed share of
+      each class is held out for testing.
 
-    All end in the same tensors, and `ImageSet.sha256` is the sum of what was decoded.
+    All give the same tensors; `ImageSet.sha256` is the checksum of what was decoded.
 
     Args:
         name_or_path: one of the above.
         split: "train" or "test".
-        root: folder in which named sets lie, each under its short name.
-        size: height and width in pixels. The digits are magnified to it (multiples of 8, 16 if
-            left out); other images are scaled and cropped as torchvision does (`decode`).
-        test: share of each class held out where a folder has no splits; None is a fifth.
+        root: folder that holds named sets, each under its short name.
+        size: height and width in pixels. Digits are magnified (to a multiple of 8, by default 16);
+            other images are resized and cropped as torchvision does (`decode`).
+        test: share of each class held out if a folder has no splits; None is a fifth.
         skip_broken: leave out image files that cannot be read.
         sha256: expected `ImageSet.sha256`, in hex.
 
     Raises:
-        FileNotFoundError: there is no such name or folder, or files of it are missing.
-        ValueError: files are damaged, differ in size, or have another sum; or an argument does not
+        FileNotFoundError: there is no such name or folder, or files are missing.
+        ValueError: files are damaged, differ in size, or fail the checksum; or an argument does not
             fit.
-        OSError: a file is there and cannot be opened.
-        ImportError: an extra is missing; the message ends in the line that installs it.
+        OSError: a file exists but cannot be opened.
+        ImportError: an extra is missing; the message ends with the command that installs it.
     """
     import numpy as np
     import torch
@@ -149,7 +149,7 @@ def load_images(
 
 
 def _where(name_or_path: str, root: str | Path | None) -> Path | None:
-    """The folder of a set; None for one that the hub has."""
+    """The folder of a set; None if it comes from the hub."""
     short = known_name(name_or_path)
     if short is None:
         if root is not None:
@@ -172,14 +172,14 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
         return folder
     if root is not None:
         raise FileNotFoundError(
-            f"{short}: {folder} is not there. Give the folder that holds {short}/ as the root, "
+            f"{short}: {folder} does not exist. Give the folder that holds {short}/ as the root, "
             "or leave it out."
         )
     return None
 
 
 def _kind(folder: Path) -> str:
-    """How the images of a folder are kept."""
+    """The layout of a folder of images."""
     if (folder / "batches.meta").is_file() or (folder / "data_batch_1").is_file():
         return "CIFAR10"
     if (folder / "meta").is_file() and (folder / "train").is_file():
@@ -196,12 +196,12 @@ def _kind(folder: Path) -> str:
 
 
 def _fetched(hub_id: str) -> Path:
-    """The hub's files of a set; its client keeps a copy, which serves without a network too."""
+    """A set's files from the hub, whose client keeps a copy that works offline too."""
     hub = require("huggingface_hub", extra="train", purpose=f"fetching {hub_id}")
     try:
-        # One question first: where nobody answers, `datasets` asks again for half a minute.
+        # Ask once first: without an answer, `datasets` would retry for half a minute.
         kept = hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns="*.parquet")
-    except Exception as error:  # what it raises depends on where a missing network is noticed
+    except Exception as error:  # errors depend on where a missing network is noticed
         raise FileNotFoundError(
             f"no local folder, and {hub_id} could not be fetched from the hub "
             f"({type(error).__name__}: {first_line(error)}). Point SPEM_DATA or --data.root at a "
@@ -211,7 +211,7 @@ def _fetched(hub_id: str) -> Path:
 
 
 def _image_folder(folder: Path, split: Split, share: float) -> _Read:
-    """Read a split; where there are none, a part of each class, never by the seed of a run."""
+    """Read a split; without splits, a fixed share of each class, whatever the run's seed."""
     from torch import randperm
 
     from spem.seeding import keyed_generator
@@ -242,7 +242,7 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
     labels: list[int] = []
     found: set[tuple[str, ...]] = set()
     for path in _shards(folder, split):
-        # Damaged bytes make pyarrow raise its own errors, OSError, ValueError, MemoryError ...
+        # On damaged bytes pyarrow raises its own errors, OSError, ValueError, MemoryError ...
         try:
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
                 groups = range(file.num_row_groups)
@@ -253,7 +253,7 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
                 wanted = [c for c in file.schema_arrow.names if c in known]
                 table = file.read(columns=wanted, use_threads=False)
                 table.validate(full=True)
-            # The hub's names of the classes lie in the schema of the whole file.
+            # The hub keeps class names in the file's schema.
             features = datasets.Features.from_arrow_schema(file.schema_arrow)
         except Exception as error:
             raise ValueError(
@@ -321,20 +321,19 @@ def _shards(folder: Path, split: str) -> list[Path]:
                 raise FileNotFoundError(f"{where}: {name} is missing. Fetch the whole set.")
         if len(shards) > total:
             raise ValueError(
-                f"{where}: files of several versions of {split!r} lie side by side. "
-                "Keep one version."
+                f"{where}: there are files of several versions of {split!r}. Keep one version."
             )
     return shards
 
 
 def _cifar(folder: Path, split: Split, share: float) -> _Read:
-    """Let torchvision read its folder; what is not the published file is never unpickled."""
+    """Let torchvision read its folder; only published files are ever unpickled."""
     datasets = require("torchvision.datasets", extra="train", purpose="reading CIFAR's own files")
     kind = _kind(folder)
     reader = type(kind, (getattr(datasets, kind),), {"base_folder": folder.resolve().name})
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's names have moved since the files were written
+            warnings.simplefilter("ignore")  # numpy has moved since they were written
             found = reader(str(folder.resolve().parent), train=split == "train")
     except RuntimeError as error:
         raise ValueError(
@@ -350,9 +349,9 @@ _READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CI
 def _digits(split: Split, size: int) -> _Read:
     """The 1797 handwritten 8x8 digits that come with scikit-learn, as colour images.
 
-    The last 360 are the test split. The order is kept on purpose: images come writer by writer, so
-    they are by other hands than the rest. Values 0 .. 16 become 0 .. 255, rounded, and each pixel a
-    square, without interpolation, so that the map is large enough for the stages of a network.
+    The last 360 are the test split, in the original order on purpose: images come writer by writer,
+    so other people wrote them. Values 0 .. 16 become 0 .. 255, rounded, and each pixel a square,
+    without interpolation, so that maps are large enough for a network's stages.
     """
     import numpy as np
 
