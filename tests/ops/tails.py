@@ -27,7 +27,7 @@ SPECS = (
 
 
 def pairwise(**axes: Iterable[object]) -> pytest.MarkDecorator:
-    """Parametrises with so many cases that any two values of two axes meet in one.
+    """Parametrises with just enough cases that any two values of two axes meet in one.
 
     A fault of one value or of two together shows as in the whole product, at a tenth of its price.
     """

@@ -14,10 +14,7 @@ from torch import Tensor
 import spem
 from spem.ops import use_impl
 
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
-KERNELS = pytest.mark.parametrize("impl", ["numba", "triton"])
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def arguments(layout: torch.memory_format, device: str = "cpu") -> dict[str, tuple[object, ...]]:
@@ -43,15 +40,13 @@ def operator(impl: str, name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.spem, f"{impl}_{name}").default
 
 
-@KERNELS
-@LAYOUTS
-@pytest.mark.parametrize("name", arguments(torch.contiguous_format))
+@pairwise(impl=("numba", "triton"), layout=LAYOUTS, name=arguments(torch.contiguous_format))
 def test_opcheck(impl: str, layout: torch.memory_format, name: str) -> None:
     needs(impl, torch.float32, home(impl))
     torch.library.opcheck(operator(impl, name), arguments(layout, home(impl))[name])
 
 
-@KERNELS
+@pytest.mark.parametrize("impl", ["numba", "triton"])
 def test_opcheck_without_optional_parts(impl: str) -> None:
     needs(impl, torch.float32, home(impl))
     z, _, mu, p, *_ = arguments(torch.contiguous_format, home(impl))["affine_tail"]
@@ -62,8 +57,8 @@ def test_opcheck_without_optional_parts(impl: str) -> None:
 
 @pairwise(
     impl=("formula", "numba", "triton"),
-    layout=(torch.contiguous_format, torch.channels_last),
-    gate=("none", "spem", "se(reduction=1)", "srm"),
+    layout=LAYOUTS,
+    gate=("none", "spem", "srm"),
     norm=("train", "eval"),
 )
 def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm: str) -> None:

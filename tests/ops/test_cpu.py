@@ -143,7 +143,7 @@ def test_statistics_after_a_constant_norm(dtype, shape, last):
     var = drawn(shape[1:2], wide(dtype), seed=4).square() + 0.1
     gamma[1::3] = 0.0
     if z[0, 0].numel() > 1:
-        flat = z.flatten(2)  # a view only where planes are contiguous: hence what follows
+        flat = z.flatten(2)  # a view only where planes are contiguous
         flat[-1, -1, -1] = float("nan")
         if shape[1] > 2:
             flat[0, 0, -1], flat[0, 1, -1] = float("inf"), -float("inf")

@@ -20,7 +20,6 @@ SHAPE = (4, 5, 3, 6)
 KINDS = {"formula": torch.float64, "numba": torch.float32, "triton": torch.float32}
 IMPLS = pytest.mark.parametrize(("impl", "dtype"), KINDS.items(), ids=KINDS)
 SOME = ("none", "spem", "se(reduction=1)")
-SOME_GATES = pytest.mark.parametrize("gate", SOME)
 
 
 def gradients(y: Tensor, grad: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -84,18 +83,14 @@ def test_identical_calls_give_identical_bits(impl: str, dtype: torch.dtype, gate
         assert torch.equal(value, again[name]), name
 
 
-@IMPLS
-@SOME_GATES
-def test_parameters_changed_in_place_between_calls(
-    impl: str, dtype: torch.dtype, gate: str
-) -> None:
+@pairwise(impl=KINDS, gate=SOME)
+def test_parameters_changed_in_place_between_calls(impl: str, gate: str) -> None:
+    dtype = KINDS[impl]
     needs(impl, dtype, home(impl))
     t = tail(gate, SHAPE, dtype=dtype, device=home(impl))
-    optimizer = torch.optim.SGD(t.parameters().values(), lr=0.05)
     t.results(impl)
-    optimizer.step()
-    fresh = copy.deepcopy(t)
-    found, expected = t.results(impl), fresh.results("reference")
+    torch.optim.SGD(t.parameters().values(), lr=0.05).step()
+    expected, found = copy.deepcopy(t).results("reference"), t.results(impl)
     for name, value in expected.items():
         assert error(found[name], value) <= 10 * TAIL[dtype], name
 
@@ -193,8 +188,7 @@ def test_nan_in_the_residual_stays(impl: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         t.residual[2, 1, 0, 3] = float("nan")
     y = t.forward(impl)
-    assert y.isnan().sum() == 1
-    assert y[2, 1, 0, 3].isnan()
+    assert y.isnan().nonzero().tolist() == [[2, 1, 0, 3]]
     (grad,) = gradients(y, torch.ones_like(y), t.residual)
     assert grad[2, 1, 0, 3] == 1  # as torch.relu: the gradient passes where y is not <= 0
 
@@ -220,22 +214,19 @@ def test_the_first_of_equal_extrema_gets_the_gradient(
 
         y = gate_tail(z, residual, gate, impl=impl)
         (found,) = gradients(y, torch.ones_like(y), z)
-        expected = torch.zeros(2, 2, 3, 3, dtype=dtype)
-        for b in range(2):
-            for c, flat in enumerate((plane.flatten(), zeros.flatten())):
-                high, low = flat.max().item(), flat.min().item()
-                expected[b, c] = 2 * high + sign * 0.5 * low
-                first_high = flat.tolist().index(high)
-                first_low = flat.tolist().index(low)
-                expected[b, c].view(-1)[first_high] += 2 * flat.sum().item()
-                expected[b, c].view(-1)[first_low] += sign * 0.5 * flat.sum().item()
-        torch.testing.assert_close(found.contiguous().cpu(), expected)
+        expected = torch.zeros(2, 2, 9, dtype=dtype)
+        for c, flat in enumerate((plane.flatten().tolist(), zeros.flatten().tolist())):
+            high, low = max(flat), min(flat)
+            expected[:, c] = 2 * high + sign * 0.5 * low
+            expected[:, c, flat.index(high)] += 2 * sum(flat)
+            expected[:, c, flat.index(low)] += sign * 0.5 * sum(flat)
+        torch.testing.assert_close(found.flatten(2).cpu(), expected)
 
 
-@IMPLS
-@SOME_GATES
-def test_a_second_derivative_is_refused(impl: str, dtype: torch.dtype, gate: str) -> None:
+@pairwise(impl=KINDS, gate=SOME)
+def test_a_second_derivative_is_refused(impl: str, gate: str) -> None:
     """Of every first one, also where it does not depend on the gate."""
+    dtype = KINDS[impl]
     needs(impl, dtype, home(impl))
     for name in tail(gate, SHAPE, dtype=dtype, device=home(impl)).parameters():
         t = tail(gate, SHAPE, dtype=dtype, device=home(impl))

@@ -96,14 +96,20 @@ def test_equals_the_reference_in_float64(
 
 @both_layouts
 @pytest.mark.parametrize("gate", ["spem", "eca(kernel=5)", "se(reduction=4)", "srm", "none"])
-def test_what_is_not_finite(gate: str, layout: torch.memory_format) -> None:
+def test_what_is_not_finite_or_large(gate: str, layout: torch.memory_format) -> None:
     t = drawn(gate, (6, 67, 3, 3), dtype=torch.float32, memory_format=layout)
+    large = copy.deepcopy(t)
     with torch.no_grad():
         t.z[1, 5, 1, 1], t.z[2, 6, 0, 2], t.z[3, 7, 2, 2] = torch.nan, torch.inf, -torch.inf
         t.z[4, 8] = torch.nan  # where gamma is zero
         expected, found = t.forward("reference"), t.forward("numba")
-    assert torch.equal(found.isnan(), expected.isnan())
-    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+        if gate != "srm":  # whose own norm is of squares
+            for _ in range(3):
+                large.z.mul_(1e10)
+                expected = large.forward("reference")
+                assert expected.isfinite().all()
+                assert error(large.forward("numba"), expected) < 1e-5
 
 
 @both_layouts
@@ -165,7 +171,7 @@ def test_large_results_are_written_past_the_caches(
 
 
 @both_layouts
-def test_nothing_beside_the_result_is_written(
+def test_nothing_but_the_result_is_written(
     layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The result lies between guards."""
@@ -209,27 +215,21 @@ class Wrapped(Tensor):
     """A subclass, whose memory may not hold its values."""
 
 
-def spoiled_weight(module: spem.SPEM) -> None:
-    weight = module.w_e.detach().clone()
-    del module.w_e
-    module.w_e = weight.as_subclass(Wrapped)
-
-
-def of_other_shape(module: spem.SPEM) -> None:
-    module.w_e = nn.Parameter(module.w_e.detach()[:1])  # broadcasts
-
-
-@pytest.mark.parametrize(
-    "change",
-    [spoiled_weight, of_other_shape, lambda m: m.pool.register_forward_hook(lambda *a: a[2] / 2)],
-)
+@pytest.mark.parametrize("change", ["a subclass", "a shape that broadcasts", "a hook"])
 def test_what_no_kernel_knows_is_run_by_torch(
-    change: Any, gates: list[CompiledGate | None]
+    change: str, gates: list[CompiledGate | None]
 ) -> None:
     t = drawn("spem", (4, 67, 3, 3), dtype=torch.float32)
     assert isinstance(t.gate, spem.SPEM)
+    weight = t.gate.w_e.detach().clone()
+    if change == "a hook":
+        t.gate.pool.register_forward_hook(lambda *a: a[2] / 2)
+    elif change == "a subclass":
+        del t.gate.w_e
+        t.gate.w_e = weight.as_subclass(Wrapped)
+    else:
+        t.gate.w_e = nn.Parameter(weight[:1])
     with torch.no_grad():
-        change(t.gate)
         expected = t.forward("reference")
         assert error(t.forward("numba").as_subclass(Tensor), expected.as_subclass(Tensor)) < 1e-5
     assert gates == [None]
@@ -364,14 +364,3 @@ def test_residuals_of_another_layout_and_small_plain_tails() -> None:
             expected = bn_gate_tail(z, r, norm, gate, impl="reference")
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             assert found.is_contiguous()
-
-
-@pytest.mark.parametrize("size", [1e18, 1e25, 1e30])
-@both_layouts
-def test_large_numbers_stay_finite(size: float, layout: torch.memory_format) -> None:
-    t = drawn("spem", (2, 67, 8, 8), dtype=torch.float32, memory_format=layout)
-    with torch.no_grad():
-        t.z.mul_(size)
-        expected, found = t.forward("reference"), t.forward("numba")
-    assert expected.isfinite().all()
-    assert error(found, expected) < 1e-5

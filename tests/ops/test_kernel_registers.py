@@ -23,7 +23,7 @@ MOST_REGISTERS = 168
 
 
 def compiled(out: Path) -> list[dict[str, str]]:
-    """The table of `benchmarks/kernel_registers.py`; bfloat16 stands for float16."""
+    """The table of `benchmarks/kernel_registers.py`; bfloat16 represents float16."""
     # The interpreter, which this process may have switched on, is switched off there.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--dtypes", "float32", "bfloat16", "--out", str(out)]

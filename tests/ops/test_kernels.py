@@ -75,7 +75,7 @@ def assert_near(
 
 
 def assert_rounded_once(found: torch.Tensor, expected: np.ndarray, size: np.ndarray) -> None:
-    """Half a unit in the last place, beside what float32 errs on the way there."""
+    """Half a unit in the last place, and what float32 errs on the way there."""
     limits = torch.finfo(found.dtype)
     # The interpreter cuts off to bfloat16, where a GPU rounds.
     share = 1 if kernels.INTERPRETED and found.dtype is torch.bfloat16 else 0.5
@@ -142,9 +142,9 @@ def test_planes_of_one_value_tie_at_the_first_position(
 
 
 @both_layouts
-@pytest.mark.parametrize("at", [0, 3, 48, 255, 3135])
+@pytest.mark.parametrize("at", [0, 48, 3135])
 def test_nan_and_infinity_in_a_plane(at: int, last: bool) -> None:
-    side = next(side for side in (7, 16, 56) if at < side**2)
+    side = 7 if at < 49 else 56
     planes = torch.linspace(-1, 1, side**2).repeat(1, 6, 1)
     inf, nan = float("inf"), float("nan")
     planes[0, torch.arange(5), at] = torch.tensor([nan, inf, -inf, nan, inf])

@@ -113,7 +113,7 @@ def test_nowhere_to_keep_a_verdict(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', "\x00"])
-def test_a_spoiled_file_is_written_anew(text: str, folder: Path) -> None:
+def test_a_spoiled_file_is_rewritten(text: str, folder: Path) -> None:
     (folder / "spem").mkdir()
     (folder / "spem" / "kernels.json").write_text(text)
     proof._keep("one", "")

@@ -57,7 +57,7 @@ def test_programs_cover_every_plane_and_position_once() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6)], ids=str)
-def test_layouts_are_told_apart(shape: tuple[int, ...]) -> None:
+def test_layouts_are_distinguished(shape: tuple[int, ...]) -> None:
     assert tiles.is_channels_last(sized(*shape)) is False
     assert tiles.is_channels_last(sized(*shape, last=True)) is True
     assert tiles.is_channels_last(sized(*shape)[..., ::2]) is None

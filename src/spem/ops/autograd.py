@@ -1,6 +1,6 @@
 """The two autograd functions around the four passes; the gate runs between them, in torch.
 
-`_Stats` gathers the plane statistics and returns them, normalised, beside four *tokens*: the map z
+`_Stats` gathers the plane statistics and returns them, normalised, with four *tokens*: the map z
 itself and three [B, C] tensors that carry nothing forward. `_Tail` takes the tokens, the gate v and
 the residual. What its backward returns as the tokens' "gradients" is d, v, A and Bc, a convention
 between the two functions; autograd then runs through the gate, and `_Stats.backward` finds all that
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spem.ops import formula, synchronised
-from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, affine, constants
+from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, Scalars, affine, constants
 from spem.ops.library import laid_out_as, passes, stages
 from spem.ops.stats import compute_dtype
 
@@ -104,7 +104,7 @@ class _Stats(torch.autograd.Function):
         norm = None if eps is None else Norm(weight, bias, mean, var, eps, group, running)
         batch_stats = eps is not None and mean is None
         wide, size = compute_dtype(z.dtype), math.prod(z.shape[2:])
-        # An output must not come twice: so each is a tensor of its own.
+        # An output must not come twice, so each is a tensor of its own.
         nothing, channel_var, values = (z.new_empty(0, dtype=wide) for _ in range(3))
         nowhere = z.new_empty(0, dtype=torch.int32)
         raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
@@ -157,20 +157,20 @@ class _Stats(torch.autograd.Function):
         )
         into = Incoming(*(None if g is None else g.contiguous() for g in moved))
         needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        size, of_z = math.prod(z.shape[2:]), (raw_mean, raw_var, z_i, z_j)
+        of_z, size = (raw_mean, raw_var, z_i, z_j), math.prod(z.shape[2:])
+        scalars = Scalars(v, total, moment, into, of_z, a, mu, rstd, size)
         if ctx.group is None:
             weight, bias, c = stages(ctx.impl).gradients(
-                *(v, total, moment, into, of_z, a, mu, rstd, size),
+                *scalars,
                 batch_stats=ctx.batch_stats,
                 of_norm=needs_weight or needs_bias,
                 of_map=needs_z,
             )
         else:
-            s0, s1 = formula.channel_sums(v, total, moment, into, of_z, a, mu)
+            s0, s1 = formula.channel_sums(scalars)
             weight, bias = rstd * s1, s0
             s0, s1 = synchronised.sums(s0, s1, ctx.group)
-            shared = (s0 / count, rstd.square() * s1 / count)
-            c = formula.coefficients(v, into, raw_mean, a, mu, size, shared)
+            c = formula.coefficients(scalars, (s0 / count, rstd.square() * s1 / count))
         dz = None
         if needs_z:
             spikes = (None, None)

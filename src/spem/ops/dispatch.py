@@ -96,14 +96,7 @@ def _check_name(impl: str | None, op: str) -> None:
 
 
 def unsupported(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) -> str | None:
-    """Why an implementation cannot take maps of this kind; None if it can.
-
-    Args:
-        impl: The implementation.
-        device: Device type, ``"cpu"``, ``"cuda"`` ...
-        dtype: The map's dtype.
-        dense: Whether the map is contiguous or channels_last.
-    """
+    """Why an implementation cannot take maps of this kind; None if it can."""
     if impl in ("reference", "formula"):
         return None
     home, dtypes = ("cpu", _NUMBA_DTYPES) if impl == "numba" else ("cuda", _TRITON_DTYPES)
@@ -143,7 +136,7 @@ def choose(
 
     Args:
         op: Name of the operation, for messages.
-        device: The map's device, or a type of them: of CUDA's the current one.
+        device: The map's device, or its type.
         dtype: The map's dtype.
         dense: Whether the map is contiguous or channels_last.
         values: Number of values of the map, or None for one that is large enough.

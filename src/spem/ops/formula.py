@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +26,10 @@ if TYPE_CHECKING:
 
 
 class Norm(NamedTuple):
-    """A batch norm as tensors.
+    """A batch norm as tensors: gamma, beta, constant mean and variance [C]; None for the batch's.
 
-    Attributes:
-        weight: gamma [C], or None for ones.
-        bias: beta [C], or None for zeros.
-        mean: Constant mean [C], or None to take the batch's.
-        var: Constant variance [C], or None to take the batch's.
-        eps: Added to the variance.
-        group: Processes that share the batch's statistics, or None.
-        running: Running mean and variance that the batch's are to move, and by what factor, where
-            a kernel does so; or None.
+    ``group`` are the processes that share the batch's statistics; ``running`` is the mean and
+    variance that the batch's are to move, and by what factor, where a kernel does so.
     """
 
     weight: Tensor | None
@@ -119,6 +112,25 @@ class Incoming(NamedTuple):
     low: Tensor | None
 
 
+class Scalars(NamedTuple):
+    """What a backward pass knows before it reads the map again.
+
+    ``v``, ``total`` = A = sum_k d and ``moment`` = Bc = sum_k d (z - mu) are [B, C]; ``of_z`` is
+    the planes' mean and variance of z, z_i and z_j, each read where its gradient is given; ``a``,
+    ``mu`` and ``rstd`` are [C]; ``size`` is K.
+    """
+
+    v: Tensor
+    total: Tensor
+    moment: Tensor
+    into: Incoming
+    of_z: Sequence[Tensor]
+    a: Tensor
+    mu: Tensor
+    rstd: Tensor
+    size: int
+
+
 class Coefficients(NamedTuple):
     """dz = p d + q + t (z - mu) + [k=i] s_i + [k=j] s_j, all [B, C].
 
@@ -167,7 +179,7 @@ def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Te
         z, r, y: [B, C, ...]; v: [B, C]; mu, a, beta: [C].
     """
     wide, al, be = v.dtype, v * a, v * beta
-    t = _plane(al, z) * (z.to(wide) - _channel(mu, z)) + _plane(be, z) + r.to(wide)
+    t = _plane(al, z) * (z.to(wide) - per_channel(mu, z)) + _plane(be, z) + r.to(wide)
     return torch.where(t < 0, 0.0, t).to(z.dtype)
 
 
@@ -201,7 +213,7 @@ def stats_backward(
     wide = p.dtype
     dz = _plane(p, d) * d.to(wide)
     if q is not None and t is not None:
-        dz = dz + _plane(q, d) + _plane(t, d) * (z.to(wide) - _channel(mu, z))
+        dz = dz + _plane(q, d) + _plane(t, d) * (z.to(wide) - per_channel(mu, z))
     if i is not None and j is not None and s_i is not None and s_j is not None:
         # A comparison with every position, not a scatter: it fuses with the rest.
         k = torch.arange(math.prod(d.shape[2:]), device=d.device, dtype=i.dtype).view(d.shape[2:])
@@ -215,7 +227,7 @@ def _plane(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(*value.shape, *[1] * (like.dim() - 2))
 
 
-def _channel(value: Tensor, like: Tensor) -> Tensor:
+def per_channel(value: Tensor, like: Tensor) -> Tensor:
     """[C] as [C, 1, ...]."""
     return value.reshape(-1, *[1] * (like.dim() - 2))
 
@@ -286,15 +298,7 @@ def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Ten
     return a * moment + beta * total
 
 
-def channel_sums(
-    v: Tensor,
-    total: Tensor,
-    moment: Tensor,
-    into: Incoming,
-    of_z: Sequence[Tensor],
-    a: Tensor,
-    mu: Tensor,
-) -> tuple[Tensor, Tensor]:
+def channel_sums(s: Scalars) -> tuple[Tensor, Tensor]:
     """S0 = sum of dx over a channel, S1 = sum of dx (z - mu), from plane scalars; [C] each.
 
     Formula:
@@ -302,28 +306,17 @@ def channel_sums(
         S1 = sum_b( v Bc + dmean (mean_z - mu) + 2 a dvar var_z
                     + dhigh (z_i - mu) + dlow (z_j - mu) )
     """
-    mean, var, z_i, z_j = of_z
-    s0, s1 = v * total, v * moment
-    if into.mean is not None:
-        s0, s1 = s0 + into.mean, s1 + into.mean * (mean - mu)
-    if into.var is not None:
-        s1 = s1 + 2 * a * into.var * var
-    if into.high is not None:
-        s0, s1 = s0 + into.high, s1 + into.high * (z_i - mu)
-    if into.low is not None:
-        s0, s1 = s0 + into.low, s1 + into.low * (z_j - mu)
+    mean, var, z_i, z_j = s.of_z
+    s0, s1 = s.v * s.total, s.v * s.moment
+    for gradient, place in ((s.into.mean, mean), (s.into.high, z_i), (s.into.low, z_j)):
+        if gradient is not None:
+            s0, s1 = s0 + gradient, s1 + gradient * (place - s.mu)
+    if s.into.var is not None:
+        s1 = s1 + 2 * s.a * s.into.var * var
     return s0.sum(0), s1.sum(0)
 
 
-def coefficients(
-    v: Tensor,
-    into: Incoming,
-    raw_mean: Tensor,
-    a: Tensor,
-    mu: Tensor,
-    size: int,
-    shared: tuple[Tensor, Tensor] | None,
-) -> Coefficients:
+def coefficients(s: Scalars, shared: tuple[Tensor, Tensor] | None) -> Coefficients:
     """The per-plane coefficients of dz.
 
     Formula:
@@ -332,74 +325,37 @@ def coefficients(
         t = a ( 2 a dvar/K - rstd^2 S1/n )
         s_i = a dhigh,  s_j = a dlow
 
-    Args:
-        v: The gate, [B, C].
-        into: Gradients of the statistics.
-        raw_mean: The planes' means of z; read with ``into.var`` only.
-        a: gamma rstd, [C].
-        mu: [C].
-        size: K.
-        shared: S0/n and rstd^2 S1/n, [C] each, or None where mu and rstd are constants.
+    ``shared`` is S0/n and rstd^2 S1/n, [C] each, or None where mu and rstd are constants.
     """
-    q = t = None
-    if into.mean is not None:
-        q = into.mean / size
-    if into.var is not None:
-        t = (2 / size) * a * into.var
-        step = t * (raw_mean - mu)
-        q = -step if q is None else q - step
-    if shared is not None:
-        q = -shared[0] if q is None else q - shared[0]
-        t = -shared[1] if t is None else t - shared[1]
-    elif q is not None and t is None:
-        t = torch.zeros_like(v)
-    if q is not None and t is not None:
+    v, into, a = s.v, s.into, s.a
+    q = t = s_i = s_j = None
+    if shared is not None or into.mean is not None or into.var is not None:
+        zero = torch.zeros_like(v)
+        q, t = (zero, zero) if shared is None else (-shared[0], -shared[1])
+        if into.mean is not None:
+            q = q + into.mean / s.size
+        if into.var is not None:
+            slope = (2 / s.size) * a * into.var
+            q, t = q - slope * (s.of_z[0] - s.mu), t + slope
         q, t = (a * q).expand_as(v), (a * t).expand_as(v)
-    spikes = [None, None]
     if into.high is not None or into.low is not None:
-        spikes = [torch.zeros_like(v) if g is None else a * g for g in (into.high, into.low)]
-    return Coefficients(a * v, q, t, spikes[0], spikes[1])
+        s_i, s_j = (torch.zeros_like(v) if g is None else a * g for g in (into.high, into.low))
+    return Coefficients(a * v, q, t, s_i, s_j)
 
 
 def gradients(
-    v: Tensor,
-    total: Tensor,
-    moment: Tensor,
-    into: Incoming,
-    of_z: Sequence[Tensor],
-    a: Tensor,
-    mu: Tensor,
-    rstd: Tensor,
-    size: int,
-    *,
-    batch_stats: bool,
-    of_norm: bool,
-    of_map: bool,
+    *scalars: Any, batch_stats: bool, of_norm: bool, of_map: bool
 ) -> tuple[Tensor | None, Tensor | None, Coefficients | None]:
-    """What `channel_sums` and `coefficients` say, for a norm whose batch is all here.
+    """Gradients of gamma and beta, and the coefficients of dz, for a norm whose batch is all here.
 
-    Args:
-        v: The gate, [B, C].
-        total: A, [B, C].
-        moment: Bc, [B, C].
-        into: Gradients of the statistics of x.
-        of_z: Mean and variance of z per plane, z_i and z_j; those are read whose gradient is there.
-        a: gamma rstd, [C].
-        mu: [C].
-        rstd: [C].
-        size: K.
-        batch_stats: Whether mu and rstd are the batch's.
-        of_norm: Whether the gradients of gamma and beta are asked for.
-        of_map: Whether the coefficients of dz are.
-
-    Returns:
-        Gradients of gamma and beta, or None each, and the coefficients, or None.
+    Takes the fields of `Scalars`, whether mu and rstd are the batch's, and what is asked for; what
+    is not may be None.
     """
+    s = Scalars(*scalars)
     shared = weight = bias = None
     if batch_stats or of_norm:
-        s0, s1 = channel_sums(v, total, moment, into, of_z, a, mu)
-        weight, bias = rstd * s1, s0
-        n = max(v.shape[0] * size, 1)
-        shared = (s0 / n, rstd.square() * s1 / n) if batch_stats else None
-    found = coefficients(v, into, of_z[0], a, mu, size, shared) if of_map else None
-    return weight, bias, found
+        bias, s1 = channel_sums(s)
+        weight = s.rstd * s1
+        n = max(s.v.shape[0] * s.size, 1)
+        shared = (bias / n, s.rstd.square() * s1 / n) if batch_stats else None
+    return weight, bias, coefficients(s, shared) if of_map else None

@@ -128,7 +128,7 @@ def infer(
     found = kernels.norm_stats(z, constants, statistics)
     stats = selected(found, statistics, z)
     v = gate_values(gate, stats, z)
-    compiled = _beside_hooks(gate, stats, v, shape[1])
+    compiled = _despite_hooks(gate, stats, v, shape[1])
     if compiled is not None:
         return kernels.fused_tail(z, residual, constants, compiled)
     return kernels.fused_tail(z, residual, constants, None, v.contiguous())
@@ -188,7 +188,7 @@ def _constant(norm: nn.Module, shape: torch.Size) -> Norm | None:
     return Norm(weight, bias, mean, var, cast("nn.BatchNorm2d", norm).eps)
 
 
-def _beside_hooks(
+def _despite_hooks(
     gate: Callable[..., Any], stats: PlaneStats, v: Tensor, channels: int
 ) -> CompiledGate | None:
     """What computes the gate if the hooks of the layers inside, which were called, only looked."""

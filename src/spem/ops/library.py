@@ -124,7 +124,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def may_show(module: nn.Module, z: Tensor) -> bool:
-    """Whether a module's hooks can be called beside a fused tail: only they want its output.
+    """Whether a module's hooks can be called as well as a fused tail: only they want its output.
 
     Where gradients are recorded they may want to reach the graph, and the tail is composed.
     """

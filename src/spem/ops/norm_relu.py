@@ -13,7 +13,8 @@ from spem.ops.dispatch import SMALL
 from spem.ops.formula import Norm, constants
 from spem.ops.inference import serves
 from spem.ops.library import BATCH_NORMS, has_hooks, kernels_of, laid_out_as, may_show
-from spem.ops.tail import batch_norm_of, called, running_of
+from spem.ops.synchronised import running_of
+from spem.ops.tail import batch_norm_of, called
 
 _LEAST = {torch.float32: 1 << 21, torch.bfloat16: 1 << 18}
 """Values of a map below which PyTorch's two operations are faster where no gradient is recorded."""

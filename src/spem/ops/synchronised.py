@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from spem.ops.formula import Norm, affine, move_running, per_channel
+from spem.ops.stats import compute_dtype
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -24,6 +27,19 @@ def group_of(norm: nn.Module) -> ProcessGroup | None:
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def running_of(norm: Any) -> tuple[Tensor, Tensor, float] | None:
+    """The running statistics that a batch moves, and by what factor; counts the batch."""
+    mean, var = norm.running_mean, norm.running_var
+    if not norm.training or not norm.track_running_stats or mean is None or var is None:
+        return None
+    factor = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    return mean, var, 0.0 if factor is None else factor
 
 
 def moments(
@@ -94,15 +110,9 @@ class SharedBatchNorm(nn.SyncBatchNorm):
             return nn.BatchNorm2d.forward(self, input)  # pyright: ignore[reportArgumentType]
         self._check_input_dim(input)
         y, mu, var, n = _Normalise.apply(input, self.weight, self.bias, self.eps, group)
-        mean, variance = self.running_mean, self.running_var
-        if self.track_running_stats and mean is not None and variance is not None:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            factor = self.momentum
-            if factor is None:
-                factor = 1.0 / float(self.num_batches_tracked)
-            mean.lerp_(mu.to(mean.dtype), factor)
-            variance.lerp_((var * (n / (n - 1))).to(variance.dtype), factor)
+        running = running_of(self)
+        if running is not None:
+            move_running(running, mu, var, n)
         return y
 
 
@@ -118,7 +128,7 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         group: ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = z.to(torch.promote_types(z.dtype, torch.float32))
+        x = z.to(compute_dtype(z.dtype))
         channels = z.shape[1]
         if z.numel() == 0:
             var, mu = x.new_zeros(channels), x.new_zeros(channels)
@@ -126,10 +136,8 @@ class _Normalise(torch.autograd.Function):
             var, mu = torch.var_mean(x, _others(z), correction=0)
         mu, var, n = moments(mu, var, z.numel() // channels, group)
         rstd = torch.rsqrt(var + eps)
-        a = rstd if weight is None else rstd * weight.to(x.dtype)
-        y = (x - _spread(mu, z)) * _spread(a, z)
-        if bias is not None:
-            y = y + _spread(bias.to(x.dtype), z)
+        a, beta = affine(Norm(weight, bias, None, None, eps), rstd)
+        y = (x - per_channel(mu, z)) * per_channel(a, z) + per_channel(beta, z)
         ctx.save_for_backward(z, mu, rstd, a, n)
         ctx.group = group
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
@@ -140,7 +148,7 @@ class _Normalise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, mu, rstd, a, n = ctx.saved_tensors
-        x, g = z.to(mu.dtype) - _spread(mu, z), grad.to(mu.dtype)
+        x, g = z.to(mu.dtype) - per_channel(mu, z), grad.to(mu.dtype)
         s0, s1 = g.sum(_others(z)), (g * x).sum(_others(z))
         for_weight, for_bias = ctx.dtypes
         weight = None if for_weight is None else (rstd * s1).to(for_weight)
@@ -148,16 +156,11 @@ class _Normalise(torch.autograd.Function):
         dz = None
         if ctx.needs_input_grad[0]:
             s0, s1 = sums(s0, s1, ctx.group)
-            dz = g - _spread(s0 / n, z) - x * _spread(rstd.square() * s1 / n, z)
-            dz = (dz * _spread(a, z)).to(z.dtype)
+            dz = g - per_channel(s0 / n, z) - x * per_channel(rstd.square() * s1 / n, z)
+            dz = (dz * per_channel(a, z)).to(z.dtype)
         return dz, weight, bias, None, None
 
 
 def _others(z: Tensor) -> list[int]:
     """All axes but that of the channels."""
     return [0, *range(2, z.dim())]
-
-
-def _spread(t: Tensor, z: Tensor) -> Tensor:
-    """[C] as a tensor that broadcasts over z."""
-    return t.reshape(-1, *[1] * (z.dim() - 2))

@@ -23,7 +23,7 @@ from spem.ops.library import (
 )
 from spem.ops.reference import Gate
 from spem.ops.stats import STATISTICS, check, selected
-from spem.ops.synchronised import SharedBatchNorm, group_of
+from spem.ops.synchronised import SharedBatchNorm, group_of, running_of
 
 _NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
 
@@ -229,17 +229,3 @@ def batch_norm_of(norm: nn.Module, z: Tensor) -> Norm:
             "Use a larger batch, or eval()."
         )
     return Norm(weight, bias, None, None, norm.eps, group)
-
-
-def running_of(norm: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-    """The running statistics that a batch moves, and by what factor; counts the batch."""
-    assert isinstance(norm, _NORMS)
-    mean, var = norm.running_mean, norm.running_var
-    if not norm.training or not norm.track_running_stats or mean is None or var is None:
-        return None
-    factor = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = 1.0 / float(norm.num_batches_tracked)
-    return mean, var, 0.0 if factor is None else factor

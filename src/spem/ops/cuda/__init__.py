@@ -33,17 +33,11 @@ _MERGED = 128  # planes of a merging program
 
 
 def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
-    """Pass F1: mean, biased variance, extrema and their first positions of every plane.
+    """Pass F1, see ``formula.plane_stats``; reads N bytes of the map, writes [B, C] scalars.
 
     Formula:
         shift = z_0 if finite, else 0;  s1 = sum_k (z_k - shift);  s2 = sum_k (z_k - shift)^2
-        mean = shift + s1/K;  var = max(0, (s2 - s1^2/K)/K);  high = max_k z_k;  low = min_k z_k
-
-    A NaN in a plane makes all four NaN. Statistics that are not asked for have shape [0]. Reads N
-    bytes, writes [B, C] scalars.
-
-    Shape:
-        z: [B, C, ...]; each statistic: [B, C].
+        mean = shift + s1/K;  var = max(0, (s2 - s1^2/K)/K); a NaN in a plane makes all four NaN.
     """
     plan = _plan("plane_stats", z, statistics=True)
     wanted = (moments, moments, extrema, extrema, extrema, extrema, extrema)
@@ -68,10 +62,8 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     _launch(
         kernels.plane_stats_kernel,
         plan.groups * plan.parts,
-        *(z, *gathered, *_sizes(plan), plan.parts, plan.tiles),
-        **flags,
-        **_reducing(plan),
-        PARTIAL=split,
+        *(z, *gathered, *plan.sizes, plan.parts, plan.tiles),
+        **{**flags, **plan.constants, "LOOP": plan.tiles > 1, "PARTIAL": split},
     )
     if split:
         planes = plan.B * plan.C
@@ -80,18 +72,13 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
             -(-planes // _MERGED),
             *(*gathered, out.mean, out.var, out.high, out.low, out.at_high, out.at_low),
             *(planes, plan.parts, plan.K // plan.K_unit),
-            **flags,
-            **{"K_UNIT": plan.K_unit, "P": _MERGED},
+            **{**flags, "K_UNIT": plan.K_unit, "P": _MERGED},
         )
     return out
 
 
 def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:
-    """Pass F2: y = relu(v (a (z - mu) + beta) + r); a NaN stays a NaN. Reads 2N bytes, writes N.
-
-    Shape:
-        z, r, y: [B, C, ...]; v: [B, C]; mu, a, beta: [C].
-    """
+    """Pass F2, see ``formula.affine_tail``; reads 2N bytes, writes N."""
     plan = _plan("affine_tail", z, r)
     y = torch.empty_like(z)
     if plan.groups:
@@ -99,8 +86,8 @@ def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Te
         _launch(
             kernels.affine_tail_kernel,
             plan.groups * plan.blocks,
-            *(z, r, *scalars, y, *_sizes(plan), plan.blocks),
-            **_common(plan),
+            *(z, r, *scalars, y, *plan.sizes, plan.blocks),
+            **plan.constants,
         )
     return y
 
@@ -108,13 +95,7 @@ def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Te
 def affine_tail_backward(
     g: Tensor, y: Tensor, z: Tensor, mu: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pass B1: d = g where y > 0 (or NaN), else 0; A = sum_k d; Bc = sum_k d (z - mu).
-
-    Reads 3N bytes, writes N.
-
-    Shape:
-        g, y, z, d: [B, C, ...]; mu: [C]; A, Bc: [B, C].
-    """
+    """Pass B1, see ``formula.affine_tail_backward``; reads 3N bytes, writes N."""
     plan = _plan("affine_tail_backward", z, y, g)
     d = torch.empty_like(y)
     # The sums of every part; two tensors, since results of an operator must not share memory.
@@ -126,8 +107,9 @@ def affine_tail_backward(
             kernels.affine_tail_backward_kernel,
             plan.groups * plan.parts,
             *(g, y, z, mu.contiguous(), d, total, moment),
-            *(*_sizes(plan), plan.parts, plan.tiles),
-            **_reducing(plan),
+            *(*plan.sizes, plan.parts, plan.tiles),
+            **plan.constants,
+            LOOP=plan.tiles > 1,
         )
     if plan.parts > 1:
         return d, total.sum(0), moment.sum(0)
@@ -146,13 +128,7 @@ def stats_backward(
     s_i: Tensor | None,
     s_j: Tensor | None,
 ) -> Tensor:
-    """Pass B2: dz = p d + q + t (z - mu) + [k=i] s_i + [k=j] s_j; i = j adds both spikes.
-
-    Reads 2N bytes (N without q and t: z is not read then), writes N.
-
-    Shape:
-        d, z, dz: [B, C, ...]; mu: [C]; the others: [B, C].
-    """
+    """Pass B2, see ``formula.stats_backward``; reads 2N bytes (N without q and t), writes N."""
     affine = q is not None and t is not None
     spikes = i is not None and j is not None and s_i is not None and s_j is not None
     plan = _plan("stats_backward", d, z) if affine else _plan("stats_backward", d)
@@ -171,9 +147,8 @@ def stats_backward(
     _launch(
         kernels.stats_backward_kernel,
         plan.groups * plan.blocks,
-        *(d, z, mu.contiguous(), p.contiguous(), *terms, *peaks, dz, *_sizes(plan), plan.blocks),
-        **_common(plan),
-        **{"AFFINE": affine, "SHARED": shared, "SPIKES": spikes},
+        *(d, z, mu.contiguous(), p.contiguous(), *terms, *peaks, dz, *plan.sizes, plan.blocks),
+        **{**plan.constants, "AFFINE": affine, "SHARED": shared, "SPIKES": spikes},
     )
     return dz
 
@@ -206,32 +181,10 @@ def _described(x: Tensor) -> str:
     return f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}"
 
 
-def _sizes(plan: Plan) -> tuple[int, int, int]:
-    return plan.B * plan.C, plan.K // plan.K_unit, plan.C // plan.C_unit
-
-
-def _common(plan: Plan) -> dict[str, Any]:
-    """The constants of the elementwise passes."""
-    return {
-        "LAST": plan.last,
-        "WIDE": plan.wide,
-        "K_UNIT": plan.K_unit,
-        "C_UNIT": plan.C_unit,
-        "P": plan.tile.planes,
-        "KB": plan.tile.positions,
-        "num_warps": plan.tile.warps,
-    }
-
-
-def _reducing(plan: Plan) -> dict[str, Any]:
-    """The constants of the passes that reduce over positions."""
-    return {**_common(plan), "LOOP": plan.tiles > 1}
-
-
 def _launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:
     """Starts the programs of a kernel on the device of its first tensor."""
     # The interpreter computes with numpy, which warns of infinities and NaN; a device does not.
     place = np.errstate(all="ignore") if INTERPRETED else torch.cuda.device_of(x)
     with place:
-        # Fused multiply-adds said outright: Triton means to change the default.
+        # Fused multiply-adds are asked for explicitly: Triton means to change the default.
         kernel[(programs,)](x, *arguments, **constants, enable_fp_fusion=True)

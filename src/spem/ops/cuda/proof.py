@@ -37,8 +37,7 @@ _running = threading.RLock()
 def objection(device: torch.device) -> str | None:
     """Why the kernels are not used on a device; None where they compute what they should.
 
-    The first call on a device runs the comparison unless the verdict is on disk. An error (a device
-    that is busy, say) is no verdict: it holds for this process.
+    Compares on the first call unless the verdict is on disk; an error counts for this process only.
     """
     key = _key(device)
     with _running:
@@ -93,11 +92,7 @@ def _cases() -> Iterator[tuple[torch.dtype, torch.memory_format, tuple[int, ...]
 
 
 def _gate(stats: PlaneStats) -> Tensor:
-    mean, var, high, low = stats[:4]
-    assert mean is not None
-    assert var is not None
-    assert high is not None
-    assert low is not None
+    mean, var, high, low = (s for s in stats[:4] if s is not None)
     return torch.sigmoid(mean + 0.5 * var) + torch.tanh(0.3 * high + 0.2 * low)
 
 
@@ -138,13 +133,8 @@ def _key(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, triton {triton.__version__}, kernels {_SOURCES}"
 
 
-def _sources() -> str:
-    """A digest of the kernels and of how they are launched."""
-    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return hashlib.sha256(b"".join(texts)).hexdigest()[:12]
-
-
-_SOURCES = _sources()
+_TEXTS = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+_SOURCES = hashlib.sha256(b"".join(_TEXTS)).hexdigest()[:12]  # kernels, and how they are launched
 
 
 def _file() -> Path:
@@ -161,9 +151,7 @@ def _stored() -> dict[str, str]:
         found = json.loads(_file().read_text())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home
         return {}
-    if not isinstance(found, dict):
-        return {}
-    return {key: text for key, text in found.items() if isinstance(text, str)}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
 
 
 def _keep(key: str, verdict: str) -> None:

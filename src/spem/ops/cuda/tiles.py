@@ -17,7 +17,7 @@ CHANNELS_LAST_TILE = 2048
 CHANNELS_LAST_CHANNELS = 32
 WARPS = 4
 # Reducing passes split the positions while they have fewer programs than fill a large GPU; each
-# part keeps at least two tiles, so that the partial results stay small beside the map.
+# part keeps at least two tiles, so that the partial results stay small against the map.
 ENOUGH_PROGRAMS = 512
 MOST_PARTS = 16
 # Positions are int32 everywhere, with room for the lanes of a last, partly filled tile.
@@ -57,6 +57,18 @@ class Plan(NamedTuple):
     parts: int
     tiles: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """What every kernel is given: planes, K and C, in their units."""
+        return self.B * self.C, self.K // self.K_unit, self.C // self.C_unit
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What every pass is compiled with."""
+        planes, positions, warps = self.tile
+        found = {"LAST": self.last, "WIDE": self.wide, "K_UNIT": self.K_unit, "C_UNIT": self.C_unit}
+        return found | {"P": planes, "KB": positions, "num_warps": warps}
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
@@ -71,12 +83,7 @@ def tile_of(last: bool, K: int, C: int, statistics: bool = False) -> Tile:
         channels_last  4x4: 128 x 16;  7x7 and larger: 32 x 64, but 32 x 32 for the statistics of
                        planes larger than 8x8
 
-    Args:
-        last: The layout is channels_last.
-        K: Positions of a plane.
-        C: Channels.
-        statistics: For the pass that gathers the plane statistics. It keeps six numbers a cell of
-            its tile while it goes through a plane.
+    The pass of the statistics keeps six numbers a cell of its tile while it goes through a plane.
     """
     if last:
         planes = min(power_of_two(C), CHANNELS_LAST_CHANNELS)
@@ -90,18 +97,9 @@ def tile_of(last: bool, K: int, C: int, statistics: bool = False) -> Tile:
     return Tile(CONTIGUOUS_TILE // positions, positions, WARPS)
 
 
-def needs_int64(elements: int) -> bool:
-    """Whether offsets into a map of so many elements leave int32."""
-    return elements > INT32_MAX - SLACK
-
-
 @lru_cache(maxsize=1024)
 def plan_of(last: bool, B: int, C: int, K: int, statistics: bool = False) -> Plan:
-    """The plan of a map of B images, C channels and planes of K positions; see `tile_of`.
-
-    Raises:
-        ValueError: A plane has more positions than the kernels can count.
-    """
+    """The plan of a map of B images, C channels and planes of K positions; see `tile_of`."""
     if K > LONGEST_PLANE:
         raise ValueError(
             f"impl='triton' takes planes of at most {LONGEST_PLANE} positions, got {K}. "
@@ -114,7 +112,7 @@ def plan_of(last: bool, B: int, C: int, K: int, statistics: bool = False) -> Pla
     tiles = -(-blocks // parts)
     return Plan(
         last=last,
-        wide=needs_int64(B * C * K),
+        wide=B * C * K > INT32_MAX - SLACK,
         B=B,
         C=C,
         K=K,
@@ -140,12 +138,7 @@ def is_channels_last(x: Tensor) -> bool | None:
 
 
 def plan_for(x: Tensor, statistics: bool = False) -> Plan:
-    """The plan of a map, for the pass of the statistics or for the others, from shape and strides.
-
-    Raises:
-        ValueError: x is no map [B, C, ...] with C and planes of at least one, or it is neither
-            contiguous nor channels_last, or its planes are too long.
-    """
+    """The plan of a map from its shape and strides, for the pass of the statistics or others."""
     shape = x.shape
     if len(shape) < 3 or 0 in shape[1:]:
         raise ValueError(f"impl='triton' needs a map [B, C, ...], got shape {tuple(shape)}.")
