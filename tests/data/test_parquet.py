@@ -85,7 +85,7 @@ def test_named_sets_are_found_under_root_and_in_the_environment(
         found = load_images(name, "test", root=tmp_path / "one")
         assert len(found) == 4
         assert found.name == "cifar10"
-    with pytest.raises(FileNotFoundError, match="cifar100 is not there"):
+    with pytest.raises(FileNotFoundError, match="cifar100 does not exist"):
         load_images("cifar100", "test", root=tmp_path / "one")
 
 
