@@ -199,9 +199,7 @@ def test_arrows(path: Path) -> None:
             assert target in allowed, f"{part} must not import {name}"
             if part == "cli":
                 light = target in ("cli", "extras") or name.startswith("spem.training.progress")
-                assert not at_import or light, (
-                    f"{name} belongs inside the command"
-                )
+                assert not at_import or light, f"{name} belongs inside the command"
         elif top not in sys.stdlib_module_names:
             place = path.relative_to(SOURCE).as_posix()
             allowed_here = top in THIRD_PARTIES[part] or place.startswith(KERNELS)

@@ -199,6 +199,7 @@ def test_nothing_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 WRONG = {
+    "none(x=1)": "none takes no options",
     "se(pool=median)": r"SE: pool='median' is unknown.*avg.*max.*min.*Mix",
     "se(pool=3)": "pool=3",
     "se(reduction=many)": "SE: reduction='many' is not a positive integer",

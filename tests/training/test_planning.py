@@ -85,11 +85,11 @@ def test_a_run_starts_from_the_weights_of_another_backbone(
 def test_weights_are_known_by_their_sum():
     a, b = (ModelConfig(weights=where, weights_sha256="0" * 64) for where in ("a", "b/a"))
     assert RunConfig(model=a).id == RunConfig(model=b).id != RunConfig().id
-    with pytest.raises(ValueError, match=r"model.weights needs model.weights_sha256"):
+    with pytest.raises(ValueError, match=r"model.weights and model.weights_sha256"):
         ModelConfig(weights="a")
 
 
-def test_the_limited_images_can_be_drawn_anew_for_every_seed():
+def test_the_limited_images_can_be_drawn_again_for_every_seed():
     data = replace(tiny().data, limit=30, limit_seed=True)
     sums = [load_sets(data, seed).train.sha256 for seed in (0, 1, 1)]
     assert sums[0] != sums[1] == sums[2]

@@ -87,7 +87,11 @@ class AttentionSpec:
         name, unnamed, options = _call(node, text)
         if unnamed:
             raise ValueError(_unreadable(text))
-        return None if name == "none" and isinstance(node, ast.Name) else cls(name, options)
+        if name != "none":
+            return cls(name, options)
+        if options or not isinstance(node, ast.Name):
+            raise ValueError(f"none takes no options, got {text!r}: it is the plain network.")
+        return None
 
     def __str__(self) -> str:
         """The canonical text: sorted options, bare values."""
