@@ -62,7 +62,7 @@ def uniform_fan_in(fan_in: int) -> Initialiser:
 def initialise(
     model: nn.Module, seed: int | None, *, scope: Literal["backbone", "all"] = "backbone"
 ) -> None:
-    """Draws every parameter of a model anew, each from a generator keyed by (seed, its name).
+    """Draws every parameter of a model again, each from a generator keyed by (seed, its name).
 
     Convolutions of the backbone get N(0, 2/(k k out)) and zero biases, batch norms 1/0 (running
     statistics 0/1), linear layers torch's default. An attention module owns its initialisation (its

@@ -94,7 +94,7 @@ def test_attention_that_has_not_started_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_norms_weights_are_those_of_the_host(tmp_path: Path) -> None:
-    """Attention that stands around a norm, as attach leaves it."""
+    """attention around a norm, as attach leaves it."""
     model = network(nn.Identity())
     model.norm = AfterNorm(model.norm, started("eca", 0.7))
     path, x = tmp_path / "around.onnx", maps(2, 3, 8, 8)

@@ -144,7 +144,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: spem.SE(16), "one attention"),
     (lambda: spem.resnet(11, attention="cbam"), r"layer1.0.attention \(cbam\) has another gate"),
     (lambda: spem.resnet(11, attention="dia"), "does more than multiply|adds|follows no norm"),
-    (lambda: spem.resnet(11, attention="iebn"), "stands in place of a layer"),
+    (lambda: spem.resnet(11, attention="iebn"), "takes the place of a layer"),
 ]
 
 

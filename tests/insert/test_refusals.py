@@ -48,8 +48,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     (small, "none", {}, "'none' is the plain network; there is nothing to put in"),
     (small, "se(reduction=100)", {}, r"layer1.0.bn2: SE: reduction=100 .* Use reduction <= 64"),
     (small, "sge(groups=48)", {}, r"layer1.0.bn2: SGE: .*48"),
-    (small, "bam", {}, "bam stands after every stage but the last.*placement 'tail'"),
-    (small, "sk", {}, "sk stands in place of the 3x3 convolution"),
+    (small, "bam", {}, "bam goes after every stage but the last.*placement 'tail'"),
+    (small, "sk", {}, "sk goes in place of the 3x3 convolution"),
     (small, "dia", {}, "dia is one module for all blocks of a stage, which only spem.resnet has"),
     (
         lambda: spem.resnet(11, attention="dia"),

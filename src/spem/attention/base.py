@@ -39,7 +39,7 @@ class Needs:
     """What a module's definition demands of its caller; checked in forward and shown in tables.
 
     Attributes:
-        statistics: Plane statistics its gate reads beside its pool's (``mean``, ``var``, ``max``,
+        statistics: Plane statistics its gate reads besides its pool's (``mean``, ``var``, ``max``,
             ``min``).
         pixels: Smallest number of positions of a map (H W).
         batch: Smallest number of images in training.
@@ -53,7 +53,7 @@ class Needs:
         stops_gradients: Parameters (relative names) whose gradient leaves out part of what they do,
             as the definition says.
         adds: Whether it also adds to the map: y = x * gate(x) + shift(x).
-        place: Where in a network it stands (`spem.attention.placement`); a module that can stand in
+        place: Where in a network it goes (`spem.attention.placement`); a module that can go in
             several places has an option ``placement``.
         shared: Whether the blocks of a stage share one module.
         replaces: The layer it is used instead of, or None; its output is not x * gate(x).
@@ -222,7 +222,7 @@ class ChannelAttention(nn.Module):
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused.
 
-        Without gradients hooks are no reason: they are called beside the fused tail.
+        Without gradients hooks are no reason: they are called in addition to the fused tail.
         """
         hooked = f"cannot call the hooks of {type(self).__name__}" if has_hooks(self) else None
         return self._why_no_gate() or hooked
@@ -435,7 +435,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Optimiser groups that honour what every module declares.
 
-    Each trainable parameter stands in exactly one group. Parameters that a module's authors train
+    Each trainable parameter is in exactly one group. Parameters that a module's authors train
     without weight decay (`Needs.no_decay`) and those of learned mixes get none (a mix without decay
     keeps lambda from drifting); all others get ``weight_decay``.
 

@@ -19,6 +19,6 @@ class EAN(SE):
 
     Shape and options are those of `SE`.
 
-    Differences: it stands in every block; which blocks keep it is searched there, by policy
+    Differences: it is in every block; which blocks keep it is searched there, by policy
     gradient. The shared module is SE; the official code has others too.
     """

@@ -13,11 +13,11 @@ PLACES: dict[Place, str] = {
     "between": "after every stage but the last",
     "stage": "after every stage",
 }
-"""Places of a network that a module can stand in, and what they are."""
+"""Places of a network where a module can go."""
 
 
 class Places:
-    """Answers a network at each of its slots: the attention that stands there, or the plain layer.
+    """Answers a network at each of its slots: the attention that is there, or the plain layer.
 
     The network asks at every slot it has; the spec says which of them is its own. So no network
     knows any module.
@@ -45,7 +45,7 @@ class Places:
         return spec.build(channels, size=size, stride=stride)
 
     def norm(self, channels: int) -> nn.Module:
-        """A batch norm, or the module that stands in place of it."""
+        """A batch norm, or the module that is in its place."""
         return self.at("norm", channels) or nn.BatchNorm2d(channels)
 
     def conv(self, conv: nn.Conv2d) -> nn.Conv2d:

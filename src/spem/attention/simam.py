@@ -27,7 +27,7 @@ class SimAM(ChannelAttention):
             ImageNet commands pass 0.1.
 
     Differences: the official CIFAR networks put it before the norm of the middle convolution; here
-    it stands where any attention stands. Computed in float32 for half-precision maps.
+    it goes where any attention goes. Computed in float32 for half-precision maps.
     """
 
     def __init__(

@@ -127,7 +127,7 @@ class AttentionSpec:
 
     @property
     def place(self) -> Place:
-        """Where in a network the module stands, a key of `placement.PLACES`.
+        """Where in a network the module goes, a key of `placement.PLACES`.
 
         Raises:
             ValueError: The option ``placement`` is no such key.

@@ -35,7 +35,7 @@ class SRM(ChannelAttention):
     training.
 
     Args:
-        pool: What stands in place of the mean.
+        pool: What is used in place of the mean.
 
     Paper: eqs. (1)-(4).
 

@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 a training that diverged, or a fault inside (run again with --debug); 2 a
 mistake in the call or its files; 3 a budget that ended before every run was finished; 130 and 143
-stopped by Ctrl-C or SIGTERM, after writing what is needed to go on.
+stopped by Ctrl-C or SIGTERM, after writing what is needed to resume.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMANDS = {
     "list": ("listing", "the attention modules: parameters, gate at start, needs, paper"),
     "cost": ("cost", "parameters and FLOPs of a network, stage by stage"),
     "attach": ("attach", "where attention goes in a network, and what it costs there"),
-    "train": ("train", "train one network; an interrupted run goes on where it stopped"),
+    "train": ("train", "train one network; an interrupted run resumes where it stopped"),
     "eval": ("evaluate", "accuracy of trained weights on a test set"),
     "export": ("export", "a network as an ONNX file, checked against PyTorch"),
     "explain": ("explain", "what attention keeps of an image: gates, maps, a picture"),
@@ -34,7 +34,7 @@ COMMANDS = {
     "report": ("report", "rebuild the report of a results folder from its CSV files"),
     "bench": ("bench", "what attention costs on this machine, in training and inference"),
 }
-"""Of each command the module beside this one whose `run` carries it out, and what it is for."""
+"""For each command, the module in this package whose `run` executes it, and its purpose."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ def run(
     quick: Annotated[bool, _QUICK] = False,
     json: Json = False,
 ) -> None:
-    """Time a training step and inference with each attention beside the plain network.
+    """Time a training step and inference with each attention and of the plain network.
 
     All networks take turns, round by round; ratios are medians over rounds of the times of one
     round, which a busy machine disturbs less than the times themselves.

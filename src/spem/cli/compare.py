@@ -33,7 +33,7 @@ def run(
 ) -> int:
     """Train several attentions with the same seeds, and show how they differ from the first.
 
-    What is finished is not trained again; the same command goes on where it stopped.
+    What is finished is not trained again; the same command resumes where it stopped.
     """
     if len(arms) + len(module) < 2:
         named = f"only {(*arms, *module)[0]} is named" if arms or module else "nothing is named"

@@ -25,7 +25,7 @@ _USUAL = {
     "optim.lr": ("--lr", "RATE", "learning rate at the start"),
     "data.root": ("--root", "DIR", "folder that holds the named sets"),
     "data.val": ("--val", "N", "training images kept apart to choose the best epoch"),
-    "data.limit": ("--limit", "N", "use only so many training images"),
+    "data.limit": ("--limit", "N", "use only this many training images"),
     "data.size": ("--size", "PIXELS", "scale images of a folder to this side"),
     "runtime.device": ("--device", "DEVICE", "cpu, cuda, or auto"),
     "runtime.precision": ("--precision", "fp32|bf16", "bf16 is faster where the processor has it"),

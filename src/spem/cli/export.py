@@ -30,7 +30,7 @@ def run(
     json: Json = False,
     **named: Annotated[Any, NETWORK],
 ) -> None:
-    """Write a network as ONNX, after onnxruntime has run it beside PyTorch."""
+    """Write a network as ONNX, checked by running it in onnxruntime and PyTorch."""
     if out is None:
         raise ValueError("nowhere to write. Give --out FILE, such as --out network.onnx.")
     if fold is not None:  # before torch is loaded

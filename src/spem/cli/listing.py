@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from spem.attention import Needs
 
 SIZES = {64: 32, 128: 16, 256: 8}
-"""Channels, and the side of the maps of so many in a CIFAR ResNet, for modules built for a size."""
+"""Channels, and the side of their maps in a CIFAR ResNet, for modules built for a size."""
 _SHORT = {
     "tail": "blocks",
     "conv": "before convolutions",
@@ -118,7 +118,7 @@ def _needs(needs: Needs) -> list[str]:
     from spem.attention import PLACES
 
     phrases = {
-        f"stands {PLACES[needs.place]}": needs.place != "tail",
+        f"goes {PLACES[needs.place]}": needs.place != "tail",
         "the blocks of a stage share one": needs.shared,
         f"maps of {needs.pixels} pixels or more": needs.pixels > 1,
         f"{needs.batch} images or more in training": needs.batch > 1,

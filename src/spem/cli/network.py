@@ -38,7 +38,7 @@ NETWORK = [
     Option("size", ("--size",), "PIXELS", _SIZE, number(1, int)),
     Option("start", ("--start",), "identity|module", _START, typed(Start)[0], rare=True),
 ]
-"""What `load_network` takes beside the name."""
+"""What `load_network` takes besides the name."""
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of images where nothing else is known."""
 
@@ -325,7 +325,7 @@ def register_from_file(where: str) -> str:
     try:
         got = list(own(64)(torch.zeros(2, 64, 8, 8)).shape)
         said = f"it must return a map of its input's shape [2, 64, 8, 8], got {got}."
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it is told
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it is reported
         got, said = None, f"{type(error).__name__}: {error}"
     if got != [2, 64, 8, 8]:
         tried = f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]"

@@ -10,7 +10,7 @@
 
 A parameter before the star is an argument, one behind it an option: `--batch`. Its type is followed
 by what it takes, its line of the help, and perhaps `RARE` or a function that makes the value of the
-text; behind that of ``**rest`` stands a list of options, which come first in the help, or last
+text; behind that of ``**rest`` comes a list of options, which come first in the help, or last
 where `RARE` follows. The docstring is text of the help.
 """
 

@@ -53,7 +53,7 @@ class Several(Silent):
         self.stop = self._output.close
 
     def start(self, config: RunConfig) -> None:
-        """A run begins, or goes on."""
+        """A run starts, or resumes."""
         self._config = config
         self.running(self._shares)
 
@@ -121,7 +121,7 @@ def carry_out(
 
     out.mkdir(parents=True, exist_ok=True)
     if (out / "runs.csv").exists():
-        read_results(out)  # a damaged table is told before hours of training
+        read_results(out)  # a damaged table is reported before hours of training
     if retry_diverged:
         run.forget_diverged(planned, runs)
     todo = run.missing(planned, runs)
@@ -181,7 +181,7 @@ def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
     if report is not None:
         print(f"report: {report.page}")
     if left:
-        print(f"{left} runs are left; the same command goes on from their checkpoints.")
+        print(f"{left} runs are left; the same command resumes from their checkpoints.")
 
 
 def _print(table: Table) -> None:

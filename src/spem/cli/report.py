@@ -14,7 +14,7 @@ _RESULTS = "a folder that `spem reproduce` or `spem compare` wrote"
 def run(results: Annotated[Path, "FOLDER", _RESULTS], *, json: Json = False) -> None:
     """Rebuild the report of a results folder: a page, tables (CSV, LaTeX, Markdown), figures.
 
-    Nothing is trained and no run is read: runs.csv and the tables beside it are enough.
+    Nothing is trained and no run is read: runs.csv and the tables next to it are enough.
     """
     from spem.reproduce.report import build_report
 

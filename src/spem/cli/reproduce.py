@@ -43,7 +43,7 @@ def run(
 ) -> int:
     """Reproduce tables and figures of the paper: train what is missing, then tables and report.
 
-    The same command goes on where it was stopped, by Ctrl-C, a budget or a crash.
+    The same command resumes where it was stopped, by Ctrl-C, a budget or a crash.
     """
     if not experiments:
         raise ValueError(f"no experiment given. Name some of: all, {', '.join((*PAPER, *OWN))}.")

@@ -105,7 +105,7 @@ def _decimals(lines: list[dict[str, Any]]) -> int:
 
 
 def _text(value: float | None, decimals: int, sign: str = "") -> str:
-    """A number in so many decimals, or by its digits where it is very large or very small."""
+    """A number with this many decimals, or by its digits where it is very large or very small."""
     if value is None:
         return ""
     usual = value == 0 or 1e-9 <= abs(value) < 1e12

@@ -22,11 +22,11 @@ def run(
     json: Json = False,
     **given: Annotated[Any, config_options()],
 ) -> None:
-    """Train one network; an interrupted run goes on, a finished one shows its result.
+    """Train one network; an interrupted run resumes, a finished one shows its result.
 
     Several processes train one run together under torchrun, with the result of one: torchrun
     --nproc-per-node 2 -m spem train short ... Each has its own GPU, or they share the CPU. If one
-    is lost, the same command goes on, with any number of processes.
+    is lost, the same command resumes, with any number of processes.
     """
     recipe = recipe or recipe_
     if recipe is None:

@@ -231,7 +231,7 @@ def _tail_spec(attention: Attention, asker: str) -> AttentionSpec:
         )
     if spec.place != "tail":
         raise ValueError(
-            f"{asker}: {spec} stands {PLACES[spec.place]}, not in the tail of a block. "
+            f"{asker}: {spec} goes {PLACES[spec.place]}, not in the tail of a block. "
             f"Use a module of placement 'tail' (spem list)."
         )
     return spec

@@ -166,7 +166,7 @@ def _no_factor(attention: ChannelAttention) -> str | None:
     own_forward = type(inner).forward is not ChannelAttention.forward
     reasons = {
         "adds to the map": inner.needs.adds,
-        "stands in place of a layer": inner.needs.replaces is not None,
+        "takes the place of a layer": inner.needs.replaces is not None,
         "does more than multiply its map": inner.needs.shared or own_forward,
     }
     kind = inner.name or type(inner).__name__

@@ -643,7 +643,7 @@ _KINDS = {
 
 
 class _Call:
-    """What a call needs beside its tensors: the table with its counters, and scratch memory."""
+    """What a call needs besides its tensors: the table with its counters, and scratch memory."""
 
     def __init__(self, threads: int, size: int) -> None:
         self.threads, self.size = threads, size

@@ -68,7 +68,7 @@ _addresses: dict[tuple[Any, torch.dtype, int], int] = {}
 
 
 def address_of(kernel: Any, dtype: torch.dtype, lines: int) -> int:
-    """The address of a kernel for maps of this dtype and vectors of so many cache lines."""
+    """The address of a kernel for maps of this dtype and vectors of this many cache lines."""
     key = (kernel, dtype, lines)
     address = _addresses.get(key)
     if address is not None:
@@ -118,7 +118,7 @@ def run(
     """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments.
 
     Tensors stand in the table with their addresses, integers as they are. A vector of the kernel's
-    numbers fills so many lines of the cache.
+    numbers fills this many lines of the cache.
     """
     regions = max(1, min(torch.get_num_threads(), pieces))
     table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
