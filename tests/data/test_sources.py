@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -169,18 +168,12 @@ def test_without_a_local_folder_the_hub_is_asked(
 
 
 def test_an_unreachable_hub_is_told_in_a_line_and_not_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    unreachable_hub: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Its client would wait for half a minute, and log each of its tries."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.delenv("SPEM_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match=r"not be fetched .* SPEM_DATA or") as raised:
         load_images("cifar10", "train")
-    assert str(raised.value).count("\n") == sum(waits) == 0
+    assert str(raised.value).count("\n") == sum(unreachable_hub) == 0
     assert capfd.readouterr() == ("", "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,22 +130,17 @@ def test_refusals_of_the_hub_are_told_in_a_sentence(recorder: Recorder, tmp_path
 
 
 def test_an_unreachable_hub_is_told_in_a_line_and_not_asked_again(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: Path,
+    unreachable_hub: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
-    """Its client would wait for half a minute, and log each of its tries."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     with pytest.raises(OSError, match=r"no folder me/net, .* cannot be fetched: .*refused"):
         spem.from_pretrained("me/net")
     assert cli.main(["share", str(run), "--to", "me/net"]) == 2
     out, err = capfd.readouterr()
-    assert (out, sum(waits)) == ("", 0)
+    assert (out, sum(unreachable_hub)) == ("", 0)
     sentence = (
         r"spem share: push_to_hub: cannot write to me/net: .*refused\. Look at your connection"
     )
