@@ -82,10 +82,6 @@ def test_statistics_after_a_constant_norm(dtype, shape, last):
                 assert t is None or name in ("max", "min")
 
 
-def plane_scalars(shape, dtype, seed):
-    return drawn(shape[:2], wide(dtype), seed=seed)
-
-
 def test_bfloat16_is_rounded_as_torch_rounds():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     z = bits.view(torch.bfloat16).view(1, 1, 256, 256).contiguous()

@@ -199,7 +199,6 @@ def _fetched(hub_id: str) -> Path:
     """A set's files from the hub, whose client keeps a copy that works offline too."""
     hub = require("huggingface_hub", extra="train", purpose=f"fetching {hub_id}")
     try:
-        # Ask once first: without an answer, `datasets` would retry for half a minute.
         kept = hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns="*.parquet")
     except Exception as error:  # errors depend on where a missing network is noticed
         raise FileNotFoundError(
