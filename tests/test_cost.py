@@ -82,6 +82,15 @@ def test_attention_has_its_share() -> None:
     assert [row.output for row in gates] == [(2, 64, 32, 32), (2, 128, 16, 16), (2, 256, 8, 8)]
 
 
+def test_a_layer_that_two_hold_has_one_row() -> None:
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    network = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared, nn.Conv2d(3, 4, 1)))
+    cost = count(network, (1, 3, 8, 8))
+    rows = [(row.name, row.parameters, row.flops) for row in cost.layers]
+    assert rows == [("0.0", 84, 2 * 2 * 27 * 3 * 64), ("1.1", 16, 2 * 12 * 64)]
+    assert (cost.parameters, cost.flops) == (100, 2 * 2 * 27 * 3 * 64 + 2 * 12 * 64)
+
+
 @pytest.mark.parametrize("name", ["none", "spem", "se", "bam", "dia", "sk", "iebn", "fca", "gct"])
 def test_the_rows_add_up(name: str) -> None:
     network = spem.resnet(11, attention=name)
@@ -169,10 +178,13 @@ def test_fused_tails_move_what_norm_addition_and_relu_need(
 def test_a_composed_tail_says_why_and_is_not_modelled() -> None:
     cost = count(spem.resnet(11, attention="cbam"), (1, 3, 32, 32))
     for tail in cost.tails:
-        assert (tail.impl, tail.reason) == ("reference", "cbam is no function of plane statistics")
+        assert (tail.impl, tail.reason) == (
+            "reference",
+            "cbam is not a function of plane statistics",
+        )
         assert tail.forward_bytes is tail.backward_bytes is None
     assert tails_text(cost.tails) == (
-        "3 block tails: reference (not fused: cbam is no function of plane statistics)"
+        "3 block tails: reference (not fused: cbam is not a function of plane statistics)"
     )
 
 
@@ -225,7 +237,7 @@ def test_the_command_names_the_tails(capsys: pytest.CaptureFixture[str], numba_t
     )
     main(["cost", "cifar:11", "--attention", "cbam", "--device", "cuda", "--precision", "bf16"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "On cuda, bf16: 3 block tails: reference (not fused: cbam is no function" in shown
+    assert "On cuda, bf16: 3 block tails: reference (not fused: cbam is not a function" in shown
     assert "Whole maps" not in shown
     main(["cost", "cifar:11", "--json"])
     answer = json.loads(capsys.readouterr().out)

@@ -104,8 +104,8 @@ def count(
             "Use numbers from 1 up, such as (1, 3, 32, 32)."
         )
     tails = list(block_tails(model, device=device, dtype=dtype))  # before hooks are in the way
-    totals, outputs = _run(model, input_shape)
-    layers = tuple(_rows(model, totals, outputs))
+    own, outputs = _run(model, input_shape)
+    layers = tuple(_rows(model, own, outputs, set()))
     width = (dtype or _like(model).dtype).itemsize
     for number, tail in enumerate(tails):
         composed = tail.impl == "reference"
@@ -116,7 +116,7 @@ def count(
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         attention_parameters=sum(row.parameters for row in layers if row.attention),
-        flops=totals.get("", 0),
+        flops=sum(own.values()),
         attention_flops=sum(row.flops for row in layers if row.attention),
         layers=layers,
         input_shape=tuple(input_shape),
@@ -200,13 +200,23 @@ def _like(model: nn.Module) -> Tensor:
 
 def _run(
     model: nn.Module, input_shape: tuple[int, ...]
-) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
-    """By module name: FLOPs including its children, and the shape of its last output."""
+) -> tuple[Counter[nn.Module], dict[str, tuple[int, ...]]]:
+    """FLOPs of each module outside of those that it calls; shapes of last outputs by name."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    own: Counter[nn.Module] = Counter()
+    open_calls: list[list[int]] = []  # FLOPs before the call, and those of calls inside it
     outputs: dict[str, tuple[int, ...]] = {}
 
-    def leave(name: str, _m: object, _x: object, output: object) -> None:
+    def enter(*_: object) -> None:
+        open_calls.append([counter.get_total_flops(), 0])
+
+    def leave(name: str, module: nn.Module, _x: object, output: object) -> None:
+        before, inside = open_calls.pop()
+        spent = counter.get_total_flops() - before
+        own[module] += spent - inside
+        if open_calls:
+            open_calls[-1][1] += spent
         if isinstance(output, Tensor):
             outputs[name] = tuple(output.shape)
 
@@ -215,38 +225,34 @@ def _run(
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(setattr, module, "training", module.training)
+            stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(partial(leave, name)).remove)
         model.eval()
         # Composed tails call every module, whose hooks then see its share.
         with torch.no_grad(), use_impl("reference"), counter:
             model(x)
-    root, counts = type(model).__name__, counter.get_flop_counts()
-    totals = {key[len(root) + 1 :]: sum(found.values()) for key, found in counts.items()}
-    return totals | {"": counter.get_total_flops()}, outputs
-
-
-def _spent(module: nn.Module, name: str, totals: dict[str, int]) -> int:
-    """FLOPs of a module; if it is not called itself (a fused tail), the sum of its parts."""
-    if name in totals:
-        return totals[name]
-    return sum(_spent(child, _join(name, key), totals) for key, child in module.named_children())
-
-
-def _join(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child
+    return own, outputs
 
 
 def _rows(
-    module: nn.Module, totals: dict[str, int], outputs: dict[str, tuple[int, ...]], name: str = ""
+    module: nn.Module,
+    own: Counter[nn.Module],
+    outputs: dict[str, tuple[int, ...]],
+    seen: set[nn.Module],
+    name: str = "",
 ) -> Iterator[LayerCost]:
-    """Rows: attention modules, modules without children, and containers' own work."""
+    """Rows: attention modules, modules without children, and containers' own work.
+
+    A module that several hold has one row, with all its calls.
+    """
+    seen.add(module)
     attention = isinstance(module, ChannelAttention)
     children = [] if attention else list(module.named_children())
     parameters = sum(p.numel() for p in module.parameters(recurse=attention))
-    flops = _spent(module, name, totals)
-    flops -= sum(_spent(child, _join(name, key), totals) for key, child in children)
+    flops = sum(own[part] for part in (module.modules() if attention else (module,)))
     if attention or not children or parameters or flops:
         kind = type(module).__name__
         yield LayerCost(name, kind, outputs.get(name), parameters, flops, attention)
     for key, child in children:
-        yield from _rows(child, totals, outputs, _join(name, key))
+        if child not in seen:
+            yield from _rows(child, own, outputs, seen, f"{name}.{key}" if name else key)
