@@ -107,6 +107,9 @@ def test_the_report_tells_spread_agreement_and_accuracy() -> None:
     assert report.agreement == float((a.argmax(1) == b.argmax(1)).double().mean())
     assert report.accuracy_before == float((a.argmax(1) == labels).double().mean())
     assert report.accuracy_after == float((b.argmax(1) == labels).double().mean())
+    mixed = fold(before, [(x[0], labels[:4]), x[1]])  # accuracy is that of the labelled images
+    assert mixed.agreement == report.agreement
+    assert mixed.accuracy_before == float((a[:4].argmax(1) == labels[:4]).double().mean())
     text = str(report)
     assert "layer1.0.bn2.attention" in text
     assert "4 gates folded over 8 images" in text

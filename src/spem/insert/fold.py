@@ -116,7 +116,7 @@ def fold(
         labels: Classes of all images in the order of the batches; None takes those of the pairs.
 
     Raises:
-        ValueError: No attention, a gate that is no factor per channel (it differs between
+        ValueError: No attention, a gate that is not a factor per channel (it differs between
             positions, adds to the map, or replaces a layer), nothing before it that can
             take the factor, or no images.
     """
@@ -161,7 +161,7 @@ def _gates(model: nn.Module) -> list[_Gate]:
 
 
 def _no_factor(attention: ChannelAttention) -> str | None:
-    """Why a gate is no factor per channel, as far as its class says."""
+    """Why a gate is not a factor per channel, as far as its class says."""
     inner = attention.inner if isinstance(attention, IdentityStart) else attention
     own_forward = type(inner).forward is not ChannelAttention.forward
     reasons = {
@@ -287,7 +287,7 @@ def _compared(
     """
     images, difference, largest = 0, 0.0, 0.0
     tops: list[Tensor] = []
-    labels: list[Tensor] = []
+    labelled: list[Tensor] = []
     for x, y in inputs:
         before, after = _outputs(model(x)), _outputs(folded(x))
         if not images:
@@ -296,13 +296,13 @@ def _compared(
         difference = max(difference, _difference(before, after))
         largest = max(largest, *(float(one.abs().max()) for one in before))
         if before[0].dim() == 2:
-            tops.append(torch.stack([before[0].argmax(1), after[0].argmax(1)]).cpu())
-            labels += [] if y is None else [y.cpu()]
-    shares: list[float] = []
-    if tops:
-        top, now = torch.cat(tops, 1)
-        pairs = [(top, now), *((one, torch.cat(labels)) for one in (top, now) if labels)]
-        shares = [float((one == two).double().mean()) for one, two in pairs]
+            top, now = before[0].argmax(1).cpu(), after[0].argmax(1).cpu()
+            tops.append(top == now)
+            if y is not None:
+                labelled.append(torch.stack([top == y.cpu(), now == y.cpu()]))
+    # Agreement, then accuracy before and after on the images that have labels.
+    shares = [float(torch.cat(tops).double().mean())] if tops else []
+    shares += torch.cat(labelled, 1).double().mean(1).tolist() if labelled else []
     return FoldReport(sites, images, difference / (largest or 1.0), *shares)
 
 
