@@ -294,6 +294,8 @@ def put(section: str, name: str, value: object) -> Change:
         (put("model", "depth", 20), "Missing key|does not fit"),
         (put("model", "attention", "sk(branches=100000)"), "does not fit"),
         (put("model", "attention", "eca(kernel=999999999)"), "is absurd"),
+        (put("model", "attention", "se(reduction=1e16)"), "is absurd"),
+        (put("model", "attention", "fca(size=[7,5000])"), "option 5000 .* is absurd"),
         (put("data", "size", 60_000), "size=60000 is too large"),
         (lambda texts, _: texts.update(config="[" * 100_000), "does not fit"),
         (lambda texts, _: texts.update(about=[1]), "does not fit"),

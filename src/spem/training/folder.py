@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from spem.data import ImageSet
-from spem.extras import require
+from spem.extras import first_line, require
 from spem.files import (
     canonical_json,
     damaged,
@@ -52,6 +52,8 @@ _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.
 
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
+_LARGEST_OPTION = 4_096
+"""Of an attention in a file: no module of a CIFAR network takes a larger number."""
 _AGAIN = "Delete the folder to train the run again."
 
 T = TypeVar("T")
@@ -261,7 +263,7 @@ def held(folder: Path) -> Generator[None]:
 
 
 def require_own(folder: Path) -> None:
-    """Raise ValueError if the folder holds something else, or a run's file is no regular file.
+    """Raise ValueError if the folder holds something else, or a run's file is not a regular file.
 
     Extra files in the folder of a run are left alone.
     """
@@ -374,7 +376,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:
         # The checksum matches, so another program or version wrote these bytes on purpose.
-        finding = f"it cannot be read ({str(error).partition(chr(10))[0]})"
+        finding = f"it cannot be read ({first_line(error)})"
         raise damaged(path, finding, "Train into another folder.") from error
 
 
@@ -484,8 +486,8 @@ def read_weights(path: Path) -> Weights:
         network = _fitting(config, tensors, data)
     except Exception as error:
         # The checksum matches, so another program or version wrote this on purpose.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} does not fit this version of spem. {reason}") from error
+        reason = first_line(error)
+        raise ValueError(f"{path} does not fit this version of spem. {reason}.") from error
     return Weights(network.eval(), config, data, about.get("impl") or config.runtime.impl)
 
 
@@ -498,8 +500,9 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
         raise ValueError(
             f"The config asks for depth {config.model.depth}, and there are {len(tensors)} tensors."
         )
-    if large := re.search(r"(?<![\w.])\d{5,}", config.model.attention):
-        raise ValueError(f"The option {large[0]} of {config.model.attention} is absurd.")
+    for option in _numbers(config.model.spec and config.model.spec.options):
+        if not abs(option) <= _LARGEST_OPTION:
+            raise ValueError(f"The option {option:g} of {config.model.attention} is absurd.")
     if data is not None and len(data.classes) != head.shape[0]:
         raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
     network = build_network(config, classes=head.shape[0])
@@ -507,6 +510,15 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
     return network
+
+
+def _numbers(value: Any) -> Generator[float]:
+    """The numbers of an option, however nested."""
+    if isinstance(value, tuple):
+        for item in cast("tuple[Any, ...]", value):
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
