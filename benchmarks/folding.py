@@ -22,7 +22,7 @@ from spem.data import NORMALISATION, load_images, normalise
 from spem.training import evaluate
 from spem.training.folder import read_weights
 from spem.training.sets import epoch_batches
-from spem.training.step import make_optimizer, make_step, set_rate
+from spem.training.step import make_optimizer, make_step, map_dtype, set_rate
 
 STUDY = Path(__file__).parents[1] / "results" / "cifar10"
 SHOWN = 1000
@@ -46,7 +46,7 @@ def main() -> int:
             continue
         # On a CPU, in the precision and at the rate with which training ended.
         runtime = replace(config.runtime, device="cpu", step="eager", impl=None)
-        dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+        dtype = map_dtype(runtime)
         whole = found.network.eval().to(memory_format=torch.channels_last)
         folded = copy.deepcopy(whole)
         shown = normalise(train.images[:SHOWN], *how, torch.float32)

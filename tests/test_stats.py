@@ -139,7 +139,9 @@ def test_small_differences_of_large_numbers_are_differences():
 
 @pytest.mark.parametrize("scale", [1e-308, 1e300])
 def test_what_is_too_small_or_large_to_square_is_said(scale: float):
-    with pytest.raises(ValueError, match=r"accuracy as .* is out of range. Rescale the column"):
+    with pytest.raises(
+        ValueError, match=r"compare: .* in 'accuracy' is out of range. Rescale the column"
+    ):
         compare(table(none=[v * scale for v in NONE], se=[v * scale for v in SE]))
 
 
@@ -211,7 +213,7 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
         ("a,b\n1,2\n", "there is no column 'module'. Name one with --by: a, b"),
         ("model,acc\nnone,1\n", "there is no column 'seed'"),
         ("model,seed,acc\nnone,0,high\n", "'high' in column 'acc' is not a number"),
-        ('model,seed,acc\n"none,0,1\n', "no CSV file"),
+        ('model,seed,acc\n"none,0,1\n', "not a CSV file"),
     ],
 )
 def test_files_that_are_no_table(text: str, says: str, tmp_path: Path):

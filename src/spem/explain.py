@@ -83,7 +83,7 @@ class Explanation:
 
     Attributes:
         blocks: One view per attention, or per block that shares one.
-        probabilities: Softmax of the logits, [classes]; None if the output is no row of logits.
+        probabilities: Softmax of the logits, [classes]; None if the output is not a row of logits.
     """
 
     blocks: list[BlockView]
@@ -101,7 +101,7 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
         image: [1, 3, H, W], normalised as in training.
 
     Raises:
-        ValueError: The network has no attention, or the image is no batch of one.
+        ValueError: The network has no attention, or the image is not a batch of one.
     """
     if image.dim() != 4 or image.shape[0] != 1:
         raise ValueError(f"explain: needs one image [1, 3, H, W], got {list(image.shape)}.")

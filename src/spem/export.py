@@ -114,7 +114,7 @@ def to_onnx(
     Raises:
         ImportError: The extra ``export`` is not installed.
         FileNotFoundError: There is no such folder.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: An unknown precision or opset; a module that is built for one map size, or a
             network that cannot be exported so; a graph whose outputs differ from the network's. No
             file is written then.
@@ -130,7 +130,7 @@ def to_onnx(
     newest: int = onnx.defs.onnx_opset_version()
     if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
         raise ValueError(
-            f"to_onnx: opset={opset!r} is no integer from {_OLDEST} to {newest}. Leave it out."
+            f"to_onnx: opset={opset!r} is not an integer from {_OLDEST} to {newest}. Leave it out."
         )
     require_regular(target, missing_ok=True)
     if not target.parent.is_dir():
@@ -184,7 +184,8 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     shape = default_input(model) if example is None else tuple(example)
     if len(shape) < 3 or not all(type(extent) is int and extent > 0 for extent in shape):
         raise ValueError(
-            f"to_onnx: {list(shape)} is no shape of an input. Use positive integers (N, C, H, W)."
+            f"to_onnx: {list(shape)} is not the shape of an input. "
+            "Use positive integers (N, C, H, W)."
         )
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -284,7 +285,7 @@ def _inputs(x: Tensor, *, batch: bool, size: bool) -> list[Tensor]:
 def _compared(
     model: nn.Module, content: bytes, inputs: list[Tensor], limit: float
 ) -> tuple[Difference, ...]:
-    """Compare the graph with the original network, not the copy with constants.
+    """Compare the graph with the network as it was given, attention that is left out included.
 
     Raises:
         ValueError: The graph differs, or one of them does not run.

@@ -48,7 +48,7 @@ def read_regular(path: Path) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no regular file.
+        ValueError: it is not a regular file.
     """
     require_regular(path.resolve())
     return path.read_bytes()
@@ -59,7 +59,7 @@ def require_regular(path: Path, *, missing_ok: bool = False) -> None:
 
     Raises:
         FileNotFoundError: nothing has this name.
-        ValueError: it is no regular file.
+        ValueError: it is not a regular file.
     """
     try:
         mode = path.lstat().st_mode

@@ -13,6 +13,7 @@ from spem.attention.base import Tail
 from spem.attention.options import one_of, positive_int
 from spem.attention.placement import PLACES, Places
 from spem.depths import STEPS, blocks_per_stage
+from spem.extras import first_line
 from spem.ops import bn_gate_tail, norm_relu
 from spem.seeding import initialise
 
@@ -295,7 +296,7 @@ def load_official(path: str | Path) -> ResNet:
         stored: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch reports damage and refused objects with many exception types.
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"load_official: {path} is damaged or no checkpoint: {reason}") from error
     state = stored.get("state_dict") if isinstance(stored, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -314,7 +315,7 @@ def load_official(path: str | Path) -> ResNet:
     fc = ours.get("fc.weight")
     if fc is None or fc.dim() != 2 or not numbers or "layer1.0.attention.w_e" not in ours:
         raise ValueError(
-            f"load_official: {path} is no SPEM network of the official layout "
+            f"load_official: {path} is not a SPEM network of the official layout "
             f"(layer1.0.w1, fc.weight)."
         )
     spec = AttentionSpec("spem", {"form": "code"})

@@ -62,7 +62,7 @@ def uniform_fan_in(fan_in: int) -> Initialiser:
 def initialise(
     model: nn.Module, seed: int | None, *, scope: Literal["backbone", "all"] = "backbone"
 ) -> None:
-    """Draws every parameter of a model again, each from a generator keyed by (seed, its name).
+    """Redraws every parameter of a model, each from a generator keyed by (seed, its name).
 
     Convolutions of the backbone get N(0, 2/(k k out)) and zero biases, batch norms 1/0 (running
     statistics 0/1), linear layers torch's default. An attention module owns its initialisation (its
@@ -110,7 +110,7 @@ def initialise(
 
 
 def _owner(name: str, owners: Mapping[str, object]) -> str | None:
-    """The attention module that this module is or lies in, by name."""
+    """The attention module that this module is or is part of, by name."""
     while True:
         if name in owners:
             return name

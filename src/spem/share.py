@@ -69,7 +69,7 @@ class Images:
         finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
         paired = finite and len(self.mean) == len(self.std) and min(self.std, default=0) > 0
         if not paired or (self.size is not None and self.size < 1):
-            raise ValueError(f"images={self} is no size with means and deviations.")
+            raise ValueError(f"images={self} is not a size with means and deviations.")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Call(Attached):
             )
         shape = self.input_shape
         if shape is not None and (min(shape, default=0) < 1 or math.prod(shape) > _LARGEST_INPUT):
-            raise ValueError(f"attach: input_shape={list(shape)} is no shape of an input.")
+            raise ValueError(f"attach: input_shape={list(shape)} is not the shape of an input.")
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def _built(config: _Config) -> nn.Module:
 def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
     """How a file's tensors differ from those that a network needs; None if they do not."""
     lacking, beside = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    for names, what in ((lacking, "lack"), (beside, "hold beside those of the network")):
+    for names, what in ((lacking, "lack"), (beside, "also hold, and the network lacks,")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             return f"the weights {what} {names[0]!r}{more}"
@@ -495,7 +495,7 @@ def read_shared(folder: str | Path) -> Shared:
         try:
             values = json.loads(read_regular(folder / CONFIG))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{CONFIG} is no JSON ({error}). Fetch it again.") from error
+            raise ValueError(f"{CONFIG} is not JSON ({error}). Fetch it again.") from error
         schema = values.get("schema") if isinstance(values, dict) else None
         if schema != SCHEMA:
             raise ValueError(
@@ -511,7 +511,7 @@ def read_shared(folder: str | Path) -> Shared:
         try:
             state: dict[str, Tensor] = safetensors.load(content)
         except Exception as error:  # safetensors has its own exception types for broken files
-            raise ValueError(f"{WEIGHTS} is no safetensors file ({error}).") from error
+            raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}).") from error
         wrong, model = _too_large(state, config), nn.Module()
         if not wrong:
             model = _built(config)
@@ -554,7 +554,7 @@ def push_to_hub(
         describing: Further arguments of `save_pretrained`.
 
     Raises:
-        ValueError: As for `save_pretrained`, or ``repo_id`` is no id.
+        ValueError: As for `save_pretrained`, or ``repo_id`` is not an id.
         OSError: The hub refuses or cannot be reached.
         ImportError: huggingface_hub is not installed.
     """
@@ -584,7 +584,7 @@ def push_to_hub(
 def check_id(repo_id: str, asker: str) -> None:
     """Raise ValueError unless this is a repository id."""
     if _ID.fullmatch(repo_id) is None:
-        raise ValueError(f"{asker}: {repo_id!r} is no id of a repository. Write owner/name.")
+        raise ValueError(f"{asker}: {repo_id!r} is not the id of a repository. Write owner/name.")
 
 
 # ---- the card
@@ -602,7 +602,7 @@ class _Measured:
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not math.isfinite(self.value):
-            raise ValueError(f"save_pretrained: a result's value={self.value!r} is no number.")
+            raise ValueError(f"save_pretrained: a result's value={self.value!r} is not a number.")
 
 
 def _measured(results: Results) -> list[_Measured]:

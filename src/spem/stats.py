@@ -64,8 +64,8 @@ def compare(
 
     Raises:
         KeyError: The table has no such column.
-        ValueError: Two runs have the same group and pair, no group has the baseline's name, values
-            are too large or too small to compute with, or the level is none.
+        ValueError: Two runs have the same group and pair, no group has the baseline's name, the
+            largest value is outside 1e-100 to 1e100, or the level is none.
     """
     for module in ("pandas", "scipy.stats", "statsmodels.stats.multitest"):
         require(module, extra="train", purpose="spem.stats")
@@ -84,7 +84,9 @@ def compare(
         raise ValueError(f"compare: no row holds a finite number in {value!r}.")
     largest = rows[value].abs().max()
     if largest and not 1e-100 < largest < 1e100:
-        raise ValueError(f"compare: {value} as {largest:.3g} is out of range. Rescale the column.")
+        raise ValueError(
+            f"compare: {largest:.3g} in {value!r} is out of range. Rescale the column."
+        )
     if isinstance(baseline, str):
         baseline = _baseline(list(rows["group"].unique()), baseline)
     found: list[pd.DataFrame] = []
@@ -153,7 +155,7 @@ def _difference(pairs: Any, level: float) -> dict[str, float]:
     if n == 0:
         return {"pairs": 0}
     line = {"pairs": n, "difference": d.mean(), "difference_sd": d.std(ddof=1) if n > 1 else np.nan}
-    # Rounding alone can make equal differences look unequal: that is no spread.
+    # Rounding alone can make equal differences look unequal: that is not a spread.
     equal = np.ptp(d) <= 4 * np.finfo(float).eps * np.abs(pairs).max()
     if n > 1 and equal:
         line["difference_sd"] = 0.0

@@ -58,10 +58,13 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
         (["cost", "resnet164"], "Ours of CIFAR are written cifar:164."),
         (["cost", "cifar:12"], "Nearest: 11 or 20"),
         (["cost", "cifar:11", "--attention", "se(reductoin=8)"], "no option 'reductoin'"),
-        (["cost", "cifar:11", "--classes", "0"], "--classes: '0' is no whole number from 1 on."),
-        (["cost", "cifar:11", "--classes", "-1"], "--classes: '-1' is no whole number from 1 on."),
+        (["cost", "cifar:11", "--classes", "0"], "--classes: '0' is not a whole number from 1 on."),
+        (
+            ["cost", "cifar:11", "--classes", "-1"],
+            "--classes: '-1' is not a whole number from 1 on.",
+        ),
         (["cost", "gone.safetensors"], "spem cost: there is no file gone.safetensors."),
-        (["cost", "gone/way"], "'gone/way' is no file, folder or name."),
+        (["cost", "gone/way"], "'gone/way' is not a file, folder or name."),
         (["train"], "spem train: no recipe given. Use one of paper, fast, short, smoke"),
         (["train", "shrot"], "spem train: unknown recipe 'shrot'. Did you mean short?"),
         (["train", "smoke", "--data", "cifar11"], "Did you mean cifar10"),
@@ -95,7 +98,11 @@ def test_a_picture_has_the_name_that_was_given(
     Image.new("RGB", (32, 32)).save("image.png")
     Path("folder.png").mkdir()
     before = sorted(tmp_path.iterdir())
-    for out, says in (("folder.png", "folder.png"), (".", "no picture"), ("x.bmp", "no picture")):
+    for out, says in (
+        ("folder.png", "folder.png"),
+        (".", "not a picture"),
+        ("x.bmp", "not a picture"),
+    ):
         refused(
             capsys, ["explain", "cifar:11", "image.png", "--attention", "se", "--out", out], says
         )

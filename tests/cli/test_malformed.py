@@ -160,7 +160,7 @@ def _damage(rng: random.Random, path: Path) -> None:
 
 
 def _put_something(rng: random.Random, path: Path, *kinds: str) -> None:
-    """Something that is no file of ours."""
+    """Something that is not a file of ours."""
     match rng.choice(kinds):
         case "pipe":
             os.mkfifo(path)

@@ -151,7 +151,7 @@ def test_the_size_that_a_set_has(
         (["{tmp}/out"], "this folder holds no run"),
         (["{tmp}/damaged.safetensors"], "is damaged"),
         ([str(WEIGHTS), "--attention", "se"], "--attention is for a named network"),
-        (["resnet18", "--classes", "0"], "--classes: '0' is no whole number"),
+        (["resnet18", "--classes", "0"], "--classes: '0' is not a whole number"),
         (["resnet18", "--attention", "see"], "unknown attention 'see'"),
         (["resnet18", "--weights", "{tmp}/damaged.safetensors"], "no safetensors file"),
         ([str(WEIGHTS), "--opset", "4"], "--opset 4"),

@@ -64,8 +64,8 @@ def test_a_network_that_is_tied_to_its_size(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"precision": "int8"}, "precision='int8' is unknown. Use 'fp32' or 'fp16'"),
-        ({"input_shape": (1, 4)}, r"\[1, 4\] is no shape of an input"),
-        ({"input_shape": (0, 3, 8, 8)}, r"\[0, 3, 8, 8\] is no shape of an input"),
+        ({"input_shape": (1, 4)}, r"\[1, 4\] is not the shape of an input"),
+        ({"input_shape": (0, 3, 8, 8)}, r"\[0, 3, 8, 8\] is not the shape of an input"),
         ({"input_shape": (1, 5, 8, 8)}, "SE: built for channels=16, got a map with 5 channels"),
         ({"example": torch.ones(1, 16, 8, 8, dtype=torch.int64)}, "floating-point maps"),
         ({"opset": 3, "input_shape": (1, 16, 8, 8)}, "opset=3"),

@@ -179,7 +179,7 @@ class Mine(nn.Module):
 
 
 def test_a_network_of_no_known_family() -> None:
-    """The additions of a forward pass are followed, or where= says it; a shortcut is no site."""
+    """The additions of a forward pass are followed, or where= says it; a shortcut is not a site."""
     network = nn.Sequential(*(Mine(*size) for size in ((3, 8), (8, 8), (8, 12))))
     scattered(network).eval()
     x = images(1, 16)

@@ -36,7 +36,7 @@ def test_outputs_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["sites"][0]["name"] == "layer1.0.bn2"
     assert call(["resnet18", "cbam", "--size", "32", "--fuse", "--include", "layer1*"]) == 0
     out = capsys.readouterr().out
-    assert "Tails: composed (cbam is no function of plane statistics)." in out
+    assert "Tails: composed (cbam is not a function of plane statistics)." in out
     assert "largest difference 0" in out
 
 

@@ -67,12 +67,12 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         "where= gave None for every module",
     ),
     (small, "spem", {"where": lambda module: "bn2"}, "where= gave 'bn2' for the network"),
-    (small, "spem", {"where": lambda module: nn.ReLU()}, "that is no part of the network"),
+    (small, "spem", {"where": lambda module: nn.ReLU()}, "that is not part of the network"),
     (small, spem.SE(64), {}, "got one SE, and every site needs its own. .* such as 'se'"),
     (small, 64, {}, "a text like .* or an AttentionSpec, got int"),
     (small, None, {}, "'none' is the plain network"),
     (small, type("Mine", (spem.ChannelAttention,), {}), {}, "Mine has no name. Register"),
-    (small, "spem", {"where": "layer1"}, r"where='layer1' is no function.*include='layer1\*'"),
+    (small, "spem", {"where": "layer1"}, r"where='layer1' is not a function.*include='layer1\*'"),
     (
         one_dimensional,
         "cbam(reduction=2)",
@@ -183,7 +183,7 @@ class Picky(nn.Module):
 
 
 def test_find_sites_takes_what_attach_takes() -> None:
-    """A guess at the input that does not fit is no fault; sizes of maps are missing then."""
+    """A guess at the input that does not fit is not a fault; sizes of maps are missing then."""
     sites = find_sites(Picky(), "se", start="module", fuse=True)
     assert [site.shape for site in sites] == [None] * 4
     assert sites[0].parameters

@@ -207,7 +207,7 @@ def test_nan_passes_the_rectifier_both_ways(impl: str, last: bool, size: int) ->
     assert torch.equal(y.isnan(), r.isnan())
     y[0, 0, 0], y[0, 1, 0] = 1.0, 0.0
     d, total, _ = work.affine_tail_backward(g, y, z, 0 * one[0])
-    assert torch.equal(d.isnan(), g.isnan())  # the mask is no product
+    assert torch.equal(d.isnan(), g.isnan())  # the mask is not a product
     assert d[1, 3, size - 1] == g[1, 3, size - 1]
     assert d[0, 1, 0] == 0
     assert total.isnan().sum() == 1

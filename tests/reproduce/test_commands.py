@@ -42,15 +42,24 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (["compare"], "nothing is named, so there is nothing to compare."),
         (["compare", "none", "spme", *TINY], "Did you mean spem"),
         (["compare", "none", "se", "se", *TINY], "arm se is named twice"),
-        (["compare", "none", "se", "--seeds", "x"], "--seeds: 'x' is no number of seeds (3)"),
-        (["compare", "none", "se", "--seeds", "0"], "'0' is no number of seeds"),
+        (
+            ["compare", "none", "se", "--seeds", "x"],
+            "--seeds: 'x' is neither a number of seeds (3)",
+        ),
+        (["compare", "none", "se", "--seeds", "0"], "'0' is neither a number of seeds"),
         (["compare", "none", "se", "--seeds", "1,0,1"], "'1,0,1' names a seed twice"),
         (["compare", "none", "se", "--recipe", "shrot"], "Did you mean short"),
-        (["compare", "none", "se", "--workers", "0"], "--workers: '0' is no whole number from 1"),
+        (
+            ["compare", "none", "se", "--workers", "0"],
+            "--workers: '0' is not a whole number from 1",
+        ),
         (["reproduce"], "no experiment given. Name some of: all, table1"),
         (["reproduce", "tabel1"], "unknown experiment 'tabel1'. Did you mean table1"),
         (["reproduce", "table1", "--recipe", "smok"], "Did you mean smoke"),
-        (["reproduce", "table1", "--budget", "soon"], "'soon' is no time. Write 90s, 30m or 8h."),
+        (
+            ["reproduce", "table1", "--budget", "soon"],
+            "'soon' is not a time. Write 90s, 30m or 8h.",
+        ),
         (["report", "gone"], "gone holds no runs.csv"),
         (["stats", "gone.csv"], "gone.csv: No such file"),
     ],
@@ -249,7 +258,7 @@ def test_stats_of_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
 def test_two_comparisons_that_differ_in_one_option_are_two_tables(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The rate is no column of runs.csv; before, the second one failed after its training."""
+    """The rate is not a column of runs.csv; before, the second one failed after its training."""
     args = ["compare", "none", "se", *TINY, "--seeds", "1", "--out", "out", "--runs", "runs"]
     assert len(answer(capsys, args)["tables"]) == 1
     assert len(answer(capsys, [*args, "--lr", "0.05"])["tables"]) == 2
@@ -269,7 +278,7 @@ def test_seeds_and_times() -> None:
     texts = ("90s", "30m", "1.5h", "45", " 2 m ")
     assert [parse_duration(text) for text in texts] == [90, 1800, 5400, 45, 120]
     for text in ("", "m", "-3m", "0", "1d", "1e3", "1mh"):
-        with pytest.raises(ValueError, match="is no time"):
+        with pytest.raises(ValueError, match="is not a time"):
             parse_duration(text)
     said = ["about 1 s", "about 80 s", "about 67 min", "about 25 h", "about 5 years"]
     assert [roughly(s) for s in (0.2, 80, 4000, 90_000, 146_403_278)] == said
@@ -296,7 +305,7 @@ def test_demo(
 def test_a_stop_before_the_first_run_is_finished_is_told_as_such(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """There is no table yet then, and that is no fault of the folder's."""
+    """There is no table yet then, and that is not a fault of the folder's."""
 
     def stopped(*_: Any, **__: Any) -> Any:
         raise Interrupted("Training stopped by SIGTERM. Run the command again to go on.", 143)

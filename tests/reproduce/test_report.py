@@ -12,7 +12,7 @@ import pytest
 from reproduce.made_up import compared, reproduced, steady
 
 from spem.attention import list_attention
-from spem.reproduce.figures import KNOWN, MINUS, colour, curves, differences, inner
+from spem.reproduce.figures import KNOWN, MINUS, colour, curves, differences, of_table
 from spem.reproduce.report import build_report, markdown, number, shown
 from spem.reproduce.tables import build_tables, load_runs, read_results
 
@@ -213,7 +213,7 @@ def test_a_row_far_away_is_an_arrow_with_its_numbers(tmp_path: Path):
 def test_rows_of_one_module_have_its_colour_and_lines_that_differ(tmp_path: Path):
     out = reproduced(tmp_path, "scratch", scale="study", seeds=3)
     (table,) = build_tables(load_runs(out))
-    drawn = curves(table, inner(table, read_results(out)["epochs"]))
+    drawn = curves(table, of_table(table, read_results(out)["epochs"]))
     assert drawn is not None
     lines = {str(line.get_label()): line for line in drawn.figure.axes[0].lines}
     first, second = lines["SPEM"], lines["SPEM, identity start"]

@@ -132,13 +132,13 @@ ZERO = {"size": 32, "mean": [0, 0, 0], "std": [1, 1, 0]}
         (
             changed(lambda m: m.add_module("extra", nn.Linear(1, 1))),
             {},
-            "hold beside those of the network 'extra.bias' and 1 more",
+            "also hold, and the network lacks, 'extra.bias' and 1 more",
         ),
         (changed(lambda m: m.fc.half()), {}, "torch.float16 and torch.float32. Convert it"),
         (changed(by_rule), {}, "attached with where=, a rule that no file can hold"),
         (ours, {"classes": ["cat"]}, "1 names of classes for 10 outputs"),
         (ours, {"images": {"size": 32}}, "images: missing value .*mean"),
-        (ours, {"images": ZERO}, "is no size with means and deviations"),
+        (ours, {"images": ZERO}, "is not a size with means and deviations"),
     ],
 )
 def test_what_cannot_be_made_again_is_not_written(

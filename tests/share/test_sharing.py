@@ -122,7 +122,7 @@ def test_refusals_of_the_hub_are_told_in_a_sentence(recorder: Recorder, tmp_path
     with pytest.raises(OSError, match=r"no folder me/net, and .* cannot be fetched: not in the"):
         spem.from_pretrained("me/net")
     for wrong in ("net", "a/b/c", "../x", "https://hub/me/net", ""):
-        with pytest.raises(ValueError, match="is no id of a repository"):
+        with pytest.raises(ValueError, match="is not the id of a repository"):
             spem.push_to_hub(model, wrong)
     with pytest.raises(FileNotFoundError, match="is neither a folder nor the id"):
         spem.from_pretrained(tmp_path / "gone" / "deep")
@@ -209,8 +209,8 @@ def test_every_module_has_its_formula_on_the_card():
     [
         ({"dataset": "a", "metric": "b"}, "missing value for field .value."),
         ({"dataset": "a", "metric": "b", "value": "93"}, "wrong value type for field .value."),
-        ({"dataset": "a", "metric": "b", "value": float("nan")}, "value=nan is no number"),
-        ({"dataset": "a", "metric": "b", "value": True}, "value=True is no number"),
+        ({"dataset": "a", "metric": "b", "value": float("nan")}, "value=nan is not a number"),
+        ({"dataset": "a", "metric": "b", "value": True}, "value=True is not a number"),
         ([{"dataset": "a", "metric": "b", "value": 1, "best": 2}], "can not match .best. to any"),
         ("nowhere", "nowhere holds no result.json, so its run has not finished"),
     ],
@@ -303,7 +303,7 @@ def test_the_command_sends_nothing_unless_asked(
     assert cli.main(["share", str(run)]) == 2
     assert "nowhere to write. Give --folder DIR" in capsys.readouterr().err
     assert cli.main(["share", str(run), "--to", "net"]) == 2
-    assert "is no id of a repository" in capsys.readouterr().err
+    assert "is not the id of a repository" in capsys.readouterr().err
 
 
 def test_the_committed_weights_can_be_shared(tmp_path: Path):

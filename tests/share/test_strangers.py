@@ -57,18 +57,18 @@ def timm(arch: str, **options: Any) -> dict[str, Any]:
         ({"network__block": "wide"}, "block='wide' is unknown"),
         ({"network__attention": "__import__('os').abort()"}, "cannot read attention"),
         ({"network__attention": "se"}, "weights lack 'layer1.0.attention.attention.alpha' and 13"),
-        ({"attach": []}, "hold beside those of the network"),
+        ({"attach": []}, "also hold, and the network lacks,"),
         ({"network__classes": 4}, r"'fc.weight' has the shape \[10, 256\], the network's is"),
         ({"attach__0__part": "layer9"}, "no part 'layer9'"),
         ({"attach__0__where": "lambda m: m"}, 'field "attach.where" - should be "bool"'),
         ({"attach__0__where": True}, "where=, a rule that no file can hold"),
         ({"attach__0__start": "half"}, "start='half' is unknown"),
-        ({"attach__0__input_shape": [1, 3, 10**6, 10**6]}, "is no shape of an input"),
-        ({"attach__0__input_shape": []}, "is no shape of an input"),
+        ({"attach__0__input_shape": [1, 3, 10**6, 10**6]}, "is not the shape of an input"),
+        ({"attach__0__input_shape": []}, "is not the shape of an input"),
         ({"attach__0__input_shape": [1, 4, 8, 8]}, "does not run on an input of"),
         ({"classes": ["a"]}, "1 names of classes for 10 outputs"),
-        ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is no size with means"),
-        ({"images": {"size": 8, "mean": [0], "std": [float("nan")]}}, "is no size with means"),
+        ({"images": {"size": 0, "mean": [0.5], "std": [1]}}, "is not a size with means"),
+        ({"images": {"size": 8, "mean": [0], "std": [float("nan")]}}, "is not a size with means"),
         # sizes are checked before anything is built
         ({"network__depth": 18_002}, "depth=18002 is too large for 1"),
         ({"network__classes": 10**30}, "classes=10{30} is too large"),
@@ -97,7 +97,7 @@ def test_weights_of_other_names_shapes_and_dtypes_are_refused(written: Path, tmp
     bias = tensors["fc.bias"]
     cases = {
         "lack 'fc.bias'": {k: v for k, v in tensors.items() if k != "fc.bias"},
-        "network 'fc.extra'": {**tensors, "fc.extra": torch.zeros(1)},
+        "lacks, 'fc.extra'": {**tensors, "fc.extra": torch.zeros(1)},
         r"'fc.bias' has the shape \[3\]": {**tensors, "fc.bias": torch.zeros(3)},
         "'fc.bias' has the dtype torch.float64": {**tensors, "fc.bias": bias.double()},
     }
@@ -118,7 +118,7 @@ def test_nothing_but_safetensors_is_read(
     monkeypatch.chdir(tmp_path)
     bomb = pickle.dumps(Bomb())
     folder = put(written, to=tmp_path, weights=bomb)
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
         spem.from_pretrained(folder)
     folder = put(written, to=tmp_path)
     for name in ("pytorch_model.bin", "checkpoint.pt", "modeling.py", "hubconf.py"):
@@ -139,7 +139,7 @@ def test_damaged_files_are_refused(written: Path, tmp_path: Path):
         spem.from_pretrained(folder)
     for text in ("", "{", "[1]", "null", "[" * 100_000):
         (folder / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"is no JSON|is of layout None"):
+        with pytest.raises(ValueError, match=r"is not JSON|is of layout None"):
             spem.from_pretrained(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):

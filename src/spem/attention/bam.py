@@ -41,7 +41,7 @@ class BAM(ChannelAttention):
         pool: How a plane becomes a number in Mc.
 
     Differences: the paper adds the two maps, the official code multiplies them; ``"mul"`` is the
-    default, and norms stand where the code has them. Any map may be non-square, which fails there.
+    default, and norms are where the code has them. Any map may be non-square, which fails there.
     """
 
     def __init__(

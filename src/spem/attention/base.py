@@ -149,7 +149,7 @@ class ChannelAttention(nn.Module):
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """The gate as a function of plane statistics, [N, C] in at least float32."""
         raise NotImplementedError(
-            f"{type(self).__name__} is no function of plane statistics; call gate(x)."
+            f"{type(self).__name__} is not a function of plane statistics; call gate(x)."
         )
 
     def gate(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class ChannelAttention(nn.Module):
         return v.reshape(*v.shape, *[1] * (x.dim() - 2))
 
     def map_gate(self, x: Tensor) -> Tensor:
-        """The gate of an instance that is no function of plane statistics, though others are."""
+        """The gate of an instance that is not a function of plane statistics, though others are."""
         raise NotImplementedError(f"{type(self).__name__} has neither gate_from nor a gate.")
 
     def stats_of(self, x: Tensor) -> PlaneStats:
@@ -178,7 +178,7 @@ class ChannelAttention(nn.Module):
         """y = x * gate(x); ``gate`` is that of x where it is known already.
 
         Raises:
-            TypeError: x is no floating-point tensor.
+            TypeError: x is not a floating-point tensor.
             ValueError: Wrong rank or channel count, or a map or batch smaller than `needs` says.
         """
         self._check(x)
@@ -231,7 +231,7 @@ class ChannelAttention(nn.Module):
         """Why a tail cannot be fused, with hooks or without."""
         kind, name = type(self), self.name or type(self).__name__
         if not self.takes_any_rank():
-            return f"{name} is no function of plane statistics"
+            return f"{name} is not a function of plane statistics"
         if self.reads_map and self.training:
             return f"{name} pools random regions of the map in training"
         if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
@@ -409,7 +409,7 @@ def register_attention(
         ValueError: The name is taken, reserved, or no lower-case identifier.
     """
     if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
-        raise ValueError(f"register_attention: {name!r} is no free lower-case identifier.")
+        raise ValueError(f"register_attention: {name!r} is not a free lower-case identifier.")
 
     def decorate(cls: _A) -> _A:
         if name in _REGISTRY:

@@ -57,7 +57,7 @@ class CBAM(ChannelAttention):
         hidden = hidden_units("CBAM", channels, reduction)
         if isinstance(pools, str) or not pools:
             raise ValueError(
-                f"CBAM: pools={pools!r} is no tuple of pools. Use for example ('avg', 'max')."
+                f"CBAM: pools={pools!r} is not a tuple of pools. Use for example ('avg', 'max')."
             )
         odd_int("CBAM", kernel=kernel)
         self.pools = nn.ModuleList(self._make_pool(pool, **factory) for pool in pools)

@@ -32,8 +32,8 @@ class CoordAtt(ChannelAttention):
     Args:
         reduction: r; the hidden width is C // r, but at least 8.
 
-    Differences: its authors use it in MobileNetV2, after the depthwise convolution; here it goes
-    where any attention goes. timm's layer of this name has other widths and no biases.
+    Differences: its authors use it in MobileNetV2, after the depthwise convolution; here it is
+    placed like any other attention. timm's layer of this name has other widths and no biases.
     """
 
     def __init__(

@@ -19,6 +19,6 @@ class EAN(SE):
 
     Shape and options are those of `SE`.
 
-    Differences: it is in every block; which blocks keep it is searched there, by policy
+    Differences: here every block has it; the authors search which blocks keep it, by policy
     gradient. The shared module is SE; the official code has others too.
     """

@@ -66,7 +66,7 @@ class FCA(ChannelAttention):
                 f"every filter would be the average. Use {GRID} or more."
             )
         if not is_int(frequencies) or not 1 <= frequencies <= len(TOP):
-            raise ValueError(f"FCA: frequencies={frequencies!r} is no integer from 1 to 16.")
+            raise ValueError(f"FCA: frequencies={frequencies!r} is not an integer from 1 to 16.")
         divides("FCA", channels, frequencies=frequencies)
         hidden = hidden_units("FCA", channels, reduction)
         self.frequencies = frequencies

@@ -39,7 +39,7 @@ class GCT(ChannelAttention):
             networks.
 
     Differences: the official networks put it before every convolution (stem and shortcuts too),
-    ``placement="conv"``; the default goes where any attention goes. In l2 an infinite value
+    ``placement="conv"``; the default is placed like any other attention. In l2 an infinite value
     makes all gates of its image NaN. Its authors train beta without weight decay
     (`Needs.no_decay`).
     """

@@ -98,5 +98,7 @@ def map_size(label: str, size: Size | None) -> tuple[int, int]:
         )
     pair = size if isinstance(size, tuple) else (size, size)
     if len(pair) != 2 or not all(map(is_int, pair)) or min(pair) < 1:
-        raise ValueError(f"{label}: size={size!r} is no positive integer or pair (H, W) of them.")
+        raise ValueError(
+            f"{label}: size={size!r} is not a positive integer or pair (H, W) of them."
+        )
     return pair

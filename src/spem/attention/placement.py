@@ -45,7 +45,7 @@ class Places:
         return spec.build(channels, size=size, stride=stride)
 
     def norm(self, channels: int) -> nn.Module:
-        """A batch norm, or the module that is in its place."""
+        """A batch norm, or the module that replaces it."""
         return self.at("norm", channels) or nn.BatchNorm2d(channels)
 
     def conv(self, conv: nn.Conv2d) -> nn.Conv2d:

@@ -27,7 +27,7 @@ class SimAM(ChannelAttention):
             ImageNet commands pass 0.1.
 
     Differences: the official CIFAR networks put it before the norm of the middle convolution; here
-    it goes where any attention goes. Computed in float32 for half-precision maps.
+    it is placed like any other attention. Computed in float32 for half-precision maps.
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class AttentionSpec:
         """Reads ``"se(pool=mix(0.3), reduction=8)"``; ``"none"`` gives None. Nothing is evaluated.
 
         Raises:
-            ValueError: The text is no name with keyword options of literal values, or names
+            ValueError: The text is not a name with keyword options of literal values, or names
                 something unknown.
         """
         node = _node(text, text)
@@ -280,7 +280,7 @@ def _text(value: Value) -> str:
         inner = ", ".join(_text(item) for item in value)
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, str):
-        # A keyword of Python, like the "global" of ge, is no bare word of the text.
+        # A keyword of Python, like the "global" of ge, is not a bare word of the text.
         return value if value.isidentifier() and not iskeyword(value) else repr(value)
     return str(value) if isinstance(value, (Mix, SRP)) else repr(value)
 

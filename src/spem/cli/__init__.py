@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
     name, options, status = "", None, 0
-    try:  # around the imports too: Ctrl-C in the first seconds is no fault
+    try:  # around the imports too: Ctrl-C in the first seconds is not a fault
         if not args or args[0] in ("-h", "--help", "--help-all"):
             print(usage())
         elif args[0] == "--version":

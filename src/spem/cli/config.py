@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from spem.cli.options import Option, number, typed
+from spem.cli.options import Kind, Option, typed
 
 if TYPE_CHECKING:
     from spem.training.config import RunConfig
@@ -58,17 +58,20 @@ def config_options(*left_out: str) -> list[Option]:
             found.append(Option(name, (flag,), "", help, lambda _: True, rare=True))
             found.append(Option(name, (no,), "", "the opposite", lambda _: False, rare=True))
             continue
-        kind, metavar, many = typed(hint, -math.inf)  # the config says itself what it takes
-        if name == "seed":
-            kind = number(0, int)
+        # Of all but the seed the config says itself what it takes.
+        kind, metavar, many = typed(hint, 0 if name == "seed" else -math.inf)
         if NoneType in get_args(hint):
-            kind = lambda text, kind=kind: None if text.lower() == "none" else kind(text)  # noqa: E731
+            kind = _or_none(kind)
         flags = (flag,)
         if name in _USUAL:
             short, metavar, help = _USUAL[name]
             flags = (short, flag)
         found.append(Option(name, flags, metavar, help, kind, many=many, rare=rare))
     return found
+
+
+def _or_none(kind: Kind) -> Kind:
+    return lambda text: None if text.lower() == "none" else kind(text)
 
 
 def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:

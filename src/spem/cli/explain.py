@@ -36,7 +36,9 @@ def run(
     if not image.startswith("test:") and not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}.")
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--out {out} is no picture. Name a file that ends in .png, .svg or .pdf.")
+        raise ValueError(
+            f"--out {out} is not a picture. Name a file that ends in .png, .svg or .pdf."
+        )
     if not out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {out.parent}.")
     require_regular(out, missing_ok=True)

@@ -164,7 +164,7 @@ def _architecture(text: str, classes: int | None) -> Network:
         if ours is not None and any(int(ours[1]) % each == 2 for each in (6, 9)):
             said = f"no package has a network {text}. Ours of CIFAR are written cifar:{ours[1]}."
         elif "unknown" in said and not re.fullmatch(r"[\w.:-]+", text):
-            said = f"{text!r} is no file, folder or name. NETWORK is {NETWORK_HELP}."
+            said = f"{text!r} is not a file, folder or name. NETWORK is {NETWORK_HELP}."
         raise ValueError(said) from error
     known: Any = getattr(model, "pretrained_cfg", None) or {}
     _, channels, *_, side = default_input(model)

@@ -54,7 +54,7 @@ class Option:
     rare: bool = False
 
     def value(self, words: Sequence[str], where: str = "") -> Any:
-        """The value of these words; ValueError begins with where they stand."""
+        """The value of these words; ValueError begins with where they are."""
         try:
             return tuple(map(self.kind, words)) if self.many else self.kind(words[0])
         except (ValueError, OSError) as error:
@@ -204,7 +204,7 @@ def number(lowest: float = -math.inf, kind: type[float] = float) -> Kind:
         except ValueError:
             found = math.nan
         if not (lowest <= found and abs(found) < (1e18 if kind is int else math.inf)):
-            raise ValueError(f"{text!r} is no {what}.")
+            raise ValueError(f"{text!r} is not a {what}.")
         return found
 
     return make

@@ -159,7 +159,7 @@ def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], worke
 
 
 def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
-    """Print a report's first table, its answer and where it lies, or all tables as JSON.
+    """Print a report's first table, its answer and its path, or all tables as JSON.
 
     There is no report before the first run is finished; `left` runs are still to be trained.
     """
@@ -216,7 +216,7 @@ def parse_seeds(text: str) -> list[int]:
     """The seeds that "3" (0, 1, 2) or "0,4,7" stand for; "5," is seed 5 alone."""
     parts = text.removesuffix(",").split(",")
     if not all(part.isascii() and part.isdigit() for part in parts) or text == "0":
-        raise ValueError(f"{text!r} is no number of seeds (3) and no list of them (0,4,7).")
+        raise ValueError(f"{text!r} is neither a number of seeds (3) nor a list of them (0,4,7).")
     seeds = list(range(int(text[:7]))) if text.isdigit() else [int(part[:18]) for part in parts]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{text!r} names a seed twice. Name each once.")
@@ -227,5 +227,5 @@ def parse_duration(text: str) -> float:
     """Seconds of a time such as 90s, 30m, 1.5h or 45 (seconds)."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) *([smh]?)", text.strip())
     if found is None or not float(found[1]):
-        raise ValueError(f"{text!r} is no time. Write 90s, 30m or 8h.")
+        raise ValueError(f"{text!r} is not a time. Write 90s, 30m or 8h.")
     return float(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1)

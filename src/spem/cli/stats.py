@@ -137,11 +137,11 @@ def read_table(path: Path) -> pd.DataFrame:
         texts: Any = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
         table = pd.read_csv(path, sep=separator, skipinitialspace=True, index_col=False, **texts)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text. Pass a CSV file.") from error
+        raise ValueError(f"{path} is not UTF-8 text. Pass a CSV file.") from error
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} is empty. Pass a CSV file with a heading.") from error
     except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise ValueError(f"{path} is no CSV file that can be read: {error}") from error
+        raise ValueError(f"{path} is not a CSV file that can be read: {error}") from error
     if table.empty:
         raise ValueError(f"{path} has a heading and no rows. Pass a file with one run a row.")
     return table.rename(columns=str.strip).apply(lambda column: column.fillna("").str.strip())
@@ -161,7 +161,7 @@ def choose_columns(
     is turned into one with a row a run.
 
     Raises:
-        ValueError: A column does not exist or none can be guessed, or a cell is no number.
+        ValueError: A column does not exist or none can be guessed, or a cell is not a number.
     """
     by = [_column(table, "by", name) for name in by or (None,)]
     asked = None if within is None else [_column(table, "within", name) for name in within]

@@ -63,8 +63,8 @@ def look(folder: Path) -> Listing:
     elif "train" in names or test is not None:
         there, lacking = ("train", "test") if test is None else (test, "train")
         raise FileNotFoundError(
-            f"{folder}: there is {there}/ but no {lacking}/. Put one folder a class into both; or "
-            f"put the classes straight into {folder}, and a part is held out for the test."
+            f"{folder}: there is {there}/ but no {lacking}/. Put one folder per class into both; "
+            f"or put the classes straight into {folder}, and a part is held out for the test."
         )
     found = {split: {p.name: p for p in _folders(where)} for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spem.attention import PLACES, AttentionSpec, ChannelAttention, as_spec, attention_class
 from spem.attention.pooling import PoolSpec
+from spem.extras import first_line
 from spem.insert import fused, sites
 from spem.insert.families import is_norm
 from spem.insert.sites import Site, Spot, Where
@@ -264,7 +265,7 @@ def _spots(
         raise TypeError(f"attach: needs a torch.nn.Module, got {type(model).__name__}.")
     if where is not None and not callable(where):
         raise TypeError(
-            f"attach: where={where!r} is no function. It is given every module and returns the "
+            f"attach: where={where!r} is not a function. It is given every module and returns the "
             f"norm to follow, or None; names are chosen with include='{where}*'."
         )
     for module in model.modules():
@@ -279,7 +280,7 @@ def _spots(
     try:
         spots = sites.trace(spots, sites.run_once(model, call.input_shape))
     except sites.InputError:
-        # A guess at the input is no fault of the network's.
+        # A guess at the input is not a fault of the network's.
         if call.input_shape is not None or any(_needs_map(spot, spec) for spot in spots):
             raise
         runs = False
@@ -418,9 +419,9 @@ def _check_that_all_run(
     try:
         ran = sites.run_once(model, input_shape)
     except sites.InputError as error:
-        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        cause = first_line(error.__cause__ or error)
         raise ValueError(
-            f"attach: {kind} no longer runs with {spots[0].attention.name} in it: {cause} Pass "
+            f"attach: {kind} no longer runs with {spots[0].attention.name} in it: {cause}. Pass "
             f"where= other modules, or leave sites out with include=."
         ) from error
     idle = [spot.name for spot in spots if spot.attention not in ran]

@@ -127,7 +127,7 @@ RULES = (
     # Inverted residuals: their own SE sits in the middle of the block and is left alone.
     _rule("after", "bn3", f"{_EFFICIENTNET}InvertedResidual {_EFFICIENTNET}CondConvResidual"),
     _rule("after", "bn2", f"{_EFFICIENTNET}DepthwiseSeparableConv {_EFFICIENTNET}EdgeResidual"),
-    # Without a skip it is no block but a bare layer.
+    # Without a skip it is not a block but a bare layer.
     _rule("after", lambda block: ["bn1"] * bool(block.has_skip), f"{_EFFICIENTNET}ConvBnAct"),
     _rule("after", "layer_scale", f"{_EFFICIENTNET}UniversalInvertedResidual", "pw_proj.bn"),
     _rule("after", "conv_pwl.bn", "timm.rexnet:LinearBottleneck", stage="channels"),

@@ -184,7 +184,7 @@ class Forward(TorchFunctionMode):
         """Places for attention with the reason for each, the best kind first.
 
         These are the ends of branches of two convolutions or more, those of one, and the last norm
-        of each resolution. An activation that a block uses more than once is no place: what is
+        of each resolution. An activation that a block uses more than once is not a place: what is
         before it is.
         """
         several: list[tuple[Call, str]] = []

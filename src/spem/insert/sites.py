@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
+from spem.extras import first_line
 from spem.insert.families import How, Stage, attribute, is_norm, rule_of
 from spem.insert.follow import follow, suggestion, summary
 from spem.insert.start import existing_layer, se_channels
@@ -206,7 +207,7 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
                 stack.enter_context(module.register_forward_hook(see))
             model(torch.zeros(shape, dtype=like.dtype, device=like.device))
     except Exception as error:  # a network says in its own way that an input does not fit
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"attach: {type(model).__name__} does not run on an input of {list(shape)} ({reason}). "
             f"Pass input_shape= one that it takes."
@@ -385,8 +386,8 @@ def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
         here = name or "the network"
         if not isinstance(layer, nn.Module):
             raise TypeError(
-                f"attach: where= gave {layer!r} for {here}, which is no module. It has to give the "
-                f"norm to follow, or None."
+                f"attach: where= gave {layer!r} for {here}, which is not a module. It has to give "
+                f"the norm to follow, or None."
             )
         # One activation may be held by many blocks: here it is that of this one.
         inside = module.named_modules(remove_duplicate=False)
@@ -394,7 +395,7 @@ def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
         site = names.get(layer) if own is None else _join(name, own)
         if not site:
             raise ValueError(
-                f"attach: where= gave a {type(layer).__name__} for {here} that is no part of the "
+                f"attach: where= gave a {type(layer).__name__} for {here} that is not part of the "
                 f"network. It has to give one of its modules, or None."
             )
         yield Spot(model, site, module, "where=", how, reads=se_channels(layer))

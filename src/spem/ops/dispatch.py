@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from spem.extras import first_line
 from spem.ops.library import is_exporting, kernels_of
 
 Impl = Literal["reference", "formula", "numba", "triton"]
@@ -206,7 +207,7 @@ def _load_error() -> str:
     try:
         kernels_of("numba")
     except Exception as error:  # noqa: BLE001  # whatever an import raises
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        return first_line(error)
     return ""
 
 

@@ -31,7 +31,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check(op: str, x: Tensor, which: Collection[str]) -> None:
-    """Refuses what is no map, and unknown statistics."""
+    """Refuses what is not a map, and unknown statistics."""
     if x.dim() < 3:
         raise ValueError(f"{op}: needs a map [N, C, ...], got {x.dim()} axes.")
     unknown = sorted(set(which) - set(STATISTICS))

@@ -117,13 +117,13 @@ def draw_all(tables: Sequence[Table], frames: Mapping[str, pd.DataFrame]) -> lis
     """Every figure that the tables have data for, starting with the first table's differences."""
     found = [differences(table) for table in tables]
     for table in tables:
-        epochs, mixes, gated = (inner(table, frames[n]) for n in ("epochs", "mixes", "gates"))
+        epochs, mixes, gated = (of_table(table, frames[n]) for n in ("epochs", "mixes", "gates"))
         found += [by_lambda(table), by_depth(table), curves(table, epochs), lambdas(table, mixes)]
         found += [gates(table, gated), gradients(table, epochs)]
     return [drawing for drawing in found if drawing is not None]
 
 
-def inner(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
+def of_table(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table's runs, with their `row` and `module` there."""
     runs = table.runs[["config", "seed", "row", "module"]]
     return rows if rows.empty else rows.drop(columns="module").merge(runs, on=["config", "seed"])

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from spem.extras import require
+from spem.extras import first_line, require
 from spem.reproduce.tables import DIVERGED, FAILED, FINISHED
 from spem.training import (
     HeldError,
@@ -196,7 +196,7 @@ def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
 
 def _here(configs: Sequence[RunConfig], runs: Path, observer: Observer, end: float) -> list[Ended]:
     """One run after the other in this process."""
-    todo, ended = deque(configs), list[Ended]()
+    todo, ended, held = deque(configs), list[Ended](), set[RunConfig]()
     with stop_signals() as stop, _signal_at(end):
         while todo and stop.received is None:
             config = todo.popleft()
@@ -211,7 +211,9 @@ def _here(configs: Sequence[RunConfig], runs: Path, observer: Observer, end: flo
             if one.status == HELD:  # the others come first
                 observer.message(f"{one.error} Looking at it again later.")
                 todo.append(config)
-                time.sleep(HELD_SECONDS)
+                held.add(config)
+                if held.issuperset(todo):
+                    time.sleep(HELD_SECONDS)
             else:
                 ended.append(one)
                 observer.finish(one)
@@ -258,8 +260,9 @@ def _result(ray: Any, reference: Any, config: RunConfig, *, stopping: bool) -> E
     except ray.exceptions.RayError as error:
         if stopping or isinstance(error, ray.exceptions.TaskCancelledError):
             return Ended(config, STOPPED)
-        reason = str(error).strip().partition("\n")[0]
-        return Ended(config, FAILED, f"Ray gave it up after {RETRIES + 1} tries ({reason})")
+        return Ended(
+            config, FAILED, f"Ray gave it up after {RETRIES + 1} tries ({first_line(error)})"
+        )
 
 
 def _share_done(config: RunConfig, runs: Path) -> float:
@@ -328,11 +331,11 @@ def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
 def _seconds_an_image(
     block: Literal["bottleneck", "basic"], runtime: RuntimeConfig, side: int
 ) -> float:
-    """Seconds of a training step: the fastest of a few, since others may use the machine."""
+    """Seconds of a step per image: the fastest of a few, since others may use the machine."""
     import torch
 
     from spem.training.folder import build_network
-    from spem.training.step import execution, make_optimizer, make_step
+    from spem.training.step import execution, make_optimizer, make_step, map_dtype
 
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if runtime.device == "auto" else runtime.device
@@ -345,7 +348,7 @@ def _seconds_an_image(
         network = network.to(place, memory_format=form)  # pyright: ignore[reportCallIssue]
         step = make_step(network, make_optimizer(network, optim), optim, runtime)
         images = torch.randn(MEASURED_IMAGES, 3, side, side, device=place)
-        images = images.to(torch.bfloat16 if runtime.precision == "bf16" else torch.float32)
+        images = images.to(map_dtype(runtime))
         images = images.contiguous(memory_format=form)
         labels = torch.arange(MEASURED_IMAGES, device=place) % 10
         seconds = timeit.repeat(lambda: float(step(images, labels).loss), repeat=5, number=1)

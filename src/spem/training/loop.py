@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spem.attention import attention_parameters, learned_mixes
 from spem.cost import count
 from spem.data import NORMALISATION, ImageSet, normalise
-from spem.extras import require
+from spem.extras import first_line, require
 from spem.files import save_json
 from spem.models import ResNet, blocks, start_branches
 from spem.ops import use_impl
@@ -173,9 +173,9 @@ def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"train: runtime.device={device!r} cannot be used ({reason}). Use 'cpu' or 'auto'."
+            f"train: runtime.device={device!r} cannot be used ({first_line(error)}). "
+            "Use 'cpu' or 'auto'."
         ) from None
     kind, step = torch.device(device).type, runtime.step
     if step == "auto":

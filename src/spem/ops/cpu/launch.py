@@ -117,7 +117,7 @@ def run(
 ) -> None:
     """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments.
 
-    Tensors stand in the table with their addresses, integers as they are. A vector of the kernel's
+    Tensors are in the table with their addresses, integers as they are. A vector of the kernel's
     numbers fills this many lines of the cache.
     """
     regions = max(1, min(torch.get_num_threads(), pieces))

@@ -363,7 +363,7 @@ def large_variance(x: Any, size: int, stride: int, mean: Any) -> Any:
     """The variance of a plane whose sum of squares overflows; a NaN if it holds one or an infinity.
 
     A variance that overflows itself is the largest power of two instead, since the norm's factor
-    is 0 then, and 0 times infinity is no number.
+    is 0 then, and 0 times infinity is not a number.
     """
     share = number(x, 1) / number(x, size)
     v = number(x, 0)

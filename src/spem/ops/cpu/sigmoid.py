@@ -22,7 +22,7 @@ def sigmoid(context: Any, vector: Any) -> Any:
     """1 / (1 + e^t) with t = -x: e^t = 2^q e^s, q = round(t / ln 2), e^s by its series.
 
     A NaN stays one; where e^t overflows the result is 0, and a little before that, where the result
-    is no normal number, it is 0 or one of the last that are.
+    is not a normal number, it is 0 or one of the last that are.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -186,5 +186,5 @@ def _launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants:
     # The interpreter computes with numpy, which warns of infinities and NaN; a device does not.
     place = np.errstate(all="ignore") if INTERPRETED else torch.cuda.device_of(x)
     with place:
-        # Fused multiply-adds are asked for explicitly: Triton means to change the default.
+        # Fused multiply-adds are asked for explicitly: Triton plans to change the default.
         kernel[(programs,)](x, *arguments, **constants, enable_fp_fusion=True)

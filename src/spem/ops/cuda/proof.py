@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from spem.extras import first_line
 from spem.ops.stats import PlaneStats
 from spem.ops.tail import bn_gate_tail
 
@@ -54,8 +55,7 @@ def _prove(device: torch.device, key: str) -> str:
     try:
         verdict = difference(device)
     except Exception as error:  # noqa: BLE001  # of a driver, a compiler, a device without memory
-        first = str(error).strip().partition("\n")[0]
-        reason = f"kernels failed on this device: {type(error).__name__}: {first}"
+        reason = f"kernels failed on this device: {type(error).__name__}: {first_line(error)}"
         _LOG.warning("Triton %s; tails are composed", reason)
         return reason
     _keep(key, verdict)

@@ -116,7 +116,7 @@ def plan_of(last: bool, B: int, C: int, K: int, statistics: bool = False) -> Pla
         B=B,
         C=C,
         K=K,
-        # The other one is no stride of this layout; 1 keeps the number of compilations small.
+        # The other one is not a stride of this layout; 1 keeps the number of compilations small.
         K_unit=1 if last else gcd(K, 16),
         C_unit=gcd(C, 16) if last else 1,
         tile=tile,
