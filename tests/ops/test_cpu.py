@@ -78,8 +78,6 @@ def test_statistics_after_a_constant_norm(dtype, shape, last):
         for name, t, values in zip(STATISTICS, got, expected, strict=True):
             if name in read:
                 near(t, values, TOLERANCE[wide(dtype)]["rtol"])
-            else:
-                assert t is None or name in ("max", "min")
 
 
 def test_bfloat16_is_rounded_as_torch_rounds():

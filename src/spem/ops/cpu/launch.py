@@ -17,8 +17,7 @@ from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from spem.ops import threads
-from spem.ops.cpu.table import CHUNKS, COUNTERS, LINE
-from spem.ops.cpu.vectors import BYTES, Lanes
+from spem.ops.cpu.language import BYTES, CHUNKS, COUNTERS, LINE, Lanes
 
 # The dtypes of maps, and what their elements are to a kernel.
 _ELEMENTS: dict[torch.dtype, Any] = {
@@ -42,8 +41,7 @@ if hasattr(os, "register_at_fork"):
 @functools.cache
 def _sources() -> str:
     """A digest of all that the kernels are made of."""
-    here = Path(__file__).parent
-    texts = [f.read_bytes() for f in sorted(here.glob("*.py"))]
+    texts = [f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
@@ -64,22 +62,20 @@ class _Cache(FunctionCache):
         )
 
 
-_addresses: dict[tuple[Any, torch.dtype, int], int] = {}
+_kernels: dict[tuple[Any, torch.dtype, int], Any] = {}
 
 
 def address_of(kernel: Any, dtype: torch.dtype, lines: int) -> int:
     """The address of a kernel for maps of this dtype and vectors of this many cache lines."""
     key = (kernel, dtype, lines)
-    address = _addresses.get(key)
-    if address is not None:
-        return address
-    with _compiling:
-        if key not in _addresses:
-            _addresses[key] = _compile(*key)
-        return _addresses[key]
+    if key not in _kernels:
+        with _compiling:
+            if key not in _kernels:
+                _kernels[key] = _compile(*key)
+    return _kernels[key].address
 
 
-def _compile(kernel: Any, dtype: torch.dtype, lines: int) -> int:
+def _compile(kernel: Any, dtype: torch.dtype, lines: int) -> Any:
     start = time.perf_counter()
     block = Lanes(_ELEMENTS[dtype], lines * (8 if dtype == torch.float64 else 16))
 
@@ -100,38 +96,27 @@ def _compile(kernel: Any, dtype: torch.dtype, lines: int) -> int:
         seconds = time.perf_counter() - start
         name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
         _log.info("%s for %s compiled in %.1f s", name, dtype, seconds)
-    _kept.append(callback)
-    return callback.address
-
-
-_kept: list[Any] = []  # what the addresses belong to
+    return callback
 
 
 def run(
     kernel: Any,
     dtype: torch.dtype,
     head: tuple[int, ...],
-    pieces: int,
-    *args: Any,
+    *args: Tensor | int | None,
     lines: int = 1,
+    alone: bool = False,
 ) -> None:
     """Runs a kernel on the table made of its head (chunks, step, B, C, K, flags) and arguments.
 
     Tensors are in the table with their addresses, integers as they are. A vector of the kernel's
-    numbers fills this many lines of the cache.
+    numbers fills this many lines of the cache. ``alone`` stays on the caller's thread.
     """
-    regions = max(1, min(torch.get_num_threads(), pieces))
+    regions = 1 if alone else min(torch.get_num_threads(), head[0])
     table = array.array("q", bytes(8 * (COUNTERS + LINE * regions) + BYTES))
     start = -table.buffer_info()[0] % BYTES // 8  # counters have cache lines of their own
-    values = [*head, regions, *map(_entry, args)]
+    places = [a if isinstance(a, int) else 0 if a is None else a.data_ptr() for a in args]
+    values = [*head, regions, *places]
     table[start + CHUNKS : start + CHUNKS + len(values)] = array.array("q", values)
     address = address_of(kernel, dtype, lines)
     threads.launch(address, table.buffer_info()[0] + 8 * start, regions)
-
-
-def _entry(argument: Tensor | int | None) -> int:
-    if argument is None:
-        return 0
-    if isinstance(argument, int):
-        return argument
-    return argument.data_ptr() if argument.numel() else 0

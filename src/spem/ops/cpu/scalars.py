@@ -1,293 +1,196 @@
 """The scalar stages between the passes, over [B, C] and [C]; what numba compiles.
 
 ``spem.ops.formula`` says in torch operations what they compute, and with which names. Here the
-maps' type is the compute dtype itself. A chunk is one vector of channels of all images, or a few
-images.
+maps' type is the compute dtype itself. A chunk is one vector of channels of all images. Torch's
+operations in their place make a training step of a ResNet-29 4 to 5 % longer.
 """
 
 from typing import Any
 
-from spem.ops.cpu.memory import (
-    lanes_of,
-    load_positions,
-    next_chunk,
-    number,
-    number_of_bits,
-    numbers_at,
-    positions_at,
-    read,
-    region_of,
-    store_part,
-    table_of,
-    write,
-)
-from spem.ops.cpu.table import (
-    ARGS,
-    BATCH,
-    BIAS,
-    CHANNELS,
-    COEFFICIENTS,
-    EXTREMA,
-    FLAGS,
-    GATED,
-    HIGH,
-    LOW,
-    MEAN,
-    MOMENTS,
-    POSITIONS,
-    RUNNING,
-    SHARED,
-    SIZE,
-    STEP,
-    SUMS,
-    VAR,
-    WEIGHT,
-)
-from spem.ops.cpu.vectors import (
-    every,
-    every_position,
-    inverse_root,
-    where_above,
-    where_equal,
-)
+from spem.ops.cpu import language as kl
+
+_NORM, _RAW = kl.arguments("nnnnnnnnn"), kl.arguments("nnnnnpp", start=9)
+_NORMAL, _NUMBERS = kl.arguments("nnnnnnpp", start=16), kl.arguments("bb", start=24)
+_GATE, _SUMS, _INTO = kl.arguments("nnnnn"), kl.arguments("nnn"), kl.arguments("nnnn", start=3)
+_OF_Z, _CONSTANTS = kl.arguments("nnnn", start=7), kl.arguments("nnn", start=11)
+_OUT = kl.arguments("nnnnnnn", start=14)
+
+
+@kl.helper
+def at_maximum(a: Any, zeros: Any, high: Any, low: Any, first: Any) -> Any:
+    """What belongs to the maximum of a z: position 0 where a = 0, the minimum's where a < 0."""
+    return kl.where_equal(a, zeros, first, kl.where_above(zeros, a, low, high))
 
 
 def forward(block: Any) -> None:
     """The norm of a batch, if its statistics are not given; then statistics of x.
 
-    mu = mean_b mean_b and var = mean_b (var_b + (mean_b - mu)^2), x = a (z - mu) + beta. ``a`` = 0
-    takes position 0, ``a`` < 0 swaps extrema.
+    mu = mean_b mean_b and var = mean_b (var_b + (mean_b - mu)^2), x = a (z - mu) + beta.
     """
-    table = table_of(block)
-    batch, channels, flags = table[BATCH], table[CHANNELS], table[FLAGS]
-    weight_at = numbers_at(block, table[ARGS])
-    bias_at = numbers_at(block, table[ARGS + 1])
-    running_mean = numbers_at(block, table[ARGS + 2])
-    running_var = numbers_at(block, table[ARGS + 3])
-    mu_at = numbers_at(block, table[ARGS + 4])
-    var_at = numbers_at(block, table[ARGS + 5])
-    rstd_at = numbers_at(block, table[ARGS + 6])
-    a_at = numbers_at(block, table[ARGS + 7])
-    beta_at = numbers_at(block, table[ARGS + 8])
-    mean = numbers_at(block, table[ARGS + 9])
-    var = numbers_at(block, table[ARGS + 10])
-    high = numbers_at(block, table[ARGS + 11])
-    low = numbers_at(block, table[ARGS + 12])
-    first = numbers_at(block, table[ARGS + 13])
-    at_high = positions_at(table[ARGS + 14])
-    at_low = positions_at(table[ARGS + 15])
-    mean_out = numbers_at(block, table[ARGS + 16])
-    var_out = numbers_at(block, table[ARGS + 17])
-    high_out = numbers_at(block, table[ARGS + 18])
-    low_out = numbers_at(block, table[ARGS + 19])
-    z_i_out = numbers_at(block, table[ARGS + 20])
-    z_j_out = numbers_at(block, table[ARGS + 21])
-    i_out = positions_at(table[ARGS + 22])
-    j_out = positions_at(table[ARGS + 23])
-    eps = every(block, number_of_bits(block, table[ARGS + 24]))
-    factor = every(block, number_of_bits(block, table[ARGS + 25]))
-    lanes = lanes_of(block)
-    zero, one = number(block, 0), number(block, 1)
-    zeros = every(block, zero)
-    share = every(block, one / number(block, batch))
-    values = number(block, batch * table[SIZE])
-    unbiased = every(block, values / (values - one))
-    start = every_position(block, 0)
-    region = region_of(table)
+    table = kl.table_of(block)
+    batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
+    weight, bias, running_mean, running_var, mu_at, var_at, rstd_at, a_at, beta_at = _NORM(block)
+    mean, var, high, low, first, at_high, at_low = _RAW(block)
+    mean_out, var_out, high_out, low_out, z_i_out, z_j_out, i_out, j_out = _NORMAL(block)
+    eps, factor = _NUMBERS(block)
+    zero, one = kl.number(block, 0), kl.number(block, 1)
+    zeros, start = kl.every(block, zero), kl.every_position(block, 0)
+    share = kl.every(block, one / kl.number(block, batch))
+    values = kl.number(block, batch * table[kl.SIZE])
+    unbiased, factors = kl.every(block, values / (values - one)), kl.every(block, factor)
+    region = kl.region_of(table)
     while True:
-        c = next_chunk(table, region) * lanes
+        c, end = kl.next_range(table, region, channels)
         if c < 0:
             return
-        n = min(lanes, channels - c)
-        if flags & SHARED:
+        n = end - c
+        if flags & kl.SHARED:
             s = zeros
-            for b in range(batch):
-                s = s + read(mean, b * channels + c, n, zero)
+            for p in range(c, batch * channels, channels):
+                s = s + kl.read(mean, p, n, zero)
             mu = s * share
             s = zeros
-            for b in range(batch):
-                off = read(mean, b * channels + c, n, zero) - mu
-                s = s + (read(var, b * channels + c, n, zero) + off * off)
+            for p in range(c, batch * channels, channels):
+                off = kl.read(mean, p, n, zero) - mu
+                s = s + (kl.read(var, p, n, zero) + off * off)
             spread = s * share
-            rstd = inverse_root(spread + eps)
-            a = rstd
-            if flags & WEIGHT:
-                a = read(weight_at, c, n, zero) * rstd
-            beta = zeros
-            if flags & BIAS:
-                beta = read(bias_at, c, n, zero)
-            if flags & RUNNING:
-                old = read(running_mean, c, n, zero)
-                write(running_mean, c, n, factor * (mu - old) + old)
-                old = read(running_var, c, n, zero)
-                write(running_var, c, n, factor * (spread * unbiased - old) + old)
-            write(mu_at, c, n, mu)
-            write(var_at, c, n, spread)
-            write(rstd_at, c, n, rstd)
-            write(a_at, c, n, a)
-            write(beta_at, c, n, beta)
+            rstd = kl.every(block, one) / kl.root(spread + kl.every(block, eps))
+            a, beta = rstd, zeros
+            if flags & kl.WEIGHT:
+                a = kl.read(weight, c, n, zero) * rstd
+            if flags & kl.BIAS:
+                beta = kl.read(bias, c, n, zero)
+            if flags & kl.RUNNING:
+                old = kl.read(running_mean, c, n, zero)
+                kl.write(running_mean, c, n, factors * (mu - old) + old)
+                old = kl.read(running_var, c, n, zero)
+                kl.write(running_var, c, n, factors * (spread * unbiased - old) + old)
+            kl.write(mu_at, c, n, mu)
+            kl.write(var_at, c, n, spread)
+            kl.write(rstd_at, c, n, rstd)
+            kl.write(a_at, c, n, a)
+            kl.write(beta_at, c, n, beta)
         else:
-            mu = read(mu_at, c, n, zero)
-            a = read(a_at, c, n, zero)
-            beta = read(beta_at, c, n, zero)
-        if not flags & (MOMENTS | EXTREMA):
+            mu, a = kl.read(mu_at, c, n, zero), kl.read(a_at, c, n, zero)
+            beta = kl.read(beta_at, c, n, zero)
+        if not flags & (kl.MOMENTS | kl.EXTREMA):
             continue
-        for b in range(batch):
-            p = b * channels + c
-            if flags & MOMENTS:
-                write(mean_out, p, n, a * (read(mean, p, n, zero) - mu) + beta)
-                write(var_out, p, n, a * a * read(var, p, n, zero))
-            if flags & EXTREMA:
-                top = read(high, p, n, zero)
-                bottom = read(low, p, n, zero)
+        for p in range(c, batch * channels, channels):
+            if flags & kl.MOMENTS:
+                kl.write(mean_out, p, n, a * (kl.read(mean, p, n, zero) - mu) + beta)
+                kl.write(var_out, p, n, a * a * kl.read(var, p, n, zero))
+            if flags & kl.EXTREMA:
+                top, bottom = kl.read(high, p, n, zero), kl.read(low, p, n, zero)
                 # A NaN if anything in the plane is not finite, also where a is 0.
-                origin = read(first, p, n, zero) + (zeros * top + zeros * bottom)
-                z_i = where_equal(a, zeros, origin, where_above(zeros, a, bottom, top))
-                z_j = where_equal(a, zeros, origin, where_above(zeros, a, top, bottom))
-                write(high_out, p, n, a * (z_i - mu) + beta)
-                write(low_out, p, n, a * (z_j - mu) + beta)
-                write(z_i_out, p, n, z_i)
-                write(z_j_out, p, n, z_j)
-            if flags & POSITIONS:
-                at_top = load_positions(block, at_high, p, n)
-                at_bottom = load_positions(block, at_low, p, n)
-                i = where_equal(a, zeros, start, where_above(zeros, a, at_bottom, at_top))
-                j = where_equal(a, zeros, start, where_above(zeros, a, at_top, at_bottom))
-                store_part(i_out, p, n, i)
-                store_part(j_out, p, n, j)
+                origin = kl.read(first, p, n, zero) + (zeros * top + zeros * bottom)
+                z_i = at_maximum(a, zeros, top, bottom, origin)
+                z_j = at_maximum(a, zeros, bottom, top, origin)
+                kl.write(high_out, p, n, a * (z_i - mu) + beta)
+                kl.write(low_out, p, n, a * (z_j - mu) + beta)
+                kl.write(z_i_out, p, n, z_i)
+                kl.write(z_j_out, p, n, z_j)
+            if flags & kl.POSITIONS:
+                i = kl.load_positions(block, at_high, p, n)
+                j = kl.load_positions(block, at_low, p, n)
+                kl.store_part(i_out, p, n, at_maximum(a, zeros, i, j, start))
+                kl.store_part(j_out, p, n, at_maximum(a, zeros, j, i, start))
 
 
 def gate_gradient(block: Any) -> None:
     """dv = a moment + beta total."""
-    table = table_of(block)
-    batch, channels, step = table[BATCH], table[CHANNELS], table[STEP]
-    total_at = numbers_at(block, table[ARGS])
-    moment_at = numbers_at(block, table[ARGS + 1])
-    a_at = numbers_at(block, table[ARGS + 2])
-    beta_at = numbers_at(block, table[ARGS + 3])
-    out = numbers_at(block, table[ARGS + 4])
-    lanes = lanes_of(block)
-    zero = number(block, 0)
-    region = region_of(table)
+    table = kl.table_of(block)
+    channels = table[kl.CHANNELS]
+    total, moment, a_at, beta_at, out = _GATE(block)
+    zero = kl.number(block, 0)
+    region = kl.region_of(table)
     while True:
-        chunk = next_chunk(table, region)
-        if chunk < 0:
+        c, end = kl.next_range(table, region, channels)
+        if c < 0:
             return
-        for b in range(chunk * step, min(batch, (chunk + 1) * step)):
-            for c in range(0, channels, lanes):
-                n = min(lanes, channels - c)
-                p = b * channels + c
-                dv = read(a_at, c, n, zero) * read(moment_at, p, n, zero)
-                write(out, p, n, dv + read(beta_at, c, n, zero) * read(total_at, p, n, zero))
+        n = end - c
+        a, beta = kl.read(a_at, c, n, zero), kl.read(beta_at, c, n, zero)
+        for p in range(c, table[kl.BATCH] * channels, channels):
+            dv = a * kl.read(moment, p, n, zero)
+            kl.write(out, p, n, dv + beta * kl.read(total, p, n, zero))
 
 
 def backward(block: Any) -> None:
     """S0 = sum of dx over a channel, S1 = sum of dx (z - mu); then the coefficients of dz.
 
     q and t are written if anything but the extrema enters them. What is divided by the number of
-    values is the sums, where the statistics are those of the batch: of this one, or as given.
+    values is the sums, where the statistics are those of the batch. A tail without a gate
+    (RECTIFIED) has q and t of channels.
     """
-    table = table_of(block)
-    batch, channels, flags = table[BATCH], table[CHANNELS], table[FLAGS]
-    v_at = numbers_at(block, table[ARGS])
-    total_at = numbers_at(block, table[ARGS + 1])
-    moment_at = numbers_at(block, table[ARGS + 2])
-    d_mean = numbers_at(block, table[ARGS + 3])
-    d_var = numbers_at(block, table[ARGS + 4])
-    d_high = numbers_at(block, table[ARGS + 5])
-    d_low = numbers_at(block, table[ARGS + 6])
-    mean = numbers_at(block, table[ARGS + 7])
-    var = numbers_at(block, table[ARGS + 8])
-    z_i = numbers_at(block, table[ARGS + 9])
-    z_j = numbers_at(block, table[ARGS + 10])
-    a_at = numbers_at(block, table[ARGS + 11])
-    mu_at = numbers_at(block, table[ARGS + 12])
-    rstd_at = numbers_at(block, table[ARGS + 13])
-    out0 = numbers_at(block, table[ARGS + 14])
-    out1 = numbers_at(block, table[ARGS + 15])
-    weight_out = numbers_at(block, table[ARGS + 16])
-    p_out = numbers_at(block, table[ARGS + 17])
-    q_out = numbers_at(block, table[ARGS + 18])
-    t_out = numbers_at(block, table[ARGS + 19])
-    si_out = numbers_at(block, table[ARGS + 20])
-    sj_out = numbers_at(block, table[ARGS + 21])
-    lanes = lanes_of(block)
-    zero, one = number(block, 0), number(block, 1)
-    zeros, ones = every(block, zero), every(block, one)
-    share = every(block, one / number(block, table[SIZE]))
-    each = every(block, one / number(block, batch * table[SIZE]))
-    region = region_of(table)
+    table = kl.table_of(block)
+    batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
+    v_at, total, moment = _SUMS(block)
+    d_mean, d_var, d_high, d_low = _INTO(block)
+    mean, var, z_i, z_j = _OF_Z(block)
+    a_at, mu_at, rstd_at = _CONSTANTS(block)
+    bias_out, weight_out, p_out, q_out, t_out, si_out, sj_out = _OUT(block)
+    zero, one = kl.number(block, 0), kl.number(block, 1)
+    zeros = kl.every(block, zero)
+    share = kl.every(block, one / kl.number(block, table[kl.SIZE]))
+    each = kl.every(block, one / kl.number(block, batch * table[kl.SIZE]))
+    region = kl.region_of(table)
     while True:
-        c = next_chunk(table, region) * lanes
+        c, end = kl.next_range(table, region, channels)
         if c < 0:
             return
-        n = min(lanes, channels - c)
-        mu = read(mu_at, c, n, zero)
-        a = read(a_at, c, n, zero)
-        rstd = read(rstd_at, c, n, zero)
-        s0 = zeros
-        s1 = zeros
-        if flags & SUMS:
-            for b in range(batch):
-                p = b * channels + c
-                v = ones
-                if flags & GATED:
-                    v = read(v_at, p, n, zero)
-                dx = v * read(total_at, p, n, zero)
-                dxz = v * read(moment_at, p, n, zero)
-                if flags & MEAN:
-                    d = read(d_mean, p, n, zero)
+        n = end - c
+        mu, a = kl.read(mu_at, c, n, zero), kl.read(a_at, c, n, zero)
+        rstd = kl.read(rstd_at, c, n, zero)
+        s0 = s1 = zeros
+        if flags & kl.SUMS:
+            for p in range(c, batch * channels, channels):
+                dx, dxz = kl.read(total, p, n, zero), kl.read(moment, p, n, zero)
+                if not flags & kl.RECTIFIED:
+                    v = kl.read(v_at, p, n, zero)
+                    dx, dxz = v * dx, v * dxz
+                if flags & kl.MEAN:
+                    d = kl.read(d_mean, p, n, zero)
                     dx = dx + d
-                    dxz = dxz + d * (read(mean, p, n, zero) - mu)
-                if flags & VAR:
-                    d = a * read(d_var, p, n, zero)
-                    dxz = dxz + (d + d) * read(var, p, n, zero)
-                if flags & HIGH:
-                    d = read(d_high, p, n, zero)
+                    dxz = dxz + d * (kl.read(mean, p, n, zero) - mu)
+                if flags & kl.VAR:
+                    d = a * kl.read(d_var, p, n, zero)
+                    dxz = dxz + (d + d) * kl.read(var, p, n, zero)
+                if flags & kl.HIGH:
+                    d = kl.read(d_high, p, n, zero)
                     dx = dx + d
-                    dxz = dxz + d * (read(z_i, p, n, zero) - mu)
-                if flags & LOW:
-                    d = read(d_low, p, n, zero)
+                    dxz = dxz + d * (kl.read(z_i, p, n, zero) - mu)
+                if flags & kl.LOW:
+                    d = kl.read(d_low, p, n, zero)
                     dx = dx + d
-                    dxz = dxz + d * (read(z_j, p, n, zero) - mu)
+                    dxz = dxz + d * (kl.read(z_j, p, n, zero) - mu)
                 s0 = s0 + dx
                 s1 = s1 + dxz
-            write(out0, c, n, s0)
-            write(out1, c, n, s1)
-            write(weight_out, c, n, rstd * s1)
-            s0 = s0 * each
-            s1 = rstd * rstd * s1 * each
-            if not flags & GATED:
-                write(q_out, c, n, zeros - a * s0)
-                write(t_out, c, n, zeros - a * s1)
-        elif flags & SHARED:
-            s0 = read(out0, c, n, zero)
-            s1 = read(out1, c, n, zero)
-        if not flags & COEFFICIENTS:
+            kl.write(bias_out, c, n, s0)
+            kl.write(weight_out, c, n, rstd * s1)
+            s0, s1 = s0 * each, rstd * rstd * s1 * each
+            if flags & kl.RECTIFIED:
+                kl.write(q_out, c, n, zeros - a * s0)
+                kl.write(t_out, c, n, zeros - a * s1)
+        if not flags & kl.COEFFICIENTS:
             continue
-        for b in range(batch):
-            p = b * channels + c
-            write(p_out, p, n, a * read(v_at, p, n, zero))
-            q = zeros
-            t = zeros
-            if flags & MEAN:
-                q = read(d_mean, p, n, zero) * share
-            if flags & VAR:
-                t = a * read(d_var, p, n, zero) * share
+        for p in range(c, batch * channels, channels):
+            kl.write(p_out, p, n, a * kl.read(v_at, p, n, zero))
+            q = t = zeros
+            if flags & kl.MEAN:
+                q = kl.read(d_mean, p, n, zero) * share
+            if flags & kl.VAR:
+                t = a * kl.read(d_var, p, n, zero) * share
                 t = t + t
-                q = q - t * (read(mean, p, n, zero) - mu)
-            if flags & SHARED:
-                q = q - s0
-                t = t - s1
-            if flags & (MEAN | VAR | SHARED):
-                write(q_out, p, n, a * q)
-                write(t_out, p, n, a * t)
-            if flags & (HIGH | LOW):
-                si = zeros
-                sj = zeros
-                if flags & HIGH:
-                    si = a * read(d_high, p, n, zero)
-                if flags & LOW:
-                    sj = a * read(d_low, p, n, zero)
-                write(si_out, p, n, si)
-                write(sj_out, p, n, sj)
+                q = q - t * (kl.read(mean, p, n, zero) - mu)
+            if flags & kl.SHARED:
+                q, t = q - s0, t - s1
+            if flags & (kl.MEAN | kl.VAR | kl.SHARED):
+                kl.write(q_out, p, n, a * q)
+                kl.write(t_out, p, n, a * t)
+            if flags & (kl.HIGH | kl.LOW):
+                si = sj = zeros
+                if flags & kl.HIGH:
+                    si = a * kl.read(d_high, p, n, zero)
+                if flags & kl.LOW:
+                    sj = a * kl.read(d_low, p, n, zero)
+                kl.write(si_out, p, n, si)
+                kl.write(sj_out, p, n, sj)
