@@ -13,31 +13,34 @@ from typing import TYPE_CHECKING, Any
 from spem.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from spem import attention as attention
-    from spem import cost as cost
-    from spem import data as data
-    from spem import explain as explain
-    from spem import export as export
-    from spem import ops as ops
-    from spem import reproduce as reproduce
-    from spem import stats as stats
-    from spem import training as training
+    from spem import (
+        attention as attention,
+        cost as cost,
+        data as data,
+        explain as explain,
+        export as export,
+        ops as ops,
+        reproduce as reproduce,
+        stats as stats,
+        training as training,
+    )
     from spem.attention import *  # noqa: F403
     from spem.export import to_onnx as to_onnx
     from spem.gates import inspect as inspect
-    from spem.insert import attach as attach
-    from spem.insert import attn_layer as attn_layer
-    from spem.insert import detach as detach
-    from spem.insert import find_sites as find_sites
-    from spem.insert import fold as fold
-    from spem.models import ResNet as ResNet
-    from spem.models import load_official as load_official
-    from spem.models import resnet as resnet
-    from spem.seeding import initialise as initialise
-    from spem.seeding import keyed_generator as keyed_generator
-    from spem.share import from_pretrained as from_pretrained
-    from spem.share import push_to_hub as push_to_hub
-    from spem.share import save_pretrained as save_pretrained
+    from spem.insert import (
+        attach as attach,
+        attn_layer as attn_layer,
+        detach as detach,
+        find_sites as find_sites,
+        fold as fold,
+    )
+    from spem.models import ResNet as ResNet, load_official as load_official, resnet as resnet
+    from spem.seeding import initialise as initialise, keyed_generator as keyed_generator
+    from spem.share import (
+        from_pretrained as from_pretrained,
+        push_to_hub as push_to_hub,
+        save_pretrained as save_pretrained,
+    )
 
 # Where the public names live that are not those of `spem.attention`.
 _HOME = {

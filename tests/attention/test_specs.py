@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention.drawing import feature_map, randomise
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tolerance import TOLERANCE
 
 import spem

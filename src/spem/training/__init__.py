@@ -9,76 +9,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spem.training.config import (
         DataConfig as DataConfig,
-    )
-    from spem.training.config import (
         ModelConfig as ModelConfig,
-    )
-    from spem.training.config import (
         OptimConfig as OptimConfig,
-    )
-    from spem.training.config import (
         RunConfig as RunConfig,
-    )
-    from spem.training.config import (
         RuntimeConfig as RuntimeConfig,
     )
     from spem.training.distributed import process_group as process_group
     from spem.training.evaluation import (
         Accuracy as Accuracy,
-    )
-    from spem.training.evaluation import (
         evaluate as evaluate,
-    )
-    from spem.training.evaluation import (
         load_test_images as load_test_images,
     )
     from spem.training.folder import (
         DataIdentity as DataIdentity,
-    )
-    from spem.training.folder import (
         HeldError as HeldError,
-    )
-    from spem.training.folder import (
         Result as Result,
-    )
-    from spem.training.folder import (
         Run as Run,
-    )
-    from spem.training.folder import (
         Weights as Weights,
-    )
-    from spem.training.folder import (
         read_metrics as read_metrics,
-    )
-    from spem.training.folder import (
         read_result as read_result,
-    )
-    from spem.training.folder import (
         read_run as read_run,
-    )
-    from spem.training.folder import (
         read_weights as read_weights,
-    )
-    from spem.training.folder import (
         save_weights as save_weights,
     )
     from spem.training.loop import train as train
     from spem.training.progress import (
         Progress as Progress,
-    )
-    from spem.training.progress import (
         Silent as Silent,
     )
     from spem.training.recipes import (
         fast as fast,
-    )
-    from spem.training.recipes import (
         paper as paper,
-    )
-    from spem.training.recipes import (
         short as short,
-    )
-    from spem.training.recipes import (
         smoke as smoke,
     )
     from spem.training.signals import Interrupted as Interrupted

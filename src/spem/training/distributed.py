@@ -17,8 +17,7 @@ from signal import Signals
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch import distributed as dist
+from torch import Tensor, distributed as dist, nn
 
 from spem.attention import ChannelAttention
 from spem.ops.library import BATCH_NORMS

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spem.ops.cpu import channels as by_channel
-from spem.ops.cpu import language as kl
-from spem.ops.cpu import planes as by_plane
-from spem.ops.cpu import scalars
+from spem.ops.cpu import channels as by_channel, language as kl, planes as by_plane, scalars
 from spem.ops.cpu.inference import fused_tail as fused_tail
 from spem.ops.cpu.launch import SUPPORTED, run
 from spem.ops.formula import (

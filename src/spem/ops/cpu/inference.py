@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from spem.ops import threads as on_threads
-from spem.ops.cpu import channels as by_channel
-from spem.ops.cpu import language as kl
-from spem.ops.cpu import planes as by_plane
+from spem.ops.cpu import channels as by_channel, language as kl, planes as by_plane
 from spem.ops.cpu.launch import address_of
 from spem.ops.cpu.scalars import at_maximum
 from spem.ops.cpu.sigmoid import sigmoid
