@@ -6,7 +6,6 @@ A folder is checked in full first, so that everything wrong with it is reported 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +40,8 @@ class Listing(NamedTuple):
 
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds splits, or classes that contain images."""
-    return any(path.name in ("train", *_TESTS) or _walk(path)[0] for path in _folders(folder))
+    names = _folders(folder).items()
+    return any(n in ("train", *_TESTS) or any(map(_is_image, _files(p, set()))) for n, p in names)
 
 
 def look(folder: Path) -> Listing:
@@ -55,34 +55,35 @@ def look(folder: Path) -> Listing:
         FileNotFoundError: a split is missing.
         ValueError: anything else wrong with the folder, all in one message.
     """
-    names = [path.name for path in _folders(folder)]
-    test = next((name for name in _TESTS if name in names), None)
+    inside = _folders(folder)
+    test = next((name for name in _TESTS if name in inside), None)
     splits = {"all": folder}
-    if "train" in names and test is not None:
+    if "train" in inside and test is not None:
         splits = {"train": folder / "train", "test": folder / test}
-    elif "train" in names or test is not None:
+    elif "train" in inside or test is not None:
         there, lacking = ("train", "test") if test is None else (test, "train")
         raise FileNotFoundError(
             f"{folder}: there is {there}/ but no {lacking}/. Put one folder per class into both; "
             f"or put the classes straight into {folder}, and a part is held out for the test."
         )
-    found = {split: {p.name: p for p in _folders(where)} for split, where in splits.items()}
+    found = {split: _folders(where) for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))
     faults: list[str] = []
     if not classes:
         faults.append(f"{', '.join(map(str, splits.values()))} holds no folders, one a class")
     files: dict[str, list[tuple[Path, int]]] = {split: [] for split in splits}
     for split, where in splits.items():
-        strays = [p.name for p in _entries(where) if p.suffix.lower() in SUFFIXES]
+        strays = [path.name for path in _entries(where) if path.suffix.lower() in SUFFIXES]
         if strays and split != "all":
             faults.append(f"{where} holds images that lie in no class ({_few(strays)})")
         for label, name in enumerate(classes):
             if name not in found[split]:
                 faults.append(f"the class {name} is missing in {where}")
                 continue
-            images, others = _walk(found[split][name])
-            files[split] += [(path, label) for path in images]
-            if others:
+            paths = sorted(_files(where / name, set()))
+            images = [(path, label) for path in paths if _is_image(path)]
+            files[split] += images
+            if others := [path.name for path in paths if path.suffix.lower() in _UNREAD]:
                 unread = f"{where / name} holds images of a kind that is not read ({_few(others)})"
                 faults.append(f"{unread}: convert them or take them away")
             elif not images:
@@ -92,33 +93,26 @@ def look(folder: Path) -> Listing:
     return Listing(classes, files)
 
 
-def _visible(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if name[0] != "." and name != "__MACOSX")
-
-
 def _entries(folder: Path) -> list[Path]:
-    return [folder / name for name in _visible(path.name for path in folder.iterdir())]
+    """What lies in a folder, without what programs leave there."""
+    shown = (path for path in folder.iterdir() if path.name[0] != "." and path.name != "__MACOSX")
+    return sorted(shown)
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
+def _folders(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in _entries(folder) if path.is_dir()}
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images below a folder, links followed, and the names of unsupported ones."""
-    images: list[Path] = []
-    others: list[str] = []
-    seen: set[str] = set()
-    for where, inside, names in os.walk(folder, followlinks=True):
-        again = os.path.realpath(where) in seen  # a link that leads back
-        seen.add(os.path.realpath(where))
-        inside[:] = [] if again else _visible(inside)
-        for path in [] if again else (Path(where, name) for name in _visible(names)):
-            if path.suffix.lower() in SUFFIXES and path.is_file():
-                images.append(path)
-            elif path.suffix.lower() in _UNREAD:
-                others.append(path.name)
-    return sorted(images), sorted(others)
+def _files(folder: Path, seen: set[Path]) -> Generator[Path]:
+    """All files below a folder, links followed, each real folder once (links may lead back)."""
+    if (real := folder.resolve()) not in seen:
+        seen.add(real)
+        for path in _entries(folder):
+            yield from _files(path, seen) if path.is_dir() else [path]
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def _few(names: Sequence[str]) -> str:
@@ -150,10 +144,10 @@ def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
             + "\n".join([*faults[:_LISTED], *more])
         )
     if len(sizes) > 1:
-        few = ", ".join(f"{size} ({where})" for size, where in list(sizes.items())[:3])
+        few = _few([f"{size} ({where})" for size, where in sizes.items()])
         raise ValueError(
-            f"the images have {len(sizes)} different sizes: {few}{' ...' if len(sizes) > 3 else ''}"
-            ". Give one size for all: --data.size 32 (size=32)."
+            f"the images have {len(sizes)} different sizes: {few}. Give one size for all: "
+            "--data.size 32 (size=32)."
         )
 
 
@@ -257,8 +251,7 @@ def _colour(image: Any, pillow: Any) -> Any:
         values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its values are not those of 16 bits")
-        grey = np.rint(values / 257).astype(np.uint8)
-        return pillow.fromarray(np.stack([grey] * 3, axis=-1))
+        image = pillow.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its values have 32 bits (mode {image.mode}), and which are black and white is not "
@@ -268,7 +261,7 @@ def _colour(image: Any, pillow: Any) -> Any:
         image = image.convert("RGBA")
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
         image = pillow.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _fitted(image: Any, size: int | None) -> Any:

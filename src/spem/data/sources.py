@@ -6,33 +6,26 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 from spem.data import folder as image_folder
 from spem.data.names import DIGITS_SIZE, HUB_IDS, known_name
 from spem.extras import first_line, require
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
     from spem.data.images import ImageSet, Split
 
 TEST_SHARE = 0.2
 """Share of each class held out if a folder has no splits."""
 
-_IMAGE_COLUMNS = ("img", "image")
-_LABEL_COLUMNS = ("fine_label", "label")  # CIFAR-100 has a coarse label next to the fine one
+_COLUMNS = ("img", "image"), ("fine_label", "label")
+"""Names of the columns of images, and of labels: CIFAR-100 has coarse ones next to the fine."""
 
 
-class _Read(NamedTuple):
-    """What a reader found: image files or bytes with names for messages, or pixels."""
-
-    images: Iterable[tuple[str, bytes | Path]] | NDArray[np.uint8]
-    labels: list[int]
-    classes: tuple[str, ...]
+_Read = tuple[Any, list[int], tuple[str, ...]]
+"""What a reader found: image files or bytes with names for messages, or pixels; labels; classes."""
 
 
 def check_images(
@@ -52,23 +45,21 @@ def check_images(
         FileNotFoundError, ValueError, OSError: as `load_images`.
     """
     if known_name(name_or_path) == "digits":
-        _digits_size(size)
+        _magnified(size)
         return
     where = _where(name_or_path, root)
     if where is None:
         return
     kind = _kind(where)
-    listing = image_folder.look(where) if kind == "folder" else None
-    if test is not None and (listing is None or "all" not in listing.files):
+    files = image_folder.look(where).files if kind == "folder" else {}
+    if test is not None and "all" not in files:
         raise ValueError(
             f"{where}: has a split for the test, so data.test={test} has no effect. Leave it out."
         )
-    if listing is not None:
-        paths = [path for files in listing.files.values() for path, _ in files]
-        image_folder.check_files(paths, size=size, skip_broken=skip_broken)
-    elif kind == "parquet":
-        for split in ("train", "test"):
-            _shards(where, split)
+    paths = [path for split in files.values() for path, _ in split]
+    image_folder.check_files(paths, size=size, skip_broken=skip_broken)
+    for split in ("train", "test") if kind == "parquet" else ():
+        _shards(where, split)
 
 
 def load_images(
@@ -124,22 +115,20 @@ def load_images(
         raise ValueError(f"sha256={sha256!r} is not a SHA-256 sum. Give its 64 hex digits.")
     short = known_name(name_or_path)
     if short == "digits":
-        read, size = _digits(split, _digits_size(size)), None
+        pixels, labels, classes = _digits(split, _magnified(size))
     else:
         where = _where(name_or_path, root) or _fetched(HUB_IDS[short or ""])
-        read = _READERS[_kind(where)](where, split, test or TEST_SHARE)
-    if not isinstance(read.images, np.ndarray):
-        pixels, kept = image_folder.decode_all(
-            read.images, len(read.labels), size=size, skip_broken=skip_broken
-        )
-        labels = [read.labels[i] for i in kept]
-    else:
-        pixels, labels = read.images, read.labels
-        if size is not None:
+        pixels, labels, classes = _READERS[_kind(where)](where, split, test or TEST_SHARE)
+        if not isinstance(pixels, np.ndarray):
+            pixels, kept = image_folder.decode_all(
+                pixels, len(labels), size=size, skip_broken=skip_broken
+            )
+            labels = [labels[i] for i in kept]
+        elif size is not None:
             pixels = np.stack([image_folder.fit(image, size) for image in pixels])
     name = short or Path(name_or_path).expanduser().resolve().name
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), read.classes, name)
+    images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), classes, name)
     if sha256 is not None and images.sha256 != sha256.lower():
         raise ValueError(
             f"{name_or_path}: the SHA-256 of the {split} images is {images.sha256}, expected "
@@ -151,31 +140,30 @@ def load_images(
 def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     """The folder of a set; None if it comes from the hub."""
     short = known_name(name_or_path)
-    if short is None:
-        if root is not None:
-            raise ValueError(
-                f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
-                "Give the whole path instead."
-            )
-        folder = Path(name_or_path).expanduser()
-        if folder.is_dir():
-            return folder
-        known = ["digits", *HUB_IDS, *HUB_IDS.values()]
-        near = difflib.get_close_matches(name_or_path, known, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise FileNotFoundError(
-            f"{name_or_path}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
+    if short is None and root is not None:
+        raise ValueError(
+            f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
+            "Give the whole path instead."
         )
     base = os.environ.get("SPEM_DATA") if root is None else root
-    folder = Path(base or "", short).expanduser()
-    if base and folder.is_dir():
+    if short is not None and not base:
+        return None
+    folder = Path(name_or_path if short is None else Path(base or "", short)).expanduser()
+    if folder.is_dir():
         return folder
     if root is not None:
         raise FileNotFoundError(
             f"{short}: {folder} does not exist. Give the folder that holds {short}/ as the root, "
             "or leave it out."
         )
-    return None
+    if short is not None:
+        return None
+    known = ["digits", *HUB_IDS, *HUB_IDS.values()]
+    near = difflib.get_close_matches(name_or_path, known, n=2)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise FileNotFoundError(
+        f"{name_or_path}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
+    )
 
 
 def _kind(folder: Path) -> str:
@@ -215,10 +203,10 @@ def _image_folder(folder: Path, split: Split, share: float) -> _Read:
 
     from spem.seeding import keyed_generator
 
-    listing = image_folder.look(folder)
-    files = listing.files.get(split, [])
-    for label, name in enumerate(listing.classes if "all" in listing.files else ()):
-        of_class = [file for file in listing.files["all"] if file[1] == label]
+    classes, listed = image_folder.look(folder)
+    files = listed.get(split, [])
+    for label, name in enumerate(classes if "all" in listed else ()):
+        of_class = [file for file in listed["all"] if file[1] == label]
         count = max(1, round(share * len(of_class)))
         if count >= len(of_class):
             raise ValueError(
@@ -226,39 +214,20 @@ def _image_folder(folder: Path, split: Split, share: float) -> _Read:
                 "images, or put them into train/ and test/."
             )
         generator = keyed_generator(0, "test split", label)
-        order = randperm(len(of_class), generator=generator, device="cpu")
-        chosen = set(order[:count].tolist())
-        files += [f for i, f in enumerate(of_class) if (i in chosen) == (split == "test")]
-    images = ((str(path), path) for path, _ in files)
-    return _Read(images, [label for _, label in files], listing.classes)
+        order = randperm(len(of_class), generator=generator, device="cpu").tolist()
+        chosen = order[:count] if split == "test" else order[count:]
+        files += [of_class[i] for i in sorted(chosen)]
+    return ((str(path), path) for path, _ in files), [label for _, label in files], classes
 
 
 def _parquet(folder: Path, split: Split, share: float) -> _Read:
     """Read a folder in the hub's layout with pyarrow, which `datasets` brings."""
-    parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
-    datasets = require("datasets", extra="train", purpose="reading parquet files")
-    images: list[tuple[str, bytes | Path]] = []
+    images: list[tuple[str, bytes]] = []
     labels: list[int] = []
     found: set[tuple[str, ...]] = set()
-    for path in _shards(folder, split):
-        # On damaged bytes pyarrow raises its own errors, OSError, ValueError, MemoryError ...
-        try:
-            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                groups = range(file.num_row_groups)
-                sizes = [file.metadata.row_group(i).total_byte_size for i in groups]
-                if sum(sizes) > image_folder.MAX_BYTES or min(sizes, default=0) < 0:
-                    raise ValueError(f"it claims to hold {sum(sizes)} bytes")
-                known = _IMAGE_COLUMNS + _LABEL_COLUMNS
-                wanted = [c for c in file.schema_arrow.names if c in known]
-                table = file.read(columns=wanted, use_threads=False)
-                table.validate(full=True)
-            # The hub keeps class names in the file's schema.
-            features = datasets.Features.from_arrow_schema(file.schema_arrow)
-        except Exception as error:
-            raise ValueError(
-                f"{path}: not a readable parquet file ({error}). Fetch the file again."
-            ) from error
-        blobs, values, classes = _columns(path, table, features)
+    shards = _shards(folder, split)
+    for path in shards:
+        blobs, values, classes = _shard(path)
         images += [(f"{path}, row {row}", blob) for row, blob in enumerate(blobs)]
         labels += values
         found.add(classes)
@@ -267,20 +236,36 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
             f"{folder}: the files of {split} disagree on the classes. Fetch the set again."
         )
     if not labels:
-        raise ValueError(f"{_shards(folder, split)[0]}: there are no images. Fetch the set again.")
-    return _Read(images, labels, found.pop())
+        raise ValueError(f"{shards[0]}: there are no images. Fetch the set again.")
+    return images, labels, found.pop()
 
 
-def _columns(path: Path, table: Any, features: Any) -> tuple[list[bytes], list[int], Any]:
-    """Encoded images, labels and class names of a pyarrow table."""
-    names: list[str] = table.column_names
-    image = next((column for column in _IMAGE_COLUMNS if column in names), None)
-    label = next((column for column in _LABEL_COLUMNS if column in names), None)
-    if image is None or label is None:
+def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
+    """Encoded images, labels and class names of one parquet file."""
+    parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
+    datasets = require("datasets", extra="train", purpose="reading parquet files")
+    # On damaged bytes pyarrow raises its own errors, OSError, ValueError, MemoryError ...
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            groups = range(file.num_row_groups)
+            sizes = [file.metadata.row_group(i).total_byte_size for i in groups]
+            if sum(sizes) > image_folder.MAX_BYTES or min(sizes, default=0) < 0:
+                raise ValueError(f"it claims to hold {sum(sizes)} bytes")
+            names = file.schema_arrow.names
+            image, label = (next((c for c in known if c in names), None) for known in _COLUMNS)
+            table = file.read(columns=[c for c in (image, label) if c], use_threads=False)
+            table.validate(full=True)
+        # The hub keeps class names in the file's schema.
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
+    except Exception as error:
         raise ValueError(
-            f"{path}: columns are {', '.join(names) or 'none that are known'}; an image column "
-            f"({' or '.join(_IMAGE_COLUMNS)}) and a label column ({' or '.join(_LABEL_COLUMNS)}) "
-            "are needed."
+            f"{path}: not a readable parquet file ({error}). Fetch the file again."
+        ) from error
+    if image is None or label is None:
+        images, labels = (" or ".join(known) for known in _COLUMNS)
+        raise ValueError(
+            f"{path}: columns are {', '.join(names)}; an image column ({images}) and a label "
+            f"column ({labels}) are needed."
         )
     classes = getattr(features[label], "names", None)
     if not classes or not all(isinstance(name, str) for name in classes):
@@ -298,13 +283,13 @@ def _columns(path: Path, table: Any, features: Any) -> tuple[list[bytes], list[i
         raise ValueError(
             f"{path}: column {label!r} has rows whose label is none of {len(classes)} classes."
         )
-    return cast("list[bytes]", blobs), labels, tuple(classes)
+    return blobs, labels, tuple(classes)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
     """The parquet files of one split, in order, from the folder itself or one folder below it."""
-    shards = sorted(folder.glob(f"{split}*.parquet")) or sorted(folder.glob(f"*/{split}*.parquet"))
-    shards = [path for path in shards if re.match(rf"{split}[-.]", path.name)]
+    shards = sorted(folder.glob(f"{split}[-.]*")) or sorted(folder.glob(f"*/{split}[-.]*"))
+    shards = [path for path in shards if path.suffix == ".parquet"]
     if not shards:
         raise FileNotFoundError(
             f"{folder}: no parquet file of the split {split!r} ({split}-*.parquet), "
@@ -339,7 +324,7 @@ def _cifar(folder: Path, split: Split, share: float) -> _Read:
             f"{folder}: a file of {kind} is missing or its MD5 sum is not that of the published "
             "one. Unpack the whole archive again."
         ) from error
-    return _Read(found.data, found.targets, tuple(found.classes))
+    return found.data, found.targets, tuple(found.classes)
 
 
 _READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CIFAR100": _cifar}
@@ -359,10 +344,11 @@ def _digits(split: Split, size: int) -> _Read:
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # from 0 .. 16
     large = pixels.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
     labels = [int(label) for label in bunch.target[chosen]]
-    return _Read(np.stack([large] * 3, axis=-1), labels, tuple(map(str, bunch.target_names)))
+    return np.stack([large] * 3, axis=-1), labels, tuple(map(str, bunch.target_names))
 
 
-def _digits_size(size: int | None) -> int:
+def _magnified(size: int | None) -> int:
+    """The side of the digits; ValueError unless it is a multiple of theirs."""
     size = DIGITS_SIZE if size is None else size
     if size < 8 or size % 8 or size > 512:
         raise ValueError(
