@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from spem.extras import first_line, require
+from spem.extras import rephrased, require
 
 OPTIONS: dict[str, dict[str, type]] = {
     "timm": {
@@ -63,21 +63,15 @@ def build(
     library, name = library_of(arch, asker)
     given = dict(options or {})
     check_options(library, given, asker)
-    with warnings.catch_warnings():
+    how = f"with {given}" if given else "at all"
+    with rephrased(f"{asker}: {arch} cannot be built {how}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            if library == "timm":
-                timm = require("timm", extra="timm", purpose=asker)
-                return timm.create_model(name, pretrained=False, **given).eval()
-            models = require("torchvision.models", extra="timm", purpose=asker)
-            backbone = {"weights_backbone": None} if any(p in name for p in _COMPOSED) else {}
-            return models.get_model(name, weights=None, **backbone, **given).eval()
-        except ImportError:
-            raise
-        except Exception as error:  # these packages assert, look up and raise what they will
-            how = f"with {given}" if given else "at all"
-            said = f"{asker}: {arch} cannot be built {how}: {first_line(error)}"
-            raise ValueError(said) from error
+        if library == "timm":
+            timm = require("timm", extra="timm", purpose=asker)
+            return timm.create_model(name, pretrained=False, **given).eval()
+        models = require("torchvision.models", extra="timm", purpose=asker)
+        backbone = {"weights_backbone": None} if any(p in name for p in _COMPOSED) else {}
+        return models.get_model(name, weights=None, **backbone, **given).eval()
 
 
 def check_options(library: str, options: Mapping[str, object], asker: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.extras import first_line, require
+from spem.extras import first_line, rephrased, require
 from spem.files import require_regular, write_atomic
 from spem.insert import IdentityStart
 from spem.insert.sites import default_input
@@ -35,8 +35,6 @@ float32 it is usually about 1e-6; gates that divide by a plane's deviation reach
 
 _STEP = 32
 """Pixels by which the second height differs, and half of those of the second width."""
-_OLDEST = 7
-"""The oldest ONNX opset that onnxruntime runs."""
 _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself is that sensitive."
 
 
@@ -119,19 +117,13 @@ def to_onnx(
             network that cannot be exported so; a graph whose outputs differ from the network's. No
             file is written then.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, extra="export", purpose="to_onnx")
-    onnx: Any = require("onnx", extra="export", purpose="to_onnx")
+    for package in ("onnxscript", "onnxruntime", "onnx"):
+        onnx: Any = require(package, extra="export", purpose="to_onnx")
     name, target = type(model).__name__, Path(path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")
     if precision not in get_args(Precision):
         raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
-    newest: int = onnx.defs.onnx_opset_version()
-    if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
-        raise ValueError(
-            f"to_onnx: opset={opset!r} is not an integer from {_OLDEST} to {newest}. Leave it out."
-        )
     require_regular(target, missing_ok=True)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
@@ -146,8 +138,7 @@ def to_onnx(
     network, given = _without_idle(model).cpu().float(), x
     if precision == "fp16":
         network, given = network.half(), x.half()
-    program = _captured(network, given, batch=dynamic_batch, size=dynamic_size)
-    proto, written = _converted(program, opset, name)
+    proto, written = _converted(network, given, opset, batch=dynamic_batch, size=dynamic_size)
     _clean(proto.graph)
     about = {"version": __version__, "attention": _attention(network), "precision": precision}
     for key, value in ({f"spem_{k}": v for k, v in about.items()} | dict(metadata or {})).items():
@@ -162,8 +153,12 @@ def to_onnx(
     found: tuple[Difference, ...] = ()
     if check:
         limit = TOLERANCE[precision] if tolerance is None else tolerance
-        inputs = _inputs(given.float(), batch=dynamic_batch, size=dynamic_size)
-        found = _compared(model, content, inputs, limit)
+        rng, (count, *rest) = torch.Generator().manual_seed(1), x.shape
+        shapes = [[3 if count == 1 else 1, *rest]] * dynamic_batch
+        larger = (extent + _STEP * axis for axis, extent in enumerate(rest))
+        shapes += [[count, *larger]] * dynamic_size
+        others = (torch.randn(shape, generator=rng).half().float() for shape in shapes)
+        found = _compared(model, content, [given.float(), *others], limit)
     write_atomic(target, content)
     # Operators of another domain have its name.
     operators = Counter("::".join(filter(None, (n.domain, n.op_type))) for n in proto.graph.node)
@@ -200,46 +195,36 @@ def _without_idle(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _captured(
-    model: nn.Module, example: Tensor, *, batch: bool, size: bool
-) -> torch.export.ExportedProgram:
-    """A network as torch.export sees it; tails are composed of torch's operations."""
+def _converted(
+    model: nn.Module, example: Tensor, opset: int | None, *, batch: bool, size: bool
+) -> tuple[Any, int]:
+    """The ONNX graph of a network, tails of torch's operations; the version of its operators."""
+    name = type(model).__name__
     if batch and example.shape[0] == 1:
         example = torch.cat([example, example])  # an axis of length one is taken for a constant
     axes = [0] * batch + list(range(2, example.dim())) * size
-    dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
-    call: dict[str, Any] = {"dynamic_shapes": (dynamic,) if dynamic else None, "strict": False}
+    dynamic = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),) if axes else None
+    why, remedy = f"with an input {list(example.shape)}", "Check that it runs on such an input."
+    if size:
+        why, remedy = "with a dynamic height and width", "Leave dynamic_size out."
+    elif batch:
+        why, remedy = "with a dynamic batch", "Pass dynamic_batch=False."
     # Without gradients the extrema are plain reductions; with them they would carry indices.
-    with use_impl("reference"), torch.no_grad():
-        try:
-            return torch.export.export(model, (example,), **call)
-        except Exception as error:  # whatever the network raises, and many types of torch's own
-            why = f"with an input {list(example.shape)}"
-            remedy = "Check that it runs on such an input."
-            if size:
-                why, remedy = "with a dynamic height and width", "Leave dynamic_size out."
-            elif batch:
-                why, remedy = "with a dynamic batch", "Pass dynamic_batch=False."
-            what = f"{type(model).__name__} cannot be exported {why}"
-            raise ValueError(f"to_onnx: {what}: {first_line(error)}. {remedy}") from error
-
-
-def _converted(
-    program: torch.export.ExportedProgram, opset: int | None, name: str
-) -> tuple[Any, int]:
-    """The ONNX graph of a captured network, and the version of its operators."""
+    with (
+        rephrased(f"to_onnx: {name} cannot be exported {why}", remedy),
+        use_impl("reference"),
+        torch.no_grad(),
+    ):
+        program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
+    count = len(program.graph_signature.user_outputs)
+    names = ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
+    options = {"input_names": ["input"], "output_names": names, "opset_version": opset}
     torch_onnx: Any = torch.onnx  # its annotations differ between the versions of torch
-    outputs = len(program.graph_signature.user_outputs)
-    names = ["output"] if outputs == 1 else [f"output_{number}" for number in range(outputs)]
-    options: dict[str, Any] = {"input_names": ["input"], "output_names": names, "optimize": True}
-    if opset is not None:
-        options["opset_version"] = opset
     try:
         proto = torch_onnx.export(program, dynamo=True, verbose=False, **options).model_proto
-    except torch_onnx.OnnxExporterError as error:
-        raise ValueError(
-            f"to_onnx: {name} has no ONNX graph: {first_line(error.__cause__ or error)}"
-        ) from error
+    except torch_onnx.OnnxExporterError as error:  # which says no more than the step that failed
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"to_onnx: {name} has no ONNX graph: {reason}") from error
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
     if opset not in (None, written):
         raise ValueError(
@@ -273,40 +258,21 @@ def _attention(network: nn.Module) -> str:
     return ", ".join(sorted(names - {""})) or "none"
 
 
-def _inputs(x: Tensor, *, batch: bool, size: bool) -> list[Tensor]:
-    """The example, and inputs of another batch and of another size if these may change."""
-    rng = torch.Generator().manual_seed(1)
-    count, *rest = x.shape
-    shapes = [[3 if count == 1 else 1, *rest]] * batch
-    shapes += [[count, *(extent + _STEP * axis for axis, extent in enumerate(rest))]] * size
-    return [x, *(torch.randn(shape, generator=rng).half().float() for shape in shapes)]
-
-
 def _compared(
     model: nn.Module, content: bytes, inputs: list[Tensor], limit: float
 ) -> tuple[Difference, ...]:
-    """Compare the graph with the network as it was given, attention that is left out included.
-
-    Raises:
-        ValueError: The graph differs, or one of them does not run.
-    """
+    """Compare the graph with the network as it was given, attention that is left out included."""
     network, session = copy.deepcopy(model).eval().cpu().float(), Session(content)
     refused, name = "to_onnx: nothing was written:", type(model).__name__
+    remedy = "Leave dynamic_size out, or pass dynamic_batch=False."
     differences: list[Difference] = []
     for x in inputs:
         graph = f"{refused} the graph of {name} on {list(x.shape)}"
-        try:
-            with torch.no_grad(), use_impl("reference"):
-                expected = tensors(network(x))
-        except Exception as error:  # whatever it raises on a size that it does not take
-            raise ValueError(
-                f"{refused} {name} does not run on an input {list(x.shape)}: {first_line(error)}. "
-                f"Leave dynamic_size out, or pass dynamic_batch=False."
-            ) from error
-        try:
+        runs = rephrased(f"{refused} {name} does not run on an input {list(x.shape)}", remedy)
+        with runs, torch.no_grad(), use_impl("reference"):
+            expected = tensors(network(x))
+        with rephrased(graph, _REMEDY):
             found = difference(x.shape, expected, session(x))
-        except ValueError as error:
-            raise ValueError(f"{graph}: {error} {_REMEDY}") from error
         if not found.relative <= limit:  # a NaN too
             raise ValueError(
                 f"{graph} differs from PyTorch by {found.relative:.2g} of the largest "
@@ -329,13 +295,8 @@ class Session:
         options.intra_op_num_threads = 1
         options.log_severity_level = 4  # it logs what it raises too
         providers = ["CPUExecutionProvider"]
-        try:
+        with rephrased("onnxruntime cannot load the graph", "Use another opset or precision."):
             self._session = runtime.InferenceSession(content, options, providers=providers)
-        except Exception as error:  # its exception types have no base of their own
-            raise ValueError(
-                f"onnxruntime cannot load the graph: {first_line(error)}. "
-                f"Use another opset or precision."
-            ) from error
         first = self._session.get_inputs()[0]
         self.input: str = first.name
         self.half: bool = first.type == "tensor(float16)"
@@ -343,11 +304,8 @@ class Session:
     def __call__(self, x: Tensor) -> list[Tensor]:
         """The outputs for one input, in float32; ValueError if the graph does not run on it."""
         fed = (x.half() if self.half else x.float()).contiguous().numpy()
-        try:
+        with rephrased(f"onnxruntime cannot run the graph on an input {list(x.shape)}"):
             found = self._session.run(None, {self.input: fed})
-        except Exception as error:
-            ran = f"onnxruntime cannot run the graph on an input {list(x.shape)}"
-            raise ValueError(f"{ran}: {first_line(error)}.") from error
         return [torch.from_numpy(output).float() for output in found]
 
 

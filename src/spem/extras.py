@@ -1,5 +1,7 @@
-"""Optional dependencies: imported on use; if missing, the error says how to install them."""
+"""Other packages: imported on use, with errors that say in a sentence what to do."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -27,3 +29,16 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 def first_line(error: BaseException) -> str:
     """The first line of another package's error, without a full stop; never empty."""
     return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
+
+
+@contextmanager
+def rephrased(
+    said: str, remedy: str = "", *, kind: type[Exception] = ValueError
+) -> Generator[None]:
+    """Makes one sentence of what another package raises: said, its first line, a remedy."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise kind(f"{said}: {first_line(error)}. {remedy}".rstrip()) from error

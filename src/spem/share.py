@@ -16,6 +16,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from spem.attention import ChannelAttention, attention_class, attention_paramete
 from spem.attention.spec import bibtex
 from spem.data.names import HUB_IDS, known_name
 from spem.export import difference, tensors
-from spem.extras import first_line, require
+from spem.extras import rephrased, require
 from spem.files import load_json, read_regular, write_atomic
 from spem.insert import IdentityStart, attach, true_keys
 from spem.insert.attach import Attached, remembered
@@ -91,6 +92,9 @@ class _Theirs:
     arch: str
     options: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        check_options(self.kind, self.options, "network")
+
 
 @dataclass(frozen=True)
 class _Call(Attached):
@@ -137,15 +141,11 @@ class _Config:
     @property
     def host(self) -> _Ours | _Theirs:
         """The network without attached attention."""
+        kinds = {"spem.resnet": _Ours} | dict.fromkeys(OPTIONS, _Theirs)
         kind = self.network.get("kind")
-        if kind == "spem.resnet":
-            return _read(_Ours, self.network, "network")
-        if not isinstance(kind, str) or kind not in OPTIONS:
-            known = ", ".join(["spem.resnet", *OPTIONS])
-            raise ValueError(f"network is of an unknown kind {kind!r}. Known: {known}.")
-        host = _read(_Theirs, self.network, "network")
-        check_options(kind, host.options, "network")
-        return host
+        if str(kind) not in kinds:
+            raise ValueError(f"network is of an unknown kind {kind!r}. Known: {', '.join(kinds)}.")
+        return _read(kinds[str(kind)], self.network, "network")
 
 
 class Shared(NamedTuple):
@@ -205,11 +205,11 @@ def save_pretrained(
             number, or the folder holds files of these names that another program wrote.
         ImportError: An extra is missing; the message ends in the line that installs it.
     """
-    asker, folder = "save_pretrained", Path(folder)
-    safetensors = require("safetensors.torch", extra="hub", purpose=asker)
+    folder = Path(folder)
+    safetensors = require("safetensors.torch", extra="hub", purpose="save_pretrained")
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     content: bytes = safetensors.save(state, {"format": "pt"})
-    said = _said(model)
+    said: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # timm's
     if images is None and {"mean", "std"} <= said.keys():
         size = (said.get("input_size") or [None])[-1]
         images = {"size": size, "mean": list(said["mean"]), "std": list(said["std"])}
@@ -222,7 +222,7 @@ def save_pretrained(
             schema=SCHEMA,
             library_name="spem",
             version=__version__,
-            network=_described(model, arch, options, asker),
+            network=_described(model, arch or said.get("architecture"), options),
             attach=tuple(_Call(**vars(call), part=part) for part, call in remembered(model)),
             dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
             images=None if images is None else _read(Images, dict(images), "images"),
@@ -242,14 +242,14 @@ def save_pretrained(
             # The number of outputs, which the network itself does not store.
             config.network["options"]["num_classes"] = outputs[0].shape[1]
             config = dataclasses.replace(config)  # checks the names of classes
+        card = _card(model, config, _measured(results), license, repo_id)
     except ValueError as error:
-        raise ValueError(f"{asker}: {str(error).removeprefix(f'{asker}: ')}") from error
-    card = _card(model, config, _measured(results), license, repo_id)
+        raise ValueError(f"save_pretrained: {error}") from error
     there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
     if there and not is_shared(folder):
         raise ValueError(
-            f"{asker}: {folder / there[0]} is there and was not written by save_pretrained. "
-            f"Name another folder."
+            f"save_pretrained: {folder / there[0]} is there and was not written by "
+            f"save_pretrained. Name another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
     # The config last: a folder that has one is complete.
@@ -269,7 +269,7 @@ def is_shared(folder: Path) -> bool:
 
 
 def _described(
-    model: nn.Module, arch: str | None, options: Mapping[str, Any] | None, asker: str
+    model: nn.Module, arch: str | None, options: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The network as plain values, without attached attention."""
     if isinstance(model, ResNet):
@@ -277,13 +277,12 @@ def _described(
             raise ValueError("a network of spem.resnet has no arch= and options=.")
         spec = spec_text(model.spec)
         return asdict(_Ours("spem.resnet", model.depth, model.classes, spec, model.block))
-    arch = arch or _said(model).get("architecture")
-    if not isinstance(arch, str):
+    if arch is None:
         raise ValueError(
             f"{type(model).__name__} does not say what it is called. Pass arch=, its name in timm "
             f"or torchvision, such as 'torchvision:resnet50'."
         )
-    library, name = library_of(arch, asker)
+    library, name = library_of(arch, "arch")
     given: dict[str, Any] = {}
     if library == "timm":  # whose networks show some of their options
         found = {option: getattr(model, option, None) for option in ("num_classes", "in_chans")}
@@ -293,12 +292,6 @@ def _described(
             kind = getattr(pool, "pool_type", pool)
             given |= {"global_pool": kind} if isinstance(kind, str) else {}
     return {"kind": library, "arch": name, "options": given | dict(options or {})}
-
-
-def _said(model: nn.Module) -> dict[str, Any]:
-    """A timm network's metadata on itself and its training images."""
-    said = getattr(model, "pretrained_cfg", None)
-    return said if isinstance(said, dict) else {}
 
 
 # ---- the network of a config
@@ -311,7 +304,9 @@ def _built(config: _Config) -> nn.Module:
     and the dataclasses here allow.
     """
     host = config.host
-    with torch.random.fork_rng(devices=[]):  # the start that weights replace draws numbers
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Weights that do not go over into attention come from the file.
+        warnings.filterwarnings("ignore", message="attach: the weights of")
         if isinstance(host, _Ours):
             block: Any = host.block
             model = resnet(host.depth, host.classes, attention=host.attention, block=block).eval()
@@ -323,10 +318,7 @@ def _built(config: _Config) -> nn.Module:
                 part = model.get_submodule(arguments.pop("part"))
             except AttributeError as error:
                 raise ValueError(f"attach: the network has no part {call.part!r}.") from error
-            with warnings.catch_warnings():
-                # Weights that do not go over into attention come from the file.
-                warnings.filterwarnings("ignore", message="attach: the weights of")
-                attach(part, **arguments)
+            attach(part, **arguments)
         return model.to(getattr(torch, config.dtype))
 
 
@@ -359,18 +351,15 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
         if isinstance(value, int) and value > most:
             return f"{name}={value} is too large for {len(state)} tensors of {total:,} numbers"
     for each in (config, dataclasses.replace(config, attach=())):
-        try:
-            with torch.device("meta"):
-                model = _built(each)
-        except ImportError:
-            raise
-        except Exception:  # noqa: BLE001  # said by the real build
-            continue
-        if each is config:
-            return _misfit(true_keys(model, state), model.state_dict())
-        needed = sum(tensor.numel() for tensor in model.state_dict().values())
-        if needed > 2 * total:
-            return f"the network without attention has {needed:,} numbers, the weights {total:,}"
+        with suppress(Exception), torch.device("meta"):
+            model = _built(each)
+            if each is config:
+                return _misfit(true_keys(model, state), model.state_dict())
+            needed = sum(tensor.numel() for tensor in model.state_dict().values())
+            if needed > 2 * total:
+                return (
+                    f"the network without attention has {needed:,} numbers, the weights {total:,}"
+                )
     return None
 
 
@@ -391,16 +380,16 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     outputs: list[list[Tensor]] = []
     for network in (model, again):
         twin = copy.deepcopy(network).to("cpu", torch.float64).eval()
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), use_impl("reference"):
-                _open(twin)
-                torch.manual_seed(0)
-                outputs.append(tensors(twin(x)))
-        except Exception as error:  # whatever the network raises
-            raise ValueError(
-                f"the network cannot be run on a random input {list(x.shape)}, as it must be to "
-                f"compare it with the rebuilt one: {first_line(error)}"
-            ) from error
+        said = f"the network does not run on a random input {list(x.shape)}, which compares it"
+        with (
+            rephrased(f"{said} with the rebuilt one"),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            use_impl("reference"),
+        ):
+            _open(twin)
+            torch.manual_seed(0)
+            outputs.append(tensors(twin(x)))
     found = difference(x.shape, *outputs)
     if math.isnan(found.largest):
         raise ValueError("the network's outputs are not finite numbers. Look at its weights.")
@@ -457,7 +446,9 @@ def from_pretrained(
             f"(owner/name)."
         )
     hub = require("huggingface_hub", extra="hub", purpose="from_pretrained")
-    try:
+    said = f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this name"
+    remedy = "Check the name and the connection, or name a folder."
+    with rephrased(f"{said} cannot be fetched", remedy, kind=OSError):
         folder = hub.snapshot_download(
             str(repo_or_folder),
             revision=revision,
@@ -467,12 +458,6 @@ def from_pretrained(
             allow_patterns=[CONFIG, WEIGHTS],
             library_name="spem",
         )
-    except Exception as error:  # the client's types, and those of its transport
-        raise OSError(
-            f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this "
-            f"name cannot be fetched: {first_line(error)}. Check the name and the connection, or "
-            f"name a folder."
-        ) from error
     return read_shared(folder).model
 
 
@@ -508,10 +493,8 @@ def read_shared(folder: str | Path) -> Shared:
                 f"the SHA-256 of {WEIGHTS} is not the one in {CONFIG}; it is damaged or of another "
                 f"network. Fetch it again."
             )
-        try:
+        with rephrased(f"{WEIGHTS} is not a safetensors file"):
             state: dict[str, Tensor] = safetensors.load(content)
-        except Exception as error:  # safetensors has its own exception types for broken files
-            raise ValueError(f"{WEIGHTS} is not a safetensors file ({error}).") from error
         wrong, model = _too_large(state, config), nn.Module()
         if not wrong:
             model = _built(config)
@@ -563,7 +546,10 @@ def push_to_hub(
     api = hub.HfApi(token=token, library_name="spem")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, repo_id=repo_id, **describing)
-        try:
+        remedy = (
+            "Look at your connection, and log in with `hf auth login` as a user with write access."
+        )
+        with rephrased(f"push_to_hub: cannot write to {repo_id}", remedy, kind=OSError):
             api.whoami()  # fails at once; other calls retry for half a minute
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
@@ -573,11 +559,6 @@ def push_to_hub(
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
-        except Exception as error:  # the client's types, and those of its transport
-            raise OSError(
-                f"push_to_hub: cannot write to {repo_id}: {first_line(error)}. Look at your "
-                f"connection, and log in with `hf auth login` as a user with write access."
-            ) from error
     return str(commit.commit_url)
 
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from spem.data import folder as image_folder
 from spem.data.names import DIGITS_SIZE, HUB_IDS, known_name
-from spem.extras import first_line, require
+from spem.extras import rephrased, require
 
 if TYPE_CHECKING:
-
     from spem.data.images import ImageSet, Split
 
 TEST_SHARE = 0.2
@@ -186,15 +185,10 @@ def _kind(folder: Path) -> str:
 def _fetched(hub_id: str) -> Path:
     """A set's files from the hub, whose client keeps a copy that works offline too."""
     hub = require("huggingface_hub", extra="train", purpose=f"fetching {hub_id}")
-    try:
-        kept = hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns="*.parquet")
-    except Exception as error:  # errors depend on where a missing network is noticed
-        raise FileNotFoundError(
-            f"no local folder, and {hub_id} could not be fetched from the hub "
-            f"({type(error).__name__}: {first_line(error)}). Point SPEM_DATA or --data.root at a "
-            "folder that holds the set."
-        ) from error
-    return Path(kept)
+    said = f"no local folder, and {hub_id} could not be fetched from the hub"
+    remedy = "Point SPEM_DATA or --data.root at a folder that holds the set."
+    with rephrased(said, remedy, kind=FileNotFoundError):
+        return Path(hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns="*.parquet"))
 
 
 def _image_folder(folder: Path, split: Split, share: float) -> _Read:
