@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
-from spem.attention.pooling import MixPool
+from spem.attention.pooling import FixedMix, LearnedMix
 from spem.insert import IdentityStart
 from spem.insert.sites import attentions_of
 
@@ -91,7 +91,7 @@ class Inspection:
             f"{name}.{part}": float(mix.lam.detach())
             for name, attention in self._found.items()
             for part, mix in attention.named_modules()
-            if isinstance(mix, MixPool)
+            if isinstance(mix, (FixedMix, LearnedMix))
         }
 
     @property

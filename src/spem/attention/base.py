@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
 from spem.attention.options import Device, Dtype, positive_int
-from spem.attention.pooling import LearnedMix, MapStats, Pool, PoolSpec, learned_mixes, make_pool
+from spem.attention.pooling import LearnedMix, Pool, PoolSpec, learned_mixes, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.dispatch import log_choice
@@ -166,9 +166,7 @@ class ChannelAttention(nn.Module):
     def stats_of(self, x: Tensor) -> PlaneStats:
         """The plane statistics that gate and pools read; with the map where a pool needs it."""
         stats = plane_stats(x, self.statistics)
-        if not (self.reads_map and self.training):
-            return stats
-        return cast("PlaneStats", MapStats(*stats, x))  # the same fields, and one more
+        return stats._replace(map=x) if self.reads_map and self.training else stats
 
     def shift(self, x: Tensor) -> Tensor:
         """What a module that adds (`Needs.adds`) adds to x * gate(x), in at least float32."""

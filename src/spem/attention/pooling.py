@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,24 +114,12 @@ class SRP:
 PoolSpec = Literal["avg", "max", "min", "srp"] | Mix | SRP
 
 
-class MapStats(NamedTuple):
-    """`PlaneStats` with the map they are of, for a pool that must look at it."""
-
-    mean: Tensor | None
-    var: Tensor | None
-    max: Tensor | None
-    min: Tensor | None
-    size: int
-    batch: int
-    map: Tensor
-
-
 class Pool(nn.Module):
     """Takes plane statistics to a descriptor [N, C]; ``statistics`` names those it reads."""
 
     statistics: tuple[str, ...] = ()
     needs_map: bool = False
-    """Whether it must be given `MapStats` in training."""
+    """Whether it must be given the map in training."""
     text: str = ""
     """Its description."""
 
@@ -162,31 +150,14 @@ def is_average(pool: nn.Module) -> bool:
     return type(pool) is Single and pool.name == "avg" and not has_hooks(pool)
 
 
-class MixPool(Pool):
-    """u = lambda max + (1 - lambda) min; subclasses say where lambda comes from."""
-
-    statistics = ("max", "min")
-
-    @property
-    def lam(self) -> Tensor:
-        """The weight of the maximum, a 0-dim tensor in at least float32."""
-        raise NotImplementedError
-
-    def forward(self, stats: PlaneStats) -> Tensor:
-        """The mixed descriptor, [N, C]."""
-        assert stats.max is not None
-        assert stats.min is not None
-        lam = self.lam.to(stats.max.dtype)
-        # Not lerp, which gives another result for infinities.
-        return torch.addcmul(lam * stats.max, 1.0 - lam, stats.min)
-
-
-class FixedMix(MixPool):
+class FixedMix(Pool):
     """Mix-pooling with a constant lambda; no parameter, no penalty.
 
     The constant is a Python number, not a buffer: it belongs to the configuration, so loading
     weights must not change it and ``half()`` must not round it.
     """
+
+    statistics = ("max", "min")
 
     def __init__(self, lam: float) -> None:
         super().__init__()
@@ -204,52 +175,37 @@ class FixedMix(MixPool):
         return torch.add(self.value * stats.max, stats.min, alpha=1.0 - self.value)
 
 
-class LearnedMix(MixPool):
-    """Mix-pooling with a learned lambda; `penalty` is its regulariser, without coefficient."""
+class LearnedMix(Pool):
+    """Mix-pooling with a learned lambda, 0.5 at the start; `Mix` has the formulas.
 
-    parameter: str
-    """The name of the parameter behind lambda."""
-    start: float
-    """What the parameter starts from, so that lambda = 0.5."""
+    Its parameter is called p, or logit; lambda and all else is computed in at least float32.
+    """
 
-    def __init__(self, *size: int, device: Device = None, dtype: Dtype = None) -> None:
+    statistics = ("max", "min")
+    p: nn.Parameter
+    logit: nn.Parameter
+
+    def __init__(
+        self, parametrization: Parametrization, *, device: Device = None, dtype: Dtype = None
+    ) -> None:
         super().__init__()
+        self.parametrization = parametrization
+        self._name, size = ("logit", ()) if parametrization == "sigmoid" else ("p", (2,))
         parameter = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        self.register_parameter(self.parameter, parameter)
+        self.register_parameter(self._name, parameter)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets the parameter to its start, lambda = 0.5."""
-        nn.init.constant_(self.get_parameter(self.parameter), self.start)
-
-    @property
-    def magnitude(self) -> Tensor:
-        """The size of the parameter behind lambda: |p|, or |l|; 0-dim, at least float32."""
-        return torch.linalg.vector_norm(self._wide())
-
-    def penalty(self) -> Tensor:
-        """The regulariser, a 0-dim tensor in at least float32."""
-        return self._wide().square().sum()
-
-    def _wide(self) -> Tensor:
-        value: Tensor = getattr(self, self.parameter)
-        return value.to(compute_dtype(value.dtype))
-
-
-class SquaresMix(LearnedMix):
-    """lambda = p0^2 / (p0^2 + p1^2); with ``anchored`` the penalty holds |p|^2 at 1/2."""
-
-    parameter, start = "p", 0.5
-    p: nn.Parameter
-
-    def __init__(self, *, anchored: bool, device: Device = None, dtype: Dtype = None) -> None:
-        super().__init__(2, device=device, dtype=dtype)
-        self.anchored = anchored
+        start = 0.0 if self.parametrization == "sigmoid" else 0.5
+        nn.init.constant_(self.get_parameter(self._name), start)
 
     @property
     def lam(self) -> Tensor:
-        """lambda, exact for any |p| above the smallest normal float32, 0.5 below."""
+        """lambda, 0-dim; of p exact for any |p| above the smallest normal float32, 0.5 below."""
         p = self._wide()
+        if self.parametrization == "sigmoid":
+            return torch.sigmoid(p)
         scale = p.detach().abs().amax(0)  # with its axis, which ONNX asks for
         # The true gradient is of order 1/|p| and overflows where |p| is subnormal; there lambda is
         # 1/2 with gradient 0. Written so that a NaN in p is not taken for zero.
@@ -258,21 +214,27 @@ class SquaresMix(LearnedMix):
         total = torch.where(vanished, 1.0, q[0] + q[1])
         return torch.where(vanished, 0.5, q[0] / total)
 
-    def penalty(self) -> Tensor:
-        """p0^2 + p1^2, or (p0^2 + p1^2 - 1/2)^2 when anchored."""
-        return (super().penalty() - 0.5).square() if self.anchored else super().penalty()
-
-
-class SigmoidMix(LearnedMix):
-    """lambda = sigmoid(logit), logit = 0 at the start."""
-
-    parameter, start = "logit", 0.0
-    logit: nn.Parameter
+    def forward(self, stats: PlaneStats) -> Tensor:
+        """The mixed descriptor, [N, C]."""
+        assert stats.max is not None
+        assert stats.min is not None
+        lam = self.lam.to(stats.max.dtype)
+        # Not lerp, which gives another result for infinities.
+        return torch.addcmul(lam * stats.max, 1.0 - lam, stats.min)
 
     @property
-    def lam(self) -> Tensor:
-        """sigmoid(logit)."""
-        return torch.sigmoid(self._wide())
+    def magnitude(self) -> Tensor:
+        """The size of the parameter behind lambda: |p|, or |l|, 0-dim."""
+        return torch.linalg.vector_norm(self._wide())
+
+    def penalty(self) -> Tensor:
+        """The regulariser without its coefficient, 0-dim."""
+        squared = self._wide().square().sum()
+        return (squared - 0.5).square() if self.parametrization == "anchored" else squared
+
+    def _wide(self) -> Tensor:
+        value: Tensor = getattr(self, self._name)
+        return value.to(compute_dtype(value.dtype))
 
 
 class RegionPool(Pool):
@@ -304,7 +266,7 @@ class RegionPool(Pool):
         if not self.training:
             assert stats.mean is not None
             return stats.mean
-        if not isinstance(stats, MapStats):
+        if stats.map is None:
             raise TypeError("SRP: needs the map in training; call the module, not gate_from.")
         starts = self._starts(stats.map)
         with torch.no_grad():
@@ -358,7 +320,6 @@ def make_pool(pool: PoolSpec, *, device: Device = None, dtype: Dtype = None) -> 
         ValueError: The specification is none of ``"avg"``, ``"max"``, ``"min"``, ``"srp"``, `Mix`,
             `SRP`.
     """
-    factory: Any = {"device": device, "dtype": dtype}
     if pool == "srp" or isinstance(pool, SRP):
         built = RegionPool(pool if isinstance(pool, SRP) else SRP(), device=device)
     elif not isinstance(pool, Mix):
@@ -369,10 +330,8 @@ def make_pool(pool: PoolSpec, *, device: Device = None, dtype: Dtype = None) -> 
         built = Single(pool)
     elif pool.lam is not None:
         built = FixedMix(pool.lam)
-    elif pool.parametrization == "sigmoid":
-        built = SigmoidMix(**factory)
     else:
-        built = SquaresMix(anchored=pool.parametrization == "anchored", **factory)
+        built = LearnedMix(pool.parametrization, device=device, dtype=dtype)
     built.text = str(pool)
     return built
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, register_attention
 from spem.attention.options import Device, Dtype, one_of
-from spem.attention.pooling import Mix, MixPool, PoolSpec, SquaresMix
+from spem.attention.pooling import FixedMix, LearnedMix, Mix, PoolSpec
 from spem.attention.precision import cast
 from spem.ops import PlaneStats
 from spem.ops.inference import CompiledGate, compiled_by
@@ -127,9 +127,9 @@ class SPEM(ChannelAttention):
         if self.reweight != "shared_sum" or has_hooks(pool):
             return None
         weights = (self.w_e, self.b_e, self.w_r, self.b_r)
-        if type(pool) is SquaresMix:
+        if type(pool) is LearnedMix and pool.parametrization != "sigmoid":
             return CompiledGate(f"spem_{self.form}", (*weights, pool.p))
-        if not isinstance(pool, MixPool):
+        if not isinstance(pool, (FixedMix, LearnedMix)):
             return None
         return CompiledGate(f"spem_{self.form}", (*weights, None), float(pool.lam))
 

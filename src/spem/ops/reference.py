@@ -24,15 +24,10 @@ def tail(
         v = gate(plane_stats(x, statistics))
         x = x * v.reshape(*v.shape, *[1] * (x.dim() - 2)).to(x.dtype)
     # What the gate scaled is a new map; what a norm returned may be held by its hooks.
-    plain = norm is not None and type(norm) in BATCH_NORMS and not has_hooks(norm)
-    return add_relu(x, residual, fresh=gate is not None or plain)
-
-
-def add_relu(x: Tensor, residual: Tensor, *, fresh: bool) -> Tensor:
-    """relu(x + residual); in place where x is fresh: nobody's input, and nobody's for a gradient.
-
-    A sum of its own would cost another map, and of large ones the system's pages for it.
-    """
+    fresh = gate is not None or (
+        type(norm) in BATCH_NORMS and norm is not None and not has_hooks(norm)
+    )
+    # In place: a sum of its own is another map, and the system's pages for it.
     if fresh and isinstance(x, Tensor) and x.dtype == torch.promote_types(x.dtype, residual.dtype):
         return x.add_(residual).relu_()
     return (x + residual).relu_()

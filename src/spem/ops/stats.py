@@ -14,7 +14,8 @@ class PlaneStats(NamedTuple):
     """Statistics of the planes of a map [N, C, ...], each [N, C], or None if not asked for.
 
     They are in at least float32. ``var`` is the biased variance (divided by ``size``); ``size`` is
-    the number of positions of a plane (H W) and ``batch`` is N.
+    the number of positions of a plane (H W), ``batch`` is N, and ``map`` is the map itself, for a
+    pool that must look at it.
     """
 
     mean: Tensor | None
@@ -23,6 +24,7 @@ class PlaneStats(NamedTuple):
     min: Tensor | None
     size: int
     batch: int
+    map: Tensor | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,8 @@ library, Python threads do the same, without the interpreter's lock.
 
 import ctypes
 import os
-import queue
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -42,66 +41,29 @@ def launch(address: int, data: int, pieces: int) -> None:
         _pool.run(_function(address), data, threads - 1)
 
 
-class _Job:
-    """One call of a function, in which any number of threads take part."""
-
-    def __init__(self, function: Callable[[int], None], data: int) -> None:
-        self.function, self.data = function, data
-        self._state = threading.Condition(threading.Lock())
-        self._running, self._closed = 0, False
-
-    def take_part(self) -> None:
-        """What a thread of the pool does; nothing where the caller is through already."""
-        with self._state:
-            if self._closed:
-                return
-            self._running += 1
-        try:
-            self.function(self.data)
-        finally:
-            with self._state:
-                self._running -= 1
-                self._state.notify()
-
-    def finish(self) -> None:
-        """Lets nobody in any more and waits for those inside: only then may the data go."""
-        interrupt = None
-        while True:
-            try:
-                with self._state:
-                    self._closed = True
-                    self._state.wait_for(lambda: not self._running)
-                break
-            except KeyboardInterrupt as pressed:
-                interrupt = pressed
-        if interrupt is not None:
-            raise interrupt
-
-
 class _Pool:
-    """Threads that wait for jobs, started when first needed; nobody waits for a busy one."""
+    """Threads that wait for work, started when first needed; nobody waits for a busy one."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._lock, self._size = threading.Lock(), 0
+        self._threads = ThreadPoolExecutor(1 << 10, "spem")  # of which it starts what is needed
 
     def run(self, function: Callable[[int], None], data: int, helpers: int) -> None:
         """Runs the function on this thread and on up to this many others."""
-        job = _Job(function, data)
-        with self._lock:
-            while self._size < helpers:
-                self._size += 1
-                threading.Thread(target=self._work, name=f"spem-{self._size}", daemon=True).start()
-        for _ in range(helpers):
-            self._jobs.put(job)
+        parts: Collection[Future[None]] = [
+            self._threads.submit(function, data) for _ in range(helpers)
+        ]
+        interrupt = None
         try:
             function(data)
         finally:
-            job.finish()
-
-    def _work(self) -> None:
-        while True:
-            self._jobs.get().take_part()
+            # Whoever has not begun stays out, and whoever is inside ends: only then may data go.
+            while parts:
+                try:
+                    parts = wait([part for part in parts if not part.cancel()]).not_done
+                except KeyboardInterrupt as pressed:
+                    interrupt = pressed
+            if interrupt is not None:
+                raise interrupt
 
 
 def _renew_pool() -> None:
