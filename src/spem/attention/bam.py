@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, hidden_units, one_of, positive_int
+from spem.attention.options import Device, Dtype, Factory, hidden_units, one_of, positive_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 
@@ -28,9 +28,7 @@ class BAM(ChannelAttention):
         b1)) + b2, [N, C, 1, 1], z the pooled channels (global average by default), hidden width h =
         C // reduction. Ms, [N, 1, H, W]: a 1x1 convolution C -> h, two 3x3 convolutions h -> h of a
         ``dilation``, each with bias, BN and ReLU, and a 1x1 convolution h -> 1 with bias.
-        Parameters: 3 C h + C + 18 h^2 + 13 h + 1.
-
-    Shape: x is [N, C, H, W], N >= 2 in training.
+        Parameters: 3 C h + C + 18 h^2 + 13 h + 1. Shape: [N, C, H, W], N >= 2 in training.
 
     Args:
         placement: ``"between"`` stages (after all but the last, the official place), after every
@@ -57,7 +55,7 @@ class BAM(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         one_of("BAM", get_args(Placement), placement=placement)
         one_of("BAM", get_args(Fusion), fusion=fusion)
         positive_int("BAM", dilation=dilation)

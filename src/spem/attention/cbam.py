@@ -1,12 +1,10 @@
 """CBAM: convolutional block attention."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, hidden_units, odd_int
+from spem.attention.options import Device, Dtype, Factory, hidden_units, odd_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.seeding import kaiming_normal_fan_out
@@ -25,16 +23,13 @@ class CBAM(ChannelAttention):
         hidden width C // reduction, b2 added once per pool; x' = x * c. spatial: p =
         s(BN(conv_k([max_C x'; mean_C x']))), one output channel, zero padding, no bias, BN momentum
         0.01. y = x' * p. Start: both biases 0, k x k kernel Kaiming normal (fan_out), BN weight and
-        bias 0, so p = 0.5. Parameters: 2 C h + h + C + 2 k^2 + 2.
-
-    Shape: x is [N, C, H, W]; N H W >= 2 in training.
+        bias 0, so p = 0.5. Parameters: 2 C h + h + C + 2 k^2 + 2. Shape: [N, C, H, W]; N H W >= 2
+        in training. The paper's eqs. (2), (3).
 
     Args:
         reduction: r, the hidden width is C // r >= 1.
         pools: The pools of the channel gate, at least one.
         kernel: k, odd, side of the spatial kernel.
-
-    Paper: eqs. (2), (3).
 
     Differences: the paper does not mention the spatial batch norm; this is the official code's,
     with its start at zero, which that code does not explain.
@@ -53,7 +48,7 @@ class CBAM(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         hidden = hidden_units("CBAM", channels, reduction)
         if isinstance(pools, str) or not pools:
             raise ValueError(

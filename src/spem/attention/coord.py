@@ -1,12 +1,10 @@
 """Coordinate attention."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, positive_int
+from spem.attention.options import Device, Dtype, Factory, positive_int
 from spem.attention.precision import call
 from spem.ops.stats import compute_dtype
 
@@ -25,9 +23,7 @@ class CoordAtt(ChannelAttention):
         p_h = mean over W, p_w = mean over H; f = hswish(BN(W1 [p_h; p_w] + b1)), one 1 x 1
         convolution over both, to h = max(8, C // reduction) channels; y = x * s(W_h f_h + b_h) *
         s(W_w f_w + b_w), hswish(v) = v min(max(v + 3, 0), 6) / 6. Parameters: C h + 3 h + 2 (h C +
-        C).
-
-    Shape: x is [N, C, H, W].
+        C). Shape: [N, C, H, W].
 
     Args:
         reduction: r; the hidden width is C // r, but at least 8.
@@ -40,7 +36,7 @@ class CoordAtt(ChannelAttention):
         self, channels: int, *, reduction: int = 32, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         positive_int("CoordAtt", reduction=reduction)
         hidden = max(LEAST, channels // reduction)
         self.conv = nn.Conv2d(channels, hidden, 1, **factory)

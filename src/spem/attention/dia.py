@@ -1,13 +1,12 @@
 """DIANet: one recurrent attention unit for all blocks of a stage."""
 
 from collections.abc import Callable
-from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, Tail, register_attention
-from spem.attention.options import Device, Dtype, hidden_units
+from spem.attention.options import Device, Dtype, Factory, hidden_units
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
 from spem.ops import PlaneStats
@@ -27,10 +26,9 @@ class DIA(ChannelAttention):
     Formula:
         With z the pooled channels (global average by default) and (h, c) the state, zero before the
         first block of a stage: (i, f, g, o) = A(z) + B(h), each of A and B a network W2 relu(W1 v +
-        b1) + b2 of C -> C // reduction -> 4C; c' = s(f) c + s(i) tanh(g); h' = s(o) s(c');
-        y = x * h'. Parameters of one stage: 10 C q + 2 q + 8 C, q = C // reduction.
-
-    Shape: x is [N, C, ...], one to three spatial axes; every block of a stage with the same N.
+        b1) + b2 of C -> C // reduction -> 4C; c' = s(f) c + s(i) tanh(g); h' = s(o) s(c'); y = x *
+        h'. Parameters of one stage: 10 C q + 2 q + 8 C, q = C // reduction. Shape: [N, C, ...], one
+        to three spatial axes; every block of a stage with the same N.
 
     Args:
         reduction: r of the hidden layers, 4 in the paper; C // r >= 1.
@@ -50,7 +48,7 @@ class DIA(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         hidden = hidden_units("DIA", channels, reduction)
         self.input1 = nn.Linear(channels, hidden, **factory)
         self.input2 = nn.Linear(hidden, 4 * channels, **factory)
@@ -77,12 +75,6 @@ class DIA(ChannelAttention):
         """The gate after a state, [N, C, 1, ...]."""
         return self._gate_and_state(x, state)[0]
 
-    @overload
-    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor: ...
-    @overload
-    def forward(
-        self, x: Tensor, state: State, *, gate: Tensor | None = None, after: State = ()
-    ) -> tuple[Tensor, State]: ...
     def forward(
         self,
         x: Tensor,

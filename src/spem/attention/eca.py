@@ -30,17 +30,14 @@ class ECA(ChannelAttention):
     Formula:
         y = x * s(conv_k(z)), z the pooled channels (global average by default), conv_k one filter
         of k taps along the channels, zero padding, no bias. k = t if t is odd else t + 1, t =
-        int(|log2(C) + b| / gamma). Parameters: k.
-
-    Shape: x is [N, C, ...], one to three spatial axes.
+        int(|log2(C) + b| / gamma). Parameters: k. Shape: [N, C, ...], one to three spatial axes.
+        The paper's eqs. (9), (12).
 
     Args:
         kernel: k, odd; None computes it from the channels (16..64 -> 3, 128..1024 -> 5, 2048 -> 7).
         gamma: Divisor > 0 in the rule for k.
         b: Offset in the rule for k.
         pool: How a plane becomes a number.
-
-    Paper: eqs. (9), (12).
 
     Differences: the official code never computes k (it is 3 everywhere); this is the paper's rule.
     C = 128 lies halfway between 3 and 5 and gets 5, as the rule written in code gives.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, one_of, positive_int
+from spem.attention.options import Device, Dtype, Factory, one_of, positive_int
 from spem.attention.precision import call
 from spem.ops.stats import compute_dtype
 
@@ -32,9 +32,7 @@ class ELA(ChannelAttention):
         p_h = mean over W, p_w = mean over H; a(p) = s(GN(conv_k(p))), conv_k along the axis,
         grouped, zero padding, no bias, the same convolution and norm for both axes; y = x * a(p_h)
         * a(p_w). GN 1/0 at the start. k, channels a group, groups of the norm: T 5, 1, 32; B 7, 1,
-        16; S 5, 8, 16; L 7, 8, 16. Parameters: T 7C, B 9C, S 42C, L 58C.
-
-    Shape: x is [N, C, H, W].
+        16; S 5, 8, 16; L 7, 8, 16. Parameters: T 7C, B 9C, S 42C, L 58C. Shape: [N, C, H, W].
 
     Args:
         channels: C; in S and L a multiple of 8.
@@ -55,7 +53,7 @@ class ELA(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         one_of("ELA", get_args(Form), form=form)
         kernel, together, usual = _FORMS[form]
         groups = usual if norm_groups is None else norm_groups

@@ -19,9 +19,8 @@ class ESE(ChannelAttention):
 
     Formula:
         y = x * hardsigmoid(W z + b), z the pooled channels (global average by default), W of C x C,
-        hardsigmoid(v) = min(max(v + 3, 0), 6) / 6. Parameters: C^2 + C.
-
-    Shape: x is [N, C, ...], one to three spatial axes.
+        hardsigmoid(v) = min(max(v + 3, 0), 6) / 6. Parameters: C^2 + C. Shape: [N, C, ...], one to
+        three spatial axes.
 
     Args:
         pool: How a plane becomes a number.

@@ -1,7 +1,6 @@
 """FcaNet: frequency channel attention."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +31,8 @@ class FCA(ChannelAttention):
         The channels form F groups of neighbours; group i is pooled by sum_ab D_i(a, b) x(a, b), D_i
         = B_u(a) B_v(b), B_u(t) = cos(pi u (t + 1/2) / T) / sqrt(T), times sqrt(2) if u > 0, over
         maps of H x W = size. (u, v) is the i-th best pair on a 7 x 7 grid, times (H // 7, W // 7).
-        y = x * s(W2 relu(W1 z)), hidden width h = C // reduction. Parameters: 2 C h.
-
-    Shape: x is [N, C, H, W]; a map of another size than ``size`` is first averaged to it
-    (adaptively).
+        y = x * s(W2 relu(W1 z)), hidden width h = C // reduction. Parameters: 2 C h. Shape: [N, C,
+        H, W]; a map of another size than ``size`` is first averaged to it (adaptively).
 
     Args:
         size: H = W, or (H, W), that the filters are made for; at least 7, and must be given.
@@ -58,7 +55,6 @@ class FCA(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels)
-        factory: Any = {"device": device, "dtype": dtype}
         self.size = map_size("FCA", size)
         if min(self.size) < GRID:
             raise ValueError(
@@ -70,8 +66,8 @@ class FCA(ChannelAttention):
         divides("FCA", channels, frequencies=frequencies)
         hidden = hidden_units("FCA", channels, reduction)
         self.frequencies = frequencies
-        self.fc1 = nn.Linear(channels, hidden, bias=False, **factory)
-        self.fc2 = nn.Linear(hidden, channels, bias=False, **factory)
+        self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
         self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:

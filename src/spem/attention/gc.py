@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, hidden_units, one_of
+from spem.attention.options import Device, Dtype, Factory, hidden_units, one_of
 from spem.attention.precision import call, without_autocast
 from spem.ops.stats import compute_dtype
 from spem.seeding import kaiming_normal_fan_in
@@ -41,11 +41,9 @@ class GC(ChannelAttention):
     Formula:
         a = softmax over H, W of a 1 x 1 convolution of x to one channel; c = sum_HW a x; delta = W2
         relu(LN(W1 c + b1)) + b2, hidden width h = C // reduction, LN over the h channels. add: y =
-        x + delta. mul: y = x * s(delta). both: y = x * s(delta1) + delta2, two networks. Start:
-        W2 = b2 = 0, so add is the identity and mul 0.5; the convolution N(0, 2/C), its bias 0.
-        Parameters: C + 1 + 2 C h + 3 h + C; both has the network's twice.
-
-    Shape: x is [N, C, H, W].
+        x + delta. mul: y = x * s(delta). both: y = x * s(delta1) + delta2, two networks. Start: W2
+        = b2 = 0, so add is the identity and mul 0.5; the convolution N(0, 2/C), its bias 0.
+        Parameters: C + 1 + 2 C h + 3 h + C; both has the network's twice. Shape: [N, C, H, W].
 
     Args:
         fusion: ``"add"``, ``"mul"`` or ``"both"``.
@@ -70,7 +68,7 @@ class GC(ChannelAttention):
         super().__init__(channels)
         one_of("GC", get_args(Fusion), fusion=fusion)
         hidden = hidden_units("GC", channels, reduction, least=2)  # a norm of one is a constant
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         self.fusion = fusion
         self.needs = replace(self.needs, adds=fusion != "mul")
         self.mask = nn.Conv2d(channels, 1, 1, **factory)

@@ -1,13 +1,13 @@
 """GCT: gated channel transformation."""
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, one_of
+from spem.attention.options import Device, Dtype, Factory, one_of
 from spem.attention.precision import cast
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
@@ -29,8 +29,7 @@ class GCT(ChannelAttention):
         y = x * (1 + tanh(n + beta)). l2: e_c = alpha_c sqrt(sum_HW x_c^2 + eps), n_c = gamma_c e_c
         / sqrt(mean_c e^2 + eps). l1: e_c = alpha_c sum_HW |x_c|, n_c = gamma_c e_c / (mean_c |e| +
         eps). eps = 1e-5. alpha = 1, gamma = beta = 0 at the start: the identity. Parameters: 3C.
-
-    Shape: x is [N, C, ...], one to three spatial axes; with ``mode="l1"`` [N, C, H, W].
+        Shape: [N, C, ...], one to three spatial axes; with ``mode="l1"`` [N, C, H, W].
 
     Args:
         mode: The norm of a plane, ``"l2"`` or ``"l1"``. Only l2 is a function of plane statistics:
@@ -56,7 +55,7 @@ class GCT(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         one_of("GCT", get_args(Mode), mode=mode)
         one_of("GCT", get_args(Placement), placement=placement)
         self.mode = mode

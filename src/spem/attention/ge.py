@@ -37,11 +37,9 @@ class GE(ChannelAttention):
         theta_plus: y = x * s(W2 relu(W1 relu(BN(g)) + b1) + b2), hidden width h = C // reduction.
         Parameters: C (H W + 2) + 2 C h + h + C.
 
-        Start: kernels N(0, 2 / (H W)), W1 and W2 N(0, 0.01^2), biases 0, BN 1/0.
-
-    Shape: x is [N, C, ...], one to three spatial axes, for theta_minus of global extent; [N, C,
-    H, W] for the others; theta and theta_plus take the map size they were built for and in
-    training N >= 2.
+        Start: kernels N(0, 2 / (H W)), W1 and W2 N(0, 0.01^2), biases 0, BN 1/0. Shape: [N, C,
+        ...], one to three spatial axes, for theta_minus of global extent; [N, C, H, W] for the
+        others; theta and theta_plus take the map size they were built for and in training N >= 2.
 
     Args:
         form: ``"theta_minus"``, ``"theta"`` or ``"theta_plus"``.

@@ -1,12 +1,10 @@
 """GSoP: global second-order pooling, its channel mode."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, positive_int
+from spem.attention.options import Device, Dtype, Factory, positive_int
 from spem.attention.precision import call
 from spem.ops.stats import compute_dtype
 
@@ -24,10 +22,9 @@ class GSoP(ChannelAttention):
 
     Formula:
         t = relu(BN(W relu(x) + b)), a 1 x 1 convolution to D channels; S = 1/M sum_k (t_k - mean t)
-        (t_k - mean t)^T over its M positions; each row of BN(S) through 4 linear maps of its own
-        (D -> 1, biases), all 4 D to C (bias); y = x * s(.). Parameters, D = 128: 641 C + 66688.
-
-    Shape: x is [N, C, H, W]; at least two values a channel, N M, of the reduced map in training.
+        (t_k - mean t)^T over its M positions; each row of BN(S) through 4 linear maps of its own (D
+        -> 1, biases), all 4 D to C (bias); y = x * s(.). Parameters, D = 128: 641 C + 66688. Shape:
+        [N, C, H, W]; at least two values a channel, N M, of the reduced map in training.
 
     Args:
         dims: D.
@@ -47,7 +44,7 @@ class GSoP(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         step = (2 if channels <= WIDE else 1) if stride is None else stride
         positive_int("GSoP", dims=dims, stride=step)
         self.reduce = nn.Conv2d(channels, dims, 1, stride=step, **factory)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, positive
+from spem.attention.options import Device, Dtype, Factory, positive
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import batch_norm, cast
 from spem.ops import PlaneStats
@@ -26,8 +26,7 @@ class IEBN(ChannelAttention):
         y = xhat * gamma s(w z + b) + beta, xhat the batch norm of x without weight and bias, z the
         pooled channels of x (global average by default). gamma = 1, beta = 0, w = 0, b = -1 at the
         start: the gate is s(-1) = 0.2689414. Parameters: 4C, 2C more than the norm it replaces.
-
-    Shape: x is [N, C, ...], one to three spatial axes; N H W >= 2 in training.
+        Shape: [N, C, ...], one to three spatial axes; N H W >= 2 in training.
 
     Args:
         pool: How a plane becomes a number.
@@ -54,7 +53,7 @@ class IEBN(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         positive("IEBN", 1, momentum=momentum, eps=eps)
         self.momentum, self.eps = float(momentum), float(eps)
         self.weight = nn.Parameter(torch.empty(channels, **factory))

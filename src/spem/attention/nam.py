@@ -19,9 +19,8 @@ class NAM(ChannelAttention):
 
     Formula:
         b = BN(x), its scale gamma; w = |gamma| / sum |gamma|, a constant for the gradient; y = x *
-        s(w b). BN 1/0 at the start, so w = 1/C. Parameters: 2C.
-
-    Shape: x is [N, C, H, W]; N H W >= 2 in training.
+        s(w b). BN 1/0 at the start, so w = 1/C. Parameters: 2C. Shape: [N, C, H, W]; N H W >= 2 in
+        training.
 
     Differences: only the channel part has official code, and only it is here. As there, no gradient
     flows through w (`Needs.stops_gradients`). The official L1 term on gamma is the training loop's

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeGuard
+from typing import TypedDict, TypeGuard
 
 import torch
 
@@ -10,6 +10,13 @@ Device = torch.device | str | None
 Dtype = torch.dtype | None
 Size = int | tuple[int, int]
 """H = W, or (H, W)."""
+
+
+class Factory(TypedDict):
+    """What the constructor of a layer is given about its parameters."""
+
+    device: Device
+    dtype: Dtype
 
 
 def _all(

@@ -21,9 +21,7 @@ class Scale(ChannelAttention):
     attention's.
 
     Formula:
-        y = x * f. Parameters: C.
-
-    Shape: x is [N, C, ...], one to three spatial axes.
+        y = x * f. Parameters: C. Shape: [N, C, ...], one to three spatial axes.
 
     Args:
         start: Value all factors start from.

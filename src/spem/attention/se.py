@@ -1,12 +1,10 @@
 """SE: squeeze-and-excitation."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, register_attention
-from spem.attention.options import Device, Dtype, flag, hidden_units
+from spem.attention.options import Device, Dtype, Factory, flag, hidden_units
 from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call
 from spem.ops import PlaneStats
@@ -23,15 +21,12 @@ class SE(ChannelAttention):
     Formula:
         y = x * s(W2 relu(W1 z + b1) + b2), z the pooled channels (global average by default), s the
         logistic sigmoid, hidden width h = C // reduction. Parameters: 2 C h, and h + C with biases.
-
-    Shape: x is [N, C, ...], one to three spatial axes.
+        Shape: [N, C, ...], one to three spatial axes. The paper's eqs. (2)-(4).
 
     Args:
         reduction: r, the hidden width is C // r >= 1.
         bias: Whether both layers have biases, as in the paper; several ports leave them out.
         pool: How a plane becomes a number; ``Mix(0.3)`` is the paper's Fig. 2.
-
-    Paper: eqs. (2)-(4).
 
     Differences: none; weights start as torch's Linear does, at any h (timm rounds h to a multiple
     of 8).
@@ -48,7 +43,7 @@ class SE(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         hidden = hidden_units("SE", channels, reduction)
         flag("SE", bias=bias)
         self.fc1 = nn.Linear(channels, hidden, bias=bias, **factory)

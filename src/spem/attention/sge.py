@@ -1,12 +1,10 @@
 """SGE: spatial group-wise enhance."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, divides
+from spem.attention.options import Device, Dtype, Factory, divides
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import cast
 
@@ -23,15 +21,11 @@ class SGE(ChannelAttention):
         Per group: q = sum over its channels of x * z, z the pooled channels (global average by
         default), one H x W map; t = (q - mean(q)) / (std(q) + 1e-5) over H, W with the unbiased
         deviation; y = x * s(w t + b). w = 0 and b = 1 at the start: the gate is s(1) = 0.7310586.
-        Parameters: 2 groups.
-
-    Shape: x is [N, C, H, W], H W >= 2.
+        Parameters: 2 groups. Shape: [N, C, H, W], H W >= 2. The paper's eqs. (1)-(5).
 
     Args:
         groups: G, must divide C. 64 is the official value; with C = 64 each group is one channel.
         pool: How a plane becomes a number.
-
-    Paper: eqs. (1)-(5).
 
     Differences: computed in float32 for half-precision maps, where the official code overflows. On
     a plane of equal q the deviation's gradient is taken as 0.
@@ -49,7 +43,7 @@ class SGE(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         divides("SGE", channels, groups=groups)
         self.groups = groups
         self.w = nn.Parameter(torch.empty(groups, **factory))

@@ -18,9 +18,7 @@ class SimAM(ChannelAttention):
 
     Formula:
         d = (x - mean_HW x)^2; E = d / (4 (sum_HW d / (H W - 1) + lambda)) + 1/2; y = x * s(E), so
-        every gate is at least s(1/2) = 0.6224593. Parameters: none.
-
-    Shape: x is [N, C, H, W], H W >= 2.
+        every gate is at least s(1/2) = 0.6224593. Parameters: none. Shape: [N, C, H, W], H W >= 2.
 
     Args:
         lam: lambda > 0, the regulariser. 1e-4 is the official class's default; the official

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, divides, positive_int
+from spem.attention.options import Device, Dtype, Factory, divides, positive_int
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call, without_autocast
 from spem.seeding import kaiming_normal_fan_out
@@ -24,10 +24,8 @@ class SK(ChannelAttention):
         U1 = relu(BN(conv3x3(x))), U2 = relu(BN(conv3x3 of dilation 2(x))), both grouped and without
         bias; z = relu(BN(W p(U1 + U2))), p the pooling (global average by default), of width d =
         max(C // reduction, least); a_k = softmax over k of (W_k z); y = a_1 U1 + a_2 U2.
-        Parameters: 3 C d + 2 d, and 18 C^2 / groups + 4 C of the branches.
-
-    Shape: x is [N, C, H, W], N >= 2 in training; output: [N, C, ceil(H / stride), ceil(W /
-    stride)].
+        Parameters: 3 C d + 2 d, and 18 C^2 / groups + 4 C of the branches. Shape: [N, C, H, W], N
+        >= 2 in training; output: [N, C, ceil(H / stride), ceil(W / stride)].
 
     Args:
         channels: C, of input and output.
@@ -58,7 +56,7 @@ class SK(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         step = 1 if stride is None else stride
         groups = min(32, channels) if groups is None else groups
         positive_int("SK", stride=step, reduction=reduction, least=least)

@@ -1,12 +1,10 @@
 """SPA: spatial pyramid attention."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, register_attention
-from spem.attention.options import Device, Dtype, hidden_units
+from spem.attention.options import Device, Dtype, Factory, hidden_units
 from spem.attention.precision import call
 from spem.ops.stats import compute_dtype
 
@@ -23,9 +21,7 @@ class SPA(ChannelAttention):
     Formula:
         z = the averages of x over a grid of 1 x 1, 2 x 2 and 4 x 4 regions (adaptive), 21 C
         numbers; y = x * s(W2 relu(W1 z)), hidden width h = C // reduction, no biases. Parameters:
-        22 C h.
-
-    Shape: x is [N, C, H, W].
+        22 C h. Shape: [N, C, H, W].
 
     Args:
         reduction: r, the hidden width is C // r >= 1.
@@ -39,7 +35,7 @@ class SPA(ChannelAttention):
         self, channels: int, *, reduction: int = 16, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         hidden = hidden_units("SPA", channels, reduction)
         inputs = channels * sum(side * side for side in GRIDS)
         self.fc1 = nn.Linear(inputs, hidden, bias=False, **factory)

@@ -68,8 +68,7 @@ class SPEM(ChannelAttention):
         b_r2) (6C), ``sum_of_sigmoids`` s(a) + s(b), ``product_of_sigmoids`` s(a) s(b),
         ``sigmoid_of_product`` s(a b), ``linear_sum`` a + b, ``linear_product`` a b,
         ``double_sigmoid`` s(s(a) + s(b)), ``max_only`` s(a), ``min_only`` s(b), ``none`` 1 (2C).
-
-    Shape: x is [N, C, ...], one to three spatial axes.
+        Shape: [N, C, ...], one to three spatial axes.
 
     Args:
         form: Which of the three published formulas.

@@ -1,12 +1,10 @@
 """SRM: style-based recalibration."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype
+from spem.attention.options import Device, Dtype, Factory
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call, cast
 from spem.ops import PlaneStats
@@ -29,15 +27,11 @@ class SRM(ChannelAttention):
     Formula:
         y = x * s(BN(a z + d std)), z the pooled channels (global average by default), std =
         sqrt(var + 1e-5) with the unbiased variance of the plane, BN over the batch. a = d = 0 and
-        BN 1/0 at the start: the gate is 0.5. Parameters: 4C.
-
-    Shape: x is [N, C, ...], one to three spatial axes, at least two positions; N >= 2 in
-    training.
+        BN 1/0 at the start: the gate is 0.5. Parameters: 4C. Shape: [N, C, ...], one to three
+        spatial axes, at least two positions; N >= 2 in training. The paper's eqs. (1)-(4).
 
     Args:
         pool: What is used in place of the mean.
-
-    Paper: eqs. (1)-(4).
 
     Differences: none. Its authors train all four parameters without weight decay
     (`Needs.no_decay`).
@@ -49,7 +43,7 @@ class SRM(ChannelAttention):
         self, channels: int, *, pool: PoolSpec = "avg", device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         self.a = nn.Parameter(torch.empty(channels, **factory))
         self.d = nn.Parameter(torch.empty(channels, **factory))
         self.norm = nn.BatchNorm1d(channels, **factory)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, odd_int
+from spem.attention.options import Device, Dtype, Factory, odd_int
 from spem.attention.precision import call
 from spem.ops.stats import compute_dtype
 
@@ -35,11 +35,10 @@ class Triplet(ChannelAttention):
     """Triplet attention: a gate for each pair of the axes C, H, W; their mean.
 
     Formula:
-        For each plane (C, W), (H, C), (H, W): g = s(BN(conv_k([max; mean]))), max and mean over
-        the third axis, one output channel, zero padding, no bias, BN momentum 0.01. y = x * (g_cw +
-        g_hc + g_hw) / 3. BN 1/0 at the start. Parameters: 3 (2 k^2 + 2).
-
-    Shape: x is [N, C, H, W]; N H W >= 2 in training.
+        For each plane (C, W), (H, C), (H, W): g = s(BN(conv_k([max; mean]))), max and mean over the
+        third axis, one output channel, zero padding, no bias, BN momentum 0.01. y = x * (g_cw +
+        g_hc + g_hw) / 3. BN 1/0 at the start. Parameters: 3 (2 k^2 + 2). Shape: [N, C, H, W]; N H W
+        >= 2 in training.
 
     Args:
         kernel: k, odd, side of the kernels.
@@ -50,7 +49,7 @@ class Triplet(ChannelAttention):
     ) -> None:
         super().__init__(channels)
         odd_int("Triplet", kernel=kernel)
-        factory: Any = {"device": device, "dtype": dtype}
+        factory = Factory(device=device, dtype=dtype)
         self.cw, self.hc, self.hw = (Plane(kernel, **factory) for _ in range(3))
         self._draw_start()
 
