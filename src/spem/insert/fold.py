@@ -6,12 +6,11 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.insert.attach import DISPLACED, detach, exchange
@@ -69,10 +68,9 @@ class FoldReport:
         """The report as lines of text."""
         width = max(len(site.name) for site in self.sites)
         lines = [f"{'attention':{width}}  channels    gate  spread"]
-        lines += [
-            f"{site.name:{width}}  {site.channels:8}  {site.gate:6.3f}  {100 * site.spread:5.1f}%"
-            for site in self.sites
-        ]
+        for site in self.sites:
+            numbers = f"{site.channels:8}  {site.gate:6.3f}  {100 * site.spread:5.1f}%"
+            lines.append(f"{site.name:{width}}  {numbers}")
         lines.append(
             f"{len(self.sites)} gates folded over {self.images} images; outputs differ by at most "
             f"{100 * self.difference:.2g}% of the largest."
@@ -85,13 +83,42 @@ class FoldReport:
         return "\n".join(lines)
 
 
-class _Gate(NamedTuple):
-    """An attention, what holds it, and the tensors before it that take its factor."""
+class _Gate:
+    """An attention, what holds it, the tensors before it that take its factor, and its gates."""
 
-    name: str
-    attention: ChannelAttention
-    parent: nn.Module
-    tensors: list[Tensor]
+    def __init__(
+        self, name: str, attention: ChannelAttention, parent: nn.Module, tensors: list[Tensor]
+    ) -> None:
+        self.name, self.attention, self.parent, self.tensors = name, attention, parent, tensors
+        self.sums = torch.zeros(3, attention.channels, dtype=torch.float64)
+        """Number, sum and sum of squares of the gates of all images."""
+
+    def see(self, v: Tensor, images: int) -> None:
+        """Observer of the attention's gates."""
+        if any(extent > 1 for extent in v.shape[2:]):
+            raise ValueError(
+                f"fold: {self.name} ({self.attention.name}) has another gate at each position; "
+                f"only a factor per channel becomes a constant."
+            )
+        v = v.flatten(1).expand(images, self.attention.channels).double().cpu()
+        self.sums += torch.stack([torch.ones_like(v), v, v.square()]).sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The constant, [C]."""
+        return self.sums[1] / self.sums[0]
+
+    def hold(self, _module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        """Hook of the attention: the output with the constant for a gate."""
+        z = inputs[0]
+        return z * self.mean.reshape(1, -1, *[1] * (z.dim() - 2)).to(z.device, z.dtype)
+
+    def site(self) -> FoldedSite:
+        """What the report says of it."""
+        mean = self.mean
+        stray = (self.sums[2] / self.sums[0] - mean.square()).clamp(min=0).mean().sqrt()
+        spread = float(stray / mean.square().mean().sqrt())
+        return FoldedSite(self.name, len(mean), float(mean.mean()), spread)
 
 
 def fold(
@@ -123,11 +150,19 @@ def fold(
     gates = _gates(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     with evaluating(model), torch.no_grad():
-        means, sites = _measured(model, gates, _inputs(model, batches, None))
-        folded = copy.deepcopy(model)
-        _apply(folded, _gates(folded), means)
-        report = _compared(model, folded, gates, means, sites, _inputs(model, batches, labels))
-        _apply(model, gates, means)
+        with ExitStack() as stack:
+            for gate in gates:
+                stack.enter_context(gate.attention.observe_gates(gate.see))
+            for x, _ in _inputs(model, batches, None):
+                model(x)
+        idle = [gate.name for gate in gates if not gate.sums[0].any()]
+        if idle:
+            why = "no images were given" if len(idle) == len(gates) else f"{idle[0]} did not run"
+            raise ValueError(f"fold: {why}. Pass batches that the network takes whole.")
+        folded, same_gates = copy.deepcopy((model, gates))
+        _apply(folded, same_gates)
+        report = _compared(model, folded, gates, _inputs(model, batches, labels))
+        _apply(model, gates)
     return report
 
 
@@ -141,7 +176,15 @@ def _gates(model: nn.Module) -> list[_Gate]:
     for name, module in attentions_of(model).items():
         if not name:
             raise ValueError("fold: the model is one attention. Pass the network that holds it.")
-        why = _no_factor(module)
+        inner = module.inner if isinstance(module, IdentityStart) else module
+        own_forward = type(inner).forward is not ChannelAttention.forward
+        reasons = {
+            "adds to the map": inner.needs.adds,
+            "takes the place of a layer": inner.needs.replaces is not None,
+            "does more than multiply its map": inner.needs.shared or own_forward,
+        }
+        kind = module.name or type(module).__name__
+        why = next((f"({kind}) {reason}" for reason, holds in reasons.items() if holds), None)
         parent = model.get_submodule(name.rpartition(".")[0])
         tensors = [] if why else _factors(_before(model, name, parent))
         if not tensors:
@@ -158,19 +201,6 @@ def _gates(model: nn.Module) -> list[_Gate]:
     if not found:
         raise ValueError(f"fold: there is no attention in {type(model).__name__}.")
     return list(found.values())
-
-
-def _no_factor(attention: ChannelAttention) -> str | None:
-    """Why a gate is not a factor per channel, as far as its class says."""
-    inner = attention.inner if isinstance(attention, IdentityStart) else attention
-    own_forward = type(inner).forward is not ChannelAttention.forward
-    reasons = {
-        "adds to the map": inner.needs.adds,
-        "takes the place of a layer": inner.needs.replaces is not None,
-        "does more than multiply its map": inner.needs.shared or own_forward,
-    }
-    kind = inner.name or type(inner).__name__
-    return next((f"({kind}) {reason}" for reason, holds in reasons.items() if holds), None)
 
 
 def _before(model: nn.Module, name: str, parent: nn.Module) -> object:
@@ -206,57 +236,23 @@ def _factors(target: object) -> list[Tensor]:
     return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
-def _measured(
-    model: nn.Module, gates: list[_Gate], inputs: Iterable[_Batch]
-) -> tuple[list[Tensor], tuple[FoldedSite, ...]]:
-    """The mean of every gate over all images, [C] in float64, and how far it strays."""
-    sums = [torch.zeros(2, gate.attention.channels, dtype=torch.float64) for gate in gates]
-    counts = [0] * len(gates)
-
-    def see(number: int, v: Tensor, images: int) -> None:
-        attention = gates[number].attention
-        if any(extent > 1 for extent in v.shape[2:]):
-            raise ValueError(
-                f"fold: {gates[number].name} ({attention.name}) has another gate at each position; "
-                f"only a factor per channel becomes a constant."
-            )
-        v = v.flatten(1).expand(images, attention.channels).double().cpu()
-        sums[number] += torch.stack([v.sum(0), v.square().sum(0)])
-        counts[number] += images
-
-    with ExitStack() as stack:
-        for number, gate in enumerate(gates):
-            stack.enter_context(gate.attention.observe_gates(partial(see, number)))
-        for x, _ in inputs:
-            model(x)
-    idle = [gate.name for gate, count in zip(gates, counts, strict=True) if count == 0]
-    if idle:
-        why = "no images were given" if len(idle) == len(gates) else f"{idle[0]} did not run"
-        raise ValueError(f"fold: {why}. Pass batches that the network takes whole.")
-    means: list[Tensor] = []
-    sites: list[FoldedSite] = []
-    for gate, total, count in zip(gates, sums, counts, strict=True):
-        mean, square = total / count
-        stray = (square - mean.square()).clamp(min=0).mean().sqrt()
-        spread = float(stray / mean.square().mean().sqrt())
-        means.append(mean)
-        sites.append(FoldedSite(gate.name, len(mean), float(mean.mean()), spread))
-    return means, tuple(sites)
-
-
-def _apply(model: nn.Module, gates: list[_Gate], means: list[Tensor]) -> None:
+def _apply(model: nn.Module, gates: list[_Gate]) -> None:
     """Multiplies the constants in and takes the attention out."""
     new: dict[nn.Module, nn.Module | None] = {}
-    for gate, mean in zip(gates, means, strict=True):
+    for gate in gates:
         for tensor in gate.tensors:
+            # Channels come first but in a layer scale, [C] or [1, C, 1, 1].
             shape = [-1, *[1] * (tensor.dim() - 1)]
-            if tensor.shape[0] != mean.numel():  # a layer scale [1, C, 1, 1]
+            if tensor.shape[0] != gate.attention.channels:
                 shape = tensor.shape
-            tensor.copy_(tensor.double() * mean.reshape(shape).to(tensor.device))
+            tensor.copy_(tensor.double() * gate.mean.reshape(shape).to(tensor.device))
         if isinstance(gate.parent, Around):
             new[gate.parent] = gate.parent.layer
-        else:
-            new[gate.attention] = _left(gate)
+        else:  # a free slot holds None or an identity
+            optional = type(gate.parent).__module__ in ("spem.models", "timm.models.resnet")
+            if DISPLACED in vars(gate.attention):
+                optional = vars(gate.attention)[DISPLACED] is None
+            new[gate.attention] = None if optional else nn.Identity()
     exchange(model, new)
     detach(model)  # the subclasses of fused blocks, and what is known of the attention
     for module in model.modules():
@@ -264,21 +260,8 @@ def _apply(model: nn.Module, gates: list[_Gate], means: list[Tensor]) -> None:
             vars(module)["spec"] = None  # of spem.resnet: it is the plain network now
 
 
-def _left(gate: _Gate) -> nn.Module | None:
-    """What a free slot holds in the plain network."""
-    optional = type(gate.parent).__module__ in ("spem.models", "timm.models.resnet")
-    if DISPLACED in vars(gate.attention):
-        optional = vars(gate.attention)[DISPLACED] is None
-    return None if optional else nn.Identity()
-
-
 def _compared(
-    model: nn.Module,
-    folded: nn.Module,
-    gates: list[_Gate],
-    means: list[Tensor],
-    sites: tuple[FoldedSite, ...],
-    inputs: Iterable[_Batch],
+    model: nn.Module, folded: nn.Module, gates: list[_Gate], inputs: Iterable[_Batch]
 ) -> FoldReport:
     """Both networks on the same images.
 
@@ -289,12 +272,22 @@ def _compared(
     tops: list[Tensor] = []
     labelled: list[Tensor] = []
     for x, y in inputs:
-        before, after = _outputs(model(x)), _outputs(folded(x))
+        before, after = tree_leaves(model(x)), tree_leaves(folded(x))
         if not images:
-            _check(_held(model, gates, means, x), after)
+            with ExitStack() as stack:
+                for gate in gates:
+                    stack.enter_context(gate.attention.register_forward_hook(gate.hold))
+                held = tree_leaves(model(x))
+            limit = _ROUNDING.get(held[0].dtype, 0.1) * (_largest(held) or 1.0)
+            if not _largest(held, after) <= limit:
+                raise ValueError(
+                    "fold: the network with folded gates is not the one with its gates held "
+                    "constant: between a gate and the layer before it something else happens, such "
+                    "as the sum of several branches. Leave its attention in."
+                )
         images += len(x)
-        difference = max(difference, _difference(before, after))
-        largest = max(largest, *(float(one.abs().max()) for one in before))
+        difference = max(difference, _largest(before, after))
+        largest = max(largest, _largest(before))
         if before[0].dim() == 2:
             top, now = before[0].argmax(1).cpu(), after[0].argmax(1).cpu()
             tops.append(top == now)
@@ -303,60 +296,30 @@ def _compared(
     # Agreement, then accuracy before and after on the images that have labels.
     shares = [float(torch.cat(tops).double().mean())] if tops else []
     shares += torch.cat(labelled, 1).double().mean(1).tolist() if labelled else []
+    sites = tuple(gate.site() for gate in gates)
     return FoldReport(sites, images, difference / (largest or 1.0), *shares)
 
 
-def _held(model: nn.Module, gates: list[_Gate], means: list[Tensor], x: Tensor) -> list[Tensor]:
-    """Outputs with every gate held at its mean, which folding has to equal."""
-
-    def hold(mean: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> Tensor:
-        z = inputs[0]
-        return z * mean.reshape(1, -1, *[1] * (z.dim() - 2)).to(z.device, z.dtype)
-
-    with ExitStack() as stack:
-        for gate, mean in zip(gates, means, strict=True):
-            stack.enter_context(gate.attention.register_forward_hook(partial(hold, mean)))
-        return _outputs(model(x))
-
-
-def _check(held: list[Tensor], folded: list[Tensor]) -> None:
-    for one, two in zip(held, folded, strict=True):
-        limit = _ROUNDING.get(one.dtype, 0.1) * (float(one.abs().max()) or 1.0)
-        if not _difference([one], [two]) <= limit:
-            raise ValueError(
-                "fold: the network with folded gates is not the one with its gates held constant: "
-                "between a gate and the layer before it something else happens, such as the sum of "
-                "several branches. Leave its attention in."
-            )
-
-
-def _difference(ones: list[Tensor], twos: list[Tensor]) -> float:
-    pairs = zip(ones, twos, strict=True)
+def _largest(outputs: list[Tensor], others: list[Tensor] | None = None) -> float:
+    """The largest magnitude in outputs, or in their differences from others."""
+    pairs = zip(outputs, others or map(torch.zeros_like, outputs), strict=True)
     return max(float((one.double() - two.double()).abs().max()) for one, two in pairs)
 
 
 def _inputs(
-    model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]], labels: object
+    model: nn.Module,
+    batches: Iterable[Tensor | Sequence[Tensor]],
+    labels: Tensor | Sequence[int] | None,
 ) -> Iterator[_Batch]:
     """Inputs on the device of the model, with labels where there are some."""
     like = float_like(model)
-    given = None if labels is None else torch.as_tensor(labels)
-    start = 0
+    left = None if labels is None else torch.as_tensor(labels)
     for batch in batches:
         x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
-        if given is not None:
-            y = given[start : start + len(x)]
+        if labels is not None and left is not None:
+            y, left = left[: len(x)], left[len(x) :]
             if len(y) != len(x):
                 raise ValueError(
-                    f"fold: there are {len(given)} labels and more images. Give a label for each."
+                    f"fold: there are {len(labels)} labels and more images. Give a label for each."
                 )
-            start += len(x)
         yield x.to(like.device, like.dtype), y
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    """The tensors of an output, however it holds them."""
-    if isinstance(value, Tensor):
-        return [value]
-    values = value.values() if isinstance(value, dict) else value
-    return [tensor for part in values for tensor in _outputs(part)]
