@@ -39,22 +39,18 @@ class Needs:
     """What a module's definition demands of its caller; checked in forward and shown in tables.
 
     Attributes:
-        statistics: Plane statistics its gate reads besides its pool's (``mean``, ``var``, ``max``,
-            ``min``).
+        statistics: Plane statistics its gate reads besides its pool's.
         pixels: Smallest number of positions of a map (H W).
         batch: Smallest number of images in training.
         values: Smallest number of values N H W in training.
         batch_statistics: Whether training and evaluation differ (the module holds a batch norm).
         divides: Name of the option that must divide the channels, or None.
         no_decay: Parameters (relative names) that its authors train without weight decay.
-        size: Whether it is built for one map size (option ``size``, or the ``size`` that
-            `create_attention` is given).
+        size: Whether it is built for one map size (option ``size``).
         fixed_size: Whether it refuses maps of another size than it was built for.
-        stops_gradients: Parameters (relative names) whose gradient leaves out part of what they do,
-            as the definition says.
+        stops_gradients: Parameters (relative names) without the full gradient, by definition.
         adds: Whether it also adds to the map: y = x * gate(x) + shift(x).
-        place: Where in a network it goes (`spem.attention.placement`); a module that can go in
-            several places has an option ``placement``.
+        place: Where in a network it goes (`PLACES`); its option ``placement``, if there is one.
         shared: Whether the blocks of a stage share one module.
         replaces: The layer it is used instead of, or None; its output is not x * gate(x).
     """
@@ -90,8 +86,6 @@ class ChannelAttention(nn.Module):
     Args:
         channels: C.
         pool: How a plane becomes a number, of a module that has a pool.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: A number of channels, or an option, that the module's own text does not allow.
@@ -277,7 +271,10 @@ class ChannelAttention(nn.Module):
             return (show(x, None) + residual).relu_()
         self._check(z)
         gates: list[Tensor] = []
-        gate = gate_of(self._recording(gates) if shown else self)
+        watched = without_hooks(self) if shown else self
+        if shown:
+            watched._observers = {**self._observers, -1: lambda gate, _images: gates.append(gate)}
+        gate = gate_of(watched)
         if norm is None:
             y = gate_tail(z, residual, gate, statistics=self.statistics)
         else:
@@ -311,12 +308,6 @@ class ChannelAttention(nn.Module):
 
         return wrapped
 
-    def _recording(self, gates: list[Tensor]) -> Self:
-        """This module without hooks of its own; its gate is appended to the list."""
-        twin = without_hooks(self)
-        twin._observers = {**self._observers, -1: lambda gate, _images: gates.append(gate)}
-        return twin
-
     def _make_pool(self, pool: PoolSpec, *, device: Device, dtype: Dtype) -> Pool:
         """Builds a pool and adds what it reads to ``statistics``."""
         try:
@@ -343,7 +334,7 @@ class ChannelAttention(nn.Module):
 
     def _check(self, x: Tensor) -> None:
         label, needs = type(self).__name__, self.needs
-        shape = "[N, C, ...] with 1 to 3 spatial axes" if len(self.ranks) > 1 else "[N, C, H, W]"
+        shape = "[N, C, H, W]" if self.ranks == (4,) else "[N, C, ...] with 1 to 3 spatial axes"
         if isinstance(x, Proxy):
             raise TypeError(
                 f"{label}: torch.fx traces networks that hold an attention, and not an attention "

@@ -31,8 +31,7 @@ class CBAM(ChannelAttention):
         pools: The pools of the channel gate, at least one.
         kernel: k, odd, side of the spatial kernel.
 
-    Differences: the paper does not mention the spatial batch norm; this is the official code's,
-    with its start at zero, which that code does not explain.
+    Differences: the spatial batch norm, and its start at zero, are the official code's alone.
     """
 
     random_init = {"spatial.weight": kaiming_normal_fan_out}  # noqa: RUF012  # typed in the base class

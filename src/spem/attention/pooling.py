@@ -32,15 +32,10 @@ class Mix:
         ``sigmoid``: lambda = sigmoid(l), one logit l = 0 at the start, penalty l^2.
 
     Args:
-        lam: A constant lambda in [0, 1] (1 is max pooling, 0 min pooling), or None for a learned
-            one.
+        lam: A constant lambda in [0, 1] (1 is max pooling, 0 min pooling); None for a learned one.
         parametrization: How a learned lambda is parametrised; must be left alone for a constant.
 
-    Raises:
-        ValueError: An option outside these.
-
-    Paper: Mix-Pooling Strategy for Attention Mechanism (2022), arXiv 2208.10322, eqs. (2), (3),
-    (8).
+    Paper: Mix-Pooling Strategy for Attention Mechanism, arXiv 2208.10322, eqs. (2), (3), (8).
     """
 
     lam: float | None = None
@@ -84,11 +79,7 @@ class SRP:
         per: What has boxes of its own: every ``"image"``, every ``"channel"`` of every image, or
             the ``"batch"``.
 
-    Raises:
-        ValueError: An option outside these.
-
-    Paper: Stochastic Region Pooling: Make Attention More Expressive (2019),
-    https://arxiv.org/abs/1904.09853.
+    Paper: Stochastic Region Pooling: Make Attention More Expressive (2019), arXiv 1904.09853.
 
     Differences: how the paper chooses regions is not known to us; all three options are ours.
     """

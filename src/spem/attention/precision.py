@@ -20,8 +20,7 @@ _X = TypeVar("_X")
 _R = TypeVar("_R")
 
 _OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-_MATRIX = (F.linear, F.conv1d, F.conv2d)
-_NORM = (F.layer_norm, F.group_norm)
+_FUNCTIONS = (F.linear, F.conv1d, F.conv2d, F.layer_norm, F.group_norm)
 
 
 def without_autocast(
@@ -42,13 +41,9 @@ def without_autocast(
 
 
 def _device_type(value: object) -> str | None:
-    if isinstance(value, Tensor):
-        return None if value.device.type == "meta" else value.device.type
-    if isinstance(value, tuple):
-        for part in value:
-            if isinstance(part, Tensor):
-                return _device_type(part)
-    return None
+    parts = value if isinstance(value, tuple) else (value,)
+    found = next((part.device.type for part in parts if isinstance(part, Tensor)), None)
+    return None if found == "meta" else found
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
@@ -84,9 +79,7 @@ class _InDtypeOfInput(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
-        if func in _MATRIX:
-            args = (args[0], *(_cast(value, args[0]) for value in args[1:]))
-        elif func in _NORM:
+        if func in _FUNCTIONS:
             kwargs = {name: _cast(value, args[0]) for name, value in kwargs.items()}
             args = (args[0], *(_cast(value, args[0]) for value in args[1:]))
         return func(*args, **kwargs)

@@ -28,8 +28,7 @@ class SE(ChannelAttention):
         bias: Whether both layers have biases, as in the paper; several ports leave them out.
         pool: How a plane becomes a number; ``Mix(0.3)`` is the paper's Fig. 2.
 
-    Differences: none; weights start as torch's Linear does, at any h (timm rounds h to a multiple
-    of 8).
+    Differences: none; weights start as torch's Linear does (timm rounds h to a multiple of 8).
     """
 
     def __init__(

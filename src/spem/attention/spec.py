@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
+from inspect import signature
 from keyword import iskeyword
 from typing import Any, get_args
 
@@ -57,8 +58,7 @@ class AttentionSpec:
         options: Constructor keywords other than ``device`` and ``dtype``.
 
     Raises:
-        ValueError: Unknown name (the message lists the nearest) or option (it lists those there
-            are).
+        ValueError: Unknown name (the message lists the nearest) or option (it lists all).
     """
 
     name: str
@@ -112,8 +112,8 @@ class AttentionSpec:
 
         Args:
             channels: C.
-            size: H = W, or (H, W), of the maps it will meet, for modules that must know it and
-                whose spec does not say it; the others do not care.
+            size: H = W, or (H, W), of the maps it will meet; only modules that must know it, and
+                whose spec does not say it, read this.
             stride: Stride of the convolution it replaces; only such modules read this.
             device: Where the parameters live.
             dtype: Dtype of the parameters.
@@ -157,16 +157,10 @@ def create_attention(
         64
 
     Args:
-        spec: A spec or its text.
-        channels: C.
-        size: H = W, or (H, W), of the maps it will meet; only modules that must know it, and whose
-            spec does not say it, read this.
-        device: Where the parameters live.
-        dtype: Dtype of the parameters.
+        spec: A spec or its text; all else is as for `AttentionSpec.build`.
 
     Raises:
-        ValueError: The spec is unreadable or unknown, or is ``"none"``, which is a network without
-            attention.
+        ValueError: The spec is unreadable, unknown, or ``"none"``, a network without attention.
         TypeError: The spec is neither.
     """
     if not isinstance(spec, (str, AttentionSpec)):
@@ -260,15 +254,11 @@ def _word(word: str) -> Value:
 def _pool(node: ast.Call, text: str) -> Mix | SRP:
     kind, unnamed, options = _call(node, text)
     names = [field.name for field in fields(_POOLS[kind])]
-    if len(unnamed) > len(names):
-        raise ValueError(f"{kind} takes at most {len(names)} arguments; it takes {names}")
-    if other := [name for name in options if name not in names]:
-        raise ValueError(f"{kind} has no option {other[0]!r}; it takes {names}")
-    arguments: dict[str, Any] = dict(zip(names, unnamed, strict=False))
-    if arguments.keys() & options.keys():  # one of them twice
-        raise ValueError(_unreadable(text))
-    arguments.update(options)
-    return _POOLS[kind](**arguments)
+    try:
+        given = signature(_POOLS[kind]).bind(*unnamed, **options)
+    except TypeError as error:
+        raise ValueError(f"{kind} {error}; it takes {names}") from None
+    return _POOLS[kind](*given.args, **given.kwargs)
 
 
 def _frozen(value: Any) -> Value:

@@ -17,18 +17,9 @@ from spem.ops.library import has_hooks
 
 Form = Literal["text", "figure", "code"]
 Reweight = Literal[
-    "shared_sum",
-    "unshared_sum",
-    "sum_of_sigmoids",
-    "product_of_sigmoids",
-    "sigmoid_of_product",
-    "linear_sum",
-    "linear_product",
-    "double_sigmoid",
-    "max_only",
-    "min_only",
-    "none",
-]
+    "shared_sum", "unshared_sum", "sum_of_sigmoids", "product_of_sigmoids", "sigmoid_of_product",
+    "linear_sum", "linear_product", "double_sigmoid", "max_only", "min_only", "none"
+]  # fmt: skip
 
 _REWEIGHTS: dict[str, Callable[[Callable[[Any], Any], Any, Any], Any]] = {
     "shared_sum": lambda s, a, b: s(a + b),

@@ -33,8 +33,7 @@ class SRM(ChannelAttention):
     Args:
         pool: What is used in place of the mean.
 
-    Differences: none. Its authors train all four parameters without weight decay
-    (`Needs.no_decay`).
+    Differences: none; its authors train all of it without weight decay (`Needs.no_decay`).
     """
 
     start_gate = 0.5

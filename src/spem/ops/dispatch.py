@@ -138,7 +138,6 @@ def choose(
     Args:
         op: Name of the operation, for messages.
         device: The map's device, or its type.
-        dtype: The map's dtype.
         dense: Whether the map is contiguous or channels_last.
         values: Number of values of the map, or None for one that is large enough.
         composed: A reason that leaves composed modules as the only way, or None.

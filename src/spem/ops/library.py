@@ -158,10 +158,6 @@ def _fake_plane_stats(z: Tensor, moments: bool, extrema: bool) -> tuple[Tensor, 
     return tuple(z.new_empty(z.shape[:2] if some else (0,), dtype=kind) for some, kind in kinds)
 
 
-def _fake_affine_tail_backward(g: Tensor, y: Tensor, z: Tensor, mu: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(y), mu.new_empty(z.shape[:2]), mu.new_empty(z.shape[:2])
-
-
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "plane_stats": (
         "(Tensor z, bool moments, bool extrema) -> "
@@ -174,7 +170,7 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "affine_tail_backward": (
         "(Tensor g, Tensor y, Tensor z, Tensor mu) -> (Tensor, Tensor, Tensor)",
-        _fake_affine_tail_backward,
+        lambda g, y, z, mu: (torch.empty_like(y), *(mu.new_empty(z.shape[:2]) for _ in range(2))),
     ),
     "stats_backward": (
         "(Tensor d, Tensor z, Tensor mu, Tensor p, Tensor? q, Tensor? t, "

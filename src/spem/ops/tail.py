@@ -46,17 +46,14 @@ def gate_tail(
         x, residual, output: [N, C, ...], of one shape; v: [N, C].
 
     Args:
-        x: The map: float32, float64 or bfloat16 for Numba; float32, bfloat16 or float16 for
-            Triton.
+        x: The map. Numba takes float32, float64, bfloat16; Triton float32, bfloat16, float16.
         residual: Added to the gated map; copied once if its memory layout is not that of x.
         gate: A differentiable function of `PlaneStats`; statistics arrive in at least float32.
         statistics: Those that the gate reads; others are None in what it is given.
-        impl: ``"reference"``, ``"formula"``, ``"numba"``, ``"triton"``, or None for the automatic
-            choice (see `spem.ops.use_impl`).
+        impl: As for `spem.ops.use_impl`.
 
     Raises:
-        ValueError: Shapes or devices differ, or an implementation that was asked for cannot run
-            here.
+        ValueError: Shapes or devices differ, or what was asked for cannot run here.
 
     Differences: second derivatives raise, except in ``"reference"``.
     """
@@ -88,19 +85,11 @@ def bn_gate_tail(
 
     Args:
         z: The norm's input.
-        residual: As for `gate_tail`.
         norm: BatchNorm1d, 2d or 3d in training or evaluation, or SyncBatchNorm (also on the CPU).
             Other norms are composed, and so are norms with hooks where gradients are recorded;
             without gradients hooks are called with the norm's own output, and change no bit.
-        gate: As for `gate_tail`.
-        statistics: As for `gate_tail`.
-        impl: As for `gate_tail`.
 
-    Raises:
-        ValueError: Shapes or devices differ, an implementation that was asked for cannot run here,
-            or a batch holds one value per channel in training.
-
-    Differences: second derivatives raise, except in ``"reference"``.
+    All else is as for `gate_tail`. A batch of one value per channel in training raises ValueError.
     """
     return _tail("bn_gate_tail", z, residual, norm, gate, statistics, impl)
 
