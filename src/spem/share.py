@@ -357,9 +357,7 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
                 return _misfit(true_keys(model, state), model.state_dict())
             needed = sum(tensor.numel() for tensor in model.state_dict().values())
             if needed > 2 * total:
-                return (
-                    f"the network without attention has {needed:,} numbers, the weights {total:,}"
-                )
+                return f"the network without attention has {needed:,} numbers, the file {total:,}"
     return None
 
 
@@ -477,10 +475,8 @@ def read_shared(folder: str | Path) -> Shared:
             )
     content = read_regular(folder / WEIGHTS)
     try:
-        try:
+        with rephrased(f"{CONFIG} is not JSON", "Fetch it again."):
             values = json.loads(read_regular(folder / CONFIG))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{CONFIG} is not JSON ({error}). Fetch it again.") from error
         schema = values.get("schema") if isinstance(values, dict) else None
         if schema != SCHEMA:
             raise ValueError(
@@ -546,9 +542,7 @@ def push_to_hub(
     api = hub.HfApi(token=token, library_name="spem")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder, repo_id=repo_id, **describing)
-        remedy = (
-            "Look at your connection, and log in with `hf auth login` as a user with write access."
-        )
+        remedy = "Look at your connection, and log in with `hf auth login` to write there."
         with rephrased(f"push_to_hub: cannot write to {repo_id}", remedy, kind=OSError):
             api.whoami()  # fails at once; other calls retry for half a minute
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -583,7 +577,7 @@ class _Measured:
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not math.isfinite(self.value):
-            raise ValueError(f"save_pretrained: a result's value={self.value!r} is not a number.")
+            raise ValueError(f"a result's value={self.value!r} is not a number.")
 
 
 def _measured(results: Results) -> list[_Measured]:
@@ -591,7 +585,7 @@ def _measured(results: Results) -> list[_Measured]:
     if isinstance(results, (str, Path)):
         return [_of_run(Path(results))]
     tables = [results] if isinstance(results, Mapping) else results or []
-    return [_read(_Measured, dict(table), "save_pretrained: a result") for table in tables]
+    return [_read(_Measured, dict(table), "a result") for table in tables]
 
 
 def _of_run(folder: Path) -> _Measured:
@@ -599,8 +593,8 @@ def _of_run(folder: Path) -> _Measured:
     path = folder / "result.json"
     if not path.is_file():
         raise ValueError(
-            f"save_pretrained: {folder} holds no result.json, so its run has not finished. "
-            f"Finish it, or leave results out."
+            f"{folder} holds no result.json, so its run has not finished. Finish it, or leave "
+            f"results out."
         )
     run = load_json(path, remedy="Delete it and run the same training again.")
     try:
@@ -610,23 +604,11 @@ def _of_run(folder: Path) -> _Measured:
         )
         name, value = run["dataset"], float(run["accuracy"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"save_pretrained: {path} lacks {error}. Has the run failed?") from error
+        raise ValueError(f"{path} lacks {error}. Has the run failed?") from error
     note += f", commit {run['commit']}" if run.get("commit") else ""
     # A folder's path is private, and its name does not make it the known set of that name.
     name = known_name(name) or f"{Path(name).name} (a folder of the author's)"
     return _Measured(name, "accuracy", value, note=note)
-
-
-_LOADING = """## Load
-
-```python
-import spem
-
-model = spem.from_pretrained({where})  # in evaluation mode, on the CPU
-```
-
-Nothing in the folder is executed: the weights are safetensors, the config is JSON. Install, from \
-a checkout of spem: `pip install ".[{extras}]"`."""
 
 
 def _card(
@@ -638,48 +620,51 @@ def _card(
 ) -> str:
     """The text of `README.md`: metadata for the hub, then the card."""
     hub = require("huggingface_hub", extra="hub", purpose="save_pretrained")
-    host, images, calls = config.host, config.images, config.attach
-    found = [config.network.get("attention", "none"), *(call.attention for call in calls)]
+    host, images, task = config.host, config.images, "image-classification"
+    found = [config.network.get("attention", "none"), *(call.attention for call in config.attach)]
     specs = [text for text in dict.fromkeys(found) if text != "none"]
     names = list(dict.fromkeys(spec.partition("(")[0] for spec in specs))
     if isinstance(host, _Ours):
         arch, extras = f"resnet{host.depth}", "hub"
         what = f"CIFAR ResNet of depth {host.depth} ({host.block} blocks), {host.classes} classes."
     else:
-        arch, extras = host.arch, "hub,timm"
-        starts = " and ".join(sorted({call.start for call in calls}))
+        starts = " and ".join(sorted({call.start for call in config.attach}))
         how = f", attention attached with start={starts}" if starts else ""
-        what = f"{host.kind}'s {host.arch}{how}."
+        arch, extras, what = host.arch, "hub,timm", f"{host.kind}'s {host.arch}{how}."
     title = " + ".join([arch, *specs])
-    ids = [HUB_IDS.get(r.dataset, r.dataset) for r in results]
-    task = "image-classification"
     stated = [
         hub.EvalResult(
             task_type=task,
-            dataset_type=hub_id,
+            dataset_type=HUB_IDS.get(r.dataset, r.dataset),
             dataset_name=r.dataset,
             dataset_split=r.split,
             metric_type=r.metric,
             metric_value=r.value,
         )
-        for r, hub_id in zip(results, ids, strict=True)
+        for r in results
     ]
     data = hub.ModelCardData(
         library_name="spem",
         pipeline_tag=task,
         license=license,
         tags=["spem", "channel-attention", task, "pytorch", *names],
-        datasets=list(dict.fromkeys(i for i in ids if "/" in i)) or None,
+        datasets=list(dict.fromkeys(r.dataset_type for r in stated if "/" in r.dataset_type))
+        or None,
         metrics=list(dict.fromkeys(r.metric for r in results)) or None,
         model_name=title if results else None,
         eval_results=stated or None,
     )
     total, own = sum(p.numel() for p in model.parameters()), attention_parameters(model)
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {title}",
+        f"---\n{data.to_yaml()}\n---",
+        f"# {title}",
         f"{what} Attention: `{', '.join(specs) or 'none'}`. {total:,} parameters, {own:,} of them "
         f"attention's; {config.dtype}.",
-        _LOADING.format(where=json.dumps(repo_id or "path/to/this/folder"), extras=extras),
+        "## Load",
+        f"```python\nimport spem\n\nmodel = spem.from_pretrained("
+        f"{json.dumps(repo_id or 'path/to/this/folder')})  # in evaluation mode, on the CPU\n```",
+        f"Nothing in the folder is executed: the weights are safetensors, the config is JSON. "
+        f'Install, from a checkout of spem: `pip install ".[{extras}]"`.',
     ]
     if images is not None:
         size = f" of {images.size}x{images.size} pixels" if images.size else ""
@@ -690,12 +675,12 @@ def _card(
         cells = (f"{r.dataset}, {r.split}", r.metric, f"{r.value:.6g}", r.note or "-")
         plain = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
         rows.append(f"| {' | '.join(plain)} |")
-    measured = "\n".join(["Measured; accuracies in percent.\n", *rows])
-    parts.append(f"## Results\n\n{measured if results else 'No results are stated.'}")
+    measured = ["Measured; accuracies in percent.", "\n".join(rows)]
+    parts += ["## Results", *(measured if results else ["No results are stated."])]
     if names:
         formulas = (f"`{name}`:\n\n```text\n{formula(name)}\n```" for name in names)
         cited = "\n".join(bibtex(name) for name in names if attention_class(name).paper)
-        parts += ["## Attention", *formulas, f"## Citation\n\n```bibtex\n{cited}\n```"]
+        parts += ["## Attention", *formulas, "## Citation", f"```bibtex\n{cited}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -62,10 +62,10 @@ def look(folder: Path) -> Listing:
         splits = {"train": folder / "train", "test": folder / test}
     elif "train" in inside or test is not None:
         there, lacking = ("train", "test") if test is None else (test, "train")
-        raise FileNotFoundError(
-            f"{folder}: there is {there}/ but no {lacking}/. Put one folder per class into both; "
-            f"or put the classes straight into {folder}, and a part is held out for the test."
+        remedy = (
+            "Put a folder per class into both, or all into one folder, of which a part is held out"
         )
+        raise FileNotFoundError(f"{folder}: there is {there}/ but no {lacking}/. {remedy}.")
     found = {split: _folders(where) for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))
     faults: list[str] = []
@@ -138,17 +138,15 @@ def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
     """Report broken images and differing sizes (an example of each) in one message."""
     if faults:
         more = [f"... and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
-        raise ValueError(
-            f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Repair or remove "
-            "them, or leave them out with --data.skip-broken (skip_broken=True):\n"
-            + "\n".join([*faults[:_LISTED], *more])
+        told = (
+            f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Repair or remove"
         )
+        told += " them, or leave them out with --data.skip-broken (skip_broken=True):"
+        raise ValueError("\n".join([told, *faults[:_LISTED], *more]))
     if len(sizes) > 1:
         few = _few([f"{size} ({where})" for size, where in sizes.items()])
-        raise ValueError(
-            f"the images have {len(sizes)} different sizes: {few}. Give one size for all: "
-            "--data.size 32 (size=32)."
-        )
+        told = f"the images have {len(sizes)} different sizes: {few}"
+        raise ValueError(f"{told}. Give one size for all: --data.size 32 (size=32).")
 
 
 def decode_all(
@@ -172,11 +170,10 @@ def decode_all(
             continue
         shown = f"{image.shape[1]}x{image.shape[0]}"
         if pixels is None:
-            if count * image.size > MAX_BYTES:
+            if (needed := count * image.size) > MAX_BYTES:
+                few = f"more than {MAX_BYTES / 2**30:.0f}. Give a smaller size: --data.size 224"
                 raise ValueError(
-                    f"{label}: {count} images of {shown} would take "
-                    f"{count * image.size / 2**30:.0f} GiB; at most {MAX_BYTES // 2**30} are held "
-                    "in memory. Give a smaller size: --data.size 224 (size=224)."
+                    f"{label}: {count} images of {shown} would take {needed / 2**30:.0f} GiB, {few}"
                 )
             pixels = np.empty((count, *image.shape), dtype=np.uint8)
         sizes.setdefault(shown, label)
@@ -253,10 +250,8 @@ def _colour(image: Any, pillow: Any) -> Any:
             raise ValueError("its values are not those of 16 bits")
         image = pillow.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its values have 32 bits (mode {image.mode}), and which are black and white is not "
-            "known: save it with 8 or 16 bits"
-        )
+        unknown = f"its values have 32 bits (mode {image.mode}), black and white are unknown"
+        raise ValueError(f"{unknown}: save it with 8 or 16 bits")
     if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
         image = image.convert("RGBA")
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))

@@ -20,13 +20,9 @@ Split = Literal["train", "test"]
 class ImageSet:
     """Images of one size with their labels; every source returns one.
 
-    Shape:
+    Args:
         images: uint8 [n, 3, H, W], red, green, blue, 0 to 255.
         labels: int64 [n], each an index into ``classes``.
-
-    Args:
-        images: The pixels.
-        labels: The class of each image.
         classes: The names of the classes, in the order of their labels.
         name: Short name of the set, for tables and folders.
         sha256: ``checksum(images, labels)``; computed if left empty.
@@ -45,9 +41,9 @@ class ImageSet:
         images, labels = self.images, self.labels
         shape, n = tuple(images.shape), len(images)
         if images.dtype != torch.uint8 or shape[1:-2] != (3,):
+            found = f"{images.dtype} of shape {shape}"
             raise ValueError(
-                f"ImageSet: images are {images.dtype} of shape {shape}; they must be torch.uint8 "
-                "of shape (n, 3, H, W)."
+                f"ImageSet: images are {found}, not torch.uint8 of shape (n, 3, H, W)."
             )
         if (labels.dtype, labels.shape, labels.device) != (torch.int64, (n,), images.device):
             raise ValueError(
@@ -55,10 +51,8 @@ class ImageSet:
                 f"{labels.device}; {n} images need torch.int64 of shape ({n},) on {images.device}."
             )
         if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
-            raise ValueError(
-                f"ImageSet: labels run from {int(labels.min())} to {int(labels.max())}, with "
-                f"{len(self.classes)} classes they must lie in 0 to {len(self.classes) - 1}."
-            )
+            found, last = f"labels run from {labels.min()} to {labels.max()}", len(self.classes) - 1
+            raise ValueError(f"ImageSet: {found}; with these classes they must lie in 0 to {last}.")
         if not self.sha256:
             object.__setattr__(self, "sha256", checksum(images, labels))
 
@@ -92,16 +86,11 @@ def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     """Split training images into (rest, validation), both in the set's order.
 
     The held-out images depend only on the number of images, not on a run's seed, so that all seeds
-    are judged on the same images.
-
-    Raises:
-        ValueError: Holding out ``count`` images would leave none, or it is below 1.
+    are judged on the same images. ValueError if one of the parts would be empty.
     """
     if not 0 < count < len(train):
-        raise ValueError(
-            f"hold_out: cannot hold out {count} of {len(train)} images. "
-            f"Use a number from 1 to {len(train) - 1}."
-        )
+        most = len(train) - 1
+        raise ValueError(f"hold_out: count={count} of {most + 1} images. Use one from 1 to {most}.")
     order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"), device="cpu")
     return train.take(order[count:].sort().values), train.take(order[:count].sort().values)
 

@@ -38,10 +38,7 @@ def check_images(
     """Refuse right away what `load_images` would refuse later, without loading torch.
 
     An image folder is checked down to every file's header; parquet and CIFAR files only for
-    existence. The hub is not asked until the images are fetched.
-
-    Raises:
-        FileNotFoundError, ValueError, OSError: as `load_images`.
+    existence. The hub is not asked until the images are fetched. Raises as `load_images` does.
     """
     if known_name(name_or_path) == "digits":
         _magnified(size)
@@ -53,7 +50,7 @@ def check_images(
     files = image_folder.look(where).files if kind == "folder" else {}
     if test is not None and "all" not in files:
         raise ValueError(
-            f"{where}: has a split for the test, so data.test={test} has no effect. Leave it out."
+            f"{where}: has a test split, data.test={test} has no effect. Leave it out."
         )
     paths = [path for split in files.values() for path, _ in split]
     image_folder.check_files(paths, size=size, skip_broken=skip_broken)
@@ -76,13 +73,10 @@ def load_images(
     - ``digits``: scikit-learn's bundled digits, no network.
     - ``cifar10``, ``cifar100`` or their hub ids: ``root/<name>`` if a root is given, else
       ``$SPEM_DATA/<name>`` if it exists, else the hub.
-    - A folder with ``train-*.parquet`` and ``test-*.parquet``, in it or one level down: the hub's
-      layout.
-    - ``cifar-10-batches-py``, ``cifar-100-python``: torchvision's folders, read by torchvision
-      after checking every file's published MD5 sum.
-    - A folder with ``train/<class>/`` and ``test/<class>/`` (or ``val/``): image files, one folder
-      per class (`spem.data.folder.look`). If it has no splits, only ``<class>/``, a fixed share of
-      each class is held out for testing.
+    - A folder with ``train-*.parquet`` and ``test-*.parquet``, in it or one level down (the hub's).
+    - ``cifar-10-batches-py``, ``cifar-100-python``: read by torchvision, which checks MD5 sums.
+    - A folder with ``train/<class>/`` and ``test/<class>/`` (or ``val/``), or ``<class>/`` alone,
+      of which a fixed share is held out for testing (`spem.data.folder.look`).
 
     All give the same tensors; `ImageSet.sha256` is the checksum of what was decoded.
 
@@ -98,10 +92,9 @@ def load_images(
 
     Raises:
         FileNotFoundError: there is no such name or folder, or files are missing.
-        ValueError: files are damaged, differ in size, or fail the checksum; or an argument does not
-            fit.
+        ValueError: files are damaged, differ in size, fail the checksum; an argument does not fit.
         OSError: a file exists but cannot be opened.
-        ImportError: an extra is missing; the message ends with the command that installs it.
+        ImportError: an extra is missing.
     """
     import numpy as np
     import torch
@@ -129,10 +122,8 @@ def load_images(
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), classes, name)
     if sha256 is not None and images.sha256 != sha256.lower():
-        raise ValueError(
-            f"{name_or_path}: the SHA-256 of the {split} images is {images.sha256}, expected "
-            f"{sha256.lower()}. They are damaged or not the expected ones."
-        )
+        found = f"the SHA-256 of the {split} images is {images.sha256}"
+        raise ValueError(f"{name_or_path}: {found}, expected {sha256}. They are others or damaged.")
     return images
 
 
@@ -140,9 +131,9 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     """The folder of a set; None if it comes from the hub."""
     short = known_name(name_or_path)
     if short is None and root is not None:
+        named = ", ".join(HUB_IDS)
         raise ValueError(
-            f"{name_or_path}: a root is for named sets ({', '.join(HUB_IDS)}). "
-            "Give the whole path instead."
+            f"{name_or_path}: a root is for named sets ({named}). Give the whole path."
         )
     base = os.environ.get("SPEM_DATA") if root is None else root
     if short is not None and not base:
@@ -151,18 +142,15 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     if folder.is_dir():
         return folder
     if root is not None:
-        raise FileNotFoundError(
-            f"{short}: {folder} does not exist. Give the folder that holds {short}/ as the root, "
-            "or leave it out."
-        )
+        remedy = f"Give the folder that holds {short}/ as the root, or leave it out."
+        raise FileNotFoundError(f"{short}: {folder} does not exist. {remedy}")
     if short is not None:
         return None
     known = ["digits", *HUB_IDS, *HUB_IDS.values()]
     near = difflib.get_close_matches(name_or_path, known, n=2)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise FileNotFoundError(
-        f"{name_or_path}: neither a known set ({', '.join(known)}) nor a folder.{hint}"
-    )
+    sets = ", ".join(known)
+    raise FileNotFoundError(f"{name_or_path}: neither a known set ({sets}) nor a folder.{hint}")
 
 
 def _kind(folder: Path) -> str:
@@ -177,8 +165,7 @@ def _kind(folder: Path) -> str:
         return "folder"
     raise FileNotFoundError(
         f"{folder}: holds no known layout. Wanted: train/<class>/ and test/<class>/ with images, "
-        "or <class>/ alone; train-*.parquet and test-*.parquet (here or one folder below); or "
-        "torchvision's CIFAR files."
+        "or <class>/ alone; train-*.parquet and test-*.parquet; or torchvision's CIFAR files."
     )
 
 
@@ -203,10 +190,8 @@ def _image_folder(folder: Path, split: Split, share: float) -> _Read:
         of_class = [file for file in listed["all"] if file[1] == label]
         count = max(1, round(share * len(of_class)))
         if count >= len(of_class):
-            raise ValueError(
-                f"{folder / name}: of {len(of_class)} image(s) none would be left to train on. Add "
-                "images, or put them into train/ and test/."
-            )
+            few = f"of {len(of_class)} image(s) none would be left to train on"
+            raise ValueError(f"{folder / name}: {few}. Add some, or make train/ and test/.")
         generator = keyed_generator(0, "test split", label)
         order = randperm(len(of_class), generator=generator, device="cpu").tolist()
         chosen = order[:count] if split == "test" else order[count:]
@@ -227,7 +212,7 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
         found.add(classes)
     if len(found) > 1:
         raise ValueError(
-            f"{folder}: the files of {split} disagree on the classes. Fetch the set again."
+            f"{folder}: files of {split} disagree on the classes. Fetch the set again."
         )
     if not labels:
         raise ValueError(f"{shards[0]}: there are no images. Fetch the set again.")
@@ -239,7 +224,7 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
     parquet = require("pyarrow.parquet", extra="train", purpose="reading parquet files")
     datasets = require("datasets", extra="train", purpose="reading parquet files")
     # On damaged bytes pyarrow raises its own errors, OSError, ValueError, MemoryError ...
-    try:
+    with rephrased(f"{path}: not a readable parquet file", "Fetch the file again."):
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             groups = range(file.num_row_groups)
             sizes = [file.metadata.row_group(i).total_byte_size for i in groups]
@@ -251,31 +236,20 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
             table.validate(full=True)
         # The hub keeps class names in the file's schema.
         features = datasets.Features.from_arrow_schema(file.schema_arrow)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a readable parquet file ({error}). Fetch the file again."
-        ) from error
     if image is None or label is None:
-        images, labels = (" or ".join(known) for known in _COLUMNS)
-        raise ValueError(
-            f"{path}: columns are {', '.join(names)}; an image column ({images}) and a label "
-            f"column ({labels}) are needed."
-        )
+        wanted = "an image column ({}) and a label column ({})".format(*map(" or ".join, _COLUMNS))
+        raise ValueError(f"{path}: {wanted} are needed. It holds {', '.join(names)}.")
     classes = getattr(features[label], "names", None)
     if not classes or not all(isinstance(name, str) for name in classes):
-        raise ValueError(
-            f"{path}: column {label!r} carries no class names. Write the file with datasets' "
-            "Dataset.to_parquet and a ClassLabel column."
-        )
+        remedy = "Write it with datasets' Dataset.to_parquet and a ClassLabel column."
+        raise ValueError(f"{path}: column {label!r} carries no class names. {remedy}")
     rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
     blobs = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(blob, bytes) for blob in blobs):
-        raise ValueError(
-            f"{path}: column {image!r} must hold structs with the bytes of an image in every row."
-        )
+        raise ValueError(f"{path}: column {image!r} must hold structs with the bytes of an image.")
     if not all(isinstance(value, int) and 0 <= value < len(classes) for value in labels):
         raise ValueError(
-            f"{path}: column {label!r} has rows whose label is none of {len(classes)} classes."
+            f"{path}: {label!r} has rows whose label is none of {len(classes)} classes."
         )
     return blobs, labels, tuple(classes)
 
@@ -285,10 +259,8 @@ def _shards(folder: Path, split: str) -> list[Path]:
     shards = sorted(folder.glob(f"{split}[-.]*")) or sorted(folder.glob(f"*/{split}[-.]*"))
     shards = [path for path in shards if path.suffix == ".parquet"]
     if not shards:
-        raise FileNotFoundError(
-            f"{folder}: no parquet file of the split {split!r} ({split}-*.parquet), "
-            "here or one folder below. Fetch the whole set."
-        )
+        wanted = f"no parquet file of the split {split!r} ({split}-*.parquet), here or one below"
+        raise FileNotFoundError(f"{folder}: {wanted}. Fetch the whole set.")
     where, names = shards[0].parent, {path.name for path in shards}
     if len({path.parent for path in shards}) > 1:
         raise ValueError(f"{folder}: several folders hold the split {split!r}. Name one of them.")
@@ -298,9 +270,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
             if name not in names:
                 raise FileNotFoundError(f"{where}: {name} is missing. Fetch the whole set.")
         if len(shards) > total:
-            raise ValueError(
-                f"{where}: there are files of several versions of {split!r}. Keep one version."
-            )
+            raise ValueError(f"{where}: holds several versions of {split!r}. Keep one version.")
     return shards
 
 
@@ -314,10 +284,8 @@ def _cifar(folder: Path, split: Split, share: float) -> _Read:
             warnings.simplefilter("ignore")  # numpy has moved since they were written
             found = reader(str(folder.resolve().parent), train=split == "train")
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder}: a file of {kind} is missing or its MD5 sum is not that of the published "
-            "one. Unpack the whole archive again."
-        ) from error
+        wrong = f"a file of {kind} is missing or its MD5 sum is not that of the published one"
+        raise ValueError(f"{folder}: {wrong}. Unpack the whole archive again.") from error
     return found.data, found.targets, tuple(found.classes)
 
 
@@ -344,8 +312,6 @@ def _digits(split: Split, size: int) -> _Read:
 def _magnified(size: int | None) -> int:
     """The side of the digits; ValueError unless it is a multiple of theirs."""
     size = DIGITS_SIZE if size is None else size
-    if size < 8 or size % 8 or size > 512:
-        raise ValueError(
-            f"digits: size={size} is not a multiple of 8 from 8 to 512. Use 8, 16, 24 or 32."
-        )
+    if size not in range(8, 513, 8):
+        raise ValueError(f"digits: size={size} is not a multiple of 8 from 8 to 512. Use 16 or 32.")
     return size
