@@ -6,7 +6,7 @@ An experiment is a list of cells, the rows of its table; a scale turns each into
 import csv
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from itertools import product
@@ -39,27 +39,16 @@ LADDER = {83: 11, 164: 20, 245: 29, 326: 38}  # replaces the paper's depths on a
 
 
 class Scale(NamedTuple):
-    """The size of an experiment: the paper's recipe, or a scaled-down one.
+    """The size of an experiment: the paper's recipe, or a scaled-down one."""
 
-    Args:
-        name: `paper`, `short`, `study` or `smoke`; also the folder of its runs.
-        title: How it differs from the paper, in one line.
-        changes: Changes to the paper's recipe.
-        depth: Replaces the paper's ResNet164 wherever depth is not the question.
-        ladder: Replacements for the paper's four depths where depth is the question.
-        datasets: The paper's data sets trained at this scale.
-        seeds: Seeds per cell.
-        control_seeds: Seeds per cell of the controls, the one question fixed in advance.
-    """
-
-    name: str
-    title: str
-    changes: Changes
-    depth: int = 11
-    ladder: Mapping[int, int] = LADDER
-    datasets: tuple[str, ...] = CIFAR
-    seeds: tuple[int, ...] = (0, 1, 2)
-    control_seeds: tuple[int, ...] = tuple(range(8))
+    name: str  # also the folder of its runs
+    title: str  # how it differs from the paper
+    changes: Changes  # to the paper's recipe
+    depth: int = 11  # instead of the paper's ResNet164, wherever depth is not the question
+    ladder: Mapping[int, int] = LADDER  # instead of the paper's depths, where it is
+    datasets: tuple[str, ...] = CIFAR  # of the paper, those trained at this scale
+    seeds: tuple[int, ...] = (0, 1, 2)  # per cell
+    control_seeds: tuple[int, ...] = tuple(range(8))  # the one question fixed in advance
 
     def base(self, dataset: str) -> RunConfig:
         """The config of the plain network with seed 0, on one thread: a grid has many runs."""
@@ -111,33 +100,19 @@ def printed() -> dict[tuple[str, ...], Printed]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table or figure.
+    """One row of a table or figure."""
 
-    Args:
-        row: Its name; unique within (experiment, data).
-        attention: Its spec as text, or `CONTROL`; None if the formula is unknown.
-        data: The paper's data set, `cifar10` or `cifar100`.
-        reference: Whether the rest of its group is compared with it.
-        group: Rows are compared within their group: the same depth, the same module.
-        paper: What the paper prints here.
-        note: Anything a reader of the row must know.
-        depth: The paper's depth, where depth is the question.
-        changes: Other changes to its config.
-        folder: Part of its runs' folder name, where the network alone does not identify it.
-        config: The run of seed 0; None if nothing can be run, or before a scale is applied.
-    """
-
-    row: str
-    attention: str | None
+    row: str  # unique within (experiment, data)
+    attention: str | None  # a spec as text, or `CONTROL`; None if the formula is unknown
     data: str = "cifar10"
-    reference: bool = False
-    group: str = ""
+    reference: bool = False  # the rest of its group is compared with it
+    group: str = ""  # rows of the same depth or module, which are compared with each other
     paper: Printed | None = None
-    note: str = ""
-    depth: int | None = None
-    changes: Changes = field(default_factory=dict[str, Mapping[str, Any]])
-    folder: str = ""
-    config: RunConfig | None = None
+    note: str = ""  # for the reader of the row
+    depth: int | None = None  # the paper's, where depth is the question
+    changes: Changes = field(default_factory=dict[str, Mapping[str, Any]])  # to its config
+    folder: str = ""  # of its runs, where the network alone does not identify them
+    config: RunConfig | None = None  # of seed 0; None if nothing can be run, or before `at`
 
     def at(self, scale: Scale) -> "Cell":
         """This cell with its run at a scale, if the scale trains its data set."""
@@ -178,12 +153,8 @@ def comparison(
 ) -> tuple[list[RunConfig], str]:
     """The runs of a comparison with given arms, and the name of the reference.
 
-    All arms of a seed come before the next seed, so stopping early leaves complete pairs.
-
-    Args:
-        base: Their common config.
-        arms: Attention specs or `CONTROL`; the first is the reference.
-        seeds: Every arm is trained once per seed.
+    Arms are attention specs or `CONTROL`; the first is the reference. All arms of a seed come
+    before the next seed, so stopping early leaves complete pairs.
 
     Raises:
         ValueError: An unknown module, or an arm named twice.
@@ -205,14 +176,10 @@ def module_name(model: ModelConfig) -> str:
     """
     if model.attention == "none" and model.branch_start == BRANCH_START:
         return CONTROL
-    usual = ModelConfig(depth=model.depth, attention=model.attention, block=model.block)
-    special = [
-        f"{f.name}={getattr(model, f.name)}"
-        for f in fields(model)
-        if not f.name.startswith("weights")  # where it began is the same for all arms
-        and getattr(model, f.name) != getattr(usual, f.name)
-    ]
-    return ", ".join([model.attention, *special])
+    # Weights are left out: where training began is the same for all arms.
+    special = {name: getattr(model, name) for name in ("init_scope", "branch_start", "start")}
+    named = [f"{k}={v}" for k, v in special.items() if v != getattr(ModelConfig, k)]
+    return ", ".join([model.attention, *named])
 
 
 def run_configs(experiments: Iterable[Experiment]) -> dict[RunConfig, list[str]]:

@@ -76,11 +76,7 @@ def missing(configs: Iterable[RunConfig], runs: Path) -> list[RunConfig]:
 
 
 def require_weights(configs: Iterable[RunConfig]) -> None:
-    """Check before the first run that the weights which runs start from are there.
-
-    Raises:
-        FileNotFoundError: They are not.
-    """
+    """Raise FileNotFoundError if weights that runs start from are not there."""
     for name in dict.fromkeys(config.model.weights for config in configs):
         if name is not None and not Path(name).is_file():
             raise FileNotFoundError(
@@ -111,21 +107,11 @@ def run_missing(
 ) -> list[Ended]:
     """Train runs, resuming from checkpoints; a failure does not stop the others.
 
-    Ctrl-C, SIGTERM and the end of the budget stop the runs with a checkpoint. A run that another
-    process trains is checked again until that one has finished it or is gone.
-
-    Args:
-        configs: The runs, in order.
-        runs: Folder of all runs.
-        observer: Receives reports.
-        workers: Runs at a time: one is a loop in this process, more are tasks of Ray.
-        address: Ray cluster whose machines have this package and see `runs` at the same path;
-            None starts one here if there are several workers.
-        per_gpu: Runs at a time on one GPU.
-        budget: Seconds after which all runs are stopped.
-
-    Returns:
-        How each run ended; runs that were stopped or never started are "stopped".
+    Ctrl-C, SIGTERM and the end of the budget (in seconds) stop the runs with a checkpoint, or
+    before they start. A run that another process trains is checked again until that one has
+    finished it or is gone. One worker is a loop in this process, more are tasks of Ray: on the
+    cluster at `address`, whose machines have this package and see the folder `runs` at the same
+    path, or on one started here.
 
     Raises:
         ImportError: Ray is not installed.
@@ -176,11 +162,7 @@ def run_missing(
 
 
 def attempt(config: RunConfig, folder: Path, progress: Progress) -> Ended:
-    """Train one run, and return a failure instead of raising it; only a stop is raised.
-
-    Raises:
-        Interrupted: A signal stopped it, with a checkpoint.
-    """
+    """Train one run, and return a failure instead of raising it; only `Interrupted` is raised."""
     try:
         result = train(config, folder, progress=progress)
     except HeldError as error:
@@ -308,10 +290,7 @@ SMALL = {"bottleneck": 11, "basic": 8}  # depth of the network that is measured
 
 
 def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
-    """Estimate how long runs take one after the other, from a few steps of a small network.
-
-    None if the number of images is unknown.
-    """
+    """How long runs take, from a few steps of a small network; None for unknown images."""
     total = 0.0
     for config in configs:
         model, data = config.model, config.data

@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spem import stats
@@ -30,10 +31,17 @@ if TYPE_CHECKING:
 
 FILES = ("runs.csv", "epochs.csv", "mixes.csv", "gates.csv")
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-TEXTS = (
-    *("experiment", "scale", "module", "dataset", "config", "setting", "baseline"),
-    *("status", "error"),
-)
+TEXTS = [
+    "experiment",
+    "scale",
+    "module",
+    "dataset",
+    "config",
+    "setting",
+    "baseline",
+    "status",
+    "error",
+]
 _RESULT = (  # columns that are fields of a run's result
     *("accuracy", "loss", "train_accuracy", "train_loss", "validation_accuracy"),
     *("best_accuracy", "best_epoch", "best_selected_on", "parameters", "attention_parameters"),
@@ -85,13 +93,9 @@ def run_row(run: Run) -> Row:
     result = run.result
     if result is None:
         return row | {"status": "unfinished" if run.error is None else DIVERGED}
-    return (
-        row
-        | {"status": FINISHED}
-        | {name: getattr(result, name) for name in _RESULT}
-        | {"torch": result.versions.get("torch"), "time_train_seconds": result.train_seconds}
-        | {"time_step_ms": 1000 * result.step_seconds, "time_date": result.date}
-    )
+    row |= {"status": FINISHED} | {name: getattr(result, name) for name in _RESULT}
+    row |= {"torch": result.versions.get("torch"), "time_train_seconds": result.train_seconds}
+    return row | {"time_step_ms": 1000 * result.step_seconds, "time_date": result.date}
 
 
 def config_row(config: RunConfig) -> Row:
@@ -120,18 +124,14 @@ def inner_rows(run: Run) -> dict[str, list[Row]]:
     epochs: list[Row] = []
     mixes: list[Row] = []
     for line in run.epochs:
-        numbers = {
-            f"time_{name}" if "second" in name else name: value
-            for name, value in line.items()
-            if not isinstance(value, (dict, list))
-        }
-        norms = list(line.get("gradients", {}).values())
+        row = {f"time_{k}" if "second" in k else k: v for k, v in line.items()}
+        norms = list(row.pop("gradients", {}).values())
+        row.pop("mixes", None)
         ends = {"gradient_first": norms[0], "gradient_last": norms[-1]} if norms else {}
-        epochs.append({**key, **numbers, **ends})
+        epochs.append({**key, **row, **ends})
         for mix, values in line.get("mixes", {}).items():
             mixes.append({**key, "epoch": line["epoch"], "mix": mix, **values})
-    gates = run.result.gates if run.result is not None else []
-    gates = [{**key, "index": i, **gate} for i, gate in enumerate(gates)]
+    gates = [{**key, "index": i, **g} for i, g in enumerate(run.result.gates if run.result else [])]
     return {"epochs.csv": epochs, "mixes.csv": mixes, "gates.csv": gates}
 
 
@@ -143,17 +143,13 @@ def record(
     runs: Path,
     out: Path,
     *,
-    failed: Mapping[RunConfig, str] | None = None,
+    failed: Mapping[RunConfig, str] = MappingProxyType({}),
     baseline: str | None = None,
 ) -> list[str]:
-    """Write the rows of planned runs into the CSV files of a results folder.
+    """Write the rows of runs below `runs` into the CSV files of the results folder `out`.
 
-    Args:
-        planned: Runs, each with the experiments it belongs to.
-        runs: Folder of all runs.
-        out: The results folder.
-        failed: The error of each run without a result.
-        baseline: The module that a comparison's other arms are compared with.
+    `planned` has the experiments that each run belongs to, `failed` the errors of runs without a
+    result, `baseline` the module that the others of a comparison are compared with.
 
     Returns:
         A sentence for each run that diverged, failed or cannot be read; these have rows too.
@@ -168,7 +164,7 @@ def record(
     for config, names in planned.items():
         before = there.get((config.id, str(config.seed)), "").split()
         row: Row = {"experiment": " ".join(dict.fromkeys([*before, *names])), "baseline": baseline}
-        folder, error, run = config.folder(runs), (failed or {}).get(config), None
+        folder, error, run = config.folder(runs), failed.get(config), None
         try:
             if error is None and (folder / "result.json").exists():
                 run = read_run(folder)
@@ -272,34 +268,20 @@ def read_results(folder: Path) -> dict[str, pd.DataFrame]:
 class Table:
     """One table of a report; a row needs a finished run.
 
-    Args:
-        name: Its name in file names: `table1-cifar10`, `compare-digits`.
-        experiment: Its experiment; "compare" for `spem compare`.
-        title: Its heading.
-        question: The question it answers.
-        where: What was trained, in one line.
-        frame: The columns of `spem.stats.compare` and `row`, `module`, `note`, `parameters`,
-            `flops`; where the paper prints numbers of these cells `paper` and `paper_parameters`;
-            with its recipe `best_mean`, `best_sd` and `against_paper`.
-        runs: The runs behind it, with their `row`.
-        rows: All its rows, including those without a run.
-        paper_recipe: Whether its runs follow the paper's recipe on the paper's data.
+    `frame` has the columns of `spem.stats.compare` and `row`, `module`, `note`, `parameters`,
+    `flops`; where the paper prints numbers of these cells `paper` and `paper_parameters`; with its
+    recipe `best_mean`, `best_sd` and `against_paper`.
     """
 
-    name: str
-    experiment: str
+    name: str  # in file names: `table1-cifar10`, `compare-digits`
+    experiment: str  # `COMPARE` for `spem compare`
     title: str
     question: str
-    where: str
+    where: str  # what was trained, in one line
     frame: pd.DataFrame
-    runs: pd.DataFrame
-    rows: list[str]
-    paper_recipe: bool = False
-
-    @property
-    def not_run(self) -> list[str]:
-        """Rows without a run."""
-        return [row for row in self.rows if row not in set(self.frame["row"])]
+    runs: pd.DataFrame  # behind it, with their `row`
+    not_run: list[str]  # rows without a run
+    paper_recipe: bool = False  # and the paper's data
 
     @property
     def reference(self) -> str:
@@ -350,9 +332,9 @@ def _of_experiment(one: Experiment, runs: pd.DataFrame) -> list[Table]:
             frame = _beside_paper(frame, own, cells, verdict=paper_recipe)
         name = f"{one.name}-{dataset}" + (f"-{scale}" if of_paper and scale != "paper" else "")
         where = _where(own) + (f"; {one.scale.title}" if scale != "paper" else "")
-        names = [cell.row for cell in cells]
+        not_run = [cell.row for cell in cells if cell.row not in set(frame["row"])]
         texts = (name, one.name, one.title, one.question, where)
-        tables.append(Table(*texts, frame, own, names, paper_recipe))
+        tables.append(Table(*texts, frame, own, not_run, paper_recipe))
     return tables
 
 
@@ -370,7 +352,8 @@ def _typed_in(runs: pd.DataFrame) -> list[Table]:
         question = f"{'Does' if len(others) == 1 else 'Do'} {named} differ from {reference}?"
         name = f"{COMPARE}-{dataset}" + (f"-{len(tables) + 1}" if tables else "")
         texts = (name, COMPARE, f"{named} against {reference}", question, _where(own))
-        tables.append(Table(*texts, frame, own, names))
+        not_run = [name for name in names if name not in set(frame["row"])]
+        tables.append(Table(*texts, frame, own, not_run))
     return tables
 
 
@@ -393,10 +376,8 @@ def _compared(runs: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
     order = list(cell_of).index
     frame = frame.sort_values("group", key=lambda rows: rows.map(order), ignore_index=True)
     first = runs.groupby("row").first().loc[frame["group"]].reset_index()
-    notes = [cell_of[row].note for row in frame["group"]]
-    return (
-        frame.join(first[["row", "module"]]).assign(note=notes).join(first[["parameters", "flops"]])
-    )
+    first["note"] = [cell_of[row].note for row in first["row"]]
+    return frame.join(first[["row", "module", "note", "parameters", "flops"]])
 
 
 def _beside_paper(

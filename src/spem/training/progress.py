@@ -29,27 +29,24 @@ class Silent(Progress):
     """No progress at all."""
 
 
-class Lines(Progress):
-    """Readable text at fixed intervals; subclasses define `show` and `message`."""
+class PlainLines(Progress):
+    """A line per epoch and one every half minute, for logs and pipes."""
 
-    seconds: float
-    _next = 0.0
-
-    def step(self, done: float, total: float, text: str) -> None:
-        """Show that `done` of `total` steps are done, if an update is due."""
-        if time.monotonic() >= self._next:
-            self._wait()
-            self.show(done, total, text)
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._wait()
 
     def _wait(self) -> None:
-        self._next = time.monotonic() + self.seconds
+        self._next = time.monotonic() + 30.0
 
-    def show(self, done: float, total: float, text: str) -> None:
-        """Show it now."""
-        self.message(text)
+    def step(self, done: float, total: float, text: str) -> None:
+        """Print the text if a line is due."""
+        if time.monotonic() >= self._next:
+            self._wait()
+            self.message(text)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
-        """Show the epoch's figures."""
+        """Print the epoch's figures."""
         self._wait()
         self.message(
             f"epoch {line['epoch'] + 1}/{epochs}: rate {line['lr']:.3g}, loss {line['loss']:.4f}, "
@@ -57,27 +54,16 @@ class Lines(Progress):
             f"(best {line['best_test_accuracy']:.2f} %), {line['images_per_second']:.0f} images/s"
         )
 
-
-class PlainLines(Lines):
-    """A line per epoch and one every half minute, for logs and pipes."""
-
-    seconds = 30.0
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._wait()
-
     def message(self, text: str) -> None:
         """Print the text."""
         print(text, file=self._stream, flush=True)
 
 
-class LiveBar(Lines):
+class LiveBar(PlainLines):
     """A bar that moves in place, for terminals."""
 
-    seconds = 0.2
-
     def __init__(self) -> None:
+        super().__init__()
         console = require("rich.console", extra="train", purpose="live progress")
         bars = require("rich.progress", extra="train", purpose="live progress")
         columns = bars.BarColumn(24), bars.TaskProgressColumn(), "{task.description}"
@@ -85,8 +71,8 @@ class LiveBar(Lines):
         self._task = self._bar.add_task("starting", total=None)
         self._bar.start()
 
-    def show(self, done: float, total: float, text: str) -> None:
-        """Move the bar."""
+    def step(self, done: float, total: float, text: str) -> None:
+        """Move the bar; rich draws it ten times a second."""
         self._bar.update(self._task, completed=done, total=total, description=text)
 
     def message(self, text: str) -> None:
