@@ -79,10 +79,8 @@ def check_options(library: str, options: Mapping[str, object], asker: str) -> No
     allowed = OPTIONS[library]
     for option, value in options.items():
         if option not in allowed:
-            raise ValueError(
-                f"{asker}: {library} architectures take no option {option!r} here. "
-                f"Use {', '.join(allowed)}."
-            )
+            said = f"{library} architectures take no option {option!r} here"
+            raise ValueError(f"{asker}: {said}. Use {', '.join(allowed)}.")
         kind = allowed[option]
         right = isinstance(value, (int, float) if kind is float else kind)
         if not right or isinstance(value, bool):

@@ -83,11 +83,10 @@ def to_onnx(
 ) -> Exported:
     """Write a network, or one of its modules, as ONNX, and check the graph with onnxruntime.
 
-    A copy in evaluation mode on the CPU is exported; the network is not changed. Attention whose
-    identity start has alpha = 0 is left out, which changes no output. Tails are composed of
-    standard operators. The graph is compared with the PyTorch network on the example, on a second
-    batch if the batch is dynamic, and on a second height and width if they are. Only then is the
-    file written.
+    A copy in evaluation mode on the CPU is exported, of standard operators. Attention whose
+    identity start has alpha = 0 is left out, which changes no output. The graph is compared with
+    the PyTorch network on the example, on a second batch if the batch is dynamic, and on a second
+    height and width if they are; only then is the file written.
 
     Shape:
         input: [N, C, H, W], as the network takes it; outputs are the tensors that it returns.
@@ -95,8 +94,7 @@ def to_onnx(
     Args:
         model: A network, or an attention module alone, that takes one tensor.
         path: The file to write; its folder must exist.
-        input_shape: Shape of a random example; None is the network's default input, or
-            (1, 3, 224, 224).
+        input_shape: Shape of a random example; None is the network's, or (1, 3, 224, 224).
         example: Your own input, or a shape; instead of ``input_shape``.
         dynamic_batch: Whether N may vary.
         dynamic_size: Whether H and W may vary; not for modules built for one map size.
@@ -104,18 +102,15 @@ def to_onnx(
         precision: ``"fp16"`` exports weights, maps and input in half precision; gates are computed
             in float32 there too, and the check compares with the network in float32.
         check: Whether to check the graph with onnxruntime.
-        tolerance: Largest difference relative to the outputs' largest magnitude; None is 1e-3,
-            for fp16 3e-2.
-        metadata: Additional metadata entries, next to ``spem_version``, ``spem_attention`` and
-            ``spem_precision``.
+        tolerance: Largest difference relative to the largest output; None is 1e-3, fp16 3e-2.
+        metadata: Entries next to ``spem_version``, ``spem_attention`` and ``spem_precision``.
 
     Raises:
         ImportError: The extra ``export`` is not installed.
         FileNotFoundError: There is no such folder.
         TypeError: ``model`` is not a module.
-        ValueError: An unknown precision or opset; a module that is built for one map size, or a
-            network that cannot be exported so; a graph whose outputs differ from the network's. No
-            file is written then.
+        ValueError: An unknown precision or opset; a network or module that cannot be exported so;
+            a graph whose outputs differ from the network's. No file is written then.
     """
     for package in ("onnxscript", "onnxruntime", "onnx"):
         onnx: Any = require(package, extra="export", purpose="to_onnx")
@@ -130,10 +125,8 @@ def to_onnx(
     for key, module in model.named_modules() if dynamic_size else ():
         if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
             place = f"{key} ({module.name})" if key else module.name
-            raise ValueError(
-                f"to_onnx: dynamic_size=True: {place} is built for maps of one size. "
-                f"Leave dynamic_size out."
-            )
+            fixed = f"{place} is built for maps of one size"
+            raise ValueError(f"to_onnx: dynamic_size=True: {fixed}. Leave dynamic_size out.")
     x = _example(model, input_shape if example is None else example)
     network, given = _without_idle(model).cpu().float(), x
     if precision == "fp16":
@@ -144,10 +137,8 @@ def to_onnx(
     for key, value in ({f"spem_{k}": v for k, v in about.items()} | dict(metadata or {})).items():
         proto.metadata_props.add(key=key, value=value)
     if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        raise ValueError(
-            f"to_onnx: {name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds. "
-            f"Use precision='fp16'."
-        )
+        large = f"{name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds"
+        raise ValueError(f"to_onnx: {large}. Use precision='fp16'.")
     onnx.checker.check_model(proto)
     content: bytes = proto.SerializeToString()
     found: tuple[Difference, ...] = ()
@@ -171,17 +162,13 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     """A float32 input on the CPU; random ones are the same every time."""
     if isinstance(example, Tensor):
         if example.dim() < 3 or not example.is_floating_point():
-            raise ValueError(
-                f"to_onnx: example must be floating-point maps [N, C, H, W], got {example.dtype} "
-                f"{list(example.shape)}."
-            )
+            got = f"{example.dtype} {list(example.shape)}"
+            raise ValueError(f"to_onnx: example={got} is not floating-point maps [N, C, H, W].")
         return example.detach().cpu().float()
     shape = default_input(model) if example is None else tuple(example)
     if len(shape) < 3 or not all(type(extent) is int and extent > 0 for extent in shape):
-        raise ValueError(
-            f"to_onnx: {list(shape)} is not the shape of an input. "
-            "Use positive integers (N, C, H, W)."
-        )
+        remedy = "Use positive integers (N, C, H, W)."
+        raise ValueError(f"to_onnx: {list(shape)} is not the shape of an input. {remedy}")
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -227,10 +214,8 @@ def _converted(
         raise ValueError(f"to_onnx: {name} has no ONNX graph: {reason}") from error
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
     if opset not in (None, written):
-        raise ValueError(
-            f"to_onnx: the graph of {name} cannot be written with opset={opset}, only with "
-            f"{written}. Leave opset out."
-        )
+        said = f"the graph of {name} cannot be written with opset={opset}, only with {written}"
+        raise ValueError(f"to_onnx: {said}. Leave opset out.")
     return proto, written
 
 
@@ -274,10 +259,8 @@ def _compared(
         with rephrased(graph, _REMEDY):
             found = difference(x.shape, expected, session(x))
         if not found.relative <= limit:  # a NaN too
-            raise ValueError(
-                f"{graph} differs from PyTorch by {found.relative:.2g} of the largest "
-                f"output, more than {limit:.2g}. {_REMEDY}"
-            )
+            far = f"{found.relative:.2g} of the largest output, more than {limit:.2g}"
+            raise ValueError(f"{graph} differs from PyTorch by {far}. {_REMEDY}")
         differences.append(found)
     return tuple(differences)
 
@@ -325,10 +308,6 @@ def difference(
     """Compare two lists of outputs; if number or shapes differ, the difference is infinite."""
     if [e.shape for e in expected] != [f.shape for f in found]:
         return Difference(tuple(shape), float("inf"), float("inf"))
-    pairs = [(e, f) for e, f in zip(expected, found, strict=True) if e.numel()]
-    if not pairs:
-        return Difference(tuple(shape), 0.0, 0.0)
-    # Not Python's max, which may leave a NaN out.
-    largest = float(torch.stack([(e - f).abs().amax() for e, f in pairs]).amax())
-    scale = float(torch.stack([e.abs().amax() for e, _ in pairs]).amax())
-    return Difference(tuple(shape), largest, largest / max(scale, 1e-30))
+    one, two = (torch.cat([torch.zeros(1), *map(torch.ravel, each)]) for each in (expected, found))
+    largest = float((one - two).abs().max())  # a NaN too, which Python's max may leave out
+    return Difference(tuple(shape), largest, largest / max(float(one.abs().max()), 1e-30))

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 import tempfile
 import warnings
@@ -105,10 +106,8 @@ class _Call(Attached):
 
     def __post_init__(self) -> None:
         if self.where:
-            raise ValueError(
-                f"{self.attention} was attached with where=, a rule that no file can hold. Use "
-                f"include= or stages=, or share the weights with your code."
-            )
+            said = f"{self.attention} was attached with where=, a rule that no file can hold"
+            raise ValueError(f"{said}. Use include= or stages=, or share weights with your code.")
         shape = self.input_shape
         if shape is not None and (min(shape, default=0) < 1 or math.prod(shape) > _LARGEST_INPUT):
             raise ValueError(f"attach: input_shape={list(shape)} is not the shape of an input.")
@@ -134,9 +133,8 @@ class _Config:
         host = self.host
         count = host.classes if isinstance(host, _Ours) else host.options.get("num_classes")
         if self.classes is not None and count is not None and len(self.classes) != count:
-            raise ValueError(
-                f"{len(self.classes)} names of classes for {count} outputs. Name each of them."
-            )
+            named = f"{len(self.classes)} names of classes for {count} outputs"
+            raise ValueError(f"{named}. Name each of them.")
 
     @property
     def host(self) -> _Ours | _Theirs:
@@ -181,11 +179,10 @@ def save_pretrained(
     license: str | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Write a network into a folder that `from_pretrained` can load.
+    """Write a network, its config and a model card into a folder that `from_pretrained` can load.
 
-    The folder gets ``model.safetensors``, ``config.json`` and a model card, ``README.md``. Before
-    anything is written, the network is rebuilt from that config and compared, first tensor by
-    tensor, then by its outputs for one random input.
+    Before anything is written, the network is rebuilt from that config and compared, first tensor
+    by tensor, then by its outputs for one random input.
 
     Args:
         model: A network of `spem.resnet`, timm or torchvision, with or without attached attention.
@@ -203,7 +200,7 @@ def save_pretrained(
     Raises:
         ValueError: The network cannot be made from a config, is of several dtypes, a result is no
             number, or the folder holds files of these names that another program wrote.
-        ImportError: An extra is missing; the message ends in the line that installs it.
+        ImportError: An extra is missing.
     """
     folder = Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="save_pretrained")
@@ -231,11 +228,11 @@ def save_pretrained(
         )
         built = _built(config)
         if wrong := _misfit(state, built.state_dict()):
-            raise ValueError(
-                f"{config.network.get('arch', 'spem.resnet')}, rebuilt, is another network: "
-                f"{wrong}. Pass arch= and options= as it was built, and change it by spem.attach "
-                f"alone."
+            said = (
+                f"{config.network.get('arch', 'spem.resnet')}, rebuilt, is another network: {wrong}"
             )
+            remedy = "Pass arch= and options= as it was built, and change it by spem.attach alone."
+            raise ValueError(f"{said}. {remedy}")
         built.load_state_dict(state)
         outputs = _compared(model, built)
         if config.network["kind"] == "torchvision" and [t.dim() for t in outputs] == [2]:
@@ -245,12 +242,10 @@ def save_pretrained(
         card = _card(model, config, _measured(results), license, repo_id)
     except ValueError as error:
         raise ValueError(f"save_pretrained: {error}") from error
-    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    there = [folder / name for name in FILES if os.path.lexists(folder / name)]
     if there and not is_shared(folder):
-        raise ValueError(
-            f"save_pretrained: {folder / there[0]} is there and was not written by "
-            f"save_pretrained. Name another folder."
-        )
+        said = f"{there[0]} is there and was not written by save_pretrained"
+        raise ValueError(f"save_pretrained: {said}. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     # The config last: a folder that has one is complete.
     write_atomic(folder / WEIGHTS, content)
@@ -278,10 +273,8 @@ def _described(
         spec = spec_text(model.spec)
         return asdict(_Ours("spem.resnet", model.depth, model.classes, spec, model.block))
     if arch is None:
-        raise ValueError(
-            f"{type(model).__name__} does not say what it is called. Pass arch=, its name in timm "
-            f"or torchvision, such as 'torchvision:resnet50'."
-        )
+        remedy = "Pass arch=, its name in timm or torchvision, such as 'torchvision:resnet50'."
+        raise ValueError(f"{type(model).__name__} does not say what it is called. {remedy}")
     library, name = library_of(arch, "arch")
     given: dict[str, Any] = {}
     if library == "timm":  # whose networks show some of their options
@@ -392,10 +385,8 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     if math.isnan(found.largest):
         raise ValueError("the network's outputs are not finite numbers. Look at its weights.")
     if found.relative > 1e-9:  # rounding in float64 is less
-        raise ValueError(
-            "the network, rebuilt with the same weights, computes other outputs: pass options= "
-            "as it was built, or it was changed by something else than attach."
-        )
+        said = "the network, rebuilt with the same weights, computes other outputs"
+        raise ValueError(f"{said}: pass options= as it was built, and change it by attach alone.")
     return outputs[0]
 
 
@@ -434,15 +425,13 @@ def from_pretrained(
         FileNotFoundError: No such folder and no such id, or a file is missing.
         ValueError: The config has another layout, or the weights do not belong to it.
         OSError: The repository cannot be fetched.
-        ImportError: An extra is missing; the message ends in the line that installs it.
+        ImportError: An extra is missing.
     """
     if Path(repo_or_folder).is_dir():
         return read_shared(repo_or_folder).model
     if _ID.fullmatch(str(repo_or_folder)) is None:
-        raise FileNotFoundError(
-            f"from_pretrained: {repo_or_folder} is neither a folder nor the id of a repository "
-            f"(owner/name)."
-        )
+        said = f"{repo_or_folder} is neither a folder nor the id of a repository (owner/name)"
+        raise FileNotFoundError(f"from_pretrained: {said}.")
     hub = require("huggingface_hub", extra="hub", purpose="from_pretrained")
     said = f"from_pretrained: there is no folder {repo_or_folder}, and the repository of this name"
     remedy = "Check the name and the connection, or name a folder."
@@ -460,35 +449,25 @@ def from_pretrained(
 
 
 def read_shared(folder: str | Path) -> Shared:
-    """The network of a folder, with its images and classes.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: As for `from_pretrained`.
-    """
+    """The network of a folder, with its images and classes. Raises as `from_pretrained` does."""
     asker, folder = f"from_pretrained: {folder}", Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="from_pretrained")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{asker} holds no {name}. Use a folder that save_pretrained wrote."
-            )
+            remedy = "Use a folder that save_pretrained wrote."
+            raise FileNotFoundError(f"{asker} holds no {name}. {remedy}")
     content = read_regular(folder / WEIGHTS)
     try:
         with rephrased(f"{CONFIG} is not JSON", "Fetch it again."):
             values = json.loads(read_regular(folder / CONFIG))
         schema = values.get("schema") if isinstance(values, dict) else None
         if schema != SCHEMA:
-            raise ValueError(
-                f"{CONFIG} is of layout {schema!r}, this version of spem reads {SCHEMA}. "
-                f"Use the version that wrote it, or write it again with save_pretrained."
-            )
+            said = f"{CONFIG} is of layout {schema!r}, this version of spem reads {SCHEMA}"
+            raise ValueError(f"{said}. Use the version that wrote it, or write it again with this.")
         config: _Config = _read(_Config, values, CONFIG)
         if hashlib.sha256(content).hexdigest() != config.weights_sha256:
-            raise ValueError(
-                f"the SHA-256 of {WEIGHTS} is not the one in {CONFIG}; it is damaged or of another "
-                f"network. Fetch it again."
-            )
+            said = f"the SHA-256 of {WEIGHTS} is not the one in {CONFIG}"
+            raise ValueError(f"{said}; it is damaged or of another network. Fetch it again.")
         with rephrased(f"{WEIGHTS} is not a safetensors file"):
             state: dict[str, Tensor] = safetensors.load(content)
         wrong, model = _too_large(state, config), nn.Module()
@@ -497,9 +476,8 @@ def read_shared(folder: str | Path) -> Shared:
             state = true_keys(model, state)
             wrong = _misfit(state, model.state_dict())
         if wrong:
-            raise ValueError(
-                f"{wrong}. Weights and config belong to different networks; fetch both again."
-            )
+            remedy = "Weights and config belong to different networks; fetch both again."
+            raise ValueError(f"{wrong}. {remedy}")
     except ValueError as error:
         raise ValueError(f"{asker}: {error}") from error
     model.load_state_dict(state)
@@ -535,7 +513,6 @@ def push_to_hub(
     Raises:
         ValueError: As for `save_pretrained`, or ``repo_id`` is not an id.
         OSError: The hub refuses or cannot be reached.
-        ImportError: huggingface_hub is not installed.
     """
     check_id(repo_id, "push_to_hub")
     hub = require("huggingface_hub", extra="hub", purpose="push_to_hub")
@@ -592,10 +569,8 @@ def _of_run(folder: Path) -> _Measured:
     """The accuracy after the last epoch of a finished run."""
     path = folder / "result.json"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} holds no result.json, so its run has not finished. Finish it, or leave "
-            f"results out."
-        )
+        said = f"{folder} holds no result.json, so its run has not finished"
+        raise ValueError(f"{said}. Finish it, or leave results out.")
     run = load_json(path, remedy="Delete it and run the same training again.")
     try:
         note = (
