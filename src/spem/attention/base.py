@@ -21,6 +21,7 @@ from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
 from spem.ops.dispatch import log_choice
 from spem.ops.library import has_hooks, may_show, without_hooks
 from spem.ops.stats import STATISTICS
+from spem.ops.tail import called
 from spem.seeding import Initialiser
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)  # pyright: ignore[reportPrivateUsage]
@@ -166,31 +167,27 @@ class ChannelAttention(nn.Module):
         """What a module that adds (`Needs.adds`) adds to x * gate(x), in at least float32."""
         raise NotImplementedError(f"{type(self).__name__} adds nothing to the map.")
 
-    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor:
-        """y = x * gate(x); ``gate`` is that of x where it is known already.
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x * gate(x).
 
         Raises:
             TypeError: x is not a floating-point tensor.
             ValueError: Wrong rank or channel count, or a map or batch smaller than `needs` says.
         """
         self._check(x)
-        return x * (self.gate(x) if gate is None else gate).to(x.dtype)
+        return x * self.gate(x).to(x.dtype)
 
     def tail(self, z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
         """The end of a residual branch: relu(self(norm(z)) + residual).
 
-        A module whose gate is a function of plane statistics runs it in one operation with the
-        norm (`spem.ops.bn_gate_tail`); any other is composed, and so is one with hooks where
-        gradients are recorded. z and residual keep their values.
+        A gate that is a function of plane statistics runs in one operation with the norm
+        (`spem.ops.bn_gate_tail`); any other is composed, and so is a module with hooks in training
+        or where gradients are recorded. z and residual keep their values.
 
         Shape:
             z, residual, output: [N, C, ...].
         """
-
-        def show(x: Tensor, v: Tensor | None) -> Tensor:
-            return self(x) if v is None else self(x, gate=v)
-
-        return self._tail(z, residual, norm, lambda module: module.gate_from, show)
+        return self._tail(z, residual, norm, lambda m: m.gate_from, lambda m, x: m(x))
 
     def begin(self) -> Tail:
         """The tail of the blocks of a stage that share this module, in one forward pass."""
@@ -260,33 +257,29 @@ class ChannelAttention(nn.Module):
         residual: Tensor,
         norm: nn.Module | None,
         gate_of: Callable[[Self], Callable[[PlaneStats], Tensor]],
-        show: Callable[[Tensor, Tensor | None], Tensor],
+        call: Callable[[Self, Tensor], Tensor],
     ) -> Tensor:
         traced = not isinstance(z, Tensor)
-        shown = not traced and may_show(self, z) and not getattr(norm, "training", False)
+        trains = self.training or getattr(norm, "training", False)
+        shown = not traced and not trains and may_show(self, z)
         composed = "traced" if traced else self._why_no_gate() if shown else self.why_composed()
         if composed is not None:
             log_choice("tail", z, Choice("reference", composed))
             x = z if norm is None else norm(z)
-            return (show(x, None) + residual).relu_()
+            return (call(self, x) + residual).relu_()
         self._check(z)
-        gates: list[Tensor] = []
-        watched = without_hooks(self) if shown else self
+        watched = self
         if shown:
-            watched._observers = {**self._observers, -1: lambda gate, _images: gates.append(gate)}
-        gate = gate_of(watched)
+            # Hooks are given maps that were made for them; where they only look, the tail is fused.
+            x, norm = (z, None) if norm is None else called(norm, z)
+            z = x if norm is None else z
+            watched = without_hooks(self, inside=True)
+            plain, seen = call(watched, x), call(self, x)
+            if not torch.equal(seen, plain):
+                return (seen + residual).relu_()
         if norm is None:
-            y = gate_tail(z, residual, gate, statistics=self.statistics)
-        else:
-            y = bn_gate_tail(z, residual, norm, gate, statistics=self.statistics)
-        if not shown:
-            return y
-        # The hooks of this module are given maps that were made for them.
-        x = z if norm is None else without_hooks(norm)(z)
-        v = gates[0].reshape(*gates[0].shape, *[1] * (x.dim() - 2))
-        seen = show(x, v)
-        same = torch.equal(seen, x * v.to(x.dtype))
-        return y if same else (seen + residual).relu_()
+            return gate_tail(z, residual, gate_of(watched), statistics=self.statistics)
+        return bn_gate_tail(z, residual, norm, gate_of(watched), statistics=self.statistics)
 
     @staticmethod
     def _observed(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -75,21 +75,10 @@ class DIA(ChannelAttention):
         """The gate after a state, [N, C, 1, ...]."""
         return self._gate_and_state(x, state)[0]
 
-    def forward(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        *,
-        gate: Tensor | None = None,
-        after: State = (),
-    ) -> Tensor | tuple[Tensor, State]:
-        """x * gate(x) as in the first block; with a state, the state after it too.
-
-        ``gate``, and ``after``, the state after it, are given where they are known already.
-        """
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
+        """x * gate(x) as in the first block; with a state, the state after it too."""
         self._check(x)
-        if gate is None:
-            gate, after = self._gate_and_state(x, state or ())
+        gate, after = self._gate_and_state(x, state or ())
         y = x * gate.to(x.dtype)
         return y if state is None else (y, after)
 
@@ -109,12 +98,12 @@ class DIA(ChannelAttention):
 
                 return gate
 
-            def show(x: Tensor, v: Tensor | None) -> Tensor:
+            def call(module: DIA, x: Tensor) -> Tensor:
                 nonlocal state
-                y, state = self(x, before, gate=v, after=state)
+                y, state = module(x, before)
                 return y
 
-            return self._tail(z, residual, norm, gate_of, show)
+            return self._tail(z, residual, norm, gate_of, call)
 
         return tail
 

@@ -76,7 +76,7 @@ class IdentityStart(ChannelAttention):
         compiled = None if find is None else find(inner)
         if compiled is None or compiled.alpha is not None:
             return None
-        return compiled._replace(alpha=self.alpha, observers=inner._observers)
+        return compiled._replace(alpha=self.alpha, observed=bool(inner._observers))
 
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
@@ -87,10 +87,10 @@ class IdentityStart(ChannelAttention):
         """1 + alpha (v - 1), broadcastable to x."""
         return self._from_one(self.inner.gate(x))
 
-    def forward(self, x: Tensor, *, gate: Tensor | None = None) -> Tensor:
-        """y, as in the formula; ``gate`` is 1 + alpha (v - 1) of x where it is known already."""
+    def forward(self, x: Tensor) -> Tensor:
+        """y, as in the formula."""
         if not self._mixes_maps:
-            return super().forward(x, gate=gate)
+            return super().forward(x)
         return x + self.alpha.to(x.dtype) * (self.inner(x) - x)
 
     def _from_one(self, v: Tensor) -> Tensor:

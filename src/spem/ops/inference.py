@@ -7,9 +7,8 @@ path that records gradients, which says what is wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -56,7 +55,7 @@ class CompiledGate(NamedTuple):
         number: lambda.
         width: SE's hidden units h, ECA's taps.
         alpha: One number; the factor is then 1 + alpha (v - 1), v being the gate of the tensors.
-        observers: Called with v, where it is not what the factor is.
+        observed: Whether v has observers, where it is not what the factor is.
     """
 
     kind: str
@@ -64,7 +63,7 @@ class CompiledGate(NamedTuple):
     number: float = 0.0
     width: int = 0
     alpha: Tensor | None = None
-    observers: Mapping[int, Callable[[Tensor, int], None]] = MappingProxyType({})
+    observed: bool = False
 
 
 def compiled_by(find: Callable[[Any], CompiledGate | None]) -> Callable[[_G], _G]:
@@ -109,26 +108,16 @@ def infer(
     kernels = kernels_of("numba")
     if gate is None:
         return kernels.fused_tail(z, residual, constants, None)
-    compiled = _compiled(gate, getattr(gate, "__self__", None), shape[1])
-    if compiled is not None:
-        observers = getattr(getattr(gate, "__self__", None), "_observers", None)
-        if not observers and not compiled.observers:
-            return kernels.fused_tail(z, residual, constants, compiled)
-        v = z.new_empty(shape[:2], dtype=compute_dtype(z.dtype))
-        y = kernels.fused_tail(z, residual, constants, compiled, v)
-        for observer in tuple(compiled.observers.values()):
-            observer(v, shape[0])
-        if compiled.alpha is not None:
-            v = 1.0 + compiled.alpha.to(v.dtype) * (v - 1.0)
-        for observer in tuple((observers or {}).values()):
-            observer(v, shape[0])
-        return y
+    owner = getattr(gate, "__self__", None)
+    compiled = _compiled(gate, owner, shape[1])
+    if compiled is not None and not compiled.observed and not getattr(owner, "_observers", None):
+        return kernels.fused_tail(z, residual, constants, compiled)
     if any(name not in STATISTICS for name in statistics):
         return None
     found = kernels.norm_stats(z, constants, statistics)
     stats = selected(found, statistics, z)
-    v = gate_values(gate, stats, z)
-    compiled = _despite_hooks(gate, stats, v, shape[1])
+    v = gate_values(gate, stats, z)  # which observers and hooks inside are given
+    compiled = compiled or _despite_hooks(gate, stats, v, shape[1])
     if compiled is not None:
         return kernels.fused_tail(z, residual, constants, compiled)
     return kernels.fused_tail(z, residual, constants, None, v.contiguous())
@@ -198,8 +187,6 @@ def _despite_hooks(
     ):
         return None
     plain = without_hooks(owner, inside=True)
-    for part in plain.modules():
-        vars(part)["_observers"] = {}
     compiled = _compiled(gate, plain, channels)
     if compiled is None or not torch.equal(v, getattr(plain, gate.__name__)(stats)):
         return None

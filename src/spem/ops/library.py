@@ -26,7 +26,10 @@ _TORCH_C = getattr(torch, "_C", None)  # what is behind it may change or go
 _FUNCTORCH = getattr(_TORCH_C, "_functorch", None)
 _STACKS = [getattr(_TORCH_C, f"_len_torch_{kind}_stack", int) for kind in ("dispatch", "function")]
 _MODULES = {"numba": "spem.ops.cpu", "triton": "spem.ops.cuda"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WATCHERS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    "_observers",
+)
 
 
 def passes(impl: str) -> Any:
@@ -134,12 +137,12 @@ def may_show(module: nn.Module, z: Tensor) -> bool:
 
 
 def without_hooks(module: _M, *, inside: bool = False) -> _M:
-    """A second module of the same parameters and buffers that calls no hook of its own.
+    """A second module of the same parameters and buffers that calls no hook or observer of its own.
 
     ``inside``: nor one of the modules that it holds.
     """
     twin = copy(module)
-    vars(twin).update({kind: OrderedDict() for kind in _HOOKS})
+    vars(twin).update({kind: OrderedDict() for kind in _WATCHERS})
     if inside:
         parts: dict[str, nn.Module | None] = vars(twin)["_modules"]
         held = {name: part and without_hooks(part, inside=True) for name, part in parts.items()}
