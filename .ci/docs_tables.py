@@ -89,7 +89,7 @@ def modules_full() -> str:
         lines = [f"### {name} {{ #{name} }}", "", doc.partition("\n")[0], "", "```text"]
         parts += [
             *lines,
-            "\n".join(formula(name)).replace("``", ""),
+            formula(name).replace("``", ""),
             "```",
             "",
             *(f"- {fact}" for fact in facts),

@@ -42,7 +42,7 @@ _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself i
 class Difference:
     """The difference between two programs' outputs on one input of this shape.
 
-    ``largest`` is absolute; ``relative`` divides it by the largest output magnitude of the first.
+    ``largest`` is absolute; ``relative`` divides it by the first one's largest magnitude.
     """
 
     shape: tuple[int, ...]
@@ -52,11 +52,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that `to_onnx` wrote.
+    """The file that `to_onnx` wrote; how often each operator occurs in it.
 
-    Attributes:
-        operators: The number of times each operator occurs.
-        differences: From the PyTorch network in float32, per checked input; empty without check.
+    ``differences`` are those from the PyTorch network in float32, one a checked input.
     """
 
     path: Path
@@ -266,11 +264,7 @@ def _compared(
 
 
 class Session:
-    """An ONNX graph, given as the bytes of a file, in onnxruntime on one thread of the CPU.
-
-    Raises:
-        ValueError: onnxruntime cannot load the graph.
-    """
+    """An ONNX graph (the bytes of a file) in onnxruntime, on one thread; ValueError if damaged."""
 
     def __init__(self, content: bytes) -> None:
         runtime = require("onnxruntime", extra="export", purpose="running an ONNX graph")

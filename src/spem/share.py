@@ -155,7 +155,7 @@ class Shared(NamedTuple):
 
 
 def _read(kind: type[Any], values: Any, subject: str) -> Any:
-    """Build a dataclass from a table with exactly its fields and types; else ValueError."""
+    """A dataclass from a table with exactly its fields and types; else ValueError."""
     dacite = require("dacite", extra="hub", purpose="a shared folder")
     try:
         return dacite.from_dict(kind, values, dacite.Config(strict=True, cast=[tuple]))
@@ -190,8 +190,7 @@ def save_pretrained(
         results: For the card: the folder of a finished run, or tables with ``dataset``, ``metric``,
             ``value`` and optionally ``split`` and ``note``.
         arch: Such as ``"torchvision:resnet50"``; timm's networks know theirs.
-        options: Its constructor's options, such as ``{"num_classes": 10}``
-            (`spem.architectures.OPTIONS`).
+        options: Its constructor's, such as ``{"num_classes": 10}`` (`spem.architectures.OPTIONS`).
         images: ``size``, ``mean`` and ``std`` of its training images; timm's networks know them.
         classes: Names of the classes in the order of the outputs.
         license: Of the weights, as the hub spells it, such as ``"apache-2.0"``.
@@ -228,11 +227,9 @@ def save_pretrained(
         )
         built = _built(config)
         if wrong := _misfit(state, built.state_dict()):
-            said = (
-                f"{config.network.get('arch', 'spem.resnet')}, rebuilt, is another network: {wrong}"
-            )
+            other = f"{config.network.get('arch', 'spem.resnet')}, rebuilt, is another network"
             remedy = "Pass arch= and options= as it was built, and change it by spem.attach alone."
-            raise ValueError(f"{said}. {remedy}")
+            raise ValueError(f"{other}: {wrong}. {remedy}")
         built.load_state_dict(state)
         outputs = _compared(model, built)
         if config.network["kind"] == "torchvision" and [t.dim() for t in outputs] == [2]:
@@ -244,8 +241,8 @@ def save_pretrained(
         raise ValueError(f"save_pretrained: {error}") from error
     there = [folder / name for name in FILES if os.path.lexists(folder / name)]
     if there and not is_shared(folder):
-        said = f"{there[0]} is there and was not written by save_pretrained"
-        raise ValueError(f"save_pretrained: {said}. Name another folder.")
+        strange = f"{there[0]} is there and was not written by save_pretrained"
+        raise ValueError(f"save_pretrained: {strange}. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     # The config last: a folder that has one is complete.
     write_atomic(folder / WEIGHTS, content)
@@ -293,8 +290,7 @@ def _described(
 def _built(config: _Config) -> nn.Module:
     """The network of a config, with random weights, in evaluation mode.
 
-    Only constructors of this library, timm and torchvision run, with the arguments that `OPTIONS`
-    and the dataclasses here allow.
+    Only constructors of this library, timm and torchvision run, with arguments checked above.
     """
     host = config.host
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -335,8 +331,8 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
     """How weights differ from those of a config, checked before allocating memory for its network.
 
     First by cheap bounds: every layer counted in a depth has a tensor, every class and input
-    channel a number. Then on the meta device, which allocates nothing; what cannot be built there
-    is reported by the real build, if its host has a sane size.
+    channel a number. Then on the meta device; what cannot be built there is left to the real build,
+    if its host has a sane size.
     """
     total = sum(tensor.numel() for tensor in state.values())
     for name, value in config.network.get("options", config.network).items():
@@ -357,9 +353,8 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
 def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     """The outputs of a network on one random input; ValueError unless the other gives the same.
 
-    This also compares parts without parameters. Copies of both run in float64. Scales near zero (an
-    untouched identity start, a block's last norm, a layer scale) would hide what they multiply, so
-    they are raised in both.
+    This compares parts without parameters too. Copies of both run in float64, scales near zero
+    (an identity start, a last norm, a layer scale) raised, which would hide what they multiply.
     """
     shape = next((c.input_shape for part, c in remembered(model) if not part), None)
     if shape is None:
@@ -501,17 +496,14 @@ def push_to_hub(
     """Write a network as `save_pretrained` does, upload it to the hub, return the commit's URL.
 
     Args:
-        model: The network.
-        repo_id: Of the repository, ``owner/name``; created if missing.
+        repo_id: ``owner/name``; created if missing.
         private: Whether a new repository is private; None is the owner's default.
-        token: A token with write access; None takes that of `hf auth login`.
+        token: With write access; None takes that of `hf auth login`.
         revision: The branch; None is the default branch.
         create_pr: Open a pull request instead of committing to the branch.
-        commit_message: Message of the commit.
-        describing: Further arguments of `save_pretrained`.
+        describing: Further arguments of `save_pretrained`, whose errors are raised too.
 
     Raises:
-        ValueError: As for `save_pretrained`, or ``repo_id`` is not an id.
         OSError: The hub refuses or cannot be reached.
     """
     check_id(repo_id, "push_to_hub")
@@ -593,7 +585,7 @@ def _card(
     license: str | None,
     repo_id: str | None,
 ) -> str:
-    """The text of `README.md`: metadata for the hub, then the card."""
+    """The text of `README.md`."""
     hub = require("huggingface_hub", extra="hub", purpose="save_pretrained")
     host, images, task = config.host, config.images, "image-classification"
     found = [config.network.get("attention", "none"), *(call.attention for call in config.attach)]

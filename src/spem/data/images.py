@@ -128,9 +128,8 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> 
     x' = W - 1 - x if flips[i], else x. No host synchronisation.
 
     Shape:
-        images: uint8 (any dtype) [n, C, H, W], any memory format; n = 0 is fine.
+        images: Any dtype, [n, C, H, W]; the result is channels_last.
         offsets, flips: As in an `EpochPlan` drawn with this ``pad``.
-        result: [n, C, H, W], channels_last.
     """
     n, channels, height, width = images.shape
     device = images.device
@@ -152,11 +151,8 @@ def normalise(
     """**Formula**: (images / 255 - mean) / std, in at least float32, then rounded to ``dtype``.
 
     Shape:
-        images: uint8 [n, C, H, W]; the result has the same shape and memory format.
+        images: uint8 [n, C, H, W], else ValueError; the result has its shape and memory format.
         mean, std: Per channel, on the scale 0 .. 1.
-
-    Raises:
-        ValueError: Images are not uint8, or mean and std do not fit their channels.
     """
     if images.dtype != torch.uint8 or not len(mean) == len(std) == images.shape[1]:
         raise ValueError(

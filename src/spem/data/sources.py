@@ -244,7 +244,7 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
         remedy = "Write it with datasets' Dataset.to_parquet and a ClassLabel column."
         raise ValueError(f"{path}: column {label!r} carries no class names. {remedy}")
     rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
-    blobs = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
+    blobs: list[Any] = [row.get("bytes") if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(blob, bytes) for blob in blobs):
         raise ValueError(f"{path}: column {image!r} must hold structs with the bytes of an image.")
     if not all(isinstance(value, int) and 0 <= value < len(classes) for value in labels):
@@ -293,11 +293,10 @@ _READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CI
 
 
 def _digits(split: Split, size: int) -> _Read:
-    """The 1797 handwritten 8x8 digits that come with scikit-learn, as colour images.
+    """The 1797 handwritten 8x8 digits of scikit-learn, as colour images, each pixel a square.
 
     The last 360 are the test split, in the original order on purpose: images come writer by writer,
-    so other people wrote them. Values 0 .. 16 become 0 .. 255, rounded, and each pixel a square,
-    without interpolation, so that maps are large enough for a network's stages.
+    so other people wrote them.
     """
     import numpy as np
 
