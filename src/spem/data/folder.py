@@ -62,10 +62,8 @@ def look(folder: Path) -> Listing:
         splits = {"train": folder / "train", "test": folder / test}
     elif "train" in inside or test is not None:
         there, lacking = ("train", "test") if test is None else (test, "train")
-        remedy = (
-            "Put a folder per class into both, or all into one folder, of which a part is held out"
-        )
-        raise FileNotFoundError(f"{folder}: there is {there}/ but no {lacking}/. {remedy}.")
+        remedy = "Put a folder per class into both, or the classes straight into the folder itself."
+        raise FileNotFoundError(f"{folder}: there is {there}/ but no {lacking}/. {remedy}")
     found = {split: _folders(where) for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))
     faults: list[str] = []
@@ -95,8 +93,7 @@ def look(folder: Path) -> Listing:
 
 def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, without what programs leave there."""
-    shown = (path for path in folder.iterdir() if path.name[0] != "." and path.name != "__MACOSX")
-    return sorted(shown)
+    return sorted(p for p in folder.iterdir() if p.name[0] != "." and p.name != "__MACOSX")
 
 
 def _folders(folder: Path) -> dict[str, Path]:

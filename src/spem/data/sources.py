@@ -21,8 +21,6 @@ TEST_SHARE = 0.2
 
 _COLUMNS = ("img", "image"), ("fine_label", "label")
 """Names of the columns of images, and of labels: CIFAR-100 has coarse ones next to the fine."""
-
-
 _Read = tuple[Any, list[int], tuple[str, ...]]
 """What a reader found: image files or bytes with names for messages, or pixels; labels; classes."""
 
@@ -49,9 +47,8 @@ def check_images(
     kind = _kind(where)
     files = image_folder.look(where).files if kind == "folder" else {}
     if test is not None and "all" not in files:
-        raise ValueError(
-            f"{where}: has a test split, data.test={test} has no effect. Leave it out."
-        )
+        said = f"has a split for the test, so data.test={test} has no effect"
+        raise ValueError(f"{where}: {said}. Leave it out.")
     paths = [path for split in files.values() for path, _ in split]
     image_folder.check_files(paths, size=size, skip_broken=skip_broken)
     for split in ("train", "test") if kind == "parquet" else ():
@@ -131,10 +128,8 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     """The folder of a set; None if it comes from the hub."""
     short = known_name(name_or_path)
     if short is None and root is not None:
-        named = ", ".join(HUB_IDS)
-        raise ValueError(
-            f"{name_or_path}: a root is for named sets ({named}). Give the whole path."
-        )
+        said = f"a root is for named sets ({', '.join(HUB_IDS)})"
+        raise ValueError(f"{name_or_path}: {said}. Give the whole path instead.")
     base = os.environ.get("SPEM_DATA") if root is None else root
     if short is not None and not base:
         return None
@@ -211,9 +206,7 @@ def _parquet(folder: Path, split: Split, share: float) -> _Read:
         labels += values
         found.add(classes)
     if len(found) > 1:
-        raise ValueError(
-            f"{folder}: files of {split} disagree on the classes. Fetch the set again."
-        )
+        raise ValueError(f"{folder}: files of {split} disagree on the classes. Fetch them again.")
     if not labels:
         raise ValueError(f"{shards[0]}: there are no images. Fetch the set again.")
     return images, labels, found.pop()
@@ -248,16 +241,15 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
     if not all(isinstance(blob, bytes) for blob in blobs):
         raise ValueError(f"{path}: column {image!r} must hold structs with the bytes of an image.")
     if not all(isinstance(value, int) and 0 <= value < len(classes) for value in labels):
-        raise ValueError(
-            f"{path}: {label!r} has rows whose label is none of {len(classes)} classes."
-        )
+        said = f"has rows whose label is none of {len(classes)} classes"
+        raise ValueError(f"{path}: column {label!r} {said}.")
     return blobs, labels, tuple(classes)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
     """The parquet files of one split, in order, from the folder itself or one folder below it."""
-    shards = sorted(folder.glob(f"{split}[-.]*")) or sorted(folder.glob(f"*/{split}[-.]*"))
-    shards = [path for path in shards if path.suffix == ".parquet"]
+    named = f"{split}[-.]*parquet"
+    shards = sorted(folder.glob(named)) or sorted(folder.glob(f"*/{named}"))
     if not shards:
         wanted = f"no parquet file of the split {split!r} ({split}-*.parquet), here or one below"
         raise FileNotFoundError(f"{folder}: {wanted}. Fetch the whole set.")
