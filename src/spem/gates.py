@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from spem.attention import ChannelAttention
 from spem.attention.pooling import FixedMix, LearnedMix
@@ -139,9 +139,11 @@ class Inspection:
         assert isinstance(module, ChannelAttention)
         x: Tensor = inputs[0]
         devices = [x.device] if x.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), _spare_buffers(module):
-            gate = module.gate(x)
-            shift = module.shift(x) if module.needs.adds else None
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            # A norm in training counts the batch in clones: autograd may have kept the buffers.
+            probe = _Gate(module)
+            buffers = {name: buffer.clone() for name, buffer in probe.named_buffers()}
+            gate, shift = functional_call(probe, buffers, (x,))
         self._write(name, attention, gate, x.shape[0], shift)
 
     def _write(
@@ -200,21 +202,12 @@ def _expanded(value: Tensor, images: int, channels: int) -> Tensor:
     return value.flatten(1) if flat else value
 
 
-@contextmanager
-def _spare_buffers(module: nn.Module) -> Generator[None]:
-    """Clones in the place of the buffers, which a norm in training counts a batch in.
+class _Gate(nn.Module):
+    """What an attention multiplies its map by, and what it adds, as a forward."""
 
-    The buffers themselves are never written: autograd may have kept them for a backward pass.
-    """
-    kept = [
-        (part, name, buffer)
-        for part in module.modules()
-        for name, buffer in part.named_buffers(recurse=False)
-    ]
-    try:
-        for part, name, buffer in kept:
-            setattr(part, name, buffer.clone())
-        yield
-    finally:
-        for part, name, buffer in kept:
-            setattr(part, name, buffer)
+    def __init__(self, module: ChannelAttention) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.module.gate(x), self.module.shift(x) if self.module.needs.adds else None

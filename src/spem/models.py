@@ -1,7 +1,7 @@
 """CIFAR ResNets with any attention in each block, and a reader for official checkpoints."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,30 +13,11 @@ from spem.attention.base import Tail
 from spem.attention.options import one_of, positive_int
 from spem.attention.placement import PLACES, Places
 from spem.depths import STEPS, blocks_per_stage
-from spem.extras import first_line
+from spem.extras import rephrased
 from spem.ops import bn_gate_tail, norm_relu
 from spem.seeding import initialise
 
 BlockName = Literal["bottleneck", "basic"]
-
-
-def residual_tail(
-    z: Tensor, residual: Tensor, norm: nn.Module, attention: nn.Module | None, shared: Tail | None
-) -> Tensor:
-    """The end of a residual block, [N, C, H, W]: relu(attention(norm(z)) + residual).
-
-    A single operation if the gate depends only on plane statistics, or is absent (`spem.ops`).
-    Attention that replaces the norm ends the branch itself.
-    """
-    if shared is not None:
-        return shared(z, residual, norm)
-    if isinstance(attention, ChannelAttention):
-        return attention.tail(z, residual, norm)
-    if attention is not None:  # two in a row: `spem.attach` added one
-        return torch.relu(attention(norm(z)) + residual)
-    if isinstance(norm, ChannelAttention):
-        return norm.tail(z, residual)
-    return bn_gate_tail(z, residual, norm)
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -50,8 +31,8 @@ class Block(nn.Module):
     """
 
     expansion: ClassVar[int]
-    norms: ClassVar[int]
-    """The number of norms in its branch."""
+    last: ClassVar[str]
+    """The norm that ends its branch."""
 
     def __init__(
         self,
@@ -79,21 +60,32 @@ class Block(nn.Module):
     @property
     def last_norm(self) -> nn.Module:
         """The norm that ends the residual branch, before the attention."""
-        return self.get_submodule(f"bn{self.norms}")
+        return self.get_submodule(self.last)
 
     def forward(self, x: Tensor, shared: Tail | None = None) -> Tensor:
         """[N, inputs, H, W] -> [N, expansion planes, H/stride, W/stride].
 
-        ``shared`` is the tail of the attention that a stage's blocks share.
+        It ends in relu(attention(norm(z)) + residual), in one operation if the gate depends only on
+        plane statistics (`spem.ops`). ``shared`` is the tail of the attention that a stage's blocks
+        share; attention that replaces the norm ends the branch itself.
         """
         residual = x if self.downsample is None else self.downsample(x)
-        return residual_tail(self._branch(x), residual, self.last_norm, self.attention, shared)
+        z, norm, attention = self._branch(x), self.last_norm, self.attention
+        if shared is not None:
+            return shared(z, residual, norm)
+        if isinstance(attention, ChannelAttention):
+            return attention.tail(z, residual, norm)
+        if attention is not None:  # two in a row: `spem.attach` added one
+            return torch.relu(attention(norm(z)) + residual)
+        if isinstance(norm, ChannelAttention):
+            return norm.tail(z, residual)
+        return bn_gate_tail(z, residual, norm)
 
 
 class Bottleneck(Block):
     """1x1, 3x3 (stride here) and 1x1 convolutions."""
 
-    expansion, norms = 4, 3
+    expansion, last = 4, "bn3"
 
     def _add_layers(self, places: Places, inputs: int, planes: int, stride: int) -> None:
         self.conv1 = places.conv(nn.Conv2d(inputs, planes, 1, bias=False))
@@ -111,7 +103,7 @@ class Bottleneck(Block):
 class Basic(Block):
     """Two 3x3 convolutions, the first with the stride."""
 
-    expansion, norms = 1, 2
+    expansion, last = 1, "bn2"
 
     def _add_layers(self, places: Places, inputs: int, planes: int, stride: int) -> None:
         self.conv1 = places.conv(_conv3x3(inputs, planes, stride))
@@ -150,10 +142,6 @@ class Stage(nn.Module):
             x = block(x, shared)
         return x if self.after is None else self.after(x)
 
-    def __iter__(self) -> Iterator[Block]:
-        """The blocks."""
-        return (self[number] for number in range(self._count))
-
     def __len__(self) -> int:
         """The number of blocks."""
         return self._count
@@ -171,8 +159,7 @@ _BLOCKS: dict[str, type[Block]] = {"bottleneck": Bottleneck, "basic": Basic}
 class ResNet(nn.Module):
     """The CIFAR ResNet: 3x3 stem, three stages of n blocks (planes 16, 32, 64), mean, linear.
 
-    Attributes ``depth``, ``classes`` and ``block`` are as for `resnet`, ``spec`` is the attention
-    or None.
+    ``depth``, ``classes`` and ``block`` are as for `resnet`, ``spec`` is the attention or None.
     """
 
     def __init__(
@@ -216,9 +203,7 @@ class ResNet(nn.Module):
         """Logits, [N, 3, H, W] -> [N, classes]; any H, W >= 1."""
         x = norm_relu(self.conv1(x), self.bn1)
         x = self.layer3(self.layer2(self.layer1(x)))
-        # A mean, not an adaptive pool: any input size, deterministic, and it exports as a plain
-        # reduction.
-        return self.fc(x.mean((2, 3)))
+        return self.fc(x.mean((2, 3)))  # no adaptive pool: deterministic, and a plain reduction
 
 
 def blocks(model: nn.Module) -> list[tuple[str, Block]]:
@@ -227,11 +212,7 @@ def blocks(model: nn.Module) -> list[tuple[str, Block]]:
 
 
 def start_branches(model: nn.Module, weight: float) -> None:
-    """Set the weight of the last norm of every residual branch.
-
-    A control: a module whose gate starts at 0.03 (SPEM) starts every branch at that size, which
-    alone changes how a deep network trains.
-    """
+    """Set the weight of the last norm of every residual branch, a control for SPEM's start."""
     for _, block in blocks(model):
         nn.init.constant_(block.last_norm.get_parameter("weight"), weight)
 
@@ -292,12 +273,8 @@ def load_official(path: str | Path) -> ResNet:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_official: there is no file {path}.")
-    try:
+    with rephrased(f"load_official: {path} is damaged or no checkpoint"):
         stored: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch reports damage and refused objects with many exception types.
-        reason = first_line(error)
-        raise ValueError(f"load_official: {path} is damaged or no checkpoint: {reason}") from error
     state = stored.get("state_dict") if isinstance(stored, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(

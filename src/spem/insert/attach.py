@@ -17,7 +17,7 @@ from spem.extras import first_line
 from spem.insert import fused, sites
 from spem.insert.families import is_norm
 from spem.insert.sites import Site, Spot, Where
-from spem.insert.start import CarriedSE, IdentityStart, carries
+from spem.insert.start import CarriedSE, IdentityStart, se_parts
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 
 Attention = str | AttentionSpec | type[ChannelAttention]
@@ -295,9 +295,8 @@ def _needs_map(spot: Spot, spec: AttentionSpec | None) -> bool:
     if spot.width is None or spec is None:
         return spot.width is None
     kind = attention_class(spec.name)
-    if kind.needs.size and dict(spec.options).get("size") is None:
-        return True
-    return spot.rank is None and kind.gate_from is ChannelAttention.gate_from
+    sized = kind.needs.size and dict(spec.options).get("size") is None
+    return sized or (spot.rank is None and kind.gate_from is ChannelAttention.gate_from)
 
 
 def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
@@ -328,12 +327,12 @@ def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
 
 def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:
     """The attention of a site, in the mode, on the device and in the dtype of its place."""
-    carried = spot.layer if spot.how == "replace" else None
-    options = {name for name, _ in spec.options}
-    if carried is not None and carries(carried) and spec.name == "se" and options <= {"pool"}:
-        pool = cast("PoolSpec", dict(spec.options).get("pool", "avg"))  # make_pool checks it
+    host, options = spot.layer, dict(spec.options)
+    carries = spot.how == "replace" and se_parts(host) and not getattr(host, "add_maxpool", False)
+    if host is not None and carries and spec.name == "se" and options.keys() <= {"pool"}:
+        pool = cast("PoolSpec", options.get("pool", "avg"))  # make_pool checks it
         exact, place = start == "identity", spot.key
-        attention = CarriedSE(carried, pool, channels=spot.channels, exact=exact, place=place)
+        attention = CarriedSE(host, pool, channels=spot.channels, exact=exact, place=place)
     else:
         like = sites.float_like(spot.layer, spot.reads, spot.block)
         attention = sites.built(spot, spec, like)

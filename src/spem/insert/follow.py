@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from spem.insert.families import is_norm
 
@@ -128,7 +129,7 @@ class Forward(TorchFunctionMode):
         """Runs an operation and writes down what it was made from."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        tensors = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         inputs = [t for t in tensors if not isinstance(t, nn.Parameter) and t.dim() >= 2]
         conv = name in _CONVOLUTIONS
         if conv:
@@ -140,10 +141,10 @@ class Forward(TorchFunctionMode):
         self.convolutions += conv
         output = func(*args, **kwargs)
         largest = max(range(len(shapes)), key=lambda i: prod(shapes[i]), default=None)
-        for tensor in _flat(output):
+        for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor):
                 continue
-            node = self._node(tensor, parents, is_conv=conv)
+            node = self._made(tensor, parents, is_conv=conv)
             node.channels_last = _CHANNELS_LAST.get(name, node.channels_last)
             kept = name in _KEEPING or name in _SHAPING
             if kept and largest is not None and tensor.shape == shapes[largest]:
@@ -151,15 +152,12 @@ class Forward(TorchFunctionMode):
                 node.ends, node.shaped = before.ends, before.shaped or name in _SHAPING
         return output
 
-    def _node(
-        self, tensor: Tensor, made_from: list[Node] | None = None, *, is_conv: bool = False
-    ) -> Node:
-        """The node of a tensor; a new one if it was made just now or has none."""
-        if made_from is None and id(tensor) in self._nodes:
-            return self._nodes[id(tensor)]
+    def _node(self, tensor: Tensor) -> Node:
+        return self._nodes.get(id(tensor)) or self._made(tensor, [])
+
+    def _made(self, tensor: Tensor, parents: list[Node], *, is_conv: bool = False) -> Node:
         self._alive.append(tensor)
-        node = Node(len(self._alive), made_from or [], is_conv=is_conv)
-        self._nodes[id(tensor)] = node
+        node = self._nodes[id(tensor)] = Node(len(self._alive), parents, is_conv=is_conv)
         return node
 
     def _holder(self, module: nn.Module) -> nn.Module:
@@ -187,19 +185,15 @@ class Forward(TorchFunctionMode):
         of each resolution. An activation that a block uses more than once is not a place: what is
         before it is.
         """
-        several: list[tuple[Call, str]] = []
-        single: list[tuple[Call, str]] = []
+        ranks: list[list[tuple[Call, str]]] = [[], [], []]
         for call, earlier, number in self.ends:
             place = earlier if earlier is not None and self.calls[call] > 1 else call
-            convolutions = f"{number} convolution{'s' if number > 1 else ''}"
-            rank = several if number > 1 else single
-            rank.append((place, f"ends a residual branch of {convolutions}"))
-        norms = [
-            (call, f"last norm at {' x '.join(map(str, extents))}, no residual branches")
-            for extents, call in self.norms.items()
-            if self.convolutions > 1
-        ]
-        return [several, single, norms]
+            reason = f"ends a residual branch of {number} convolution{'s' if number > 1 else ''}"
+            ranks[number == 1].append((place, reason))
+        for extents, call in self.norms.items() if self.convolutions > 1 else ():
+            reason = f"last norm at {' x '.join(map(str, extents))}, no residual branches"
+            ranks[2].append((call, reason))
+        return ranks
 
 
 def follow(model: nn.Module, run: Callable[[], object]) -> Forward:
@@ -226,17 +220,15 @@ def summary(forward: Forward) -> str:
 def suggestion(model: nn.Module, forward: Forward) -> str | None:
     """A ``where=`` that would work: the commonest kind of module that convolves and gives a map."""
     kinds: Counter[str] = Counter()
+    composed: set[str] = set()
     for (module, parent), number in forward.calls.items():
         convolves = any(hasattr(part, "kernel_size") for part in module.modules())
         if module is not model and convolves and _holds(parent, module):
             kinds[type(module).__name__] += number
-    # What has parts comes before bare convolutions: a block rather than its layers.
-    composed = {type(m).__name__ for m in model.modules() if next(m.children(), None) is not None}
-    best = min(
-        kinds,
-        key=lambda kind: (kind == "Sequential", kind not in composed, -kinds[kind]),
-        default=None,
-    )
+            composed |= {type(module).__name__} if [*module.children()] else set()
+    # A block rather than its layers, and rather than a row of blocks.
+    rank = lambda kind: (kind != "Sequential", kind in composed, kinds[kind])  # noqa: E731
+    best = max(kinds, key=rank, default=None)
     return best and f"where=lambda m: m if type(m).__name__ == {best!r} else None"
 
 
@@ -269,13 +261,3 @@ def _outermost_folded(ends: list[Call]) -> Call | None:
     """The innermost end; or the outermost around it that folds what is in it into one layer."""
     folding = [call for call in ends if any(hasattr(call.module, name) for name in _FOLDING)]
     return (folding[-1:] or ends[:1] or [None])[0]
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """The values in lists, tuples and dicts of them."""
-    values = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, (list, tuple, dict)):
-        yield value
-        return
-    for part in values:
-        yield from _flat(part)

@@ -19,7 +19,7 @@ from spem.attention import AttentionSpec, ChannelAttention
 from spem.extras import first_line
 from spem.insert.families import How, Stage, attribute, is_norm, rule_of
 from spem.insert.follow import follow, suggestion, summary
-from spem.insert.start import existing_layer, se_channels
+from spem.insert.start import existing_layer, se_parts
 
 _LOG = logging.getLogger("spem.insert")
 Where = Callable[[nn.Module], nn.Module | None]
@@ -398,23 +398,21 @@ def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
                 f"attach: where= gave a {type(layer).__name__} for {here} that is not part of the "
                 f"network. It has to give one of its modules, or None."
             )
-        yield Spot(model, site, module, "where=", how, reads=se_channels(layer))
+        yield Spot(model, site, module, "where=", how)
 
 
 def _existing(model: nn.Module) -> Iterator[Spot]:
     """The attention layers that a network has: of other libraries, and ours."""
     within = "\n"
     for name, module in model.named_modules():
-        ours = isinstance(module, ChannelAttention)
-        if not name or name.startswith(within) or not (ours or existing_layer(module)):
+        known = isinstance(module, ChannelAttention) or existing_layer(module)
+        if not name or name.startswith(within) or not known:
             continue
         within = f"{name}."
         parts = name.split(".")
         above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
         block = next((m for m in reversed(above[1:]) if rule_of(m) is not None), above[-1])
-        channels = module.channels if ours else se_channels(module)
-        reason = f"has a {type(module).__name__}"
-        yield Spot(model, name, block, reason, "replace", reads=channels)
+        yield Spot(model, name, block, f"has a {type(module).__name__}", "replace")
 
 
 def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
@@ -452,13 +450,13 @@ def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
 
 
 def _width(reads: object) -> int | None:
-    """The channels that a norm, a convolution, a parameter or a number has; None if none."""
-    if isinstance(reads, int):
-        return reads
+    """The channels of a norm, convolution, attention, parameter or number; None if none."""
     if isinstance(reads, Tensor):
         return reads.numel()
-    for name in ("num_features", "num_channels", "out_channels"):
-        value = getattr(reads, name, None)
+    names = ["num_features", "num_channels", "out_channels"]
+    names += ["channels"] if isinstance(reads, ChannelAttention) else []
+    names += [f"{part}.in_channels" for part in se_parts(reads)[:1]]
+    for value in (reads, *(attribute(reads, name) for name in names)):
         if isinstance(value, int):
             return value
     weight = getattr(reads, "weight", None)

@@ -36,8 +36,7 @@ class IdentityStart(ChannelAttention):
     ) -> None:
         super().__init__(inner.channels)
         self.inner = inner
-        vars(self)["name"] = inner.name  # what tables call it
-        vars(self)["paper"] = inner.paper
+        vars(self).update(name=inner.name, paper=inner.paper)  # what tables call it
         self.needs = dataclasses.replace(
             inner.needs,
             # Pulling alpha to 0 would take the attention out again.
@@ -47,8 +46,7 @@ class IdentityStart(ChannelAttention):
         self.statistics, self.reads_map = inner.statistics, inner.reads_map
         kind = type(inner)
         self._mixes_maps = inner.needs.adds or kind.forward is not ChannelAttention.forward
-        self.alpha = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        nn.init.zeros_(self.alpha)
+        self.alpha = nn.Parameter(torch.zeros((), device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """alpha = 0; the attention resets itself."""
@@ -71,12 +69,11 @@ class IdentityStart(ChannelAttention):
         return self.inner._why_no_gate()
 
     def _compiled(self) -> CompiledGate | None:
-        inner = self.inner
-        find = getattr(inner.gate_from, "compiled", None)
-        compiled = None if find is None else find(inner)
+        find = getattr(self.inner.gate_from, "compiled", None)
+        compiled = None if find is None else find(self.inner)
         if compiled is None or compiled.alpha is not None:
             return None
-        return compiled._replace(alpha=self.alpha, observed=bool(inner._observers))
+        return compiled._replace(alpha=self.alpha, observed=bool(self.inner._observers))
 
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
@@ -97,16 +94,11 @@ class IdentityStart(ChannelAttention):
         return 1.0 + self.alpha.to(v.dtype) * (v - 1.0)
 
 
-SE_LAYERS: dict[str, tuple[str, ...]] = {
-    "timm.layers.squeeze_excite:SEModule": ("fc1", "bn", "act", "fc2", "gate"),
-    "timm.models._efficientnet_blocks:SqueezeExcite": (
-        "conv_reduce",
-        "act1",
-        "conv_expand",
-        "gate",
-    ),
-    "timm.models.senet:SEModule": ("fc1", "relu", "fc2", "sigmoid"),
-    "torchvision.ops.misc:SqueezeExcitation": ("fc1", "activation", "fc2", "scale_activation"),
+SE_LAYERS = {
+    "timm.layers.squeeze_excite:SEModule": "fc1 bn act fc2 gate",
+    "timm.models._efficientnet_blocks:SqueezeExcite": "conv_reduce act1 conv_expand gate",
+    "timm.models.senet:SEModule": "fc1 relu fc2 sigmoid",
+    "torchvision.ops.misc:SqueezeExcitation": "fc1 activation fc2 scale_activation",
 }
 """Squeeze-and-excitation layers: the parts between the average and the factor, in their order."""
 
@@ -120,21 +112,15 @@ OTHER_LAYERS = {
 """Other attention layers that can be replaced."""
 
 
-def existing_layer(module: nn.Module) -> str | None:
+def existing_layer(module: object) -> str | None:
     """What attention layer a module of a host is: its key in these tables; None if it is none."""
     keys = (f"{cls.__module__}:{cls.__name__}" for cls in type(module).__mro__)
     return next((key for key in keys if key in SE_LAYERS or key in OTHER_LAYERS), None)
 
 
-def se_channels(module: nn.Module) -> int | None:
-    """The channels of an SE of a host; None if it is none."""
-    parts = SE_LAYERS.get(existing_layer(module) or "")
-    return None if parts is None else getattr(getattr(module, parts[0]), "in_channels", None)
-
-
-def carries(module: nn.Module) -> bool:
-    """Whether our SE can take over a layer as it is."""
-    return existing_layer(module) in SE_LAYERS and not getattr(module, "add_maxpool", False)
+def se_parts(module: object) -> list[str]:
+    """What an SE of a host has between the average and the factor; nothing if it is none."""
+    return SE_LAYERS.get(existing_layer(module) or "", "").split()
 
 
 class FromAverage(Pool):
@@ -180,7 +166,7 @@ class CarriedSE(Around, ChannelAttention):
     ) -> None:
         ChannelAttention.__init__(self, channels)
         self._hold(host, place)
-        self._parts = SE_LAYERS[existing_layer(host) or ""]
+        self._parts = se_parts(host)
         like = next(host.parameters())
         if exact and pool != "avg":
             chosen: Pool = FromAverage(pool, like)
