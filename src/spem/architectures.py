@@ -1,5 +1,6 @@
 """Networks of timm and torchvision by their names, with random weights."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -21,8 +22,6 @@ OPTIONS: dict[str, dict[str, type]] = {
 }
 """What may be said about an architecture, and of what type. Nothing else is passed on: other
 arguments of these packages name files and addresses."""
-
-_COMPOSED = ("fpn", "deeplab", "fcn", "lraspp", "ssd", "fcos", "retinanet")
 
 
 def library_of(arch: str, asker: str) -> tuple[str, str]:
@@ -70,8 +69,9 @@ def build(
             timm = require("timm", extra="timm", purpose=asker)
             return timm.create_model(name, pretrained=False, **given).eval()
         models = require("torchvision.models", extra="timm", purpose=asker)
-        backbone = {"weights_backbone": None} if any(p in name for p in _COMPOSED) else {}
-        return models.get_model(name, weights=None, **backbone, **given).eval()
+        takes = inspect.signature(models.get_model_builder(name)).parameters
+        fetching = {o: None for o in ("weights", "weights_backbone") if o in takes}
+        return models.get_model(name, **fetching, **given).eval()
 
 
 def check_options(library: str, options: Mapping[str, object], asker: str) -> None:

@@ -204,15 +204,23 @@ def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDAr
                 raise ValueError("its end is missing")
             image.verify()  # checksums of all parts, which decoding skips; uses the image up
             image = _opened(pillow, io.BytesIO(data))
-        return np.asarray(_fitted(_colour(image, pillow), size))
+        pixels = np.asarray(_colour(image, pillow))
+        return pixels if size is None else fit(pixels, size)
 
 
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """Resize one image [H, W, 3] as `decode` does."""
     import numpy as np
 
+    height, width = pixels.shape[:2]
+    if height == width == size:
+        return pixels
+    if max(height, width) / min(height, width) * size**2 > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} is too narrow to be brought to {size}x{size}")
     pillow = require("PIL.Image", extra="train", purpose="scaling images")
-    return np.asarray(_fitted(pillow.fromarray(pixels), size))
+    transforms = require("torchvision.transforms.functional", extra="train", purpose="--data.size")
+    scaled = transforms.resize(pillow.fromarray(pixels), size)
+    return np.asarray(transforms.center_crop(scaled, [size]))
 
 
 @contextmanager
@@ -254,13 +262,3 @@ def _colour(image: Any, pillow: Any) -> Any:
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
         image = pillow.alpha_composite(white, image)
     return image.convert("RGB")
-
-
-def _fitted(image: Any, size: int | None) -> Any:
-    if size is None or image.size == (size, size):
-        return image
-    transforms = require("torchvision.transforms.functional", extra="train", purpose="--data.size")
-    if max(image.size) / min(image.size) * size**2 > MAX_PIXELS:
-        narrow = f"{image.width}x{image.height} is too narrow"
-        raise ValueError(f"{narrow} to be brought to {size}x{size}")
-    return transforms.center_crop(transforms.resize(image, size), [size])
