@@ -292,8 +292,8 @@ def _spots(
 
 def _needs_map(spot: Spot, spec: AttentionSpec | None) -> bool:
     """Whether a forward pass has to show the map of a site."""
-    if spot.width is None or spec is None:
-        return spot.width is None
+    if not spot.channels or spec is None:
+        return not spot.channels
     kind = attention_class(spec.name)
     sized = kind.needs.size and dict(spec.options).get("size") is None
     return sized or (spot.rank is None and kind.gate_from is ChannelAttention.gate_from)

@@ -167,11 +167,7 @@ def fold(
 
 
 def _gates(model: nn.Module) -> list[_Gate]:
-    """Every attention of a network, once.
-
-    Raises:
-        ValueError: There is none, or one cannot be folded.
-    """
+    """Every attention of a network, once."""
     found: dict[int, _Gate] = {}
     for name, module in attentions_of(model).items():
         if not name:
@@ -263,11 +259,7 @@ def _apply(model: nn.Module, gates: list[_Gate]) -> None:
 def _compared(
     model: nn.Module, folded: nn.Module, gates: list[_Gate], inputs: Iterable[_Batch]
 ) -> FoldReport:
-    """Both networks on the same images.
-
-    Raises:
-        ValueError: The folded network is not the one with its gates held constant.
-    """
+    """Both networks on the same images."""
     images, difference, largest = 0, 0.0, 0.0
     tops: list[Tensor] = []
     labelled: list[Tensor] = []

@@ -48,14 +48,6 @@ class Call(NamedTuple):
     parent: nn.Module
 
 
-class End(NamedTuple):
-    """What ends a residual branch, what does but for an activation, and how many convolutions."""
-
-    call: Call
-    earlier: Call | None
-    convolutions: int
-
-
 class Node:
     """A tensor of the forward pass, and what it was computed from."""
 
@@ -84,8 +76,8 @@ class Forward(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ends: list[End] = []
-        """What ends a residual branch, in the order of the additions."""
+        self.ends: dict[Call, tuple[Call | None, int]] = {}
+        """What ends a residual branch, what does but for an activation, and its convolutions."""
         self.norms: dict[tuple[int, ...], Call] = {}
         """The last norm of each resolution, after a convolution."""
         self.calls: Counter[Call] = Counter()
@@ -174,8 +166,7 @@ class Forward(TorchFunctionMode):
             if convolutions and branch.ends and not branch.channels_last:
                 call, earlier = _outermost_folded(branch.ends), _outermost_folded(branch.earlier)
                 assert call is not None
-                if all(call != end.call for end in self.ends):
-                    self.ends.append(End(call, earlier, convolutions))
+                self.ends.setdefault(call, (earlier, convolutions))
                 return
 
     def ranks(self) -> list[list[tuple[Call, str]]]:
@@ -186,7 +177,7 @@ class Forward(TorchFunctionMode):
         before it is.
         """
         ranks: list[list[tuple[Call, str]]] = [[], [], []]
-        for call, earlier, number in self.ends:
+        for call, (earlier, number) in self.ends.items():
             place = earlier if earlier is not None and self.calls[call] > 1 else call
             reason = f"ends a residual branch of {number} convolution{'s' if number > 1 else ''}"
             ranks[number == 1].append((place, reason))

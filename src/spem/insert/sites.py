@@ -89,14 +89,8 @@ class Spot:
                     f"attach: {self.name} is a {type(part).__name__} that has seen no data, so its "
                     f"channels are unknown. Run one batch through the network first."
                 )
-        self.width = _width(self.reads)
-        """The channels; None if they are not known yet."""
-
-    @property
-    def channels(self) -> int:
-        """C, once it is known."""
-        assert self.width is not None
-        return self.width
+        self.channels = _width(self.reads)
+        """C; 0 if it is not known yet."""
 
     @property
     def free(self) -> bool:
@@ -121,11 +115,7 @@ class Spot:
 def find_spots(
     model: nn.Module, where: Where | None, *, replacing: bool, input_shape: Shape
 ) -> list[Spot]:
-    """All sites of a network, in its order, without stages.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """All sites of a network, in its order, without stages."""
     if where is not None:
         spots = list(_asked(model, where, "replace" if replacing else "after"))
         if not spots:
@@ -146,16 +136,13 @@ def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
 
     A site whose layer does not run, because the network calls the parts of that layer itself, moves
     to the last of these parts.
-
-    Raises:
-        ValueError: A map is no [N, C, ...], or channels are unknown.
     """
     moved = [_moved(spot, maps) for spot in spots]
     for spot in moved:
         before, after = maps.get(spot.watched, (None, None))
         shape = before if spot.how in ("before", "replace") else after
         if shape is None:
-            if spot.width is None:
+            if not spot.channels:
                 raise ValueError(
                     f"attach: the forward pass did not come by {spot.name}, so its channels are "
                     f"unknown. Leave it out with include=."
@@ -166,12 +153,12 @@ def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
                 f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 "
                 f"spatial axes. Leave it out with include=, or pass where= another module."
             )
-        if spot.width not in (None, shape[1]):
+        if spot.channels not in (0, shape[1]):
             raise ValueError(
-                f"attach: the map at {spot.name} is {list(shape)}, but its norm says {spot.width} "
-                f"channels. Pass where= a module whose output is [N, C, ...]."
+                f"attach: the map at {spot.name} is {list(shape)}, but its norm says "
+                f"{spot.channels} channels. Pass where= a module whose output is [N, C, ...]."
             )
-        spot.width, spot.shape = shape[1], shape
+        spot.channels, spot.shape = shape[1], shape
     return moved
 
 
@@ -188,11 +175,7 @@ class InputError(ValueError):
 
 
 def run_once(model: nn.Module, input_shape: Shape) -> Maps:
-    """One forward pass on zeros, in evaluation mode; the modes are restored.
-
-    Raises:
-        InputError: The network does not run on such an input.
-    """
+    """One forward pass on zeros, in evaluation mode, which is restored; or an `InputError`."""
     maps: Maps = {}
 
     def see(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -281,9 +264,9 @@ def number_stages(spots: list[Spot]) -> None:
     while depth < min(map(len, names)) - 1 and len({name[depth] for name in names}) == 1:
         depth += 1
     order: dict[object, int] = {}
-    run = 0
-    for number, (spot, name) in enumerate(zip(spots, names, strict=True)):
-        run += number == 0 or spots[number - 1].width != spot.width
+    run = channels = 0
+    for spot, name in zip(spots, names, strict=True):
+        run, channels = run + (spot.channels != channels), spot.channels
         rest = ".".join(name[depth:])
         found = re.match(r"\D*\d+", rest)
         keys = {"channels": run, "name": found[0] if found else rest, "site": (spot.name,)}
@@ -293,16 +276,12 @@ def number_stages(spots: list[Spot]) -> None:
 def chosen(
     spots: list[Spot], include: tuple[str, ...] | None, stages: tuple[int, ...] | None
 ) -> list[Spot]:
-    """The sites whose name matches a pattern and whose stage is asked for.
-
-    Raises:
-        ValueError: There is no such stage, or nothing is left.
-    """
-    there = sorted({spot.stage for spot in spots})
-    if not set(stages or ()) <= set(there):
+    """The sites whose name matches a pattern and whose stage is asked for."""
+    last = max(spot.stage for spot in spots)
+    if not set(stages or ()) <= set(range(1, last + 1)):
         raise ValueError(
-            f"attach: stages={sorted(stages or ())}, but this network has stages {there[0]} to "
-            f"{there[-1]}. `spem attach --dry-run` shows them."
+            f"attach: stages={sorted(stages or ())}, but this network has stages 1 to {last}. "
+            f"`spem attach --dry-run` shows them."
         )
     kept = [
         spot
@@ -320,11 +299,7 @@ def chosen(
 
 
 def built(spot: Spot, spec: AttentionSpec, like: Tensor) -> ChannelAttention:
-    """The attention of a site, on the device and in the dtype of a tensor.
-
-    Raises:
-        ValueError: It does not fit the channels or the rank of the map there.
-    """
+    """The attention of a site, on the device and in the dtype of a tensor."""
     size = None if spot.shape is None or spot.rank != 4 else (spot.shape[2], spot.shape[3])
     try:
         attention = spec.build(spot.channels, size=size, device=like.device, dtype=like.dtype)
@@ -416,11 +391,7 @@ def _existing(model: nn.Module) -> Iterator[Spot]:
 
 
 def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
-    """The sites of a network that is in no table, found by following a forward pass.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The sites of a network that is in no table, found by following a forward pass."""
     kind = type(model).__name__
     if not any(hasattr(module, "kernel_size") for module in model.modules()):
         raise ValueError(
@@ -449,8 +420,8 @@ def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
         )
 
 
-def _width(reads: object) -> int | None:
-    """The channels of a norm, convolution, attention, parameter or number; None if none."""
+def _width(reads: object) -> int:
+    """The channels of a norm, convolution, attention, parameter or number; 0 if none."""
     if isinstance(reads, Tensor):
         return reads.numel()
     names = ["num_features", "num_channels", "out_channels"]
@@ -462,4 +433,4 @@ def _width(reads: object) -> int | None:
     weight = getattr(reads, "weight", None)
     if isinstance(reads, nn.Module) and is_norm(reads) and isinstance(weight, Tensor):
         return weight.shape[-1]  # LayerNorm, and torchvision's frozen norm
-    return None
+    return 0

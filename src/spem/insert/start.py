@@ -172,17 +172,12 @@ class CarriedSE(Around, ChannelAttention):
             chosen: Pool = FromAverage(pool, like)
             # Pulling beta to 0 would take the pool out again.
             self.needs = dataclasses.replace(self.needs, no_decay=("pool.beta",))
+            self._constants = {"pool.beta": 0.0}
         else:
             chosen = make_pool(pool, device=like.device, dtype=like.dtype)
         self.add_module("pool", chosen)  # the host may have one of its own
         self._reads(self.pool.statistics)
         self.reads_map = self.pool.needs_map
-
-    def reset_parameters(self) -> None:
-        """beta = 0."""
-        super().reset_parameters()
-        if isinstance(self.pool, FromAverage):
-            nn.init.zeros_(self.pool.beta)
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """s(W2 act(W1 u + b1) + b2), [N, C]."""
