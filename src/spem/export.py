@@ -35,6 +35,8 @@ float32 it is usually about 1e-6; gates that divide by a plane's deviation reach
 
 _STEP = 32
 """Pixels by which the second height differs, and half of those of the second width."""
+_OLDEST = 7
+"""The oldest ONNX opset that onnxruntime runs."""
 _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself is that sensitive."
 
 
@@ -117,6 +119,10 @@ def to_onnx(
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")
     if precision not in get_args(Precision):
         raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
+    newest: int = onnx.defs.onnx_opset_version()
+    if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
+        said = f"opset={opset!r} is not an integer from {_OLDEST} to {newest}"
+        raise ValueError(f"to_onnx: {said}. Leave it out.")
     require_regular(target, missing_ok=True)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
