@@ -231,28 +231,20 @@ def _value(node: ast.expr, text: str) -> Value:
         # A quoted mix, as shells and JSON suggest writing it, means the same as a bare one.
         word = node.value
         called = word.replace(" ", "").startswith(tuple(f"{name}(" for name in _POOLS))
-        return _value(_node(word, text), text) if called else _word(word)
+        return _value(_node(word, text), text) if called or word in _POOLS else word
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | None):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         inner = _value(node.operand, text)
         if isinstance(inner, (int, float)) and not isinstance(inner, bool):
             return -inner
-    if isinstance(node, ast.Name):
-        return _word(node.id)
+    if isinstance(node, ast.Name) and node.id not in _POOLS:
+        return node.id
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(_value(item, text) for item in node.elts)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _POOLS:
-        return _pool(node, text)
-    raise ValueError(_unreadable(text))
-
-
-def _word(word: str) -> Value:
-    return _POOLS[word]() if word in _POOLS else word
-
-
-def _pool(node: ast.Call, text: str) -> Mix | SRP:
     kind, unnamed, options = _call(node, text)
+    if kind not in _POOLS:
+        raise ValueError(_unreadable(text))
     names = [field.name for field in fields(_POOLS[kind])]
     try:
         given = signature(_POOLS[kind]).bind(*unnamed, **options)

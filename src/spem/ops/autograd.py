@@ -114,14 +114,17 @@ class _Stats(torch.autograd.Function):
                 # Where memory goes channel by channel, the last pass finds extrema by their values.
                 options = {"positions": z.is_contiguous()}
             raw = RawStats(*work.plane_stats(z, moments or batch_stats, extrema, **options))
-        if norm is not None and batch_stats and group is None and z.shape[0]:
+        if norm is None:
+            mu, a, beta, rstd = constants(norm, z)
+            normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
+        elif batch_stats and group is None and z.shape[0]:
             found = stages(impl).normalise_batch(raw, norm, size, moments)
             mu, channel_var, rstd, a, beta, normal = found
         else:
-            if norm is None or not batch_stats:
+            if not batch_stats:
                 mu, a, beta, rstd = constants(norm, z)
             else:
-                if group is None:
+                if group is None:  # an empty batch
                     mu, channel_var = (z.new_full(z.shape[1:2], n, dtype=wide) for n in (0, 1))
                 else:
                     mu, channel_var = formula.channel_moments(raw.mean, raw.var)
@@ -129,10 +132,7 @@ class _Stats(torch.autograd.Function):
                     mu, channel_var, values = synchronised.moments(mu, channel_var, numbers, group)
                 rstd = torch.rsqrt(channel_var + norm.eps)
                 a, beta = affine(norm, rstd)
-            if norm is None:
-                normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
-            else:
-                normal = stages(impl).normalised(raw, a, mu, beta)
+            normal = stages(impl).normalised(raw, a, mu, beta)
         ctx.save_for_backward(z, a, mu, rstd, values, *raw[:2], *normal[4:])
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.group, ctx.batch_stats = impl, group, batch_stats
