@@ -12,6 +12,7 @@ from spem.attention.options import Device, Dtype, one_of
 from spem.attention.pooling import FixedMix, LearnedMix, Mix, PoolSpec
 from spem.attention.precision import cast
 from spem.ops import PlaneStats
+from spem.ops.autograd import spem_gate
 from spem.ops.inference import CompiledGate, compiled_by
 from spem.ops.library import has_hooks
 
@@ -126,6 +127,8 @@ class SPEM(ChannelAttention):
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
+        if stats.direct and (compiled := self._compiled()) is not None:
+            return spem_gate(stats.max, stats.min, compiled)
         u = self.pool(stats)
         if self.form == "code":  # which maps both pools before mixing them; the weights sum to 1
             u = _affine(self.w_r, self.b_r, u)

@@ -15,7 +15,7 @@ class PlaneStats(NamedTuple):
 
     They are in at least float32. ``var`` is the biased variance (divided by ``size``); ``size`` is
     the number of positions of a plane (H W), ``batch`` is N, and ``map`` is the map itself, for a
-    pool that must look at it.
+    pool that must look at it. ``direct`` says that a gate may run Numba's kernels itself.
     """
 
     mean: Tensor | None
@@ -25,6 +25,7 @@ class PlaneStats(NamedTuple):
     size: int
     batch: int
     map: Tensor | None = None
+    direct: bool = False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

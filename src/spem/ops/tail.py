@@ -180,7 +180,8 @@ def _fused(
 
     def gate_of(*found: Tensor) -> Tensor:
         assert gate is not None
-        return gate_values(gate, selected(found, statistics, z), z)
+        stats = selected(found, statistics, z)._replace(direct=is_direct(impl))
+        return gate_values(gate, stats, z)
 
     read = () if gate is None else statistics
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))

@@ -334,3 +334,24 @@ def gradients(
     args = (v, total, moment, *incoming, *of_z, a, mu, rstd, *outs)
     _stage(scalars.backward, total, flags, size, *args)
     return weight, bias, None if p is None else Coefficients(p, q, t, s_i, s_j)
+
+
+_FORMS = {"spem_text": kl.TEXT, "spem_code": kl.CODE, "spem_figure": kl.FIGURE}
+
+
+def spem_gate(kind: str, lam: float, high: Tensor, low: Tensor, *weights: Tensor) -> Tensor:
+    """SPEM's gate [N, C] of maxima and minima, with w_e, b_e, w_r, b_r [C] in their dtype."""
+    v, bits = torch.empty_like(high), struct.unpack("q", struct.pack("d", lam))
+    _stage(scalars.spem_gate, high, _FORMS[kind], 0, high, low, *weights, v, *bits)
+    return v
+
+
+def spem_gate_backward(
+    kind: str, lam: float, dv: Tensor, high: Tensor, low: Tensor, *weights: Tensor
+) -> list[Tensor]:
+    """Gradients of maxima, minima, w_e, b_e, w_r, b_r, and of lambda for each channel."""
+    found = [torch.empty_like(t) for t in (high, low, *weights, weights[0])]
+    bits = struct.unpack("q", struct.pack("d", lam))
+    args = (high, low, *weights, dv, *bits, *found)
+    _stage(scalars.spem_gate_backward, high, _FORMS[kind], 0, *args)
+    return found

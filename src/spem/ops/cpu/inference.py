@@ -22,19 +22,19 @@ from torch import Tensor
 from spem.ops import threads as on_threads
 from spem.ops.cpu import channels as by_channel, language as kl, planes as by_plane
 from spem.ops.cpu.launch import address_of
-from spem.ops.cpu.scalars import at_maximum
+from spem.ops.cpu.scalars import at_maximum, spem_parts
 from spem.ops.cpu.sigmoid import sigmoid
 from spem.ops.formula import Norm
 from spem.ops.inference import CompiledGate
 from spem.ops.stats import compute_dtype
 
 # Flags: the steps of a run, the gate that is computed.
-COLLECT, GATE, WRITE, TEXT, CODE, FIGURE, ECA, SE, NARROW = (1 << k for k in range(20, 29))
-SPEM, MIXING = TEXT | CODE | FIGURE, ECA | SE
+COLLECT, GATE, WRITE, ECA, SE, NARROW = (1 << k for k in range(23, 29))
+SPEM, MIXING = kl.TEXT | kl.CODE | kl.FIGURE, ECA | SE
 KINDS = {
-    "spem_text": TEXT | kl.EXTREMA,
-    "spem_code": CODE | kl.EXTREMA,
-    "spem_figure": FIGURE | kl.EXTREMA,
+    "spem_text": kl.TEXT | kl.EXTREMA,
+    "spem_code": kl.CODE | kl.EXTREMA,
+    "spem_figure": kl.FIGURE | kl.EXTREMA,
     "eca": ECA | kl.MEAN,
     "se": SE | kl.MEAN,
 }
@@ -121,13 +121,11 @@ def _spem(block: Any, p: int, c: int, n: int) -> Any:
     _, _, _, high_at, low_at, _ = _STATS(block)
     lam = _lambda(block)
     high, low = kl.read(high_at, p, n, zero), kl.read(low_at, p, n, zero)
-    u = kl.every(block, lam) * high + kl.every(block, kl.number(block, 1) - lam) * low
+    w_e, b_e = _parameters(block, W0, c, n), _parameters(block, W1, c, n)
     w_r, b_r = _parameters(block, W2, c, n), _parameters(block, W3, c, n)
-    factor = sigmoid(w_r * (high + low) + (b_r + b_r))
-    if flags & CODE:
-        u = w_r * u + b_r
-    e = _parameters(block, W0, c, n) * u + _parameters(block, W1, c, n)
-    return sigmoid(e * factor) if flags & FIGURE else sigmoid(e) * factor
+    mixed = kl.every(block, lam) * high + kl.every(block, kl.number(block, 1) - lam) * low
+    _, e, factor = spem_parts(flags, mixed, high + low, w_e, b_e, w_r, b_r)
+    return sigmoid(e * factor) if flags & kl.FIGURE else sigmoid(e) * factor
 
 
 @kl.helper

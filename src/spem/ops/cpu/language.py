@@ -41,6 +41,8 @@ GATED, RESIDUAL, RECTIFIED, STREAM = (1 << k for k in range(6, 10))
 SHARED, WEIGHT, BIAS, RUNNING = (1 << k for k in range(10, 14))
 # Which gradients reach the statistics; what is wanted.
 MEAN, VAR, HIGH, LOW, SUMS, COEFFICIENTS = (1 << k for k in range(14, 20))
+# The form of SPEM's gate.
+TEXT, CODE, FIGURE = (1 << k for k in range(20, 23))
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 _TABLE = types.CPointer(types.int64)
