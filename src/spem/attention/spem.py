@@ -127,8 +127,11 @@ class SPEM(ChannelAttention):
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
-        if stats.direct and (compiled := self._compiled()) is not None:
-            return spem_gate(stats.max, stats.min, compiled)
+        # A logit comes as the number that it makes, which has no gradient.
+        if stats.direct and getattr(self.pool, "parametrization", "") != "sigmoid":
+            compiled = self._compiled()
+            if compiled is not None:
+                return spem_gate(stats.max, stats.min, compiled)
         u = self.pool(stats)
         if self.form == "code":  # which maps both pools before mixing them; the weights sum to 1
             u = _affine(self.w_r, self.b_r, u)
