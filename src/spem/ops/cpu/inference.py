@@ -201,7 +201,6 @@ def _gates(block: Any, image: int, begin: int, end: int) -> None:
         v = ones
         if flags & SPEM:
             v = _spem(block, p, c, n)
-            kl.write(gates, p, n, v)
         elif flags & kl.GATED:
             v = kl.read(gates, p, n, one)
         if table[ALPHA] != 0:
@@ -340,10 +339,7 @@ def _plan(
 def fused_tail(
     z: Tensor, r: Tensor, norm: Norm | None, gate: CompiledGate | None, v: Tensor | None = None
 ) -> Tensor:
-    """y = relu(v x + r) with x = norm(z); v is given, or 1, or a compiled gate's.
-
-    A compiled gate writes its values into v, if there is one; its own, from which alpha leads on.
-    """
+    """y = relu(v x + r) with x = norm(z); v is given, or 1, or a compiled gate's."""
     dtype, wide, (batch, channels) = z.dtype, compute_dtype(z.dtype), z.shape[:2]
     y = torch.empty_like(z)
     flags, width, lam = WRITE | kl.RESIDUAL, 0, 0.0
