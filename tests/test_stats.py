@@ -208,7 +208,7 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is empty"),
+        ("", "not a CSV file that can be read"),
         ("model,seed,acc\n", "no rows"),
         ("a,b\n1,2\n", "there is no column 'module'. Name one with --by: a, b"),
         ("model,acc\nnone,1\n", "there is no column 'seed'"),

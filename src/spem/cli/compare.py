@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from spem.cli.config import RECIPE_HELP, RECIPES, config_options, configured
 from spem.cli.network import register_from_file
 from spem.cli.options import RARE, Json, one_of
-from spem.cli.progress import HOW, carry_out, parse_seeds
+from spem.cli.progress import carry_out, parse_seeds
 
 _ARMS = (
     'the reference first: none control se "spem(form=code)"; control is the plain network '
@@ -29,7 +29,7 @@ def run(
     out: Annotated[Path, "DIR", "folder for tables and report"] = Path("comparison"),
     runs: Annotated[Path, "DIR", "folder of all runs", RARE] = Path("runs"),
     json: Json = False,
-    **given: Annotated[Any, [*config_options("seed", "model.attention"), *HOW]],
+    **given: Annotated[Any, config_options("seed", "model.attention"), carry_out],
 ) -> int:
     """Train several attentions with the same seeds, and show how they differ from the first.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import NETWORK, Named, load_network
+from spem.cli.network import Named, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, print_table, say, shown
 
@@ -22,7 +22,7 @@ def run(
     device: Annotated[Literal["cpu", "cuda"], "name what runs the tails there"] = "cpu",
     precision: Annotated[Literal["fp32", "bf16"], "of their maps"] = "fp32",
     json: Json = False,
-    **named: Annotated[Any, NETWORK],
+    **named: Annotated[Any, load_network],
 ) -> None:
     """Count parameters and FLOPs of a network. Needs no data."""
     import torch

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import NETWORK, Named, Network, load_network
+from spem.cli.network import Named, Network, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, say
 
@@ -24,7 +24,7 @@ def run(
     device: Annotated[Literal["auto", "cpu", "cuda"], "where"] = "auto",
     predictions: Annotated[Path | None, "CSV", "write what it answers for every image"] = None,
     json: Json = False,
-    **named: Annotated[Any, NETWORK],
+    **named: Annotated[Any, load_network],
 ) -> None:
     """Accuracy of a network on test images, in float32, normalised as in training."""
     from spem.files import require_regular, write_atomic
@@ -32,7 +32,7 @@ def run(
     if data is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(data, root=root, size=named.get("size"))
+        check_images(data, root=root, size=named["size"])
     if predictions is not None:
         if not predictions.parent.is_dir():
             raise ValueError(f"--predictions: there is no folder {predictions.parent}.")
@@ -69,7 +69,7 @@ def run(
             content = table.to_csv(index_label="index", lineterminator="\n")
             write_atomic(predictions, content.encode())
     if json:
-        told: dict[str, Any] = {"attention": named.get("attention")}
+        told: dict[str, Any] = {"attention": named["attention"]}
         told |= {"depth": None, "seed": None, "id": None}
         if config is not None:
             told = {"attention": config.model.attention, "depth": config.model.depth}

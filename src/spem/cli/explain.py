@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.network import NETWORK, Named, Network, load_network
+from spem.cli.network import Named, Network, load_network
 from spem.cli.options import Json, unknown
 from spem.cli.output import print_json, print_table, say
 
@@ -28,7 +28,7 @@ def run(
     blocks: Annotated[int, "N", "rows of the picture"] = 6,
     top: Annotated[int, "N", _TOP] = 4,
     json: Json = False,
-    **named: Annotated[Any, NETWORK],
+    **named: Annotated[Any, load_network],
 ) -> None:
     """Show an image to a network: gates block by block, channels most and least kept, answer."""
     from spem.files import require_regular
@@ -45,8 +45,8 @@ def run(
     from spem import explain as looking
     from spem.data import normalise
 
-    if "attention" in named and "weights" not in named:
-        named.setdefault("start", "module")  # an identity start would show nothing
+    if named["attention"] and not named["weights"]:
+        named["start"] = named["start"] or "module"  # an identity start would show nothing
     found = load_network(network, **named)
     shown, said = pixels(image, found, root)
     seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import NETWORK, Named, Network, load_network
+from spem.cli.network import Named, Network, load_network
 from spem.cli.options import RARE, Json
 from spem.cli.output import print_json, shown
 
@@ -28,7 +28,7 @@ def run(
     precision: Annotated[Literal["fp32", "fp16"], "fp16 with gates in float32"] = "fp32",
     opset: Annotated[int | None, "N", "version of ONNX's operators", RARE] = None,
     json: Json = False,
-    **named: Annotated[Any, NETWORK],
+    **named: Annotated[Any, load_network],
 ) -> None:
     """Write a network as ONNX, checked by running it in onnxruntime and PyTorch."""
     if out is None:
@@ -36,14 +36,14 @@ def run(
     if fold is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(fold, size=named.get("size"))
+        check_images(fold, size=named["size"])
     from spem.export import to_onnx
 
     found = load_network(network, **named)
-    attention, weights = named.get("attention", "none"), named.get("weights")
-    if attention != "none" and (weights is None or found.lacking):
+    attention, weights = named["attention"], named["weights"]
+    if attention not in (None, "none") and (weights is None or found.lacking):
         what = "has no weights" if weights is None else f"has no weights in {weights}"
-        if named.get("start") != "module":
+        if named["start"] != "module":
             raise ValueError(
                 f"--attention {attention} {what} and starts as the identity, so the file would "
                 f"hold no attention. Give --weights with trained attention, or --start module for "

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.options import Option, number, typed, unknown
-from spem.extras import require
+from spem.cli.options import RARE, unknown
+from spem.extras import rephrased, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,17 +28,10 @@ NETWORK_HELP = (
 )
 Named = Annotated[str, "NETWORK", NETWORK_HELP]
 Start = Literal["identity", "module"]
-_SIZE = "side of its images; else what it is made for"
 _START = "how attention without weights starts: as if it were not there, or as the module does"
-Size = Annotated[int | None, "PIXELS", _SIZE]
-NETWORK = [
-    Option("attention", ("--attention",), "ATTENTION", 'put into it: spem, "se(reduction=8)" ...'),
-    Option("weights", ("--weights",), "FILE", "weights (.safetensors) of a named network", Path),
-    Option("classes", ("--classes",), "N", "outputs of a named network", number(1, int)),
-    Option("size", ("--size",), "PIXELS", _SIZE, number(1, int)),
-    Option("start", ("--start",), "identity|module", _START, typed(Start)[0], rare=True),
-]
-"""What `load_network` takes besides the name."""
+Size = Annotated[int | None, "PIXELS", "side of its images; else what it is made for"]
+_ATTENTION = 'put into it: spem, "se(reduction=8)" ...'
+_WEIGHTS = "weights (.safetensors) of a named network"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of images where nothing else is known."""
 
@@ -86,26 +79,19 @@ class Network:
 def load_network(
     text: str,
     *,
-    attention: str | None = None,
-    start: Start | None = None,
+    attention: Annotated[str | None, "ATTENTION", _ATTENTION] = None,
+    weights: Annotated[Path | None, "FILE", _WEIGHTS] = None,
+    classes: Annotated[int | None, "N", "outputs of a named network"] = None,
+    size: Size = None,
+    start: Annotated[Start | None, _START, RARE] = None,
     fuse: bool = False,
-    classes: int | None = None,
-    weights: Path | None = None,
-    size: int | None = None,
 ) -> Network:
-    """The network that a text names.
+    """The network that a text names; the options of the commands that take a network.
 
-    Args:
-        text: ``resnet50`` (timm's, else torchvision's; ``torchvision:resnet50`` says which),
-            ``cifar:29`` or ``29`` (ours; ``cifar:basic-56`` has basic blocks),
-            ``path/to/file.py:function`` (called without arguments, returns the module), the folder
-            of a run or of `save_pretrained`, or weights that a training wrote.
-        attention: Put into a named network.
-        start: None is what the weights were trained with, without weights the identity.
-        fuse: Give blocks of timm and torchvision the fused tail.
-        classes: Number of outputs of a named network.
-        weights: Of a named network; those of its attention may be missing.
-        size: Height and width of the images.
+    ``resnet50`` is timm's, else torchvision's (``torchvision:resnet50`` says which), ``cifar:29``
+    or ``29`` ours (``cifar:basic-56`` has basic blocks), ``path/to/file.py:function`` is called
+    without arguments; and there are folders of runs and of `save_pretrained`, and weights. Weights
+    of a named network may lack its attention; `start` None is as they were trained.
 
     Raises:
         FileNotFoundError: There is no such file, or no weights in the folder.
@@ -116,10 +102,10 @@ def load_network(
     attention = None if attention == "none" and not trained else attention
     state = None if weights is None or trained else _read(weights)
     if trained:
-        given = {"--attention": attention, "--start": start, "--weights": weights}
-        for flag, value in (given | {"--classes": classes, "--fuse": fuse or None}).items():
+        given = {"attention": attention, "start": start, "weights": weights, "classes": classes}
+        for name, value in (given | {"fuse": fuse or None}).items():
             if value is not None:
-                raise ValueError(f"{flag} is for a named network; trained weights bring their own.")
+                raise ValueError(f"--{name} is for a named network; trained weights bring theirs.")
         found = _trained(Path(text))
     elif own and classes is not None:
         raise ValueError("--classes is for a network of a package; yours says it itself.")
@@ -255,10 +241,8 @@ def _read(path: Path) -> dict[str, Any]:
     safetensors = require("safetensors.torch", extra="hub", purpose="--weights")
     if not path.is_file():
         raise FileNotFoundError(f"--weights: there is no file {path}.")
-    try:
+    with rephrased(f"--weights {path} is damaged or no safetensors file"):
         return safetensors.load(path.read_bytes())
-    except Exception as error:  # safetensors has its own types for broken files
-        raise ValueError(f"--weights {path} is damaged or no safetensors file.") from error
 
 
 def _load(model: nn.Module, state: dict[str, Any], title: str, plain: set[str]) -> bool:
@@ -322,14 +306,13 @@ def register_from_file(where: str) -> str:
         needs = kind.needs
         own = type(name, (kind,), {}) if kind.name else kind  # a class has one name, also its own
     register_attention(label, paper=f"{name} of {path.name}", needs=needs)(own)
+    tried = f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]"
     try:
         got = list(own(64)(torch.zeros(2, 64, 8, 8)).shape)
-        said = f"it must return a map of its input's shape [2, 64, 8, 8], got {got}."
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it is reported
-        got, said = None, f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{tried}: {type(error).__name__}: {error}") from error
     if got != [2, 64, 8, 8]:
-        tried = f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]"
-        raise ValueError(f"{tried}: {said}")
+        raise ValueError(f"{tried}: it must return a map of its input's shape, got {got}.")
     return label
 
 

@@ -10,8 +10,8 @@
 
 A parameter before the star is an argument, one behind it an option: `--batch`. Its type is followed
 by what it takes, its line of the help, and perhaps `RARE` or a function that makes the value of the
-text; behind that of ``**rest`` comes a list of options, which come first in the help, or last
-where `RARE` follows. The docstring is text of the help.
+text. Behind that of ``**rest`` come lists of options, or functions with such parameters: first in
+the help, or last where `RARE` follows. The docstring is text of the help.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from textwrap import fill
 from types import NoneType
@@ -175,10 +175,14 @@ def _options(run: Callable[..., Any]) -> list[Option]:
     found: list[Option] = []
     hints = get_type_hints(run, include_extras=True)
     for name, parameter in inspect.signature(run).parameters.items():
-        hint, said = hints[name].__origin__, hints[name].__metadata__
+        if get_origin(hints[name]) is not Annotated:  # of a function that is called with more
+            continue
+        hint, *said = get_args(hints[name])
         if parameter.kind is parameter.VAR_KEYWORD:
+            parts = [part for part in said if part is not RARE]
+            more = chain(*(part if isinstance(part, list) else _options(part) for part in parts))
             place = len(found) if RARE in said else sum(not option.flags for option in found)
-            found[place:place] = said[0]
+            found[place:place] = more
             continue
         kind, takes, many = typed(hint)
         kind = next((part for part in said if callable(part)), kind)

@@ -1,22 +1,15 @@
 """What the commands share in speaking: tables, paragraphs and JSON."""
 
 import json
-import math
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 _NUMBERS = re.compile(r"[-+±.,e%<\[\] ]*\d[-+±.,e%<\[\] \d]*")
-
-
-def decimals_for(spreads: Iterable[float | None]) -> int:
-    """As many as show two digits of the smallest deviation that is not 0, and two at least."""
-    smallest = min((spread for spread in spreads if spread), default=1.0)
-    return min(10, max(2, 1 - math.floor(math.log10(smallest))))
 
 
 def print_json(document: Any) -> None:

@@ -7,38 +7,24 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.options import Option, number
+from spem.cli.options import RARE
 from spem.cli.output import print_json, print_table
 from spem.extras import require
+from spem.training.config import RunConfig
 from spem.training.progress import Silent, choose_progress
 
 if TYPE_CHECKING:
     from spem.reproduce.report import Report
     from spem.reproduce.run import Ended
     from spem.reproduce.tables import Table
-    from spem.training import RunConfig
 
 LEFT = 3
 """Exit code where a budget was over before every run was finished."""
-_WORKERS = "runs at a time, as tasks of Ray (default 1)"
+_WORKERS = "runs at a time, as tasks of Ray"
 _ADDRESS = "of a Ray cluster whose machines share the folder"
 _RETRY = "train runs that diverged once more, from their start"
-HOW = [
-    Option("workers", ("--workers",), "N", _WORKERS, number(1, int)),
-    Option("address", ("--address",), "ADDRESS", _ADDRESS, rare=True),
-    Option(
-        "per_gpu",
-        ("--per-gpu",),
-        "N",
-        "runs at a time on a GPU (default 1)",
-        number(1, int),
-        rare=True,
-    ),
-    Option("retry_diverged", ("--retry-diverged",), "", _RETRY, lambda _: True, rare=True),
-]
-"""How `carry_out` trains, in the commands that train several runs."""
 
 
 class Several(Silent):
@@ -94,21 +80,18 @@ def carry_out(
     runs: Path,
     out: Path,
     *,
+    workers: Annotated[int, "N", _WORKERS] = 1,
+    address: Annotated[str | None, "ADDRESS", _ADDRESS, RARE] = None,
+    per_gpu: Annotated[int, "N", "runs at a time on a GPU", RARE] = 1,
+    retry_diverged: Annotated[bool, _RETRY, RARE] = False,
+    budget: float | None = None,
     baseline: str | None = None,
-    retry_diverged: bool = False,
     json: bool = False,
-    **how: Any,
 ) -> int:
     """Train what is missing, write tables and report, and show the answer; the exit code.
 
-    Args:
-        planned: Runs, each with the experiments it belongs to.
-        runs: Folder of all runs.
-        out: Folder of tables and report.
-        baseline: Module that the others of a comparison are compared with.
-        retry_diverged: Train runs that diverged once more.
-        json: Show JSON.
-        how: As `run_missing` takes it: `workers`, `address`, `per_gpu`, `budget`.
+    Runs are planned with the experiments they belong to; the others of a comparison are compared
+    with the baseline. The options are those of the commands that train several runs.
 
     Raises:
         FloatingPointError: Runs failed or diverged; the others are trained and in the tables.
@@ -126,9 +109,10 @@ def carry_out(
         run.forget_diverged(planned, runs)
     todo = run.missing(planned, runs)
     run.require_weights(todo)
-    _announce(planned, todo, how.get("workers", 1))
+    _announce(planned, todo, workers)
     progress, ended = Several(len(todo)), list[run.Ended]()
     try:
+        how: Any = {"workers": workers, "address": address, "per_gpu": per_gpu, "budget": budget}
         ended = run.run_missing(todo, runs, progress, **how)
     finally:  # what is finished is written, also where a signal stopped the rest
         progress.stop()

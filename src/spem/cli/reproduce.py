@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.options import RARE, Json, one_of
 from spem.cli.output import print_table
-from spem.cli.progress import HOW, carry_out, parse_duration, parse_seeds, roughly
+from spem.cli.progress import carry_out, parse_duration, parse_seeds, roughly
 
 if TYPE_CHECKING:
     from spem.training import RunConfig
@@ -39,7 +39,7 @@ def run(
     budget: Annotated[float | None, "TIME", _BUDGET, parse_duration] = None,
     dry_run: Annotated[bool, _DRY_RUN] = False,
     json: Json = False,
-    **how: Annotated[Any, HOW, RARE],
+    **how: Annotated[Any, carry_out, RARE],
 ) -> int:
     """Reproduce tables and figures of the paper: train what is missing, then tables and report.
 
@@ -56,7 +56,7 @@ def run(
         data = config.data if root is None else replace(config.data, root=str(root))
         planned[replace(config, data=data)] = owners
     if dry_run:
-        _show_plan(planned, names, results / "runs", how.get("workers", 1))
+        _show_plan(planned, names, results / "runs", how["workers"])
         return 0
     return carry_out(planned, results / "runs", results, budget=budget, json=json, **how)
 
