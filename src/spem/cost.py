@@ -205,18 +205,19 @@ def _run(
     from torch.utils.flop_counter import FlopCounterMode
 
     own: Counter[nn.Module] = Counter()
-    open_calls: list[list[int]] = []  # FLOPs before the call, and those of calls inside it
+    running: list[nn.Module] = [model]
     outputs: dict[str, tuple[int, ...]] = {}
 
-    def enter(*_: object) -> None:
-        open_calls.append([counter.get_total_flops(), 0])
+    def spent() -> None:  # since the last call began or ended, by the module that runs
+        own[running[-1]] += counter.get_total_flops() - own.total()
 
-    def leave(name: str, module: nn.Module, _x: object, output: object) -> None:
-        before, inside = open_calls.pop()
-        spent = counter.get_total_flops() - before
-        own[module] += spent - inside
-        if open_calls:
-            open_calls[-1][1] += spent
+    def enter(module: nn.Module, _x: object) -> None:
+        spent()
+        running.append(module)
+
+    def leave(name: str, _module: object, _x: object, output: object) -> None:
+        spent()
+        running.pop()
         if isinstance(output, Tensor):
             outputs[name] = tuple(output.shape)
 

@@ -205,11 +205,9 @@ def _literal(text: str) -> str:
 
 def evenly(blocks: Sequence[BlockView], count: int) -> list[BlockView]:
     """At most this many blocks, evenly spaced, including the first and the last."""
-    if len(blocks) <= count:
-        return list(blocks)
-    if count == 1:
-        return [blocks[-1]]
-    return [blocks[round(k * (len(blocks) - 1) / (count - 1))] for k in range(count)]
+    count = min(count, len(blocks))
+    places = torch.linspace(len(blocks) - 1, 0, count).round().int().tolist()  # one is the last
+    return [blocks[place] for place in reversed(places)]
 
 
 def _answer(

@@ -66,13 +66,11 @@ class Network:
 
     def require_classes(self, images: ImageSet) -> None:
         """Raises ValueError for images whose labels mean something else than its outputs."""
-        if self.data is not None:
-            self.data.require_classes(images)
-        elif self.classes is not None and self.classes != images.classes:
+        if self.classes is not None and self.classes != images.classes:
+            mine, theirs = (", ".join(names[:3]) for names in (self.classes, images.classes))
             raise ValueError(
-                f"the network was trained on other classes ({', '.join(self.classes[:3])} ...) "
-                f"than those of {images.name} ({', '.join(images.classes[:3])} ...). Use images of "
-                f"the same classes."
+                f"the network was trained on other classes ({mine} ...) than those of "
+                f"{images.name} ({theirs} ...). Use images of the same classes."
             )
 
 

@@ -57,9 +57,9 @@ def run(
         named_by = " and ".join(chosen["by"])
         print(plain(f"{chosen['value']} by {named_by}, paired by {chosen['pair']}{split}."))
         print(*notes, sep="\n", end="\n" * len(notes))
-    parts = table.groupby(split_by, sort=False, dropna=False) if split_by else [((), table)]
-    for key, part in parts:
-        within, lines = dict(zip(split_by, key, strict=True)), part.to_dict("records")
+    alone: Any = [((), table)]
+    for key, part in table.groupby(split_by, sort=False, dropna=False) if split_by else alone:
+        where, lines = dict(zip(split_by, key, strict=True)), part.to_dict("records")
         decimals = _decimals(part)
         reading = [
             sentence(line, decimals=decimals, **words)
@@ -68,12 +68,12 @@ def run(
         ] or ["There is one group only: nothing is compared."]
         if json:
             groups = records(part.drop(columns=split_by))
-            told.append({"within": within, "groups": groups, "reading": reading})
+            told.append({"within": where, "groups": groups, "reading": reading})
             continue
         print()
         columns = [chosen["by"][0], "n", "mean", "sd", "pairs", f"to {lines[0]['baseline']}"]
         columns += [f"{100 * level:g} % interval", "p", "sign-flip p", "Holm p", "verdict"]
-        title = plain(", ".join(f"{name}={cell}" for name, cell in within.items()))
+        title = plain(", ".join(f"{name}={cell}" for name, cell in where.items()))
         print_table(columns, [_cells(line, decimals) for line in lines], title=title)
         print(*map(plain, reading), sep="\n")
     if json:
