@@ -225,16 +225,12 @@ def _tail_spec(attention: Attention, asker: str) -> AttentionSpec:
     spec = as_spec(attention)
     if spec is None:
         raise ValueError(f"{asker}: 'none' is the plain network; there is nothing to put in.")
-    if spec.shared:
-        raise ValueError(
-            f"{asker}: {spec} is one module for all blocks of a stage, which only spem.resnet "
-            f"has. Use a module with one instance a block (spem list)."
-        )
-    if spec.place != "tail":
-        raise ValueError(
-            f"{asker}: {spec} goes {PLACES[spec.place]}, not in the tail of a block. "
-            f"Use a module of placement 'tail' (spem list)."
-        )
+    if spec.shared or spec.place != "tail":
+        why = f"goes {PLACES[spec.place]}, not in the tail of a block"
+        if spec.shared:
+            why = "is one module for all blocks of a stage, which only spem.resnet has"
+        remedy = "Use a module of placement 'tail' with one instance a block (spem list)."
+        raise ValueError(f"{asker}: {spec} {why}. {remedy}")
     return spec
 
 

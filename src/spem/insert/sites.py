@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from spem.attention import AttentionSpec, ChannelAttention
-from spem.extras import first_line
+from spem.extras import rephrased
 from spem.insert.families import How, Stage, attribute, is_norm, rule_of
 from spem.insert.follow import follow, suggestion, summary
 from spem.insert.start import existing_layer, se_parts
@@ -184,17 +184,14 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
 
     model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
     shape, like = input_shape or default_input(model), float_like(model)
-    try:
-        with evaluating(model), torch.no_grad(), ExitStack() as stack:
-            for module in model.modules():
-                stack.enter_context(module.register_forward_hook(see))
+    said = f"attach: {type(model).__name__} does not run on an input of {list(shape)}"
+    remedy = "Pass input_shape= one that it takes."
+    with ExitStack() as stack, rephrased(said, remedy, kind=InputError):
+        stack.enter_context(evaluating(model))
+        for module in model.modules():
+            stack.enter_context(module.register_forward_hook(see))
+        with torch.no_grad():
             model(torch.zeros(shape, dtype=like.dtype, device=like.device))
-    except Exception as error:  # a network says in its own way that an input does not fit
-        reason = first_line(error)
-        raise InputError(
-            f"attach: {type(model).__name__} does not run on an input of {list(shape)} ({reason}). "
-            f"Pass input_shape= one that it takes."
-        ) from error
     return maps
 
 
@@ -301,10 +298,8 @@ def chosen(
 def built(spot: Spot, spec: AttentionSpec, like: Tensor) -> ChannelAttention:
     """The attention of a site, on the device and in the dtype of a tensor."""
     size = None if spot.shape is None or spot.rank != 4 else (spot.shape[2], spot.shape[3])
-    try:
+    with rephrased(f"attach: {spot.name}"):
         attention = spec.build(spot.channels, size=size, device=like.device, dtype=like.dtype)
-    except ValueError as error:
-        raise ValueError(f"attach: {spot.name}: {error}") from None
     if spot.rank not in (None, 4) and not attention.takes_any_rank():
         layer = f" after a {type(spot.layer).__name__}" if spot.layer is not None else ""
         raise ValueError(
