@@ -15,11 +15,8 @@ from typing import Any, cast
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that readers find the old content or the new, never a part.
 
-    The content reaches the disk before the name does; the folder's entry is synced last.
-
-    Raises:
-        ValueError: the name is taken by something other than a regular file (a link, a device).
-        OSError: for example, the disk is full; the message names the file.
+    The content reaches the disk before the name does; the folder's entry is synced last. Links and
+    devices are not replaced (ValueError).
     """
     require_regular(path, missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -44,23 +41,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def read_regular(path: Path) -> bytes:
-    """Read a file; a pipe or a device, which might never end, is refused.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a regular file.
-    """
+    """Read a file; a pipe or a device, which might never end, is refused."""
     require_regular(path.resolve())
     return path.read_bytes()
 
 
 def require_regular(path: Path, *, missing_ok: bool = False) -> None:
-    """Refuse a link, pipe, device or folder where a file is expected.
-
-    Raises:
-        FileNotFoundError: nothing has this name.
-        ValueError: it is not a regular file.
-    """
+    """Raise ValueError for a link, pipe, device or folder where a file is expected."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -89,11 +76,7 @@ def save_json(values: dict[str, Any], path: Path) -> None:
 
 
 def load_json(path: Path, *, remedy: str) -> dict[str, Any]:
-    """Read a file of `save_json`, without the field "sha256".
-
-    Raises:
-        ValueError: the file is damaged or was edited; the message ends with the remedy.
-    """
+    """Read a file of `save_json`, without the field "sha256"; ValueError if it is damaged."""
     content = read_regular(path)
     try:
         values = json.loads(content)

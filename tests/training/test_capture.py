@@ -154,13 +154,13 @@ def test_a_step_that_cannot_be_captured_names_the_ways_out(monkeypatch: pytest.M
 def test_a_captured_run_is_recorded_followed_and_resumed(
     stand_in: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    plan = loop._resolved
+    plan = loop.resolved
 
     def resolved(runtime: RuntimeConfig, *how: Any, **more: Any) -> RuntimeConfig:
         settled = plan(replace(runtime, step="eager"), *how, **more)
         return replace(settled, step=runtime.step)
 
-    monkeypatch.setattr(loop, "_resolved", resolved)
+    monkeypatch.setattr(loop, "resolved", resolved)
     config = graph(tiny(epochs=2))
     told = Stop(-1)
     whole = trained(config, tmp_path / "whole", told)

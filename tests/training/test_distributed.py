@@ -34,7 +34,7 @@ from spem.training import (
 )
 from spem.training.distributed import Team, share_norms
 from spem.training.folder import load_checkpoint
-from spem.training.loop import _resolved
+from spem.training.loop import resolved
 from spem.training.step import make_optimizer, make_step
 
 
@@ -230,11 +230,11 @@ def test_parts_cover_a_batch_once(images: int, size: int) -> None:
 
 
 def test_several_processes_step_eagerly_each_on_its_own_device() -> None:
-    assert _resolved(RuntimeConfig(device="cpu", step="auto"), 2).step == "eager"
+    assert resolved(RuntimeConfig(device="cpu", step="auto"), 2).step == "eager"
     with pytest.raises(ValueError, match=r"step='compile' is for one process, and 2 train"):
-        _resolved(RuntimeConfig(device="cpu", step="compile"), 2)
+        resolved(RuntimeConfig(device="cpu", step="compile"), 2)
     with pytest.raises(ValueError, match=r"device='cpu:0' cannot serve 2 processes"):
-        _resolved(RuntimeConfig(device="cpu:0"), 2)
+        resolved(RuntimeConfig(device="cpu:0"), 2)
 
 
 def test_shared_norms_keep_names_and_tensors() -> None:

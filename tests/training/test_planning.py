@@ -13,7 +13,7 @@ from training.tiny import begun, shortened, tiny
 from spem.data import load_images
 from spem.training import ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
 from spem.training.sets import load_sets
-from spem.training.step import decay
+from spem.training.step import make_optimizer, set_rate
 
 
 def test_a_device_that_is_not_there_can_be_corrected(tmp_path: Path):
@@ -97,6 +97,8 @@ def test_the_limited_images_can_be_drawn_again_for_every_seed():
 
 
 def test_the_cosine_starts_at_the_rate_and_falls_to_nothing():
-    optim = OptimConfig(epochs=4, schedule="cosine", milestones=())
-    expected = [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]
-    assert [decay(optim, epoch) for epoch in range(4)] == pytest.approx(expected)
+    optim = OptimConfig(epochs=4, lr=0.2, schedule="cosine", milestones=())
+    optimizer = make_optimizer(torch.nn.Linear(1, 1), optim)
+    expected = [0.2, 0.1 + 0.1 * 2**-0.5, 0.1, 0.1 - 0.1 * 2**-0.5]
+    assert [set_rate(optimizer, optim, epoch) for epoch in range(4)] == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected[-1])

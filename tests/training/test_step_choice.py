@@ -16,7 +16,7 @@ from spem.models import ResNet
 from spem.ops import dispatch, use_impl
 from spem.training import Interrupted, RuntimeConfig, Silent, read_run, train
 from spem.training.folder import build_network
-from spem.training.loop import _resolved
+from spem.training.loop import resolved
 from spem.training.step import (
     choose_impl,
     execution,
@@ -146,10 +146,10 @@ def test_one_line_tells_what_runs_the_tails():
 
 
 def test_auto_is_by_the_device_and_not_measured(monkeypatch: pytest.MonkeyPatch, proven: None):
-    assert _resolved(RuntimeConfig(step="auto", device="cpu"), 1).step == "eager"
+    assert resolved(RuntimeConfig(step="auto", device="cpu"), 1).step == "eager"
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    assert _resolved(RuntimeConfig(step="auto", device="cuda"), 1).step == "graph"
-    assert _resolved(RuntimeConfig(step="auto", device="cuda"), 2).step == "eager"
+    assert resolved(RuntimeConfig(step="auto", device="cuda"), 1).step == "graph"
+    assert resolved(RuntimeConfig(step="auto", device="cuda"), 2).step == "eager"
 
 
 @pytest.mark.parametrize(

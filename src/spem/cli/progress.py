@@ -154,11 +154,11 @@ def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
         page = None if report is None else str(report.page)
         print_json({"report": page, "tables": told, "left": left})
         return
-    if report is None or report.headline is None:
+    if not tables:
         print("No run is finished yet.")
     else:
-        _print(report.headline)
-        print(f"\n{report.headline.answer}\n")
+        _print(tables[0])
+        print(f"\n{tables[0].answer}\n")
         others = len(tables) - 1
         if others:
             print(f"{others} more table{'s are' if others > 1 else ' is'} in the report.")

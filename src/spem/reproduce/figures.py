@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import io
 import re
 import statistics
 import textwrap
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ STYLE = {
     **{"axes.spines.top": False, "axes.spines.right": False},
     **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "0.92"},
 }
+DOT: dict[str, Any] = {"alpha": 0.65, "linewidths": 0, "zorder": 3}
 GREY = "#555555"
 MINUS = "\N{MINUS SIGN}"
 KNOWN = {  # Okabe and Ito: people with any kind of colour blindness can tell them apart
@@ -80,12 +81,9 @@ def colour(module: str) -> str:
     if module in KNOWN:
         return KNOWN[module]
     others = [name for name in list_attention() if name not in KNOWN]
-    if module in others:  # neighbours in the list have distant hues
-        place = others.index(module)
-        hue, light = (0.05 + 0.618034 * place) % 1, (0.38, 0.52, 0.3)[place % 3]
-    else:
-        digest = hashlib.sha256(module.encode()).digest()
-        hue, light = digest[0] / 256, 0.3 + 0.2 * digest[1] / 256
+    place = others.index(module) if module in others else zlib.crc32(module.encode())
+    # Neighbours in the list have distant hues.
+    hue, light = (0.05 + 0.618034 * place) % 1, (0.38, 0.52, 0.3)[place % 3]
     parts = (round(255 * part) for part in colorsys.hls_to_rgb(hue, light, 0.7))
     return "#{:02x}{:02x}{:02x}".format(*parts)
 
@@ -166,7 +164,7 @@ def differences(table: Table) -> Drawing | None:
             continue
         axis.plot(line["bar"], [place] * len(line["bar"]), color=tint, linewidth=2.4)
         axis.plot(mean, place, marker="|", markersize=15, markeredgewidth=3, color=tint)
-        _dots(axis, dots, [place - 0.24] * len(dots), tint, size=22)
+        axis.scatter(dots, [place - 0.24] * len(dots), s=22, color=tint, **DOT)
     axis.set_yticks(range(len(lines)), [_short(line["row"]) for line in lines])
     axis.set_ylim(len(lines) - 0.5, -0.6)
     axis.set_xlim(least - margin, most + margin)
@@ -247,7 +245,7 @@ def _with_seeds(
         own = values.get_group(line["row"]).dropna()
         middle = (len(own) - 1) / 2
         xs = [place + width * (i - middle) / max(middle, 1) for i in range(len(own))]
-        _dots(axis, xs, own, tint, size=13)
+        axis.scatter(xs, own, s=13, color=tint, **DOT)
 
 
 def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
@@ -264,7 +262,7 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
             few = {"markersize": 4} if len(mean) <= 12 else {"marker": None}
             axis.plot(mean.index + 1, mean, label=_short(row), linewidth=1.6, **(style | few))
             described.append(f"{row} {mean.iloc[-1]:.2f}")
-    _finish(axis, "epoch", "test accuracy, %", whole=True)
+    _finish(axis, "epoch", "test accuracy, %")
     caption = "Test accuracy after each epoch, the mean of the seeds."
     alt = f"Curves end at {', '.join(described)}."
     return Drawing(f"{table.name}-curves", figure, caption, alt)
@@ -274,6 +272,8 @@ def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
     """Lambda and |p| of every block over epochs, for the first row with a learned mix."""
     if mixes.empty or table.experiment not in (*DETAILED, "penalty"):
         return None
+    from matplotlib import colormaps
+
     row = next(row for row in table.runs["row"] if row in set(mixes["row"]))
     own = mixes[mixes["row"] == row]
     blocks, first_seed = list(dict.fromkeys(own["mix"])), own["seed"].min()
@@ -283,14 +283,16 @@ def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
             continue  # a thicket
         named = seed == first_seed and len(blocks) <= 6
         name = str(block).partition(".attention")[0] if named else None
-        style = {"color": _ramp(blocks.index(block), len(blocks)), "linewidth": 1.3}
+        # From dark blue to a yellow that is not too pale.
+        shade = colormaps["viridis"](0.9 * blocks.index(block) / max(len(blocks) - 1, 1))
+        style = {"color": shade, "linewidth": 1.3}
         top.plot(part["epoch"] + 1, part["lambda"], label=name, **style)
         bottom.plot(part["epoch"] + 1, part["magnitude"], **style)
     top.set_ylim(-0.03, 1.03)
     if (own["magnitude"] > 0).all():
         bottom.set_yscale("log")
     _finish(top, "", "lambda")
-    _finish(bottom, "epoch", "|p|", whole=True)
+    _finish(bottom, "epoch", "|p|")
     last = own[own["epoch"] == own["epoch"].max()]["lambda"]
     caption = (
         f"{row}: a line for each block and seed, dark for the first block. lambda depends on the "
@@ -316,7 +318,8 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
             bottom.plot(own.index + 1, own["spread"], markersize=5, **style)
             described.append(f"{row} {own['spread'].min():.1f} to {own['spread'].max():.1f} %")
     _finish(top, "", "gate, median")
-    _finish(bottom, "block, from the first to the last", "spread over images, %", whole=True)
+    _finish(bottom, "block, from the first to the last", "spread over images, %")
+    bottom.locator_params(axis="x", integer=True)
     caption = (
         "The median gate of each block, and its standard deviation over images in per cent of its "
         "mean: near 0 the gate is a constant factor that does not look at its input."
@@ -350,28 +353,16 @@ def _canvas(height: float, rows: int = 1) -> tuple[Figure, Any]:
         return figure, figure.subplots(rows, 1, sharex=rows > 1)
 
 
-def _dots(axis: Axes, xs: Any, ys: Any, tint: str, *, size: float) -> None:
-    axis.scatter(xs, ys, s=size, color=tint, alpha=0.65, linewidths=0, zorder=3)
-
-
-def _finish(axis: Axes, x: str, y: str, *, whole: bool = False) -> None:
-    """Axis labels, integers on the lower axis, and a legend if lines have names."""
+def _finish(axis: Axes, x: str, y: str) -> None:
+    """Axis labels, integers below if these are epochs, and a legend if lines have names."""
     axis.set(xlabel=x, ylabel=y)
-    if whole:
+    if x == "epoch":
         axis.locator_params(axis="x", integer=True)
     names = axis.get_legend_handles_labels()[1]
     if names:
         axis.legend(fontsize=9, frameon=False, ncols=2 if len(names) > 4 else 1)
 
 
-def _ramp(i: int, n: int) -> Any:
-    """The i-th of n colours from dark blue to yellow, the last not too pale."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.9 * i / max(n - 1, 1))
-
-
 def _short(text: str) -> str:
     """A label, wrapped to two lines if long."""
-    lines = textwrap.wrap(text.replace("$", r"\$"), 22, max_lines=2, placeholder=" ...")
-    return "\n".join(lines)
+    return textwrap.fill(text.replace("$", r"\$"), 22, max_lines=2, placeholder=" ...")

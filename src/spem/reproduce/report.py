@@ -31,24 +31,13 @@ class Report:
     """What was written: the page and its tables, the first screen's first."""
 
     page: Path
-    tables: tuple[Table, ...]
-
-    @property
-    def headline(self) -> Table | None:
-        """The first screen's table; None if no run is finished yet."""
-        return self.tables[0] if self.tables else None
+    tables: list[Table]
 
 
 def build_report(folder: Path) -> Report:
     """Write `report.html`, `tables/` (CSV, LaTeX, Markdown) and `figures/` (SVG) into a folder.
 
-    Other files there are left alone.
-
-    Raises:
-        FileNotFoundError: The folder holds no runs.csv.
-        ImportError: Jinja2 or matplotlib are not installed.
-        OSError: A file cannot be written.
-        ValueError: A file of the folder is damaged.
+    Other files there are left alone. Raises as `read_results`, ImportError and OSError.
     """
     require("jinja2", extra="train", purpose="the report")
     frames = read_results(folder)
@@ -63,7 +52,7 @@ def build_report(folder: Path) -> Report:
         drawings[0].figure.savefig(folder / "comparison.png", dpi=150)
     page = folder / "report.html"
     _write(page, _page(tables, drawings, frames["runs"]))
-    return Report(page, tuple(tables))
+    return Report(page, tables)
 
 
 def shown(table: Table) -> pd.DataFrame:
@@ -73,8 +62,7 @@ def shown(table: Table) -> pd.DataFrame:
     frame, decimals = table.frame, table.decimals
 
     def numbers(name: str, decimals: int = 2, *, sign: bool = False) -> list[str]:
-        cells = frame.get(name, [float("nan")] * len(frame))
-        return [number(value, decimals, sign=sign) for value in cells]
+        return [number(x, decimals, sign=sign) for x in frame.get(name, [None] * len(frame))]
 
     def spread(mean: str, sd: str, decimals: int) -> list[str]:
         pairs = zip(numbers(mean, decimals), numbers(sd, decimals), strict=True)

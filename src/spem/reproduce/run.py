@@ -30,7 +30,6 @@ from spem.training import (
     HeldError,
     Interrupted,
     ModelConfig,
-    OptimConfig,
     Progress,
     RunConfig,
     RuntimeConfig,
@@ -314,21 +313,18 @@ def _seconds_an_image(
     import torch
 
     from spem.training.folder import build_network
+    from spem.training.loop import resolved
     from spem.training.step import execution, make_optimizer, make_step, map_dtype
 
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if runtime.device == "auto" else runtime.device
-    threads, optim = runtime.threads or torch.get_num_threads(), OptimConfig()
-    runtime = replace(runtime, device=device, step="eager", threads=threads)
+    small = RunConfig(ModelConfig(depth=SMALL[block], attention="none", block=block))
+    runtime = resolved(replace(runtime, step="eager"), 1, attention=False)
     form = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with execution(runtime) as place:
-        small = ModelConfig(depth=SMALL[block], attention="none", block=block)
-        network = build_network(RunConfig(model=small), classes=10).train()
+        network = build_network(small, classes=10).train()
         network = network.to(place, memory_format=form)  # pyright: ignore[reportCallIssue]
-        step = make_step(network, make_optimizer(network, optim), optim, runtime)
-        images = torch.randn(MEASURED_IMAGES, 3, side, side, device=place)
-        images = images.to(map_dtype(runtime))
-        images = images.contiguous(memory_format=form)
+        step = make_step(network, make_optimizer(network, small.optim), small.optim, runtime)
+        shape, dtype = (MEASURED_IMAGES, 3, side, side), map_dtype(runtime)
+        images = torch.randn(shape, device=place).to(dtype, memory_format=form)
         labels = torch.arange(MEASURED_IMAGES, device=place) % 10
         seconds = timeit.repeat(lambda: float(step(images, labels).loss), repeat=5, number=1)
     return min(seconds) / MEASURED_IMAGES

@@ -11,7 +11,6 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from spem import stats
@@ -31,17 +30,10 @@ if TYPE_CHECKING:
 
 FILES = ("runs.csv", "epochs.csv", "mixes.csv", "gates.csv")
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
-TEXTS = [
-    "experiment",
-    "scale",
-    "module",
-    "dataset",
-    "config",
-    "setting",
-    "baseline",
-    "status",
-    "error",
-]
+TEXTS = (
+    *("experiment", "scale", "module", "dataset", "config", "setting", "baseline"),
+    *("status", "error"),
+)
 _RESULT = (  # columns that are fields of a run's result
     *("accuracy", "loss", "train_accuracy", "train_loss", "validation_accuracy"),
     *("best_accuracy", "best_epoch", "best_selected_on", "parameters", "attention_parameters"),
@@ -143,7 +135,7 @@ def record(
     runs: Path,
     out: Path,
     *,
-    failed: Mapping[RunConfig, str] = MappingProxyType({}),
+    failed: Mapping[RunConfig, str] | None = None,
     baseline: str | None = None,
 ) -> list[str]:
     """Write the rows of runs below `runs` into the CSV files of the results folder `out`.
@@ -164,7 +156,7 @@ def record(
     for config, names in planned.items():
         before = there.get((config.id, str(config.seed)), "").split()
         row: Row = {"experiment": " ".join(dict.fromkeys([*before, *names])), "baseline": baseline}
-        folder, error, run = config.folder(runs), failed.get(config), None
+        folder, error, run = config.folder(runs), (failed or {}).get(config), None
         try:
             if error is None and (folder / "result.json").exists():
                 run = read_run(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,8 +29,7 @@ from spem.training.step import Step, StepOutput, lambdas, make_forward
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)
-"""How long a process waits while the first works alone, such as evaluating. One that has ended is
-noticed at once, since its connections close."""
+"""How long a process waits while the first works alone; one that has ended is noticed at once."""
 
 
 class FollowerError(RuntimeError):
@@ -65,8 +64,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    control: Any = None
-    """The process group for the CPU."""
+    control: Any = None  # the process group for the CPU
 
     @property
     def leads(self) -> bool:
@@ -76,9 +74,7 @@ class Team:
     def lead(self, work: Callable[[], T]) -> T:
         """Run something in the first process and return its result in all.
 
-        Raises:
-            Interrupted: the work was stopped by a signal; in all processes.
-            FollowerError: the work failed; the first process raises its own error instead.
+        If it fails there, the others raise FollowerError, or Interrupted if a signal stopped it.
         """
         if self.size == 1:
             return work()
@@ -130,15 +126,6 @@ class Team:
         whole = part.clone()
         dist.all_reduce(whole)
         return whole
-
-    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes, in one exchange."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        wholes = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, whole in zip(gradients, wholes, strict=True):
-            gradient.copy_(whole.view(gradient.shape))
 
     def part(self, images: int) -> slice:
         """This process's share of a batch; shares differ by at most one image."""
@@ -198,14 +185,9 @@ def shared_step(
 ) -> Step:
     """Build one process's training step; batch norms become synchronised.
 
-    Together the processes take the step that one would take, within rounding: norms share their
-    statistics, and loss, penalty and gradient are weighted by each process's share of the images.
-    Gradients are summed in one exchange after the backward pass: a CIFAR ResNet has too few to gain
-    from overlapping.
-
-    Every process gets the full batch and works on its share; a batch too small for the network's
-    modules to split is processed in full by all. The returned loss and correct answers are this
-    process's share.
+    Together the processes take the step that one would take, within rounding. Every process gets
+    the full batch and works on its share, or on all of a batch too small for the network's modules
+    to split. The returned loss and correct answers are this process's share.
 
     Raises:
         ValueError: a module cannot be trained in several processes, or the batch is too small.
@@ -231,7 +213,13 @@ def shared_step(
         optimizer.zero_grad(set_to_none=True)
         loss, extra, correct = forward(images[here], labels[here])
         (share * (loss + optim.penalty * extra)).backward()
-        team.add_up(model.parameters())
+        # One exchange after the backward pass: a CIFAR ResNet gains nothing from overlapping.
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        wholes = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, whole in zip(gradients, wholes, strict=True):
+            gradient.copy_(whole.view(gradient.shape))
         optimizer.step()
         counted = correct if divided or team.leads else torch.zeros_like(correct)
         return StepOutput(share * loss.detach(), extra.detach(), counted, lambdas(model))

@@ -22,10 +22,9 @@ from spem.training.config import RunConfig
 from spem.training.folder import DataIdentity
 from spem.training.sets import load_test
 
-Normalisation = tuple[Sequence[float], Sequence[float]]
-"""Mean and standard deviation of pixels scaled to 0 to 1."""
-GATE_IMAGES = 256
-"""Gates are described on this many of the first test images."""
+# A key of `spem.data.NORMALISATION`, or mean and standard deviation of pixels scaled to 0 to 1.
+Normalisation = str | tuple[Sequence[float], Sequence[float]]
+GATE_IMAGES = 256  # of the test set; on these gates are described
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -44,7 +43,7 @@ def evaluate(
     model: nn.Module,
     data: ImageSet,
     *,
-    normalisation: str | Normalisation = "paper",
+    normalisation: Normalisation = "paper",
     batch: int = 500,
     between: Callable[[], None] | None = None,
 ) -> Accuracy:
@@ -75,11 +74,7 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
-    data: ImageSet,
-    *,
-    normalisation: str | Normalisation = "paper",
-    batch: int = 500,
+    model: nn.Module, data: ImageSet, *, normalisation: Normalisation = "paper", batch: int = 500
 ) -> Tensor:
     """The predicted class of each image, int64 [n] on the CPU."""
     answers = [logits.argmax(1) for logits, _ in _answers(model, data, normalisation, batch)]
@@ -87,7 +82,7 @@ def predict(
 
 
 def _answers(
-    model: nn.Module, data: ImageSet, normalisation: str | Normalisation, batch: int
+    model: nn.Module, data: ImageSet, normalisation: Normalisation, batch: int
 ) -> Generator[tuple[Tensor, Tensor]]:
     """Logits and labels of a set, a batch at a time, in evaluation mode."""
     if len(data) == 0:
@@ -154,10 +149,7 @@ def load_test_images(
 
 @torch.no_grad()
 def gradient_norms(model: nn.Module) -> Tensor:
-    """The gradient norm of each block's convolutions, from the first block to the last.
-
-    Attention modules are left out, so that networks are compared on the same parameters.
-    """
+    """The gradient norm of each block's convolutions, attention left out, in the blocks' order."""
     found: list[Tensor] = []
     for _, block in blocks(model):
         attention = [m for m in block.modules() if isinstance(m, ChannelAttention)]

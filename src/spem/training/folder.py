@@ -1,15 +1,4 @@
-"""The files of a run: config, metrics, checkpoint, weights, result, and the folder's lock.
-
-    config.json        what was requested, how it was run, on which data and machine
-    metrics.jsonl      one line per epoch
-    checkpoint.pt      the latest state; deleted when the run finishes
-    model.safetensors  the trained weights
-    result.json        written last, with the SHA-256 of each remaining file: if it exists, the run
-                       has finished
-    .lock              held by the process that trains
-
-Incomplete or damaged files are refused; only tensors and plain values are unpickled.
-"""
+"""The files of a run. Damaged ones are refused; only tensors and plain values are unpickled."""
 
 from __future__ import annotations
 
@@ -44,8 +33,12 @@ from spem.insert import attach
 from spem.models import ResNet, resnet
 from spem.training.config import SCHEMA, RunConfig, RuntimeConfig, differing_fields
 
-CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
-WEIGHTS, RESULT, LOCK = "model.safetensors", "result.json", ".lock"
+CONFIG = "config.json"  # what was requested, how it was run, on which data and machine
+METRICS = "metrics.jsonl"  # one line per epoch
+CHECKPOINT = "checkpoint.pt"  # the latest state; deleted when the run finishes
+WEIGHTS = "model.safetensors"
+RESULT = "result.json"  # written last, with the SHA-256 of each remaining file: the run is finished
+LOCK = ".lock"  # held by the process that trains
 FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, RESULT, LOCK)
 _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.tmp")
 """Left by a process that was killed while writing (`spem.files.write_atomic`)."""
@@ -225,14 +218,10 @@ class Weights:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Generator[None]:
-    """Lock a run folder, created if needed, for a `with` block.
+    """Lock a run folder, created if needed, for a `with` block; HeldError if it is held.
 
     The operating system keeps the lock while this process lives, even suspended, and frees it when
     it ends: no other process can take over a folder that may still be written to.
-
-    Raises:
-        HeldError: another process holds the folder; the message says which.
-        ValueError: the folder holds files that are not a run's.
     """
     filelock = require("filelock", extra="train", purpose="training")
     require_own(folder)
@@ -245,10 +234,9 @@ def held(folder: Path) -> Generator[None]:
         who = ""
         with contextlib.suppress(OSError, ValueError):
             who = note.read_text().strip()
-        who = who or "another process"
         raise HeldError(
-            f"train: {folder} is in use by {who}. Wait for it to end, stop it, or train into "
-            "another folder."
+            f"train: {folder} is in use by {who or 'another process'}. Wait for it to end, stop "
+            "it, or train into another folder."
         ) from None
     try:
         note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
@@ -263,10 +251,7 @@ def held(folder: Path) -> Generator[None]:
 
 
 def require_own(folder: Path) -> None:
-    """Raise ValueError if the folder holds something else, or a run's file is not a regular file.
-
-    Extra files in the folder of a run are left alone.
-    """
+    """Raise ValueError if the folder is not a run's, or one of its files is not a regular file."""
     try:
         entries = {path.name: path for path in folder.iterdir()}
     except FileNotFoundError:
@@ -394,12 +379,7 @@ def build_network(config: RunConfig, classes: int) -> ResNet:
 
 
 def start_from(model: ResNet, path: str, sha256: str | None) -> None:
-    """Load weights of the same backbone; head and attention keep theirs.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not the expected one, or has another backbone.
-    """
+    """Load weights of the same backbone, from exactly this file; head and attention keep theirs."""
     safetensors = require("safetensors.torch", extra="train", purpose="model.weights")
     content = read_regular(Path(path))
     found = hashlib.sha256(content).hexdigest()
@@ -533,14 +513,15 @@ def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 # ---- result.json
 
 
-def write_result(result: dict[str, Any], folder: Path) -> None:
-    """Write `result.json`, which marks the run finished, with checksums of the remaining files.
+def write_result(result: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Write `result.json`, which marks the run finished; return the sums of the remaining files.
 
     It holds the fields of `Result`, or id, seed and error of a run that always fails that way.
     """
     staying = (folder / name for name in (CONFIG, METRICS, WEIGHTS))
     sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in staying if p.exists()}
     save_json({**result, "files": sums}, folder / RESULT)
+    return sums
 
 
 def _require_sum(path: Path, sums: dict[str, str]) -> None:

@@ -45,8 +45,7 @@ from spem.training.step import (
     tails_of,
 )
 
-DIVIDED = ("loss", "correct")
-"""Sums that are split over the processes of a run; of the others each process holds the total."""
+DIVIDED = ("loss", "correct")  # sums that are split over processes; of the others each has all
 
 
 def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = None) -> Result:
@@ -119,10 +118,7 @@ def _finished(config: RunConfig, folder: Path) -> Result | None:
 
 
 def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, processes: int) -> Run:
-    """Resolve what a config leaves open, or keep the plan of the folder's run.
-
-    Several processes step eagerly, each on its own device, even in a run that started otherwise.
-    """
+    """Resolve what a config leaves open, or keep the plan of the folder's run."""
     train, test = sets.train, sets.test
     data = DataIdentity(config.data.name, train.classes, train.sha256, test.sha256)
     stored, runtime, starts = store.read_plan(folder), config.runtime, list[dict[str, Any]]()
@@ -149,10 +145,11 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
         )
         if kept:
             progress.message(f"resuming as planned, so that the result stays exact: {kept}")
+        # Several step eagerly, each on its own device, even in a run that started otherwise.
         if processes > 1 and config.runtime.step in ("auto", "eager"):
             runtime = replace(runtime, step="eager", device=runtime.device.partition(":")[0])
     try:
-        runtime = _resolved(runtime, processes, attention=config.model.attention != "none")
+        runtime = resolved(runtime, processes, attention=config.model.attention != "none")
     except ValueError as error:
         if stored is None:
             raise
@@ -165,7 +162,7 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
     return run
 
 
-def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) -> RuntimeConfig:
+def resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) -> RuntimeConfig:
     """Fill in what was left open, and refuse what is unavailable."""
     device = runtime.device
     if device == "auto":
@@ -180,21 +177,15 @@ def _resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True)
     kind, step = torch.device(device).type, runtime.step
     if step == "auto":
         step = "graph" if kind == "cuda" and processes == 1 else "eager"
+    problem = ""
     if processes > 1 and step != "eager":
-        raise ValueError(
-            f"train: runtime.step={step!r} is for one process, and {processes} train this run. Use "
-            "'eager' or 'auto'."
-        )
-    if processes > 1 and device not in ("cpu", "cuda"):
-        raise ValueError(
-            f"train: runtime.device={device!r} cannot serve {processes} processes: each of them "
-            "needs its own device. Use 'cuda', 'cpu' or 'auto'."
-        )
-    if step == "graph" and kind != "cuda":
-        raise ValueError(
-            f"train: runtime.step='graph' captures the step as a CUDA graph, which {kind!r} does "
-            "not have. Use 'auto', 'compile' or 'eager'."
-        )
+        problem = f"step={step!r} is for one process, and {processes} train this run. Use 'eager'"
+    elif processes > 1 and device not in ("cpu", "cuda"):
+        problem = f"device={device!r} cannot serve {processes} processes. Use 'cuda', 'cpu'"
+    elif step == "graph" and kind != "cuda":
+        problem = f"step='graph' needs CUDA graphs, which {kind!r} has not. Use 'compile', 'eager'"
+    if problem:
+        raise ValueError(f"train: runtime.{problem} or 'auto'.")
     threads = runtime.threads or torch.get_num_threads()
     settled = replace(runtime, device=device, threads=threads, step=step)
     return replace(settled, impl=choose_impl(settled, kind, attention=attention))
@@ -215,16 +206,13 @@ def _starting_network(config: RunConfig, classes: int) -> ResNet:
 class _State:
     """The state of a run: a checkpoint without model and optimiser."""
 
+    # Over the current epoch's steps: loss, penalty, correct answers, change of each lambda; and the
+    # last step's gradient norm of each block.
     sums: dict[str, Tensor]
-    """Sums over the current epoch's steps (loss, penalty, correct, change of each lambda), and the
-    last step's gradient norm of each block."""
     epoch: int = 0
-    step: int = 0
-    """Steps done in the current epoch."""
-    seconds: float = 0.0
-    """Time of those steps."""
-    history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """Lines of `metrics.jsonl`."""
+    step: int = 0  # steps done in the current epoch
+    seconds: float = 0.0  # time of those steps
+    history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # metrics.jsonl
 
 
 class _Training:
@@ -285,9 +273,8 @@ class _Training:
         data, seed, batch = config.data, config.seed, config.optim.batch
         before = lambdas(self.model)
         started, carried, first = time.monotonic(), state.seconds, state.step
-        for images, labels in epoch_batches(
-            self.sets.train, data, seed, state.epoch, batch=batch, first=first
-        ):
+        train, epoch = self.sets.train, state.epoch
+        for images, labels in epoch_batches(train, data, seed, epoch, batch=batch, first=first):
             output = self.take_step(self._normalised(images), labels)
 
             state.sums["loss"] += output.loss * len(images)
@@ -386,23 +373,15 @@ class _Training:
 
     def _finish(self) -> Result:
         """Write weights and result, and delete the checkpoint."""
-        path, impl = self.folder / store.WEIGHTS, self.runtime.impl
-        store.save_weights(self.model, self.config, path, data=self.plan.data, impl=impl)
-        store.write_result(asdict(self._result()), self.folder)
-        (self.folder / store.CHECKPOINT).unlink(missing_ok=True)
-        result = store.read_run(self.folder).result
-        assert result is not None
-        return result
-
-    def _result(self) -> Result:
-        config, sets, history = self.config, self.sets, self.state.history
-        pixels = config.data.normalisation
-        with use_impl(evaluation_impl(self.runtime.impl)):
+        config, sets, history, impl = self.config, self.sets, self.state.history, self.runtime.impl
+        path, pixels = self.folder / store.WEIGHTS, config.data.normalisation
+        store.save_weights(self.model, config, path, data=self.plan.data, impl=impl)
+        with use_impl(evaluation_impl(impl)):
             gates = describe_gates(self.model, sets.test, normalisation=pixels)
         last, best, start = history[-1], best_line(history), self.plan.starts[-1]
         train_seconds = sum(line["seconds"] for line in history)
-        assert self.runtime.impl is not None  # resolved when it was planned
-        return Result(
+        assert impl is not None  # resolved when it was planned
+        result = Result(
             id=config.id,
             seed=config.seed,
             dataset=config.data.name,
@@ -431,10 +410,13 @@ class _Training:
             test_sha256=sets.test.sha256,
             commit=start["commit"],
             date=store.now(),
-            impl=self.runtime.impl,
+            impl=impl,
             step=self.runtime.step,
             gates=gates,
         )
+        sums = store.write_result(asdict(result), self.folder)
+        (self.folder / store.CHECKPOINT).unlink(missing_ok=True)
+        return replace(result, files=sums)
 
     def _save(self) -> None:
         """Write the checkpoint. This waits for the device, so it does not happen every step."""

@@ -7,9 +7,6 @@ from pathlib import Path
 
 from spem.training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, RuntimeConfig
 
-PAPER_EPOCHS = 164
-PAPER_MILESTONES = (81, 122)
-
 
 def paper(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -> RunConfig:
     """Return the paper's recipe: 164 epochs of SGD in float32, everything decayed.
@@ -21,7 +18,6 @@ def paper(dataset: str = "cifar10", depth: int = 164, attention: str = "spem") -
     return RunConfig(
         model=ModelConfig(depth=depth, attention=attention),
         data=DataConfig(name=dataset),
-        optim=OptimConfig(epochs=PAPER_EPOCHS, milestones=PAPER_MILESTONES),
         runtime=RuntimeConfig(channels_last=False),
     )
 
@@ -44,14 +40,10 @@ def short(
     it natively.
     """
     recipe = fast(dataset, depth, attention)
-    return replace(
-        recipe,
-        optim=replace(recipe.optim, epochs=epochs, milestones=scaled_milestones(epochs)),
-        runtime=replace(
-            recipe.runtime, step="eager", precision="bf16" if native_bf16() else "fp32"
-        ),
-        experiment="short",
-    )
+    optim = replace(recipe.optim, epochs=epochs, milestones=scaled_milestones(epochs))
+    precision = "bf16" if native_bf16() else "fp32"
+    runtime = replace(recipe.runtime, step="eager", precision=precision)
+    return replace(recipe, optim=optim, runtime=runtime, experiment="short")
 
 
 def smoke(attention: str = "spem", epochs: int = 10) -> RunConfig:
@@ -70,7 +62,7 @@ def smoke(attention: str = "spem", epochs: int = 10) -> RunConfig:
 
 def scaled_milestones(epochs: int) -> tuple[int, ...]:
     """Milestones at the paper's fractions (81/164 and 122/164) of a run of this many epochs."""
-    scaled = {round(epochs * m / PAPER_EPOCHS) for m in PAPER_MILESTONES}
+    scaled = {round(epochs * m / OptimConfig.epochs) for m in OptimConfig.milestones}
     return tuple(sorted(m for m in scaled if 0 < m < epochs))
 
 

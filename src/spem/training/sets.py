@@ -13,8 +13,7 @@ from spem.data import ImageSet, Split, augment, epoch_plan, hold_out, load_image
 from spem.seeding import keyed_generator
 from spem.training.config import DataConfig
 
-AT_ONCE = 8
-"""Number of batches augmented together."""
+AT_ONCE = 8  # batches that are augmented together
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,12 @@ class Sets:
 
     def to(self, device: torch.device) -> Sets:
         """The same images on another device."""
-        validation = None if self.validation is None else self.validation.to(device)
+        validation = self.validation and self.validation.to(device)
         return Sets(self.train.to(device), self.test.to(device), validation)
 
 
 def load_sets(data: DataConfig, seed: int = 0) -> Sets:
-    """Load the images of a run; every seed gets the same subsets.
-
-    Only with `limit_seed` do the limited training images depend on the seed.
-    """
+    """Load the images of a run; every seed gets the same subsets, unless `limit_seed` is set."""
     train, validation = _loaded(data, "train", data.sha256), None
     if data.val:
         train, validation = hold_out(train, data.val)

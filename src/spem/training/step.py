@@ -24,20 +24,16 @@ from spem.ops.dispatch import requested, unsupported
 from spem.training.config import OptimConfig, RuntimeConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-WARM_UPS = 3
-"""Steps before a recording, to compile kernels and let libraries select theirs."""
+WARM_UPS = 3  # steps before a recording: kernels are compiled, and libraries select theirs
 
 
 class StepOutput(NamedTuple):
     """The results of a step, on the device."""
 
-    loss: Tensor
-    """Mean cross entropy."""
+    loss: Tensor  # mean cross entropy
     penalty: Tensor
-    correct: Tensor
-    """Number of correct answers."""
-    lambdas: Tensor
-    """Lambda of every learned mix after the step."""
+    correct: Tensor  # number of correct answers
+    lambdas: Tensor  # of every learned mix, after the step
 
 
 Step = Callable[[Tensor, Tensor], StepOutput]
@@ -84,8 +80,7 @@ class CapturedStep:
         self._device = next(model.parameters()).device
         self._rates = [torch.zeros((), device=self._device) for _ in optimizer.param_groups]
         self._stream: Any = None
-        self._pool: Any = None
-        """The graphs share their memory: only one of them may run at a time."""
+        self._pool: Any = None  # memory that the graphs share: only one of them runs at a time
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepOutput:
         """Run one step; the caller may keep its results."""
@@ -151,10 +146,9 @@ class CapturedStep:
 
 
 def momenta_from_zero(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The momentum of every parameter, created as zero if missing.
+    """The momentum of every parameter, created as zero if missing, which gives the same bits.
 
-    SGD's first step sets momentum to the gradient, a branch that must not be recorded; starting
-    from zero, the ordinary step gives the same bits.
+    SGD's first step sets momentum to the gradient, a branch that must not be recorded.
     """
     momenta: list[Tensor] = []
     for group in optimizer.param_groups:
@@ -207,18 +201,14 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
 
 
-def decay(optim: OptimConfig, epoch: int) -> float:
-    """The factor on the initial rates in an epoch, counted from 0."""
-    if optim.schedule == "cosine":
-        return (1 + math.cos(math.pi * epoch / optim.epochs)) / 2
-    return optim.factor ** sum(epoch >= milestone for milestone in optim.milestones)
-
-
 def set_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, epoch: int) -> float:
     """Set the rates for an epoch, which depend on nothing else, and return the common one."""
+    factor = optim.factor ** sum(epoch >= milestone for milestone in optim.milestones)
+    if optim.schedule == "cosine":
+        factor = (1 + math.cos(math.pi * epoch / optim.epochs)) / 2
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * decay(optim, epoch)
-    return optim.lr * decay(optim, epoch)
+        group["lr"] = group["initial_lr"] * factor
+    return optim.lr * factor
 
 
 @contextlib.contextmanager
@@ -256,11 +246,7 @@ def map_dtype(runtime: RuntimeConfig) -> torch.dtype:
 
 
 def choose_impl(runtime: RuntimeConfig, device: str, *, attention: bool = True) -> str:
-    """Choose the implementation of a run's tails; any that takes bfloat16 takes float32 too.
-
-    Raises:
-        ValueError: the requested one cannot run.
-    """
+    """Choose the implementation of a run's tails; ValueError if the requested one cannot run."""
     graph, dtype = attention and runtime.step == "graph", map_dtype(runtime)
     impl = choose("train", device, dtype, impl=runtime.impl, graph=graph).impl
     asked = requested(runtime.impl, "train") is not None
@@ -286,10 +272,7 @@ def tails_of(model: nn.Module, runtime: RuntimeConfig) -> str:
 
 
 def stored_impl(trained: str | None, device: str, message: Callable[[str], None]) -> str | None:
-    """The implementation to evaluate with: the requested one, else that of training.
-
-    If that cannot run here, it is None, the library's choice, and `message` says so.
-    """
+    """The implementation to evaluate with: requested, else that of training if it runs here."""
     asked, stored = requested(None, "eval"), evaluation_impl(trained)
     if asked is not None or stored is None:
         return asked
@@ -302,13 +285,10 @@ def stored_impl(trained: str | None, device: str, message: Callable[[str], None]
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the next allocation; for processes that train on a CPU.
+    """Tell glibc to keep freed memory for the next allocation; return whether it does.
 
-    By default every step pays for clearing hundreds of megabytes of fresh pages. This affects the
-    entire process and cannot be undone, so the commands call it and the library does not.
-
-    Returns:
-        Whether it took effect; always False without glibc.
+    Otherwise every step on a CPU pays for clearing hundreds of megabytes of fresh pages. This
+    affects the entire process and cannot be undone: commands call it and the library does not.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
