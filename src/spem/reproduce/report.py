@@ -37,7 +37,11 @@ class Report:
 def build_report(folder: Path) -> Report:
     """Write `report.html`, `tables/` (CSV, LaTeX, Markdown) and `figures/` (SVG) into a folder.
 
-    Other files there are left alone. Raises as `read_results`, ImportError and OSError.
+    Other files there are left alone.
+
+    Raises:
+        FileNotFoundError: The folder holds no runs.csv.
+        ValueError: A file of the folder is damaged.
     """
     require("jinja2", extra="train", purpose="the report")
     frames = read_results(folder)

@@ -46,11 +46,8 @@ Row = dict[str, Any]
 def load_runs(folder: Path) -> pd.DataFrame:
     """Read every run of a folder into one row each, including failed and unfinished ones.
 
-    Rows come from the run folders below `folder`, and from its `runs.csv` for runs whose folder is
-    missing.
-
-    Args:
-        folder: A results folder, a folder of runs, or a run folder.
+    Rows come from the run folders in `folder` or below, and from its `runs.csv` for runs whose
+    folder is missing.
 
     Returns:
         Columns `experiment` (the tables a run belongs to), `scale`, `module`, `depth`, `dataset`,
@@ -147,7 +144,6 @@ def record(
         A sentence for each run that diverged, failed or cannot be read; these have rows too.
 
     Raises:
-        OSError: A file cannot be written.
         ValueError: An existing file is damaged, or spem did not write it.
     """
     there = {_key(row): row.get("experiment", "") for row in _read_texts(out / "runs.csv")}
@@ -204,11 +200,7 @@ def _text(value: Any) -> str:
 
 
 def _read_texts(path: Path) -> list[Row]:
-    """The rows of one of our CSV files, as text; empty if there is no file.
-
-    Raises:
-        ValueError: It is damaged, or spem did not write it.
-    """
+    """The rows of one of our CSV files, as text; ValueError for a damaged or foreign one."""
     import pandas as pd
 
     if not path.exists():
@@ -239,12 +231,7 @@ def _typed(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def read_results(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables of a results folder by name ("runs", "epochs", "mixes", "gates").
-
-    Raises:
-        FileNotFoundError: It holds no runs.csv.
-        ValueError: A file is damaged.
-    """
+    """The tables of a results folder by name ("runs", "epochs", "mixes", "gates")."""
     if not (folder / "runs.csv").is_file():
         raise FileNotFoundError(
             f"report: {folder} holds no runs.csv. Name a folder that `spem reproduce` or `spem "

@@ -93,11 +93,7 @@ class ModelConfig:
 
     @property
     def spec(self) -> AttentionSpec | None:
-        """The attention, None for the plain network.
-
-        Raises:
-            ValueError: no module has this name.
-        """
+        """The attention, None for the plain network; ValueError if no module has this name."""
         from spem.attention import AttentionSpec
 
         return AttentionSpec.parse(self.attention)
@@ -259,11 +255,7 @@ class RunConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields behind `id`, as nested plain values.
-
-        Raises:
-            ValueError: the attention module is unknown.
-        """
+        """The fields behind `id`, as nested plain values; ValueError for an unknown attention."""
         _ = self.model.spec
         full = self.to_dict()
         how, kept = full["runtime"], dict[str, Any]()
@@ -302,8 +294,7 @@ class RunConfig:
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Build a config from `to_dict`'s values; missing fields take their defaults.
 
-        Unknown fields under "runtime" are ignored: another version used them to decide how to
-        train, which does not change the run's identity.
+        Unknown fields under "runtime" are ignored: another version decided by them how to train.
 
         Raises:
             ValueError: a field is unknown or has a value of the wrong type.
@@ -326,18 +317,6 @@ class RunConfig:
             ) from error
         _ = config.model.spec
         return config
-
-
-def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """List the fields in which two identities differ: "optim.lr 0.1 -> 0.05, ..."."""
-
-    def flat(identity: dict[str, Any]) -> dict[str, Any]:
-        sections = {k: v if isinstance(v, dict) else {"": v} for k, v in identity.items()}
-        return {f"{k}.{name}".strip("."): v for k, s in sections.items() for name, v in s.items()}
-
-    a, b = flat(old), flat(new)
-    changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    return ", ".join(f"{k} {a.get(k)} -> {b.get(k)}" for k in changed)
 
 
 _hints = cache(get_type_hints)

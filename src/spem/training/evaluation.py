@@ -49,18 +49,15 @@ def evaluate(
 ) -> Accuracy:
     """Evaluate a network on a set of images, in float32 on the network's device.
 
-    Whatever the precision of training, this is float32, so saved weights reproduce their run's
-    results. The mode of every module is restored.
+    Training may have another precision; saved weights reproduce their run's results. The mode of
+    every module is restored.
 
     Args:
         model: takes images [n, 3, H, W] and returns logits [n, classes].
-        data: the images; moved to the network's device if necessary.
+        data: the images, at least one (ValueError); moved to the network's device if necessary.
         normalisation: a key of `spem.data.NORMALISATION`, or mean and deviation, as in training.
         batch: images at a time.
         between: called after every batch; may raise to stop.
-
-    Raises:
-        ValueError: the set is empty.
     """
     loss = correct = 0
     for logits, labels in _answers(model, data, normalisation, batch):
@@ -113,16 +110,14 @@ def load_test_images(
     Checksum and class names identify them: a folder called digits may hold anything.
 
     Args:
-        config: of `Weights` or `Run`.
-        data: likewise.
-        name: name or path of other images; None takes the training's.
-        root: folder that holds the named sets; None takes the training's.
+        config, data: of `Weights` or `Run`.
+        name, root: name or path of other images, and the folder that holds the named sets; None
+            takes the training's.
 
     Raises:
-        FileNotFoundError: there are no such images, or the weights came from elsewhere and do not
-            say where their images are.
-        ValueError: no images were named and those found are not the network's test images; or their
-            class names differ from those of the network's outputs.
+        FileNotFoundError: there are no such images, or it is not known where they are.
+        ValueError: they are not the network's test images and no others were named, or their class
+            names are not those of the network's outputs.
     """
     asked, there = replace(config.data, test_sha256=None), None if root is None else str(root)
     if name is not None and name != config.data.name:
@@ -165,11 +160,9 @@ def describe_gates(
 ) -> list[dict[str, Any]]:
     """Describe the gates of every attention module on the first test images.
 
-    Returns:
-        For each module, from the first block to the last: its name, `mean` and `sd` over all gate
-        values, their quantiles `q05` to `q95`, `sd_channels` (over channels, of the mean over
-        images) and `sd_images` (over images, averaged over channels): at `sd_images` 0 a gate
-        ignores its input. A module without a gate (it only adds) is left out.
+    From the first block to the last: name, `mean` and `sd` over all gate values, their quantiles
+    `q05` to `q95`, `sd_channels` (over channels, of the mean over images) and `sd_images` (over
+    images, averaged over channels): at 0 a gate ignores its input. What only adds has no gate.
     """
     few = replace(data, images=data.images[:GATE_IMAGES], labels=data.labels[:GATE_IMAGES])
     if not any(isinstance(module, ChannelAttention) for module in model.modules()):
@@ -197,13 +190,12 @@ def describe_gates(
     return described
 
 
-def norm_report(model: nn.Module, count: int = 4) -> str:
+def norm_report(model: nn.Module) -> str:
     """The norm layers with NaN or with the largest running variance, for an error message."""
     found: list[tuple[float, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, (*BATCH_NORMS, nn.SyncBatchNorm)) and module.running_var is not None:
             variance, weight = float(module.running_var.max()), float(module.weight.detach().norm())
-            badness = variance if math.isfinite(variance) else math.inf
             text = f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})"
-            found.append((badness, text))
-    return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:count])
+            found.append((variance if math.isfinite(variance) else math.inf, text))
+    return "; ".join(text for _, text in sorted(found, reverse=True)[:4])

@@ -31,7 +31,7 @@ from spem.files import (
 )
 from spem.insert import attach
 from spem.models import ResNet, resnet
-from spem.training.config import SCHEMA, RunConfig, RuntimeConfig, differing_fields
+from spem.training.config import SCHEMA, RunConfig, RuntimeConfig
 
 CONFIG = "config.json"  # what was requested, how it was run, on which data and machine
 METRICS = "metrics.jsonl"  # one line per epoch
@@ -180,11 +180,7 @@ class Run:
         return self.result is not None or self.error is not None
 
     def weights(self) -> Weights:
-        """The trained weights and their metadata.
-
-        Raises:
-            ValueError: the run is not finished, or did not write this file.
-        """
+        """The trained weights; ValueError if the run is unfinished or did not write this file."""
         if self.result is None:
             why = self.error or "It has not finished: run the same training again to resume."
             raise ValueError(f"{self.folder}: the run has no trained weights. {why}")
@@ -252,12 +248,9 @@ def held(folder: Path) -> Generator[None]:
 
 def require_own(folder: Path) -> None:
     """Raise ValueError if the folder is not a run's, or one of its files is not a regular file."""
-    try:
-        entries = {path.name: path for path in folder.iterdir()}
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        raise ValueError(f"train: {folder} is a file. Name a folder for the run.") from None
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"train: {folder} is a file. Name a folder for the run.")
+    entries = {path.name: path for path in folder.iterdir()} if folder.exists() else {}
     for name in entries.keys() & set(FILES):
         require_regular(entries[name])
     ours = entries.keys() & {CONFIG, CHECKPOINT, RESULT}
@@ -309,12 +302,22 @@ def read_plan(folder: Path) -> Run | None:
 
 def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
     """Raise ValueError if id or seed differ, listing the fields that do."""
-    differing = f"belongs to seed {stored.seed}, this config has seed {asked.seed}"
+    differing = ""
     if stored.id != asked.id:
-        fields = differing_fields(stored.identity, asked.identity)
-        differing = f"belongs to run {stored.id}, this config is {asked.id} ({fields})"
-    if (stored.id, stored.seed) != (asked.id, asked.seed):
-        raise ValueError(f"train: {folder} {differing}. Use another folder.")
+        a, b = _flat(stored.identity), _flat(asked.identity)
+        changed = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+        fields = ", ".join(f"{name} {a.get(name)} -> {b.get(name)}" for name in changed)
+        differing = f"run {stored.id}, this config is {asked.id} ({fields})"
+    elif stored.seed != asked.seed:
+        differing = f"seed {stored.seed}, this config has seed {asked.seed}"
+    if differing:
+        raise ValueError(f"train: {folder} belongs to {differing}. Use another folder.")
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an identity by name, such as "optim.lr"."""
+    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in identity.items()}
+    return {f"{k}.{name}".strip("."): v for k, s in sections.items() for name, v in s.items()}
 
 
 def write_metrics(history: Iterable[dict[str, Any]], folder: Path) -> None:
@@ -439,10 +442,9 @@ def _header(content: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a file of `save_weights`; sizes are checked before anything is built.
+    """Read a file of `save_weights`; ValueError if it is damaged, or not one.
 
-    Raises:
-        ValueError: the file is damaged or was not written by `save_weights`.
+    Sizes are checked before anything is built.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="reading weights")
     path = Path(path)
@@ -553,10 +555,10 @@ def read_run(folder: str | Path) -> Run:
         values = load_json(path, remedy=remedy)
         try:
             if "error" in values:
-                error, sums = str(values["error"]), dict(values["files"])
+                error = str(values["error"])
             else:
                 result = _build(Result, values)
-                sums = result.files
+            sums = dict(values["files"])
         except (ValueError, KeyError, TypeError) as problem:
             message = f"{path} does not fit this version of spem ({problem}). {remedy}"
             raise ValueError(message) from problem

@@ -59,8 +59,7 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
     Args:
         config: what to train; whatever it leaves open (device, threads, implementation, step) is
             resolved and recorded.
-        folder: the run folder, created if needed (its files: `spem.training.folder`). Only one
-            process at a time may train in it.
+        folder: the run folder, created if needed; only one process at a time may train in it.
         progress: receives the run's reports; None shows a live bar or plain lines.
 
     Raises:
@@ -71,8 +70,7 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
         RuntimeError: another process of this run is gone.
         ImportError: safetensors or filelock is not installed.
         FloatingPointError: the loss became infinite or NaN, now or when the run was last trained.
-        Interrupted: SIGTERM or Ctrl-C; a checkpoint is written, and the exception carries the
-            exit code.
+        Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
     """
     folder = Path(folder)
     # Needed only after the last epoch, but it should fail before the first.
@@ -177,15 +175,21 @@ def resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) 
     kind, step = torch.device(device).type, runtime.step
     if step == "auto":
         step = "graph" if kind == "cuda" and processes == 1 else "eager"
-    problem = ""
     if processes > 1 and step != "eager":
-        problem = f"step={step!r} is for one process, and {processes} train this run. Use 'eager'"
-    elif processes > 1 and device not in ("cpu", "cuda"):
-        problem = f"device={device!r} cannot serve {processes} processes. Use 'cuda', 'cpu'"
-    elif step == "graph" and kind != "cuda":
-        problem = f"step='graph' needs CUDA graphs, which {kind!r} has not. Use 'compile', 'eager'"
-    if problem:
-        raise ValueError(f"train: runtime.{problem} or 'auto'.")
+        raise ValueError(
+            f"train: runtime.step={step!r} is for one process, and {processes} train this run. Use "
+            "'eager' or 'auto'."
+        )
+    if processes > 1 and device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"train: runtime.device={device!r} cannot serve {processes} processes: each of them "
+            "needs its own device. Use 'cuda', 'cpu' or 'auto'."
+        )
+    if step == "graph" and kind != "cuda":
+        raise ValueError(
+            f"train: runtime.step='graph' captures the step as a CUDA graph, which {kind!r} does "
+            "not have. Use 'auto', 'compile' or 'eager'."
+        )
     threads = runtime.threads or torch.get_num_threads()
     settled = replace(runtime, device=device, threads=threads, step=step)
     return replace(settled, impl=choose_impl(settled, kind, attention=attention))
@@ -276,13 +280,11 @@ class _Training:
         train, epoch = self.sets.train, state.epoch
         for images, labels in epoch_batches(train, data, seed, epoch, batch=batch, first=first):
             output = self.take_step(self._normalised(images), labels)
-
             state.sums["loss"] += output.loss * len(images)
             state.sums["penalty"] += output.penalty
             state.sums["correct"] += output.correct
             state.sums["change"] += (output.lambdas - before).abs()
             before = output.lambdas
-
             state.step += 1
             if state.step == self.steps:
                 state.sums["gradients"].copy_(gradient_norms(self.model))
