@@ -224,6 +224,28 @@ def speed() -> str:
     )
 
 
+def tails() -> str:
+    """Fused tails over plain ones on one thread and on two, geometric means of the maps."""
+    found: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in read("speed.csv"):
+        if row["way"] == "fused" and row["table"].endswith("tails"):
+            what = "training" if row["table"] == "tails" else f"inference, {row['batch']} images"
+            place = (what.replace(" 1 images", " 1 image"), row["dtype"], row["layout"])
+            ratios = found.setdefault(place, {})
+            key = f"{row['attention']} {row['threads']}"
+            ratios.setdefault(key, []).append(float(row["to_plain"]))
+    cells = [
+        [*place]
+        + [
+            ", ".join(f"{statistics.geometric_mean(ratios[f'{name} {n}']):.2f}" for n in (1, 2))
+            for name in SHOWN
+        ]
+        for place, ratios in sorted(found.items(), reverse=True)
+    ]
+    names = " | ".join(f"{name}:" for name in SHOWN)
+    return table(f"tail | dtype | layout | {names}", cells)
+
+
 # Results
 
 
@@ -320,6 +342,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "export": export,
     "gpu": gpu,
     "speed": speed,
+    "tails": tails,
     "scratch": scratch,
     "finetune_5000": lambda: compared("finetune", "finetune-5000-cifar10-study"),
     "finetune_1000": lambda: compared("finetune", "finetune-1000-cifar10-study"),
