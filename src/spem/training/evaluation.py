@@ -198,4 +198,4 @@ def norm_report(model: nn.Module) -> str:
             variance, weight = float(module.running_var.max()), float(module.weight.detach().norm())
             text = f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})"
             found.append((variance if math.isfinite(variance) else math.inf, text))
-    return "; ".join(text for _, text in sorted(found, reverse=True)[:4])
+    return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:4])
