@@ -113,25 +113,26 @@ class SPEM(ChannelAttention):
         self.start_gate = _sigmoid(-factor) if form == "figure" else _sigmoid(-1.0) * factor
         self._draw_start({name: 0.0 if name[0] == "w" else -1.0 for name in names})
 
-    def _compiled(self) -> CompiledGate | None:
+    def _mix(self) -> FixedMix | LearnedMix | None:
+        """The pool of a gate that the CPU kernels know; None for other gates."""
         pool = self.pool
-        if self.reweight != "shared_sum" or has_hooks(pool):
+        known = self.reweight == "shared_sum" and not has_hooks(pool)
+        return pool if known and isinstance(pool, (FixedMix, LearnedMix)) else None
+
+    def _compiled(self) -> CompiledGate | None:
+        mix = self._mix()
+        if mix is None:
             return None
-        weights = (self.w_e, self.b_e, self.w_r, self.b_r)
-        if type(pool) is LearnedMix and pool.parametrization != "sigmoid":
-            return CompiledGate(f"spem_{self.form}", (*weights, pool.p))
-        if not isinstance(pool, (FixedMix, LearnedMix)):
-            return None
-        return CompiledGate(f"spem_{self.form}", (*weights, None), float(pool.lam))
+        p = getattr(mix, "p", None)
+        weights = (self.w_e, self.b_e, self.w_r, self.b_r, p)
+        return CompiledGate(f"spem_{self.form}", weights, 0.0 if p is not None else float(mix.lam))
 
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
-        # A logit comes as the number that it makes, which has no gradient.
-        if stats.direct and getattr(self.pool, "parametrization", "") != "sigmoid":
-            compiled = self._compiled()
-            if compiled is not None:
-                return spem_gate(stats.max, stats.min, compiled)
+        if stats.direct and (mix := self._mix()) is not None:
+            weights = self.w_e, self.b_e, self.w_r, self.b_r
+            return spem_gate(self.form, mix.lam, stats.max, stats.min, *weights)
         u = self.pool(stats)
         if self.form == "code":  # which maps both pools before mixing them; the weights sum to 1
             u = _affine(self.w_r, self.b_r, u)

@@ -26,8 +26,6 @@ from spem.ops.stats import compute_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from spem.ops.inference import CompiledGate
-
 
 def tail(
     z: Tensor,
@@ -221,42 +219,25 @@ class _Tail(torch.autograd.Function):
 
 
 class _SpemGate(torch.autograd.Function):
-    """SPEM's gate by Numba's kernels; torch takes some forty operations on [N, C] for it."""
+    """SPEM's gate [N, C] by a kernel of Numba's; torch takes some forty operations for it."""
 
     @staticmethod
-    def forward(ctx: Any, kind: str, number: float, *tensors: Tensor | None) -> Tensor:
-        high, low, *weights, p = tensors
-        assert high is not None
-        assert low is not None
-        wide = [w.to(high.dtype).contiguous() for w in weights if w is not None]
-        lam, ctx.slopes = (number, None) if p is None else mixed_by(*p.tolist())
-        ctx.save_for_backward(high, low, *wide)
-        ctx.kind, ctx.lam, ctx.dtypes = kind, lam, [t if t is None else t.dtype for t in tensors]
-        return kernels_of("numba").spem_gate(kind, lam, high.contiguous(), low.contiguous(), *wide)
+    def forward(ctx: Any, form: str, lam: Tensor, *tensors: Tensor) -> Tensor:
+        high, low, *weights = tensors  # w_e, b_e, w_r, b_r
+        given = [t.to(high.dtype).contiguous() for t in (high, low, *weights)]
+        ctx.save_for_backward(*given)
+        ctx.form, ctx.lam, ctx.dtypes = form, float(lam), [lam.dtype, *(t.dtype for t in tensors)]
+        return kernels_of("numba").spem_gate(form, ctx.lam, None, *given)[0]
 
     @staticmethod
     @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        high, low, *weights = ctx.saved_tensors
-        maps = (grad.contiguous(), high.contiguous(), low.contiguous())
-        found = kernels_of("numba").spem_gate_backward(ctx.kind, ctx.lam, *maps, *weights)
-        of_lam = found.pop().sum()
-        found.append(of_lam * of_lam.new_tensor(ctx.slopes or 0.0))
-        pairs = zip(found, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        return (None, None, *(t.to(dtype) if needed else None for t, dtype, needed in pairs))
+        numba = kernels_of("numba")
+        *found, of_lam = numba.spem_gate(ctx.form, ctx.lam, grad.contiguous(), *ctx.saved_tensors)
+        pairs = zip((of_lam.sum(), *found), ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
+        return (None, *(t.to(dtype) if needed else None for t, dtype, needed in pairs))
 
 
-def mixed_by(a: float, b: float) -> tuple[float, tuple[float, float]]:
-    """lambda = a^2 / (a^2 + b^2) and its gradient; 1/2 and 0 where both are subnormal."""
-    scale = max(abs(a), abs(b))
-    if scale < torch.finfo(torch.float32).tiny:
-        return 0.5, (0.0, 0.0)
-    a, b = a / scale, b / scale
-    total = a * a + b * b
-    slope = 2.0 * a * b / (total * total * scale)
-    return a * a / total, (slope * b, -slope * a)
-
-
-def spem_gate(high: Tensor | None, low: Tensor | None, gate: CompiledGate) -> Tensor:
-    """The gate of SPEM's three forms that ``gate`` describes, [N, C], with its gradients."""
-    return _SpemGate.apply(gate.kind, gate.number, high, low, *gate.tensors)
+def spem_gate(form: str, lam: Tensor, *tensors: Tensor | None) -> Tensor:
+    """The gate of one of SPEM's forms from maximum, minimum, w_e, b_e, w_r and b_r."""
+    return _SpemGate.apply(form, lam, *tensors)

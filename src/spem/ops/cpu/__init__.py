@@ -120,7 +120,7 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool, positions: bool = True)
 
 
 def norm_stats(z: Tensor, norm: Norm | None, read: Collection[str]) -> tuple[Tensor, ...]:
-    """Mean, variance, maximum and minimum of x = norm(z), a constant norm; [0] where not read."""
+    """Mean, variance, maximum and minimum of x = norm(z); [0] of a pair that is not read."""
     moments, extrema = bool({"mean", "var"} & set(read)), bool({"max", "min"} & set(read))
     raw = plane_stats(z, moments, extrema, positions=False)
     if norm is None:
@@ -336,22 +336,20 @@ def gradients(
     return weight, bias, None if p is None else Coefficients(p, q, t, s_i, s_j)
 
 
-_FORMS = {"spem_text": kl.TEXT, "spem_code": kl.CODE, "spem_figure": kl.FIGURE}
+_FORMS = {"text": kl.TEXT, "code": kl.CODE, "figure": kl.FIGURE}
 
 
-def spem_gate(kind: str, lam: float, high: Tensor, low: Tensor, *weights: Tensor) -> Tensor:
-    """SPEM's gate [N, C] of maxima and minima, with w_e, b_e, w_r, b_r [C] in their dtype."""
-    v, bits = torch.empty_like(high), struct.unpack("q", struct.pack("d", lam))
-    _stage(scalars.spem_gate, high, _FORMS[kind], 0, high, low, *weights, v, *bits)
-    return v
-
-
-def spem_gate_backward(
-    kind: str, lam: float, dv: Tensor, high: Tensor, low: Tensor, *weights: Tensor
+def spem_gate(
+    form: str, lam: float, dv: Tensor | None, high: Tensor, low: Tensor, *weights: Tensor
 ) -> list[Tensor]:
-    """Gradients of maxima, minima, w_e, b_e, w_r, b_r, and of lambda for each channel."""
-    found = [torch.empty_like(t) for t in (high, low, *weights, weights[0])]
+    """SPEM's gate [N, C] of maxima and minima; weights are w_e, b_e, w_r, b_r [C] in their dtype.
+
+    With dv instead the gradients of maxima, minima and weights, and of lambda for each channel.
+    """
     bits = struct.unpack("q", struct.pack("d", lam))
-    args = (high, low, *weights, dv, *bits, *found)
-    _stage(scalars.spem_gate_backward, high, _FORMS[kind], 0, *args)
+    like = [high] if dv is None else [high, low, *weights, weights[0]]
+    found = [torch.empty_like(t) for t in like]
+    flags, rest = (_FORMS[form], ()) if dv is None else (_FORMS[form] | kl.SUMS, found)
+    v = found[0] if dv is None else dv
+    _stage(scalars.spem_gate, high, flags, 0, high, low, *weights, v, *bits, *rest)
     return found

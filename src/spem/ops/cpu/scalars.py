@@ -211,36 +211,13 @@ def spem_parts(
 
 
 def spem_gate(block: Any) -> None:
-    """SPEM's gate v in its three forms."""
+    """SPEM's gate v in its three forms; with SUMS the gradients that follow from dv instead.
+
+    These are of maxima and minima, of the parameters, and of lambda for each channel.
+    """
     table = kl.table_of(block)
     batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
     high_at, low_at, w_e_at, b_e_at, w_r_at, b_r_at, v_at = _SPEM(block)
-    (lam,) = _LAMBDA(block)
-    zero = kl.number(block, 0)
-    of_high, of_low = kl.every(block, lam), kl.every(block, kl.number(block, 1) - lam)
-    region = kl.region_of(table)
-    while True:
-        c, end = kl.next_range(table, region, channels)
-        if c < 0:
-            return
-        n = end - c
-        w_e, b_e = kl.read(w_e_at, c, n, zero), kl.read(b_e_at, c, n, zero)
-        w_r, b_r = kl.read(w_r_at, c, n, zero), kl.read(b_r_at, c, n, zero)
-        for p in range(c, batch * channels, channels):
-            high, low = kl.read(high_at, p, n, zero), kl.read(low_at, p, n, zero)
-            mixed = of_high * high + of_low * low
-            _, e, factor = spem_parts(flags, mixed, high + low, w_e, b_e, w_r, b_r)
-            if flags & kl.FIGURE:
-                kl.write(v_at, p, n, sigmoid(e * factor))
-            else:
-                kl.write(v_at, p, n, sigmoid(e) * factor)
-
-
-def spem_gate_backward(block: Any) -> None:
-    """Gradients of maxima and minima, of the parameters, and of lambda for each channel."""
-    table = kl.table_of(block)
-    batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
-    high_at, low_at, w_e_at, b_e_at, w_r_at, b_r_at, dv_at = _SPEM(block)
     d_high, d_low, d_w_e, d_b_e, d_w_r, d_b_r, d_lam = _SPEM_OUT(block)
     (lam,) = _LAMBDA(block)
     zero, one = kl.number(block, 0), kl.number(block, 1)
@@ -257,14 +234,17 @@ def spem_gate_backward(block: Any) -> None:
         of_w_e = of_b_e = of_w_r = of_b_r = of_lam = zeros
         for p in range(c, batch * channels, channels):
             high, low = kl.read(high_at, p, n, zero), kl.read(low_at, p, n, zero)
-            dv, both, mixed = kl.read(dv_at, p, n, zero), high + low, of_high * high + of_low * low
+            both, mixed = high + low, of_high * high + of_low * low
             u, e, factor = spem_parts(flags, mixed, both, w_e, b_e, w_r, b_r)
+            s = sigmoid(e * factor if flags & kl.FIGURE else e)
+            if not flags & kl.SUMS:
+                kl.write(v_at, p, n, s if flags & kl.FIGURE else s * factor)
+                continue
+            dv = kl.read(v_at, p, n, zero)
             if flags & kl.FIGURE:
-                s = sigmoid(e * factor)
                 inner = dv * s * (ones - s)
                 de, df = inner * factor, inner * e
             else:
-                s = sigmoid(e)
                 de, df = dv * factor * s * (ones - s), dv * s
             dt = df * factor * (ones - factor)  # of w_r (M + m) + 2 b_r
             du = de * w_e
@@ -276,8 +256,9 @@ def spem_gate_backward(block: Any) -> None:
             of_lam = of_lam + du * (high - low)
             kl.write(d_high, p, n, of_high * du + dt * w_r)
             kl.write(d_low, p, n, of_low * du + dt * w_r)
-        kl.write(d_w_e, c, n, of_w_e)
-        kl.write(d_b_e, c, n, of_b_e)
-        kl.write(d_w_r, c, n, of_w_r)
-        kl.write(d_b_r, c, n, of_b_r)
-        kl.write(d_lam, c, n, of_lam)
+        if flags & kl.SUMS:
+            kl.write(d_w_e, c, n, of_w_e)
+            kl.write(d_b_e, c, n, of_b_e)
+            kl.write(d_w_r, c, n, of_w_r)
+            kl.write(d_b_r, c, n, of_b_r)
+            kl.write(d_lam, c, n, of_lam)
