@@ -32,28 +32,33 @@ def formula(form, high, low, w_e, b_e, w_r, b_r, lam):
 @pytest.mark.parametrize("form", ["text", "code", "figure"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 37), (130, 70)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("p", [None, *PARAMETERS])
+@pytest.mark.parametrize("p", [None, 0.0, -3.7, *PARAMETERS])
 def test_kernels_equal_the_formula(form, shape, dtype, p):
     torch.manual_seed(0)
-    module = spem.SPEM(shape[1], form=form, pool=spem.Mix(0.3 if p is None else None), dtype=dtype)
+    pool = spem.Mix(0.3) if p is None else spem.Mix()
+    if isinstance(p, float):
+        pool = spem.Mix(parametrization="sigmoid")
+    module = spem.SPEM(shape[1], form=form, pool=pool, dtype=dtype)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
         if p is not None:
-            module.pool.p.copy_(torch.tensor(p))
+            next(module.pool.parameters()).copy_(torch.tensor(p))
     high, low, dv = (torch.randn(shape, dtype=dtype) for _ in range(3))
     inputs = [t.clone().requires_grad_() for t in (high, low)]
     stats = PlaneStats(None, None, *inputs, 9, shape[0], direct=True)
     v = module.gate_from(stats)
     assert type(v.grad_fn).__name__ == "_SpemGateBackward"
     weights = [module.w_e, module.b_e, module.w_r, module.b_r]
-    learned = [] if p is None else [module.pool.p]
+    learned = list(module.pool.parameters())
     got = [v.detach(), *torch.autograd.grad(v, [*inputs, *weights, *learned], dv)]
 
     exact = [t.detach().double().requires_grad_() for t in (*inputs, *weights)]
     known = [t.detach().double().requires_grad_() for t in learned]
     lam = torch.tensor(0.3, dtype=torch.float64)
-    if known and max(map(abs, p)) >= TINY:
+    if isinstance(p, float):
+        lam = torch.sigmoid(known[0])
+    elif known and max(map(abs, p)) >= TINY:
         a, b = known[0] / max(map(abs, p))
         lam = a * a / (a * a + b * b)
     elif known:  # where |p| is subnormal, lambda is 1/2 and has no gradient

@@ -159,6 +159,10 @@ class FixedMix(Pool):
         """The constant, on the CPU (a 0-dim tensor mixes with any device)."""
         return torch.tensor(self.value, dtype=torch.float64)
 
+    def numbers(self) -> tuple[float, tuple[float, ...], None]:
+        """lambda, its derivatives by the parameter, and the parameter, of which there is none."""
+        return self.value, (), None
+
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mixed descriptor, [N, C]."""
         assert stats.max is not None
@@ -204,6 +208,24 @@ class LearnedMix(Pool):
         q = (p / torch.where(vanished, 1.0, scale)).square()
         total = torch.where(vanished, 1.0, q[0] + q[1])
         return torch.where(vanished, 0.5, q[0] / total)
+
+    def numbers(self) -> tuple[float, tuple[float, ...], Tensor]:
+        """lambda, its derivatives by the parameter, and the parameter.
+
+        Read from the CPU, where ``lam`` and its gradient take some thirty operations of torch.
+        """
+        parameter = self.get_parameter(self._name)
+        if self.parametrization == "sigmoid":
+            lam = 0.5 + 0.5 * math.tanh(0.5 * float(parameter.detach()))
+            return lam, (lam * (1.0 - lam),), parameter
+        a, b = parameter.tolist()
+        scale = max(abs(a), abs(b))
+        if scale < torch.finfo(torch.float32).tiny:
+            return 0.5, (0.0, 0.0), parameter
+        a, b = a / scale, b / scale
+        total = a * a + b * b
+        slope = 2.0 * a * b / (total * total * scale)
+        return a * a / total, (slope * b, -slope * a), parameter
 
     def forward(self, stats: PlaneStats) -> Tensor:
         """The mixed descriptor, [N, C]."""

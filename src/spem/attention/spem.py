@@ -125,14 +125,16 @@ class SPEM(ChannelAttention):
             return None
         p = getattr(mix, "p", None)
         weights = (self.w_e, self.b_e, self.w_r, self.b_r, p)
-        return CompiledGate(f"spem_{self.form}", weights, 0.0 if p is not None else float(mix.lam))
+        return CompiledGate(
+            f"spem_{self.form}", weights, 0.0 if p is not None else mix.numbers()[0]
+        )
 
     @compiled_by(_compiled)
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """v, [N, C]."""
         if stats.direct and (mix := self._mix()) is not None:
             weights = self.w_e, self.b_e, self.w_r, self.b_r
-            return spem_gate(self.form, mix.lam, stats.max, stats.min, *weights)
+            return spem_gate(self.form, mix.numbers(), stats.max, stats.min, *weights)
         u = self.pool(stats)
         if self.form == "code":  # which maps both pools before mixing them; the weights sum to 1
             u = _affine(self.w_r, self.b_r, u)

@@ -222,22 +222,37 @@ class _SpemGate(torch.autograd.Function):
     """SPEM's gate [N, C] by a kernel of Numba's; torch takes some forty operations for it."""
 
     @staticmethod
-    def forward(ctx: Any, form: str, lam: Tensor, *tensors: Tensor) -> Tensor:
-        high, low, *weights = tensors  # w_e, b_e, w_r, b_r
-        given = [t.to(high.dtype).contiguous() for t in (high, low, *weights)]
+    def forward(
+        ctx: Any, form: str, lam: float, slopes: tuple[float, ...], *tensors: Tensor | None
+    ) -> Tensor:
+        parameter, high, low, *weights = tensors  # behind lambda; w_e, b_e, w_r, b_r
+        assert high is not None
+        given = [t.to(high.dtype).contiguous() for t in (high, low, *weights) if t is not None]
         ctx.save_for_backward(*given)
-        ctx.form, ctx.lam, ctx.dtypes = form, float(lam), [lam.dtype, *(t.dtype for t in tensors)]
-        return kernels_of("numba").spem_gate(form, ctx.lam, None, *given)[0]
+        ctx.form, ctx.lam, ctx.slopes = form, lam, slopes
+        ctx.like = [
+            None if t is None else (t.dtype, t.shape) for t in (parameter, high, low, *weights)
+        ]
+        return kernels_of("numba").spem_gate(form, lam, None, *given)[0]
 
     @staticmethod
     @first_derivatives
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         numba = kernels_of("numba")
         *found, of_lam = numba.spem_gate(ctx.form, ctx.lam, grad.contiguous(), *ctx.saved_tensors)
-        pairs = zip((of_lam.sum(), *found), ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
-        return (None, *(t.to(dtype) if needed else None for t, dtype, needed in pairs))
+        of_parameter = of_lam.sum() * of_lam.new_tensor(ctx.slopes)
+        pairs = zip((of_parameter, *found), ctx.like, ctx.needs_input_grad[3:], strict=True)
+        gradients = (
+            t.to(like[0]).reshape(like[1]) if needed else None for t, like, needed in pairs
+        )
+        return (None, None, None, *gradients)
 
 
-def spem_gate(form: str, lam: Tensor, *tensors: Tensor | None) -> Tensor:
-    """The gate of one of SPEM's forms from maximum, minimum, w_e, b_e, w_r and b_r."""
-    return _SpemGate.apply(form, lam, *tensors)
+def spem_gate(
+    form: str, lam: tuple[float, tuple[float, ...], Tensor | None], *tensors: Tensor | None
+) -> Tensor:
+    """The gate of one of SPEM's forms from lambda, maximum, minimum, w_e, b_e, w_r and b_r.
+
+    lambda is a number with its derivatives by a parameter, and the parameter.
+    """
+    return _SpemGate.apply(form, *lam, *tensors)
