@@ -158,3 +158,44 @@ def test_half_layers_compute_as_wide_ones_and_keep_their_statistics() -> None:
         assert torch.equal(call(half, x), wide(x))
         for ours, theirs in zip(half.buffers(), wide.buffers(), strict=True):
             torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """A module as `torch.nn.DataParallel` copies it: its parameters are plain tensors."""
+    replica = module._replicate_for_data_parallel()
+    vars(replica)["_former_parameters"] = {}
+    for name, child in module.named_children():
+        setattr(replica, name, replica_of(child))
+    for name, parameter in module._parameters.items():
+        vars(replica)[name] = copied = None if parameter is None else parameter.clone()
+        if copied is not None:
+            vars(replica)["_former_parameters"][name] = copied
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(replica, name, buffer.clone())
+    return replica
+
+
+@pytest.mark.parametrize(("name", "dtype"), sampled(ALL, DTYPES.args[1], each=1))
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_may_be_plain_tensors(name: str, dtype: torch.dtype, *, training: bool) -> None:
+    """In replicas of DataParallel, and in `torch.func.functional_call`."""
+    module = spem.create_attention(name, 64, size=(8, 8)).to(dtype).train(training)
+    norm = nn.BatchNorm2d(64).to(dtype).train(training)
+    x = feature_map(4, 64, 8, 8).to(dtype)
+
+    class Tail(nn.Module):
+        def __init__(self, module: spem.ChannelAttention, norm: nn.Module | None) -> None:
+            super().__init__()
+            self.module, self.norm = module, norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(x) if module.needs.replaces else self.module.tail(x, x, self.norm)
+
+    for norms in (None, norm):
+        tail = Tail(module, norms)
+        state = {key: tensor.clone() for key, tensor in tail.state_dict().items()}
+        copied = replica_of(tail)(x)
+        called = torch.func.functional_call(tail, state, (x,))
+        expected = tail(x)
+        torch.testing.assert_close(copied, expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(called, expected, rtol=1e-2, atol=1e-2)

@@ -214,7 +214,7 @@ class LearnedMix(Pool):
 
         Read from the CPU, where ``lam`` and its gradient take some thirty operations of torch.
         """
-        parameter = self.get_parameter(self._name)
+        parameter: Tensor = getattr(self, self._name)  # which `functional_call` may have replaced
         if self.parametrization == "sigmoid":
             lam = 0.5 + 0.5 * math.tanh(0.5 * float(parameter.detach()))
             return lam, (lam * (1.0 - lam),), parameter

@@ -5,7 +5,7 @@ In both the gate is computed in float32 and only the final factor is cast down.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -61,13 +61,20 @@ def call(layer: nn.Module, z: Tensor) -> Tensor:
     if z.shape[0] == 0 and isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
         mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
         return batch_norm(z, mean, var, weight, bias, training=False, momentum=0.0, eps=layer.eps)
-    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), z.dtype)
+    dtype = next((p.dtype for p in _parameters(layer) if p.is_floating_point()), z.dtype)
     if dtype == z.dtype:
         return layer(z)
     if type(layer) not in _OWN and not is_parametrized(layer):
         return layer(z.to(dtype)).to(z.dtype)
     with _InDtypeOfInput():
         return layer(z)
+
+
+def _parameters(layer: nn.Module) -> Iterator[Tensor]:
+    """The parameters of a layer; in a replica of `torch.nn.DataParallel` they are plain tensors."""
+    yield from layer.parameters()
+    for part in layer.modules():
+        yield from getattr(part, "_former_parameters", {}).values()
 
 
 class _InDtypeOfInput(TorchFunctionMode):
