@@ -60,6 +60,19 @@ def test_a_reader_that_stops_early(tmp_path: Path) -> None:
     assert running.wait() in (0, 141)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_an_output_that_is_full_or_closed(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m spem --version"
+    for where, status, says in (
+        ("/dev/full", 2, "spem: No space left on device.\n"),
+        ("&-", 0, ""),
+    ):
+        done = subprocess.run(
+            f"{command} >{where}", shell=True, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (status, says)
+
+
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     done = process(["trian", "short"], tmp_path)
     assert (done.returncode, done.stdout) == (2, "")

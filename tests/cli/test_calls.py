@@ -105,6 +105,9 @@ def test_messages_of_the_library_get_the_flags_that_were_typed() -> None:
     said = "rate=-1 is too small; try.count=3 too. Leave rate= out, and accurate=1 in."
     want = "--rate -1 is too small; --try.count 3 too. Leave --rate out, and accurate=1 in."
     assert o.in_flags(said) == want
+    said = "count=3 fits se(count=4). With runtime.rate=2, flip=True turns it."
+    want = "--try.count 3 fits se(count=4). With --rate 2, --try.flip turns it."
+    assert o.in_flags(said) == want
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -123,6 +126,14 @@ def test_help_fits_a_screen_and_is_complete(name: str, capsys: pytest.CaptureFix
     for option in cli.options_of(name).options:
         assert all(flag in everything for flag in option.flags)
         assert option.help
+
+
+def test_help_on_a_tiny_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "3")
+    assert cli.main(["train", "--help-all"]) == 0
+    assert "usage: spem train" in capsys.readouterr().out
 
 
 def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) -> None:

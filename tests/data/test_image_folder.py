@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 import subprocess
 import sys
@@ -36,11 +37,20 @@ def to_numpy(images: ImageSet) -> np.ndarray:
     return images.images.permute(0, 2, 3, 1).numpy()
 
 
+def with_another(root: Path) -> Path:
+    """A second class, of copies of the first image, and a test split like the training split."""
+    (first,) = (root / "train" / "a").iterdir()
+    for copy in ("train/b", "test/a", "test/b"):
+        (root / copy).mkdir(parents=True)
+        shutil.copy(first, root / copy)
+    return root
+
+
 def one(root: Path, name: str, image: Image.Image | np.ndarray, **options: object) -> np.ndarray:
     """An image that is read through a folder, [H, W, 3]."""
     save(root / "train" / "a" / name, image, **options)
-    save(root / "test" / "a" / "0.png", np.zeros((4, 4, 3), dtype=np.uint8))
-    return to_numpy(load_images(str(root), "train"))[0]
+    seen = load_images(str(with_another(root)), "train")
+    return to_numpy(seen)[0]
 
 
 def test_folders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -79,12 +89,25 @@ def test_the_reader_finds_what_torchvision_finds(tmp_path: Path) -> None:
     assert len(load_images(str(tmp_path), "train")) == 3 + 2 + 9
 
 
-@pytest.mark.parametrize("name", ["val", "validation"])
-def test_a_validation_split_is_as_good_as_a_test_split(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("names", ["train val", "Train TEST", "Training Testing"])
+def test_splits_have_several_names(tmp_path: Path, names: str) -> None:
+    """A split in capitals is no class."""
     write_set(tmp_path)
-    expected = load_images(str(tmp_path), "test").sha256
-    (tmp_path / "test").rename(tmp_path / name)
-    assert load_images(str(tmp_path), "test").sha256 == expected
+    expected = [load_images(str(tmp_path), split).sha256 for split in ("train", "test")]
+    for split, name in zip(("train", "test"), names.split(), strict=True):
+        (tmp_path / split).rename(tmp_path / name)
+    check_images(str(tmp_path))
+    found = [load_images(str(tmp_path), split) for split in ("train", "test")]
+    assert [part.sha256 for part in found] == expected
+    assert {part.classes for part in found} == {("cat", "dog")}
+
+
+def test_one_class_is_none(tmp_path: Path) -> None:
+    """As of an archive unpacked into a folder of its own name: every network would be perfect."""
+    save(tmp_path / "photos" / "cat" / "0.png", CATS[0])
+    save(tmp_path / "photos" / "dog" / "0.png", CATS[0])
+    with pytest.raises(ValueError, match=r"holds one folder alone \(photos\); two or more"):
+        check_images(str(tmp_path))
 
 
 def test_classes_without_splits_get_a_split_that_never_changes(tmp_path: Path) -> None:
@@ -100,8 +123,13 @@ def test_classes_without_splits_get_a_split_that_never_changes(tmp_path: Path) -
     half = load_images(str(tmp_path), "test", test=0.5)
     assert half.labels.bincount().tolist() == [5, 10, 1]
     (tmp_path / "eel" / "01.png").unlink()
-    with pytest.raises(ValueError, match=r"eel: of 1 image.* none would be left to train on"):
-        load_images(str(tmp_path), "train")
+    save(tmp_path / "fox" / "0.png", CATS[0])
+    for read in (check_images, lambda name: load_images(name, "train")):
+        few = r"of 1 image\(s\) none would be left to train on"
+        with pytest.raises(ValueError, match=f"eel: {few}.*fox: {few}"):
+            read(str(tmp_path))
+    with pytest.raises(ValueError, match="cat: of 10 image"):
+        check_images(str(tmp_path), test=0.99)
     write_set(tmp_path / "with")
     with pytest.raises(ValueError, match=r"data.test=0.3 has no effect"):
         check_images(str(tmp_path / "with"), test=0.3)
@@ -114,15 +142,14 @@ def test_classes_without_splits_get_a_split_that_never_changes(tmp_path: Path) -
 def test_sizes_are_those_of_torchvision(tmp_path: Path, shape: tuple[int, int], size: int) -> None:
     image = random_images(1, *shape)[0]
     save(tmp_path / "train" / "a" / "0.png", image)
-    save(tmp_path / "train" / "a" / "1.png", random_images(1, 50, 50)[0])
-    save(tmp_path / "test" / "a" / "0.png", image)
+    save(with_another(tmp_path) / "train" / "a" / "1.png", random_images(1, 50, 50)[0])
     for read in (check_images, lambda name: load_images(name, "train")):
-        with pytest.raises(ValueError, match=r"2 different sizes: .*--data.size 32"):
+        with pytest.raises(ValueError, match=r"2 different sizes: .*size=32"):
             read(str(tmp_path))
     found = load_images(str(tmp_path), "train", size=size)
     bring = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
     assert np.array_equal(to_numpy(found)[0], np.asarray(bring(Image.fromarray(image))))
-    assert found.images.shape == (2, 3, size, size)
+    assert found.images.shape == (3, 3, size, size)
 
 
 # ---- kinds of pixels
@@ -139,9 +166,11 @@ def test_grey_and_palette_images_become_colour(tmp_path: Path) -> None:
         assert np.array_equal(one(tmp_path / name, "0.png", image), np.dstack([expected] * 3)), name
     with pytest.raises(ValueError, match=r"32 bits.*save it with 8 or 16 bits"):
         one(tmp_path, "0.tif", np.random.default_rng(0).random((8, 8), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"32 bits.*save it with 8 or 16 bits"):
+        one(tmp_path / "whole", "0.tif", np.arange(64, dtype=np.int32).reshape(8, 8))
 
 
-@pytest.mark.parametrize("kind", ["png", "tif"])
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
 def test_sixteen_bits_of_grey_are_scaled(tmp_path: Path, kind: str) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (8, 8), dtype=np.uint16)
     values[0, :3] = (0, 257, 65535)
@@ -189,7 +218,6 @@ def test_images_stand_upright_as_their_exif_says(tmp_path: Path) -> None:
         found = one(tmp_path / str(orientation), "0.png", Image.fromarray(pixels), exif=exif)
         assert np.array_equal(found, expected), orientation
         save(tmp_path / str(orientation) / "train" / "a" / "1.png", np.ascontiguousarray(expected))
-        save(tmp_path / str(orientation) / "test" / "a" / "0.png", np.ascontiguousarray(expected))
         check_images(str(tmp_path / str(orientation)))  # which sees equal sizes
 
 
@@ -231,7 +259,7 @@ def test_splits_that_lack_are_told(tmp_path: Path) -> None:
         check_images(str(tmp_path))
     for split in ("train", "test"):
         (tmp_path / "empty" / split).mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds no folders"):
+    with pytest.raises(ValueError, match="holds no folders; two or more are needed"):
         load_images(str(tmp_path / "empty"), "train")
 
 
@@ -253,9 +281,7 @@ def test_broken_images_are_told_together_or_left_out(tmp_path: Path) -> None:
     expected = load_images(str(tmp_path), "train")
     paths = broken(tmp_path)
     for read in (check_images, lambda name: load_images(name, "train")):
-        with pytest.raises(
-            ValueError, match=r"images cannot be read.*--data.skip-broken"
-        ) as raised:
+        with pytest.raises(ValueError, match=r"images cannot be read.*skip_broken=True") as raised:
             read(str(tmp_path))
         assert all(str(p) in str(raised.value) for p in paths if p.suffix in (".png", ".jpg"))
     assert all(str(path) in str(raised.value) for path in paths)  # some only when decoded
@@ -291,5 +317,5 @@ def test_what_would_not_fit_into_memory_is_refused_before_it_fills_it(
     monkeypatch.setattr("spem.data.folder.MAX_BYTES", 5 * 5 * 7 * 3)
     load_images(str(tmp_path), "train")
     monkeypatch.setattr("spem.data.folder.MAX_BYTES", 5 * 5 * 7 * 3 - 1)
-    with pytest.raises(ValueError, match=r"5 images of 7x5 would take .* smaller size"):
+    with pytest.raises(ValueError, match=r"5 images of 7x5 would take .* up to size=5\."):
         load_images(str(tmp_path), "train")

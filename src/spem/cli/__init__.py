@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             values = options.read(args[1:])
             if values is not None:
                 status = options.run(**values) or 0
-        sys.stdout.flush()  # here, where a closed pipe can still be answered
+        print(end="", flush=True)  # here, where a closed pipe can still be answered
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last stop: every error gets its sentence
         if debug:
             traceback.print_exc()
@@ -103,13 +103,15 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
     elif isinstance(error, FloatingPointError):  # diverged: neither a wrong call nor a fault
         code = 1
     elif _is_message(error):
-        if isinstance(error, OSError) and error.filename is not None and error.strerror:
-            text = f"{error.filename}: {error.strerror}."  # without the number of the error
+        if isinstance(error, OSError) and error.strerror:  # without the number of the error
+            where = "" if error.filename is None else f"{error.filename}: "
+            text = f"{where}{error.strerror}."
         text = text if options is None else options.in_flags(text)
     else:
         code, text = 1, f"internal error: {type(error).__name__}: {error}"
         text += "" if debug else "\nrun again with --debug"
-    text = text.removeprefix(f"{name}: ").removeprefix("from_pretrained: ")
+    for caller in (name, "from_pretrained", "train"):
+        text = text.removeprefix(f"{caller}: ")
     text = text if len(text) < 1200 else f"{text[:700]} ... {text[-300:]}"  # a name may be long
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     print(f"{f'spem {name}'.rstrip()}: {text}", file=sys.stderr)

@@ -130,7 +130,7 @@ class Options:
 
     def help(self, *, everything: bool = False) -> str:
         """The text of `--help`, or of `--help-all`."""
-        width = shutil.get_terminal_size().columns - 2
+        width = max(50, shutil.get_terminal_size().columns) - 2
         shown = [option for option in self.options if everything or not option.rare]
         names = [", ".join(o.flags if everything else o.flags[:1]) for o in shown]
         names = ["  " + f"{n} {o.metavar}".strip() for n, o in zip(names, shown, strict=True)]
@@ -148,11 +148,17 @@ class Options:
         return "\n\n".join(part for part in (*parts, last, more) if part)
 
     def in_flags(self, text: str) -> str:
-        """A message of the library with its keywords (`optim.lr=-1`, `root=`) as they are typed."""
+        """A message of the library with its keywords as they are typed.
+
+        `optim.lr=-1` becomes `--lr -1`, so does `lr=-1`; `root=` becomes `--root`, and
+        `skip_broken=True` is `--data.skip-broken`.
+        """
         for option in self.options:
-            if option.flags and f"{option.name}=" in text:
+            name = option.name.rpartition(".")[2]
+            if option.flags and f"{name}=" in text:
                 flag = self._typed.get(option.name, option.flags[0])
-                keyword = rf"(?<![\w.-]){re.escape(option.name)}=(?=([\w'\"(\[-]?))"
+                keyword = rf"(?<![\w.(-])(?:\w+\.)?{name}="
+                keyword += r"(?=([\w'\"(\[-]?))" if option.metavar else "True()"
                 text = re.sub(keyword, lambda at, flag=flag: flag + " " * bool(at[1]), text)
         return text
 

@@ -6,6 +6,7 @@ A folder is checked in full first, so that everything wrong with it is reported 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +24,22 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 """torchvision's."""
 _UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".svg")
 """Images that are not read: reported, or they would be missing unnoticed."""
-_TESTS = ("test", "val", "valid", "validation")
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
+}
+"""Folders of splits, in capitals or not; the first that there is."""
+TEST_SHARE = 0.2
+"""Share of each class held out if a folder has no splits."""
 MAX_PIXELS = 89_478_485
 """Per image; beyond this Pillow warns of a decompression bomb, too."""
 MAX_BYTES = 32 * 2**30
 """Sets are held in memory; a file that needs more is assumed to be damaged."""
 _LISTED = 10
+
+
+Source = tuple[str, "bytes | Path | NDArray[np.uint8]"]
+"""An image's name in messages, and its bytes, its file or its pixels [H, W, 3]."""
 
 
 class Listing(NamedTuple):
@@ -40,35 +51,41 @@ class Listing(NamedTuple):
 
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds splits, or classes that contain images."""
-    names = _folders(folder).items()
-    return any(n in ("train", *_TESTS) or any(map(_is_image, _files(p, set()))) for n, p in names)
+    paths = _folders(folder).values()
+    return bool(_splits(folder)) or any(any(map(_is_image, _files(p, set()))) for p in paths)
 
 
-def look(folder: Path) -> Listing:
+def _splits(folder: Path) -> dict[str, Path]:
+    inside = {name.lower(): path for name, path in _folders(folder).items()}
+    found = {k: [inside[name] for name in names if name in inside] for k, names in _SPLITS.items()}
+    return {split: paths[0] for split, paths in found.items() if paths}
+
+
+def look(folder: Path, share: float = TEST_SHARE) -> Listing:
     """List the images of ``folder/train/<class>/**`` and ``folder/test/<class>/**``.
 
-    ``val/``, ``valid/`` or ``validation/`` can replace ``test/``. A folder of classes alone has no
-    splits. Links are followed; hidden files (``.ipynb_checkpoints``, ``._1.png``), ``__MACOSX`` and
-    files without an image suffix are skipped.
+    ``training/``, and ``testing/``, ``val/``, ``valid/`` or ``validation/``, are as good. A folder
+    of classes alone has no splits; a share of each class must be enough for a test. Links are
+    followed; hidden files (``.ipynb_checkpoints``, ``._1.png``), ``__MACOSX`` and files without an
+    image suffix are skipped.
 
     Raises:
         FileNotFoundError: a split is missing.
         ValueError: anything else wrong with the folder, all in one message.
     """
-    inside = _folders(folder)
-    test = next((name for name in _TESTS if name in inside), None)
-    splits = {"all": folder}
-    if "train" in inside and test is not None:
-        splits = {"train": folder / "train", "test": folder / test}
-    elif "train" in inside or test is not None:
-        there, lacking = ("train", "test") if test is None else (test, "train")
+    splits = _splits(folder) or {"all": folder}
+    if len(splits) == 1 and "all" not in splits:
+        ((split, path),) = splits.items()
+        lacking = "test" if split == "train" else "train"
         remedy = "Put a folder per class into both, or the classes straight into the folder itself."
-        raise FileNotFoundError(f"{folder}: there is {there}/ but no {lacking}/. {remedy}")
+        raise FileNotFoundError(f"{folder}: there is {path.name}/ but no {lacking}/. {remedy}")
     found = {split: _folders(where) for split, where in splits.items()}
     classes = tuple(sorted({name for names in found.values() for name in names}))
     faults: list[str] = []
-    if not classes:
-        faults.append(f"{', '.join(map(str, splits.values()))} holds no folders, one a class")
+    if len(classes) < 2:
+        there = f"one folder alone ({classes[0]})" if classes else "no folders"
+        where = ", ".join(map(str, splits.values()))
+        faults.append(f"{where} holds {there}; two or more are needed, one a class")
     files: dict[str, list[tuple[Path, int]]] = {split: [] for split in splits}
     for split, where in splits.items():
         strays = [path.name for path in _entries(where) if path.suffix.lower() in SUFFIXES]
@@ -86,9 +103,17 @@ def look(folder: Path) -> Listing:
                 faults.append(f"{unread}: convert them or take them away")
             elif not images:
                 faults.append(f"{where / name} holds no image ({', '.join(SUFFIXES)})")
+            elif split == "all" and held_out(len(images), share) >= len(images):
+                few = f"of {len(images)} image(s) none would be left to train on"
+                faults.append(f"{where / name}: {few}: add some, or make train/ and test/")
     if faults:
         raise ValueError(f"{folder}: " + "; ".join(faults) + ".")
     return Listing(classes, files)
+
+
+def held_out(count: int, share: float) -> int:
+    """How many of a class's images are for the test."""
+    return max(1, round(share * count))
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -138,21 +163,18 @@ def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
         told = (
             f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Repair or remove"
         )
-        told += " them, or leave them out with --data.skip-broken (skip_broken=True):"
+        told += " them, or leave them out with skip_broken=True:"
         raise ValueError("\n".join([told, *faults[:_LISTED], *more]))
     if len(sizes) > 1:
         few = _few([f"{size} ({where})" for size, where in sizes.items()])
         told = f"the images have {len(sizes)} different sizes: {few}"
-        raise ValueError(f"{told}. Give one size for all: --data.size 32 (size=32).")
+        raise ValueError(f"{told}. Give one size for all: size=32.")
 
 
 def decode_all(
-    sources: Iterable[tuple[str, bytes | Path]], count: int, *, size: int | None, skip_broken: bool
+    sources: Iterable[Source], count: int, *, size: int | None, skip_broken: bool
 ) -> tuple[NDArray[np.uint8], list[int]]:
-    """Decode images into uint8 [n, H, W, 3]; also return the positions of those kept.
-
-    A source is an image's name in messages, and its file or bytes; there are `count`.
-    """
+    """Decode images into uint8 [n, H, W, 3]; also return the positions of those kept."""
     import numpy as np
 
     pixels: NDArray[np.uint8] | None = None
@@ -161,16 +183,18 @@ def decode_all(
     sizes: dict[str, str] = {}
     for index, (label, source) in enumerate(sources):
         try:
-            image = decode(label, source, size=size)
+            ready = not isinstance(source, (bytes, Path))
+            image = fit(source, size) if ready else decode(label, source, size=size)
         except ValueError as error:
             faults.append(str(error))
             continue
         shown = f"{image.shape[1]}x{image.shape[0]}"
         if pixels is None:
             if (needed := count * image.size) > MAX_BYTES:
-                few = f"more than {MAX_BYTES / 2**30:.0f}. Give a smaller size: --data.size 224"
+                most, fits = MAX_BYTES / 2**30, math.isqrt(MAX_BYTES // (3 * count))
                 raise ValueError(
-                    f"{label}: {count} images of {shown} would take {needed / 2**30:.0f} GiB, {few}"
+                    f"{label}: {count} images of {shown} would take {needed / 2**30:.0f} GiB, more "
+                    f"than {most:.0f}. Give a smaller size, up to size={fits}."
                 )
             pixels = np.empty((count, *image.shape), dtype=np.uint8)
         sizes.setdefault(shown, label)
@@ -204,21 +228,21 @@ def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDAr
                 raise ValueError("its end is missing")
             image.verify()  # checksums of all parts, which decoding skips; uses the image up
             image = _opened(pillow, io.BytesIO(data))
-        pixels = np.asarray(_colour(image, pillow))
-        return pixels if size is None else fit(pixels, size)
+        return fit(np.asarray(_colour(image, pillow)), size)
 
 
-def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def fit(pixels: NDArray[np.uint8], size: int | None) -> NDArray[np.uint8]:
     """Resize one image [H, W, 3] as `decode` does."""
     import numpy as np
 
     height, width = pixels.shape[:2]
-    if height == width == size:
+    if size is None or height == width == size:
         return pixels
     if max(height, width) / min(height, width) * size**2 > MAX_PIXELS:
         raise ValueError(f"{width}x{height} is too narrow to be brought to {size}x{size}")
-    pillow = require("PIL.Image", extra="train", purpose="scaling images")
-    transforms = require("torchvision.transforms.functional", extra="train", purpose="--data.size")
+    how = {"extra": "train", "purpose": "scaling images"}
+    pillow = require("PIL.Image", **how)
+    transforms = require("torchvision.transforms.functional", **how)
     scaled = transforms.resize(pillow.fromarray(pixels), size)
     return np.asarray(transforms.center_crop(scaled, [size]))
 
@@ -248,11 +272,10 @@ def _colour(image: Any, pillow: Any) -> Any:
     """The image as 8-bit RGB, upright."""
     import numpy as np
 
+    kind = image.format  # which a turned image has no more
     image = require("PIL.ImageOps", extra="train", purpose="reading images").exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", None)):
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind != "TIFF"):
         values = np.asarray(image).astype(np.float64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values are not those of 16 bits")
         image = pillow.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         unknown = f"its values have 32 bits (mode {image.mode}), black and white are unknown"

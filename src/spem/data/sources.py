@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,10 @@ from spem.extras import rephrased, require
 if TYPE_CHECKING:
     from spem.data.images import ImageSet, Split
 
-TEST_SHARE = 0.2
-"""Share of each class held out if a folder has no splits."""
-
 _COLUMNS = ("img", "image"), ("fine_label", "label")
 """Names of the columns of images, and of labels: CIFAR-100 has coarse ones next to the fine."""
-_Read = tuple[Any, list[int], tuple[str, ...]]
-"""What a reader found: image files or bytes with names for messages, or pixels; labels; classes."""
+_Read = tuple[Iterable[image_folder.Source], list[int], tuple[str, ...]]
+"""What a reader found: images, labels, classes."""
 
 
 def check_images(
@@ -45,7 +43,8 @@ def check_images(
     if where is None:
         return
     kind = _kind(where)
-    files = image_folder.look(where).files if kind == "folder" else {}
+    share = image_folder.TEST_SHARE if test is None else test
+    files = image_folder.look(where, share).files if kind == "folder" else {}
     if test is not None and "all" not in files:
         said = f"has a split for the test, so data.test={test} has no effect"
         raise ValueError(f"{where}: {said}. Leave it out.")
@@ -93,7 +92,6 @@ def load_images(
         OSError: a file exists but cannot be opened.
         ImportError: an extra is missing.
     """
-    import numpy as np
     import torch
 
     from spem.data.images import ImageSet
@@ -103,21 +101,19 @@ def load_images(
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise ValueError(f"sha256={sha256!r} is not a SHA-256 sum. Give its 64 hex digits.")
     short = known_name(name_or_path)
+    name = short or ""
     if short == "digits":
-        pixels, labels, classes = _digits(split, _magnified(size))
+        sources, labels, classes = _digits(split, size := _magnified(size))
     else:
         where = _where(name_or_path, root) or _fetched(HUB_IDS[short or ""])
-        pixels, labels, classes = _READERS[_kind(where)](where, split, test or TEST_SHARE)
-        if not isinstance(pixels, np.ndarray):
-            pixels, kept = image_folder.decode_all(
-                pixels, len(labels), size=size, skip_broken=skip_broken
-            )
-            labels = [labels[i] for i in kept]
-        elif size is not None:
-            pixels = np.stack([image_folder.fit(image, size) for image in pixels])
-    name = short or Path(name_or_path).expanduser().resolve().name
+        share = image_folder.TEST_SHARE if test is None else test
+        sources, labels, classes = _READERS[_kind(where)](where, split, share)
+        name = short or where.resolve().name
+    how: Any = {"size": size, "skip_broken": skip_broken}
+    pixels, kept = image_folder.decode_all(sources, len(labels), **how)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    images = ImageSet(tensor, torch.tensor(labels, dtype=torch.int64), classes, name)
+    numbers = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
+    images = ImageSet(tensor, numbers, classes, name)
     if sha256 is not None and images.sha256 != sha256.lower():
         found = f"the SHA-256 of the {split} images is {images.sha256}"
         raise ValueError(f"{name_or_path}: {found}, expected {sha256}. They are others or damaged.")
@@ -133,7 +129,9 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     base = os.environ.get("SPEM_DATA") if root is None else root
     if short is not None and not base:
         return None
-    folder = Path(name_or_path if short is None else Path(base or "", short)).expanduser()
+    # Not Path's own, which raises for somebody unknown (~nobody).
+    named = name_or_path if short is None else Path(base or "", short)
+    folder = Path(os.path.expanduser(named))  # noqa: PTH111
     if folder.is_dir():
         return folder
     if root is not None:
@@ -168,7 +166,7 @@ def _fetched(hub_id: str) -> Path:
     """A set's files from the hub, whose client keeps a copy that works offline too."""
     hub = require("huggingface_hub", extra="train", purpose=f"fetching {hub_id}")
     said = f"no local folder, and {hub_id} could not be fetched from the hub"
-    remedy = "Point SPEM_DATA or --data.root at a folder that holds the set."
+    remedy = "Point SPEM_DATA or root= at a folder that holds the set."
     with rephrased(said, remedy, kind=FileNotFoundError):
         return Path(hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns="*.parquet"))
 
@@ -179,14 +177,11 @@ def _image_folder(folder: Path, split: Split, share: float) -> _Read:
 
     from spem.seeding import keyed_generator
 
-    classes, listed = image_folder.look(folder)
+    classes, listed = image_folder.look(folder, share)
     files = listed.get(split, [])
-    for label, name in enumerate(classes if "all" in listed else ()):
+    for label in range(len(classes) if "all" in listed else 0):
         of_class = [file for file in listed["all"] if file[1] == label]
-        count = max(1, round(share * len(of_class)))
-        if count >= len(of_class):
-            few = f"of {len(of_class)} image(s) none would be left to train on"
-            raise ValueError(f"{folder / name}: {few}. Add some, or make train/ and test/.")
+        count = image_folder.held_out(len(of_class), share)
         generator = keyed_generator(0, "test split", label)
         order = randperm(len(of_class), generator=generator, device="cpu").tolist()
         chosen = order[:count] if split == "test" else order[count:]
@@ -196,7 +191,7 @@ def _image_folder(folder: Path, split: Split, share: float) -> _Read:
 
 def _parquet(folder: Path, split: Split, share: float) -> _Read:
     """Read a folder in the hub's layout with pyarrow, which `datasets` brings."""
-    images: list[tuple[str, bytes]] = []
+    images: list[image_folder.Source] = []
     labels: list[int] = []
     found: set[tuple[str, ...]] = set()
     shards = _shards(folder, split)
@@ -278,7 +273,8 @@ def _cifar(folder: Path, split: Split, share: float) -> _Read:
     except RuntimeError as error:
         wrong = f"a file of {kind} is missing or its MD5 sum is not that of the published one"
         raise ValueError(f"{folder}: {wrong}. Unpack the whole archive again.") from error
-    return found.data, found.targets, tuple(found.classes)
+    images = ((f"{folder}, image {i}", image) for i, image in enumerate(found.data))
+    return images, found.targets, tuple(found.classes)
 
 
 _READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CIFAR100": _cifar}
@@ -297,7 +293,8 @@ def _digits(split: Split, size: int) -> _Read:
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # from 0 .. 16
     large = pixels.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
     labels = [int(label) for label in bunch.target[chosen]]
-    return np.stack([large] * 3, axis=-1), labels, tuple(map(str, bunch.target_names))
+    images = (("digits", image) for image in np.stack([large] * 3, axis=-1))
+    return images, labels, tuple(map(str, bunch.target_names))
 
 
 def _magnified(size: int | None) -> int:
