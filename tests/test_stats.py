@@ -157,6 +157,10 @@ def test_mistakes_are_one_sentence():
         compare(rows, level=1)
     with pytest.raises(ValueError, match="no row holds a finite number"):
         compare(rows.assign(accuracy=float("nan")))
+    for name, role in (("group", "pair"), ("group", "within"), ("n", "within")):
+        with pytest.raises(ValueError, match=f"the result has a column '{name}' too"):
+            compare(rows.assign(**{name: rows["seed"]}), **{role: name})
+    assert len(compare(rows.assign(classes="ten"))) == 2  # somebody else's column
 
 
 def test_runs_without_a_number_or_a_partner_are_left_out():
@@ -214,6 +218,7 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
         ("model,acc\nnone,1\n", "there is no column 'seed'"),
         ("model,seed,acc\nnone,0,high\n", "'high' in column 'acc' is not a number"),
         ('model,seed,acc\n"none,0,1\n', "not a CSV file"),
+        ("model,seed,acc\nnone,0,90,5\nse,0,91,5\n", "more cells than the heading; quote"),
     ],
 )
 def test_files_that_are_no_table(text: str, says: str, tmp_path: Path):

@@ -77,6 +77,9 @@ def compare(
     for name in (*by, value, pair, *within):
         if name not in table.columns:
             raise KeyError(f"compare: {no_column(name, list(table.columns))}")
+    own = {"baseline", "n", "mean", "sd", *_DIFFERENCE, "p_holm", "verdict"}
+    if clash := own.intersection(within) | ({"group"} & {value, pair, *within}):
+        raise ValueError(f"compare: the result has a column {min(clash)!r} too. Rename yours.")
     numbers = pd.to_numeric(table[value], errors="coerce")
     rows = table.assign(**{value: numbers}, group=_group_names(table, by))
     rows = rows[numbers.abs() < float("inf")]
@@ -208,9 +211,13 @@ def prediction_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def _guessing(rows: pd.DataFrame, value: str) -> float:
     """The least mean to be judged: twice guessing, less for few classes; else -inf."""
     counts = rows["classes"].dropna().unique() if "classes" in rows.columns else []
-    if "acc" not in value.lower() or len(counts) != 1 or not float(counts[0]) > 1:
+    try:
+        (classes,) = {int(float(cell)) for cell in counts}
+    except ValueError:  # none, several, or texts
+        classes = 0
+    if "acc" not in value.lower() or classes < 2:
         return -float("inf")
-    chance = 100 / int(float(counts[0]))
+    chance = 100 / classes
     least = chance + min(chance, (100 - chance) / 4)
     return least / (1 if rows[value].max() > 1.5 else 100)
 

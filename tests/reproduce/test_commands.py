@@ -60,6 +60,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             ["reproduce", "table1", "--budget", "soon"],
             "'soon' is not a time. Write 90s, 30m or 8h.",
         ),
+        (["compare", "none", "se", "--data", "gone"], "gone: neither a known set"),
+        (["reproduce", "table1", "--root", "gone"], "cifar10: gone/cifar10 does not exist"),
         (["report", "gone"], "gone holds no runs.csv"),
         (["stats", "gone.csv"], "gone.csv: No such file"),
     ],
@@ -72,7 +74,7 @@ def test_a_mistake_is_one_sentence(
     assert out == ""
     assert says in err
     assert err.count("\n") == 1
-    assert list(tmp_path.rglob("*.csv")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_compare_trains_once_and_ends_with_the_answer(
@@ -235,6 +237,20 @@ def test_stats_says_what_it_took_and_what_it_shows(
     assert "\x1b" not in out
     assert r"\x1b[31mr" in out
     assert "is above none in this setting" in out
+
+
+def test_stats_of_shares_and_per_cent_in_one_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each table speaks of points, and shows as many decimals, as its own numbers do."""
+    rows = [(m, s, 0.9 + 0.001 * (s + g)) for m, g in (("none", 0), ("se", 5)) for s in range(3)]
+    text = "dataset,module,seed,accuracy\n"
+    text += "".join(f"a,{m},{s},{value}\nb,{m},{s},{100 * value}\n" for m, s, value in rows)
+    path = tmp_path / "both.csv"
+    path.write_text(text)
+    shares, percent = answer(capsys, ["stats", str(path)])["tables"]
+    assert shares["reading"][0].startswith("se - none: +0.0050 over 3 paired seeds")
+    assert percent["reading"][0].startswith("se - none: +0.50 points over 3 paired seeds")
 
 
 def test_stats_of_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:

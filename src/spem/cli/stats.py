@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from spem.cli.options import RARE, Json, number
 from spem.cli.output import plain, print_json, print_table
 from spem.extras import rephrased
+from spem.files import read_regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +52,6 @@ def run(
         raise ValueError(f"{file}: {str(error.args[0]).removeprefix('compare: ')}") from error
     left, split_by = len(rows) - int(table["n"].sum()), chosen["within"]
     notes = [f"{left} of {len(rows)} rows have no number or no name and are left out."] * bool(left)
-    percent = "acc" in chosen["value"].lower() and table["mean"].abs().max() > 1.5
-    words: Any = {"unit": "points" if percent else "", "pair": chosen["pair"]}
     told: list[dict[str, Any]] = []
     if not json:
         split = f", within {' and '.join(split_by)}" if split_by else ""
@@ -61,6 +62,8 @@ def run(
     for key, part in table.groupby(split_by, sort=False, dropna=False) if split_by else alone:
         where, lines = dict(zip(split_by, key, strict=True)), part.to_dict("records")
         decimals = _decimals(part)
+        percent = "acc" in chosen["value"].lower() and part["mean"].abs().max() > 1.5
+        words: Any = {"unit": "points" if percent else "", "pair": chosen["pair"]}
         reading = [
             sentence(line, decimals=decimals, **words)
             for line in lines
@@ -95,9 +98,9 @@ def _cells(line: dict[Any, Any], decimals: int) -> list[str]:
 
 def _decimals(part: pd.DataFrame) -> int:
     """As many as show two digits of the smallest deviation that is not 0, and two at least."""
-    spreads = part[["sd", "difference_sd"]].stack()
-    smallest = spreads[spreads > 0].min()
-    return min(10, max(2, 1 - math.floor(math.log10(smallest)))) if smallest == smallest else 2
+    spreads = part[["sd", "difference_sd"]].to_numpy(float)
+    smallest = spreads[spreads > 0].min(initial=1)
+    return min(10, max(2, 1 - math.floor(math.log10(smallest))))
 
 
 def _text(value: float, decimals: int, sign: str = "") -> str:
@@ -127,12 +130,18 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    said = f"{path} is not a CSV file that can be read"
-    with path.open(encoding="utf-8-sig") as file, rephrased(said):
+    content = read_regular(path)
+    with rephrased(f"{path} is not a CSV file that can be read"), warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        file = io.StringIO(content.decode("utf-8-sig"), newline=None)
         separator = max(",;\t", key=file.readline().count)
         file.seek(0)
         texts: Any = {"dtype": str, "keep_default_na": False, "index_col": False}
-        table = pd.read_csv(file, sep=separator, skipinitialspace=True, **texts)
+        try:
+            table = pd.read_csv(file, sep=separator, skipinitialspace=True, **texts)
+        except pd.errors.ParserWarning as error:  # it would leave cells out
+            said = f"rows have more cells than the heading; quote cells that hold a {separator!r}"
+            raise ValueError(said) from error
     if table.empty:
         raise ValueError(f"{path} has a heading and no rows. Pass a file with one run a row.")
     return table.rename(columns=str.strip).apply(lambda column: column.fillna("").str.strip())
