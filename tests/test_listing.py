@@ -53,12 +53,12 @@ def test_which_modules_run_fused(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_it_says_where_a_module_stands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
-    needs = {m["name"]: "; ".join(m["needs"]) for m in json.loads(capsys.readouterr().out)}
-    assert "after every stage but the last" in needs["bam"]
-    assert "in place of every norm" in needs["iebn"]
-    assert "in place of the 3x3 convolution" in needs["sk"]
-    assert needs["ean"] == needs["dia"] == "the blocks of a stage share one"
-    assert needs["se"] == ""
+    places = {m["name"]: m["place"] for m in json.loads(capsys.readouterr().out)}
+    assert "after every stage but the last" in places["bam"]
+    assert "in place of every norm" in places["iebn"]
+    assert "in place of the 3x3 convolution" in places["sk"]
+    assert places["ean"] == places["dia"] == f"{places['se']}, one for all blocks of a stage"
+    assert places["se"] == "after the last norm of every block"
 
 
 def test_the_table_of_some(capsys: pytest.CaptureFixture[str]) -> None:

@@ -359,8 +359,6 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     shape = next((c.input_shape for part, c in remembered(model) if not part), None)
     if shape is None:
         shape = (1, 3, 32, 32) if isinstance(model, ResNet) else default_input(model)
-        said = getattr(model, "in_chans", None)  # timm's; its config keeps the usual number
-        shape = (1, said, *shape[2:]) if isinstance(said, int) else shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((1, *shape[1:]), generator=generator, dtype=torch.float64)
     outputs: list[list[Tensor]] = []

@@ -35,7 +35,7 @@ def refused(
     assert cli.main(args) == status
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith(f"spem {args[0]}: ")
+    assert f"spem {args[0]}: " in told.err.splitlines()[-1]
     assert says in told.err
 
 
@@ -77,11 +77,44 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
         (["eval", "cifar:11", "--data", "digits", "--device", "gpu"], "Known: auto, cpu, cuda."),
         (["export", "cifar:11"], "nowhere to write. Give --out FILE"),
         (["share", "runs"], "nowhere to write. Give --folder DIR"),
+        (["cost", "cifar:11", "--start", "module"], "--start is for attention that --attention"),
+        (["train", "smoke", "--data", "~nobody/x"], "~nobody/x: neither a known set"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, args, says)
+
+
+@pytest.mark.parametrize("how", ["eval {} --data digits", "cost {}", "bench {}", "attach {}"])
+def test_what_does_not_run_on_images_is_said(how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text(
+        "import torch\n"
+        "def words(): return torch.nn.Embedding(9, 4)\n"
+        "def grey(): return torch.nn.Conv2d(1, 10, 3)\n"
+        "def several():\n"
+        "    class Several(torch.nn.Conv2d):\n"
+        "        def forward(self, x): return {'one': super().forward(x)}\n"
+        "    return Several(3, 10, 3)\n"
+    )
+    run = "does not run on an input [1, 3, 224, 224]"
+    refused(capsys, how.format("own.py:words").split(), f"own.py:words {run}")
+    if how.startswith("eval"):
+        refused(capsys, how.format("own.py:grey").split(), "own.py:grey takes images of 1 channel")
+    if how.startswith("bench"):
+        refused(capsys, how.format("own.py:several").split(), "own.py:several answers dict. Name")
+
+
+def test_attention_of_a_network_of_ours_starts_as_it_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the module does, unless it is to start as the identity, which adds one number a block."""
+    plain = answer(capsys, ["cost", "cifar:11", "--attention", "se"])["parameters"]
+    same = answer(capsys, ["cost", "cifar:11", "--attention", "se", "--start", "module"])
+    other = answer(capsys, ["cost", "cifar:11", "--attention", "se", "--start", "identity"])
+    assert (same["parameters"], other["parameters"]) == (plain, plain + 3)
+    args = ["export", "cifar:11", "--attention", "se", "--out", "x.onnx", "--start", "identity"]
+    refused(capsys, args, "the file would hold no attention")
 
 
 def test_a_device_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:

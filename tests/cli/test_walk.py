@@ -77,8 +77,13 @@ def test_from_photos_to_a_shared_network(capsys: pytest.CaptureFixture[str]) -> 
     network = spem.from_pretrained("shared").eval()
     with torch.no_grad():
         torch.testing.assert_close(network(x), spem.training.read_run("run").network().eval()(x))
-    again = answered(capsys, ["eval", "shared", "--data", "photos", "--size", "16"])
-    assert (again["count"], again["accuracy"]) == (12, pytest.approx(evaluated["accuracy"]))
+    for network in ("run", "shared"):  # each brings the size of its images
+        again = answered(capsys, ["eval", network, "--data", "photos"])
+        assert (again["count"], again["accuracy"]) == (12, pytest.approx(evaluated["accuracy"]))
+        folded = answered(capsys, ["export", network, "--fold", "photos", "--out", "folded.onnx"])
+        assert "Sigmoid" not in folded["operators"]
+        (row,) = answered(capsys, ["bench", network, "--quick"])["rows"]
+        assert row["attention"] == "as trained"
     assert cli.main(["share", "shared", "--folder", "twice"]) == 2
     assert "was shared before" in capsys.readouterr().err
 

@@ -10,14 +10,16 @@ from dataclasses import replace
 from statistics import median
 from typing import Annotated, Any, Literal
 
-from spem.cli.network import Named, Size, load_network
+from spem.cli.network import Named, Size, is_trained, load_network
 from spem.cli.options import RARE, Json
 from spem.cli.output import print_json, print_table
+from spem.training.config import Impl, RuntimeConfig
 
 ROUNDS, SECONDS = 5, 0.4
 """Timings of each network, and the length of one."""
 ARMS = ("none", "se", "eca", "spem")
-_WHOM = "whom to time (default none se eca spem)"
+TRAINED = "as trained"
+_WHOM = "whom to time (default none se eca spem; trained weights as they are)"
 _DEVICE = "cpu or cuda; else cuda where there is any"
 _IMPL = "of the blocks' tails: reference, formula, numba, triton"
 _QUICK = "small batches and few rounds, to see that it runs"
@@ -26,13 +28,13 @@ _QUICK = "small batches and few rounds, to see that it runs"
 def run(
     network: Named = "cifar:29",
     *,
-    attention: Annotated[Sequence[str], "ATTENTION", _WHOM] = ARMS,
+    attention: Annotated[Sequence[str], "ATTENTION", _WHOM] = (),
     batch: Annotated[int, "N", "images a step"] = 128,
     size: Size = None,
     device: Annotated[str | None, "DEVICE", _DEVICE] = None,
     threads: Annotated[int | None, "N", "CPU threads; else torch's choice"] = None,
     precision: Annotated[Literal["fp32", "bf16"], "of the training step"] = "fp32",
-    impl: Annotated[Any, "IMPL", _IMPL, str, RARE] = None,
+    impl: Annotated[Impl | None, "IMPL", _IMPL, RARE] = None,
     quick: Annotated[bool, _QUICK] = False,
     json: Json = False,
 ) -> None:
@@ -44,16 +46,17 @@ def run(
     import torch
     from torch.utils.benchmark import Timer
 
-    from spem.training import RuntimeConfig
     from spem.training.environment import hardware
+    from spem.training.loop import resolved
     from spem.training.step import execution
 
-    arms = list(dict.fromkeys(attention if "none" in attention else ("none", *attention)))
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device here.")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    threads = threads or torch.get_num_threads()
-    runtime = RuntimeConfig(device=place, precision=precision, threads=threads, impl=impl)
+    asked = attention or ((TRAINED,) if is_trained(network) else ARMS)
+    plain = TRAINED if asked == (TRAINED,) else "none"
+    arms = list(dict.fromkeys(asked if plain in asked else (plain, *asked)))
+    runtime = RuntimeConfig(
+        device=device or "auto", precision=precision, threads=threads or 0, impl=impl
+    )
+    runtime = replace(resolved(runtime, 1), impl=impl, step="eager")
     rounds, seconds, batch = (2, 0.05, min(batch, 16)) if quick else (ROUNDS, SECONDS, batch)
     timers: dict[tuple[str, str], tuple[Any, int]] = {}
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -62,7 +65,7 @@ def run(
         for name, kinds in calls.items():
             for kind, call in kinds.items():
                 print(f"warming up {name}, {kind}", file=sys.stderr, flush=True)
-                timer = Timer("call()", globals={"call": call}, num_threads=threads)
+                timer = Timer("call()", globals={"call": call}, num_threads=runtime.threads)
                 once = timer.timeit(1).mean  # kernels are compiled before
                 timers[name, kind] = (timer, max(1, round(seconds / once)))
         for turn in range(rounds):
@@ -71,10 +74,10 @@ def run(
                 times[key].append(1000 * timer.timeit(number).mean)
     rows: dict[str, dict[str, Any]] = {name: {"attention": name} for name in arms}
     for (name, kind), own in times.items():
-        pairs = zip(own, times["none", kind], strict=True)
+        pairs = zip(own, times[plain, kind], strict=True)
         rows[name][f"{kind}, ms"] = median(own)
         rows[name][f"{kind}, ratio"] = median(mine / plain for mine, plain in pairs)
-    machine, table = hardware(torch.device(place), threads), list(rows.values())
+    machine, table = hardware(torch.device(runtime.device), runtime.threads), list(rows.values())
     if json:
         print_json({"network": network, "batch": batch, "hardware": machine, "rows": table})
         return
@@ -92,7 +95,8 @@ def _calls(
     from spem.training import OptimConfig
     from spem.training.step import make_optimizer, make_step
 
-    kind: Any = {} if attention == "none" else {"attention": attention, "start": "module"}
+    attached = attention not in ("none", TRAINED)
+    kind: Any = {"attention": attention, "start": "module"} if attached else {}
     known = load_network(network, size=size, **kind)
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     model = known.model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
@@ -100,9 +104,12 @@ def _calls(
     images = torch.randn(known.shape(batch), device=runtime.device)
     images = images.contiguous(memory_format=layout)
     with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    labels = torch.arange(batch, device=runtime.device) % classes
-    step = make_step(trained, make_optimizer(trained, optim), optim, replace(runtime, step="eager"))
+        outputs = model(images[:1])
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:
+        found = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise ValueError(f"{network} answers {found}. Name a network that answers [n, classes].")
+    labels = torch.arange(batch, device=runtime.device) % outputs.shape[1]
+    step = make_step(trained, make_optimizer(trained, optim), optim, runtime)
     inputs = images.bfloat16() if runtime.precision == "bf16" else images
     infer = torch.inference_mode()(lambda: model(images))
     return {"training step": lambda: step(inputs, labels), "inference": infer}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from spem.cli.options import Kind, Option, typed
 
 if TYPE_CHECKING:
-    from spem.training.config import RunConfig
+    from spem.training.config import DataConfig, RunConfig
 
 RECIPES = ("paper", "fast", "short", "smoke")
 RECIPE_HELP = "paper, fast (the same, faster), short (scaled down for a CPU) or smoke (digits)"
@@ -95,3 +95,11 @@ def configured(recipe: str, given: Mapping[str, Any]) -> RunConfig:
         own = {k.partition(".")[2]: v for k, v in given.items() if k.startswith(f"{section}.")}
         changes[section] = dataclasses.replace(getattr(config, section), **own)
     return dataclasses.replace(config, **changes)
+
+
+def check_data(data: DataConfig) -> None:
+    """Refuse images that a run would fail on, right away; needs no torch."""
+    from spem.data import check_images
+
+    fields = {name: getattr(data, name) for name in ("root", "size", "test", "skip_broken")}
+    check_images(data.name, **fields)

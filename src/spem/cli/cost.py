@@ -28,16 +28,10 @@ def run(
     import torch
 
     from spem.cost import count, tails_text
-    from spem.extras import first_line
 
     found = load_network(network, fuse=fuse, **named)
-    shape = found.shape(batch=batch)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    try:
-        cost = count(found.model, shape, device=device, dtype=dtype)
-    except (RuntimeError, TypeError) as error:  # a network that does not take such an input
-        said = f"{network} does not run on an input {list(shape)}: {first_line(error)}"
-        raise ValueError(f"{said}. Give --size.") from error
+    cost = count(found.model, found.shape(batch), device=device, dtype=dtype)
     place = f"{device}, {precision}"
     if json:
         print_json({"model": found.text, **dataclasses.asdict(cost), "tails_for": place})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from spem.cli.network import Named, Network, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, say
+from spem.extras import rephrased
 
 if TYPE_CHECKING:
     from spem.data import ImageSet
@@ -32,7 +33,7 @@ def run(
     if data is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(data, root=root, size=named["size"])
+        check_images(data, root=root, size=named["size"] or 16)  # or the network's own size
     if predictions is not None:
         if not predictions.parent.is_dir():
             raise ValueError(f"--predictions: there is no folder {predictions.parent}.")
@@ -104,8 +105,8 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
     else:
         images = load_images(data, "test", root=root, size=found.size)
     found.require_classes(images)
-    with torch.no_grad():
-        output = found.model.eval()(images.images[:1] / 255.0)
+    with torch.no_grad(), rephrased(f"{network} does not run on {images.name} in float32"):
+        output = found.model(images.images[:1] / 255.0)
     shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     if shape != [1, len(images.classes)]:
         remedy = "Use the data set it was trained on."

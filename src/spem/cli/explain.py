@@ -89,6 +89,7 @@ def pixels(image: str, found: Network, root: Path | None) -> tuple[Tensor, str]:
     from spem.data.folder import decode, fit
     from spem.training import load_test_images
 
+    found.require_colour()
     if image.startswith("test:"):
         if found.config is None:
             raise ValueError(f"{image}: {found.text} names no data set. Give an image file.")

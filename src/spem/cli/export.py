@@ -36,21 +36,22 @@ def run(
     if fold is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(fold, size=named["size"])
+        check_images(fold, size=named["size"] or 16)  # or the network's own size
     from spem.export import to_onnx
+    from spem.insert import IdentityStart
 
     found = load_network(network, **named)
-    attention, weights = named["attention"], named["weights"]
-    if attention not in (None, "none") and (weights is None or found.lacking):
-        what = "has no weights" if weights is None else f"has no weights in {weights}"
-        if named["start"] != "module":
-            raise ValueError(
-                f"--attention {attention} {what} and starts as the identity, so the file would "
-                f"hold no attention. Give --weights with trained attention, or --start module for "
-                f"a random one."
-            )
-        if weights is not None:
-            print(f"note: attention {what}, it is random", file=sys.stderr)
+    weights = named["weights"]
+    starts = [part for part in found.model.modules() if isinstance(part, IdentityStart)]
+    closed = bool(starts) and not any(part.alpha.any() for part in starts)
+    if closed or (found.lacking and named["start"] is None):
+        what = f"has no weights in {weights}" if found.lacking else "starts as the identity"
+        raise ValueError(
+            f"the attention {what}, so the file would hold no attention. Give --weights with "
+            "trained attention, or --start module for a random one."
+        )
+    if found.lacking:
+        print(f"note: attention has no weights in {weights}, it is random", file=sys.stderr)
     if found.random:
         print(f"note: {network} has random weights", file=sys.stderr)
     report = None if fold is None else _folded(found, fold)

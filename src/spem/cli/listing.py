@@ -12,14 +12,6 @@ if TYPE_CHECKING:
 
 SIZES = {64: 32, 128: 16, 256: 8}
 """Channels, and the side of their maps in a CIFAR ResNet, for modules built for a size."""
-_SHORT = {
-    "tail": "blocks",
-    "conv": "before convolutions",
-    "norm": "norms",
-    "middle": "3x3 convolutions",
-    "between": "between stages",
-    "stage": "after stages",
-}
 
 
 def run(
@@ -61,7 +53,7 @@ def run(
         return
     for module in modules:
         say(
-            f"{module['name']}: {module['paper']}.",
+            f"{module['name']}: {module['paper']}. Goes {module['place']}.",
             f"Needs: {'; '.join(module['needs']) or 'nothing'}.",
             f"Weight decay leaves out: {', '.join(module['no_decay']) or 'nothing'}.",
         )
@@ -88,7 +80,7 @@ def _names(pattern: str) -> list[str]:
 
 def describe(name: str) -> dict[str, Any]:
     """What the registry and fresh instances say about a module."""
-    from spem.attention import create_attention
+    from spem.attention import PLACES, create_attention
 
     parameters: dict[str, int | None] = {}
     module = None
@@ -107,7 +99,7 @@ def describe(name: str) -> dict[str, Any]:
         "fusable": needs.place == "tail" and module.why_composed() is None,
         "statistics": list(module.statistics) if module.takes_any_rank() else [],
         "no_decay": list(needs.no_decay),
-        "place": _SHORT[needs.place] + (", one a stage" if needs.shared else ""),
+        "place": PLACES[needs.place] + ", one for all blocks of a stage" * needs.shared,
         "needs": _needs(needs),
         "paper": type(module).paper,
     }
@@ -115,11 +107,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def _needs(needs: Needs) -> list[str]:
     """What a caller must know before using the module, one short phrase each."""
-    from spem.attention import PLACES
-
     phrases = {
-        f"goes {PLACES[needs.place]}": needs.place != "tail",
-        "the blocks of a stage share one": needs.shared,
         f"maps of {needs.pixels} pixels or more": needs.pixels > 1,
         f"{needs.batch} images or more in training": needs.batch > 1,
         f"{needs.values} values (N H W) or more in training": needs.values > 1,

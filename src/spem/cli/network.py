@@ -64,14 +64,39 @@ class Network:
             raise ValueError(f"the weights do not say how large {images} were. Give --size.")
         return batch, self.channels, self.size or 224, self.size or 224
 
+    def require_input(self) -> None:
+        """Raises ValueError where it does not run on such images."""
+        import torch
+
+        from spem.insert.sites import float_like
+        from spem.ops import use_impl
+
+        shape, like = self.shape(), float_like(self.model)
+        said = f"{self.text} does not run on an input {list(shape)}"
+        remedy = "Name a network of images, or give another --size."
+        with rephrased(said, remedy), use_impl("reference"), torch.no_grad():
+            self.model(torch.zeros(shape, dtype=like.dtype, device=like.device))
+
+    def require_colour(self) -> None:
+        """Raises ValueError unless it takes images as they are read here."""
+        if self.channels != 3:
+            said = f"{self.text} takes images of {self.channels} channel(s)"
+            raise ValueError(f"{said}, and images are read in colour, with 3 channels.")
+
     def require_classes(self, images: ImageSet) -> None:
         """Raises ValueError for images whose labels mean something else than its outputs."""
+        self.require_colour()
         if self.classes is not None and self.classes != images.classes:
             mine, theirs = (", ".join(names[:3]) for names in (self.classes, images.classes))
             raise ValueError(
                 f"the network was trained on other classes ({mine} ...) than those of "
                 f"{images.name} ({theirs} ...). Use images of the same classes."
             )
+
+
+def is_trained(text: str) -> bool:
+    """Whether a text names trained weights, which say themselves what network they are of."""
+    return Path(text).is_dir() or text.endswith(".safetensors")
 
 
 def load_network(
@@ -96,34 +121,40 @@ def load_network(
         ValueError: Nothing has this name, it cannot be built, or an option contradicts it.
     """
     own, ours = re.search(r"\.py(:|$)", text), re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
-    trained = Path(text).is_dir() or text.endswith(".safetensors")
+    trained = is_trained(text)
     attention = None if attention == "none" and not trained else attention
     state = None if weights is None or trained else _read(weights)
     if trained:
         given = {"attention": attention, "start": start, "weights": weights, "classes": classes}
         for name, value in (given | {"fuse": fuse or None}).items():
             if value is not None:
-                raise ValueError(f"--{name} is for a named network; trained weights bring theirs.")
+                raise ValueError(
+                    f"--{name} is for a named network; trained weights come with their own."
+                )
         found = _trained(Path(text))
     elif own and classes is not None:
         raise ValueError("--classes is for a network of a package; yours says it itself.")
     elif ours and fuse:
         raise ValueError(f"{text} is fused without --fuse. Leave it out.")
-    elif fuse and attention is None:
-        raise ValueError("--fuse is for attention that --attention names.")
+    elif (fuse or start) and attention is None:
+        option = "--fuse" if fuse else "--start"
+        raise ValueError(f"{option} is for attention that --attention names.")
     elif ours:
         from spem.models import resnet
 
         depth, block = int(ours[2]), "basic" if ours[1] else "bottleneck"
-        model = resnet(depth, classes or 10, attention=attention or "none", block=block).eval()
+        inside = "none" if attention is None or start == "identity" else attention
+        model = resnet(depth, classes or 10, attention=inside, block=block).eval()
         found = Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
     else:
         found = _own(text) if own else _architecture(text, classes)
     found = replace(found, size=size or found.size)
+    if not trained or size is not None:
+        found.require_input()
     plain = set(found.model.state_dict())
     if attention is not None:
         found = replace(found, text=f"{found.text}, attention {attention}")
-    if attention is not None and not ours:
+    if attention is not None and (not ours or start == "identity"):
         from spem.insert import attach
 
         if start is None:  # as the weights were trained
@@ -138,7 +169,6 @@ def load_network(
 
 def _architecture(text: str, classes: int | None) -> Network:
     from spem.architectures import build
-    from spem.insert.sites import default_input
 
     try:
         model = build(text, {} if classes is None else {"num_classes": classes}, asker="network")
@@ -151,9 +181,16 @@ def _architecture(text: str, classes: int | None) -> Network:
             said = f"{text!r} is not a file, folder or name. NETWORK is {NETWORK_HELP}."
         raise ValueError(said) from error
     known: Any = getattr(model, "pretrained_cfg", None) or {}
-    _, channels, *_, side = default_input(model)
     mean, std = (tuple(known.get(k, v)) for k, v in zip(("mean", "std"), IMAGENET, strict=True))
-    return Network(model, text, channels, side, mean, std)
+    return Network(model, text, mean=mean, std=std, **_input(model))
+
+
+def _input(model: nn.Module) -> dict[str, Any]:
+    """What is known of the images that a network of a stranger takes."""
+    from spem.insert.sites import default_input
+
+    _, channels, *_, size = default_input(model)
+    return {"channels": channels, "size": size}
 
 
 def _own(text: str) -> Network:
@@ -167,7 +204,7 @@ def _own(text: str) -> Network:
         raise ValueError(f"{text}: {name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text}: {name}() returns {type(model).__name__}, not a torch.nn.Module.")
-    return Network(model.eval(), text)
+    return Network(model.eval(), text, **_input(model))
 
 
 def _from_file(text: str, what: str, accepts: Callable[[Any], bool]) -> Any:
@@ -210,7 +247,7 @@ def _trained(path: Path) -> Network:
     if path.is_dir() and is_shared(path):
         shared = read_shared(path)
         name, images = type(shared.model).__name__, shared.images
-        known = {} if images is None else vars(images)
+        known = _input(shared.model) | ({} if images is None else vars(images))
         return Network(shared.model, name, classes=shared.classes, random=False, **known)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}.")

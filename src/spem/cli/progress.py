@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from spem.cli.config import check_data
 from spem.cli.options import RARE
 from spem.cli.output import print_json, print_table
 from spem.extras import require
@@ -102,13 +103,15 @@ def carry_out(
     from spem.reproduce.report import build_report
     from spem.reproduce.tables import read_results, record
 
-    out.mkdir(parents=True, exist_ok=True)
     if (out / "runs.csv").exists():
         read_results(out)  # a damaged table is reported before hours of training
     if retry_diverged:
         run.forget_diverged(planned, runs)
     todo = run.missing(planned, runs)
     run.require_weights(todo)
+    for data in dict.fromkeys(config.data for config in todo):
+        check_data(data)
+    out.mkdir(parents=True, exist_ok=True)
     _announce(planned, todo, workers)
     progress, ended = Several(len(todo)), list[run.Ended]()
     try:

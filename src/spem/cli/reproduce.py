@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.options import RARE, Json, one_of
-from spem.cli.output import print_table
+from spem.cli.output import print_table, say
 from spem.cli.progress import carry_out, parse_duration, parse_seeds, roughly
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ def _show_plan(
     columns = ["experiment", "trained on", "depth", "networks", "seeds", "runs", "missing", "time"]
     print_table(columns, rows)
     seconds = (estimate_seconds(todo) or 0) / min(workers, max(1, len(todo)))
-    print(
-        f"\n{len(planned)} runs, each once even where tables share it; {len(todo)} are to be "
-        f"trained: {roughly(seconds)} with {workers} at a time, a rough estimate from a few steps "
-        "of a small network on this machine."
+    print()
+    say(
+        f"{len(planned)} runs, each once even where tables share it; {len(todo)} are to be",
+        f"trained: {roughly(seconds)} with {workers} at a time, a rough estimate from a few steps",
+        "of a small network on this machine.",
     )

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-from spem.cli.config import RECIPE_HELP, RECIPES, config_options, configured
+from spem.cli.config import RECIPE_HELP, RECIPES, check_data, config_options, configured
 from spem.cli.options import RARE, Json, one_of
 from spem.cli.output import print_json
 
@@ -33,12 +33,9 @@ def run(
         names = ", ".join(RECIPES)
         raise ValueError(f"no recipe given. Use one of {names}, such as `spem train short`.")
     config = configured(recipe, given)
-    folder, data = folder or config.folder(runs), config.data
+    folder = folder or config.folder(runs)
     if not (folder / "result.json").exists():  # before torch is loaded
-        from spem.data import check_images
-
-        fields = {name: getattr(data, name) for name in ("root", "size", "test", "skip_broken")}
-        check_images(data.name, **fields)
+        check_data(config.data)
     import torch
 
     from spem.training import Interrupted, process_group, train
@@ -60,9 +57,7 @@ def run(
     if json and first:
         print_json({"folder": str(folder), **dataclasses.asdict(result)})
     elif first:
-        step = f"{1000 * result.step_seconds:.1f} ms a step"
-        if result.step is not None:
-            step += f" ({result.step}, tails by {result.impl})"
+        step = f"{1000 * result.step_seconds:.1f} ms a step ({result.step}, tails by {result.impl})"
         best = f"{result.best_accuracy:.2f} % in epoch {result.best_epoch + 1}"
         print(f"""\
 network        ResNet-{result.depth}, attention {result.attention}, {result.parameters:,} parameters

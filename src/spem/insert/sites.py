@@ -247,7 +247,8 @@ def default_input(model: nn.Module) -> tuple[int, ...]:
         config = getattr(model, name, None)
         size = config.get("input_size") if isinstance(config, dict) else None
         if isinstance(size, (tuple, list)) and len(size) == 3:
-            return (1, *(int(extent) for extent in size))
+            channels = getattr(model, "in_chans", size[0])  # its config keeps the usual number
+            return (1, channels, int(size[1]), int(size[2]))
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return (1, module.in_channels or 3, *_EXTENTS[len(module.kernel_size)])
