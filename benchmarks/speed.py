@@ -13,7 +13,8 @@ order drawn for every round; ratios are medians of those within a round.
 Steps are those that train (`make_step`); as `spem train` does, tails and steps in training keep
 freed memory in the process. ResNet-50 is timm's, with the identity start and alpha = 0.5; in bf16
 weights and images are cast, where steps run under autocast. `attached` and `composed` are torch's
-operations, `fused` is the fused tail and `norm_relu`, `folded` what `spem.fold` leaves.
+operations, `fused` is the fused tail and `norm_relu`, `folded` what `spem.fold` leaves; `compiled`
+goes through `torch.compile`.
 """
 
 import argparse
@@ -84,6 +85,8 @@ def network_pieces(table: str, batch: str, threads: int) -> list[Piece]:
     kinds = list(itertools.product(DTYPES, LAYOUTS))
     found = [Piece(table, f"{batch} plain", "all", "all", threads)]
     found += [Piece(table, f"{batch} compiled", *kind, threads) for kind in kinds]
+    if table == "inference":  # compiled code for a CPU is slow in contiguous maps
+        found += [Piece(table, f"{batch} attention", *kind, threads) for kind in kinds[1::2]]
     return found + [Piece(table, batch, *kind, threads) for kind in kinds]
 
 
@@ -168,7 +171,7 @@ def inference_call(arm: Arm, batch: int) -> Call:
     # A last norm that starts at 0 would leave a branch without a value.
     model: Any = timm.create_model("resnet50", zero_init_last=False)
     if arm.attention != "none":
-        spem.attach(model, arm.attention, fuse=arm.way == "fused")
+        spem.attach(model, arm.attention, fuse=arm.way.startswith("fused"))
         for module in model.modules():
             if isinstance(module, IdentityStart):
                 nn.init.constant_(module.alpha, 0.5)
@@ -195,6 +198,7 @@ def network_rows(piece: Piece, rounds: int, kept: Sequence[Row]) -> list[Row]:
     network = "cifar:29" if piece.table == "steps" else "resnet50"
     if piece.table == "steps":
         keep_freed_memory()
+    torch.compiler.reset()  # else the networks of several pieces reach dynamo's limit
     if kind == "plain":
         arms = [Arm("none", "plain", *way) for way in itertools.product(DTYPES, LAYOUTS)]
     elif kind == "compiled":
@@ -202,9 +206,12 @@ def network_rows(piece: Piece, rounds: int, kept: Sequence[Row]) -> list[Row]:
         arms.append(Arm("none", "plain, compiled", piece.dtype, piece.layout))
     else:
         arms = [fastest(piece, batch, kept, {"plain", "plain, compiled"})]
-        pair = ("composed", "fused") if piece.table == "steps" else ("attached", "fused")
-        added = list(itertools.product(ATTENTION, pair))
-        added += [("none", "fused")] if piece.table == "steps" else [("spem", "folded")]
+        ways, other = ("attached", "fused"), ("spem", "folded")
+        if piece.table == "steps":
+            ways, other = ("composed", "fused"), ("none", "fused")
+        elif kind == "attention":
+            ways, other = ("attached, compiled", "fused, compiled"), ("none", "plain")
+        added = [*itertools.product(ATTENTION, ways), other]
         arms += [Arm(*way, piece.dtype, piece.layout) for way in added]
     if piece.table == "steps":
         calls = {arm: step_call(arm) for arm in arms}
@@ -285,7 +292,9 @@ def figure(rows: Sequence[Row], path: Path) -> None:
         "inference": "Inference, ResNet-50 at 224",
     }
     names = ("none", *ATTENTION)
-    markers = {"fused": "o", "composed": "x", "attached": "x", "folded": "s", "plain": "|"}
+    markers = {"fused": "o", "composed": "x", "attached": "x", "folded": "s"}
+    markers |= {"attached, compiled": "+", "fused, compiled": "D"}
+    markers |= dict.fromkeys(("plain", "plain, compiled"), "|")
     panels = {title: own for table, title in titles.items() if (own := _ratios(rows, table))}
     lines = [len({group for group, *_ in ratios}) for ratios in panels.values()]
     size = (6, 0.32 * sum(lines) + 3)
@@ -299,7 +308,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             # Compiled steps of a CPU are off the scale.
             x = min(statistics.geometric_mean(values), 3.0)
             y = groups.index(group) + 0.15 * (names.index(name) - 1.5)
-            ax.plot(x, y, markers[way.partition(",")[0]], color=colour(name), markersize=5)
+            ax.plot(x, y, markers[way], color=colour(name), markersize=5)
         ax.axvline(1.0, color="0.3", linewidth=0.8)
         ax.set(title=title, yticks=range(len(groups)), yticklabels=groups, xlim=(0.3, 3.05))
         ax.invert_yaxis()
@@ -307,7 +316,9 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     for name in names:
         label = "no attention" if name == "none" else name
         axes[0].plot([], [], "o", color=colour(name), label=label)
-    for label, marker in (("composed", "x"), ("folded", "s"), ("plain", "|")):
+    kinds = {"composed": "x", "folded": "s", "plain": "|"}
+    kinds |= {"composed, compiled": "+", "fused, compiled": "D"}
+    for label, marker in kinds.items():
         axes[0].plot([], [], marker, color="0.3", linestyle="", label=label)
     figures.legend(loc="outside lower center", ncols=4, frameon=False)
     figures.savefig(path, metadata={"Date": None})

@@ -80,6 +80,24 @@ def test_compiled_whole(impl: str, layout: torch.memory_format, gate: str, norm:
     torch.testing.assert_close(compiled.norm.running_var, eager.norm.running_var)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_compiled_code_calls(gradients: bool) -> None:
+    """Kernels in a training step; in inference the compiler fuses the modules better itself."""
+    needs("numba", torch.float32, "cpu")
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> object:
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        seen.extend(str(node.target) for part in parts for node in part.graph.nodes)
+        return graph.forward
+
+    model = spem.resnet(11, attention="spem").train(gradients)
+    torch.compiler.reset()
+    with torch.set_grad_enabled(gradients):
+        torch.compile(model, fullgraph=True, backend=look)(torch.randn(8, 3, 32, 32))
+    assert any("numba" in target for target in seen) == gradients
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["formula", "numba"])
 def test_a_network_compiled_by_inductor(impl: str) -> None:

@@ -162,6 +162,9 @@ def choose(
     if is_exporting():
         return Choice("reference", "exported")
     if device == "cpu":
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            # The compiler fuses the modules itself; a kernel would be a wall in its graph.
+            return Choice("reference", "compiled")
         if values is not None and values < SMALL:
             return Choice("reference", f"a map of fewer than {SMALL:,} values")
         reason = unsupported("numba", device, dtype, dense=dense)
