@@ -212,7 +212,7 @@ def speed() -> str:
         )
 
     trained = ("composed|plain", "fused")
-    inferred = ("attached|plain", "fused", "fused, compiled|plain, compiled")
+    inferred = ("attached|plain", "fused", "attached, compiled|plain, compiled")
     cells = [
         [
             f"`{name}`",

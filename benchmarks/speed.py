@@ -293,8 +293,8 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     }
     names = ("none", *ATTENTION)
     markers = {"fused": "o", "composed": "x", "attached": "x", "folded": "s"}
-    markers |= {"attached, compiled": "+", "fused, compiled": "D"}
     markers |= dict.fromkeys(("plain", "plain, compiled"), "|")
+    markers |= dict.fromkeys(("attached, compiled", "fused, compiled"), "D")
     panels = {title: own for table, title in titles.items() if (own := _ratios(rows, table))}
     lines = [len({group for group, *_ in ratios}) for ratios in panels.values()]
     size = (6, 0.32 * sum(lines) + 3)
@@ -316,9 +316,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     for name in names:
         label = "no attention" if name == "none" else name
         axes[0].plot([], [], "o", color=colour(name), label=label)
-    kinds = {"composed": "x", "folded": "s", "plain": "|"}
-    kinds |= {"composed, compiled": "+", "fused, compiled": "D"}
-    for label, marker in kinds.items():
+    for label, marker in (("composed", "x"), ("compiled", "D"), ("folded", "s"), ("plain", "|")):
         axes[0].plot([], [], marker, color="0.3", linestyle="", label=label)
     figures.legend(loc="outside lower center", ncols=4, frameon=False)
     figures.savefig(path, metadata={"Date": None})
