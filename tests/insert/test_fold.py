@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from insert.hosts import (
     timm,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import spem
 from spem.insert import FoldReport, fold
@@ -178,10 +180,51 @@ def test_a_sum_of_branches_and_an_activation_before_the_gate_are_refused() -> No
         fold(own, [images(2, 16)])
 
 
-def test_no_images_and_too_few_labels() -> None:
+@pytest.mark.parametrize(
+    ("batches", "labels", "message"),
+    [
+        ([], None, "no images were given"),
+        ([images(2, 64)], [1], r"labels of shape \[1\] are not one number for each image"),
+        ([images(2, 64)], torch.zeros(2, 5), r"labels of shape \[2, 5\]"),
+        (images(2, 64), None, "batches is a Tensor"),
+        (None, None, "batches is a NoneType"),
+        ([{"image": images(2, 64)}], None, "a batch is a dict"),
+        ([images(2, 64) * float("nan")], None, "not finite"),
+    ],
+)
+def test_batches_and_labels_that_say_nothing(batches: Any, labels: Any, message: str) -> None:
     network, _ = attached("torchvision, norms wrapped", "spem")
-    with pytest.raises(ValueError, match="no images were given"):
-        fold(network, [])
-    with pytest.raises(ValueError, match="there are 1 labels and more images"):
-        fold(network, [images(2, 64)], [1])
+    state = copy.deepcopy(network.state_dict())
+    with pytest.raises((TypeError, ValueError), match=f"fold: .*{message}"):
+        fold(network, batches, labels)
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_batches_as_loaders_give_them() -> None:
+    """Lists of one tensor, empty batches, targets that are no classes."""
+    x = images(4, 64, torch.float64)
+    for batches in (
+        DataLoader(TensorDataset(x), 2),
+        [x[:0], x],
+        [(x, torch.rand(4, 5))],
+        [(x, "names", 3)],
+    ):
+        network, _ = attached("torchvision, norms wrapped", "spem")
+        report = fold(network, batches)
+        assert (report.images, report.accuracy_before) == (4, None)
+
+
+def test_batches_that_come_only_once() -> None:
+    class Once:
+        def __init__(self, batches: list[Tensor]) -> None:
+            self.batches = batches
+
+        def __iter__(self) -> Iterator[Tensor]:
+            while self.batches:
+                yield self.batches.pop()
+
+    network, _ = attached("torchvision, norms wrapped", "spem")
+    with pytest.raises(ValueError, match="came only once"):
+        fold(network, Once([images(2, 64)]))
     assert len(attentions(network)) == 4
+    assert fold(network, iter([images(2, 64)])).images == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -140,13 +141,22 @@ def fold(
         model: A trained network with attention, from `spem.attach` or `spem.resnet`.
         batches: Typical inputs [N, C, ...], or pairs (inputs, labels), as a data loader gives them;
             gone through twice. A few hundred images do.
-        labels: Classes of all images in the order of the batches; None takes those of the pairs.
+        labels: Classes of all images in the order of the batches; None takes those of the pairs, if
+            they are one number an image.
 
     Raises:
+        TypeError: A model that is no module, or batches that hold no tensors.
         ValueError: No attention, a gate that is not a factor per channel (it differs between
             positions, adds to the map, or replaces a layer), nothing before it that can
-            take the factor, or no images.
+            take the factor, no images, or outputs that are not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold: needs a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"fold: batches is a {type(batches).__name__}. Pass a list of batches or a data "
+            f"loader, such as [images]."
+        )
     gates = _gates(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     with evaluating(model), torch.no_grad():
@@ -271,6 +281,11 @@ def _compared(
                     stack.enter_context(gate.attention.register_forward_hook(gate.hold))
                 held = tree_leaves(model(x))
             limit = _ROUNDING.get(held[0].dtype, 0.1) * (_largest(held) or 1.0)
+            if not math.isfinite(limit):
+                raise ValueError(
+                    "fold: gates or outputs are not finite on these batches. Pass batches on which "
+                    "the network works, or fold it in float32."
+                )
             if not _largest(held, after) <= limit:
                 raise ValueError(
                     "fold: the network with folded gates is not the one with its gates held "
@@ -285,6 +300,8 @@ def _compared(
             tops.append(top == now)
             if y is not None:
                 labelled.append(torch.stack([top == y.cpu(), now == y.cpu()]))
+    if not images:
+        raise ValueError("fold: the batches came only once. Pass a list or a data loader.")
     # Agreement, then accuracy before and after on the images that have labels.
     shares = [float(torch.cat(tops).double().mean())] if tops else []
     shares += torch.cat(labelled, 1).double().mean(1).tolist() if labelled else []
@@ -307,11 +324,19 @@ def _inputs(
     like = float_like(model)
     left = None if labels is None else torch.as_tensor(labels)
     for batch in batches:
-        x, y = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
-        if labels is not None and left is not None:
+        x, y, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"fold: a batch is a {type(batch).__name__} without a tensor in the first place. "
+                f"Pass tensors [N, C, ...], or pairs (inputs, labels)."
+            )
+        if left is not None:
             y, left = left[: len(x)], left[len(x) :]
-            if len(y) != len(x):
+            if y.shape != x.shape[:1]:
                 raise ValueError(
-                    f"fold: there are {len(labels)} labels and more images. Give a label for each."
+                    f"fold: labels of shape {list(torch.as_tensor(labels).shape)} are not one "
+                    f"number for each image. Give the class of every image."
                 )
-        yield x.to(like.device, like.dtype), y
+        if len(x):
+            classes = isinstance(y, Tensor) and y.shape == x.shape[:1]
+            yield x.to(like.device, like.dtype), y if classes else None
