@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import spem
 from spem.seeding import keyed_generator
@@ -101,3 +102,23 @@ def test_initialise_is_complete() -> None:
 def test_an_unknown_scope_is_refused() -> None:
     with pytest.raises(ValueError, match=r"everything.*backbone.*all"):
         spem.initialise(nn.Linear(2, 2), 0, scope="everything")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")  # deprecated in torch
+def test_initialise_leaves_what_it_does_not_know() -> None:
+    """A gain, and what weight norm or pruning has renamed, would be taken for biases."""
+
+    class Gained(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 4, 3)
+            self.gain = nn.Parameter(torch.ones(4, 1, 1))
+
+    model = nn.Sequential(Gained(), nn.utils.weight_norm(nn.Conv2d(4, 4, 3)), nn.Conv2d(4, 4, 3))
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    for scope in ("backbone", "all"):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        spem.initialise(model, 1 if scope == "all" else 0, scope=scope)
+        same = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+        left = ["0.gain", "1.weight_g", "1.weight_v", "2.weight_orig"]
+        assert [name for name in same if not name.endswith("bias")] == left
+        assert model(torch.rand(1, 3, 9, 9)).isfinite().all()

@@ -62,14 +62,15 @@ def uniform_fan_in(fan_in: int) -> Initialiser:
 def initialise(
     model: nn.Module, seed: int | None, *, scope: Literal["backbone", "all"] = "backbone"
 ) -> None:
-    """Redraws every parameter of a model, each from a generator keyed by (seed, its name).
+    """Redraws the weights and biases of a model, each from a generator keyed by (seed, its name).
 
     Convolutions of the backbone get N(0, 2/(k k out)) and zero biases, batch norms 1/0 (running
     statistics 0/1), linear layers torch's default. An attention module owns its initialisation (its
     ``random_init`` and ``reset_parameters``); inside it, layers without a rule of their own get
-    torch's default. Bare parameters outside attention modules are left as they are. Draws are made
-    on the CPU in float32, whatever the device and dtype. Modules that draw in training (those with
-    a method ``reseed``) start their sequences, keyed by (seed, name) too.
+    torch's default. All else outside attention modules is left as it is: other layers, other
+    parameters of these layers, such as a gain, and what weight norm or pruning has renamed. Draws
+    are made on the CPU in float32, whatever the device and dtype. Modules that draw in training
+    (those with a method ``reseed``) start their sequences, keyed by (seed, name) too.
 
     Args:
         model: The network, changed in place.
@@ -128,13 +129,15 @@ def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator | Non
 
 
 def _backbone_rule(module: nn.Module, local: str) -> Initialiser | None:
-    if isinstance(module, _Conv):
+    if isinstance(module, _Conv) and local in ("weight", "bias"):
         return kaiming_normal_fan_out if local == "weight" else _constant(0.0)
     return _default_rule(module, local)
 
 
 def _default_rule(module: nn.Module, local: str) -> Initialiser | None:
-    """Torch's default for the layers it knows, None for a bare parameter."""
+    """Torch's default for weight and bias of the layers it knows, None for other parameters."""
+    if local not in ("weight", "bias"):
+        return None
     if isinstance(module, _Norm):
         return _constant(1.0 if local == "weight" else 0.0)
     if isinstance(module, nn.Linear):
