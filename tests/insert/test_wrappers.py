@@ -237,8 +237,13 @@ def test_plain_weights_load_where_the_layer_has_the_wrappers_names() -> None:
     where = lambda m: m if isinstance(m, Branch) else None  # noqa: E731
     spem.attach(plain, "se(reduction=2)", where=where, input_shape=(1, 3, 8, 8))
     found = plain.load_state_dict(state, strict=False)
-    assert [key for key in found.unexpected_keys if "1.attention" not in key] == []
+    assert found.unexpected_keys == []
+    assert all(key.startswith("1.attention.") for key in found.missing_keys)
     assert torch.equal(plain[1].norm.norm.weight, state["1.norm.weight"])
+    assert torch.equal(plain[1].norm.attention.weight, state["1.attention.weight"])
+    written = plain.state_dict()
+    assert sorted(true_keys(plain, written)) == sorted(written)
+    plain.load_state_dict(written)
 
 
 # network, and the names of wrappers in its keys

@@ -107,12 +107,17 @@ def _load_plain(
 ) -> None:
     """Renames the plain keys of a wrapper; also the pre-hook of its `load_state_dict`."""
     assert isinstance(module, Around)
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    own = {prefix + name for name, _ in tensors}
+    own, theirs = (
+        {prefix + name for name, _ in (*part.named_parameters(), *part.named_buffers())}
+        for part in (module, module.layer)
+    )
     inner = f"{prefix}{module.inner}."
     added = tuple(f"{prefix}{name}." for name in module._modules if name != module.inner)
     if not hasattr(module.layer, module.inner):
         added += (inner,)
-    for key in [key for key in state if key.startswith(prefix) and not key.startswith(added)]:
-        if key not in own:
-            state[inner + key.removeprefix(prefix)] = state.pop(key)
+    for key in [key for key in state if key.startswith(prefix)]:
+        # The layer may have parts that are called as those of the wrapper are.
+        moved = inner + key.removeprefix(prefix)
+        plain = key in theirs and moved not in state
+        if plain or not (key in own or key.startswith(added)):
+            state[moved] = state.pop(key)
