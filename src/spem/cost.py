@@ -226,6 +226,8 @@ def _run(
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(setattr, module, "training", module.training)
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # which takes no hooks: what it does is counted for what calls it
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(partial(leave, name)).remove)
         model.eval()

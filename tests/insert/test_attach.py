@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import spem
 from spem.insert import AfterNorm, IdentityStart, find_sites
+from spem.insert.sites import default_input
 
 NAMES = [f"layer{k}.0.bn2" for k in range(1, 5)]
 
@@ -201,3 +202,13 @@ def test_modules_that_must_know_the_size_of_their_maps() -> None:
     expected = network(images(1, 64))
     spem.attach(network, "fca", input_shape=(1, 3, 64, 64), stages=(1, 2))
     assert torch.equal(network(images(1, 64)), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_input_has_the_channels_that_a_network_of_timm_was_built_for(channels: int) -> None:
+    for name in ("test_resnet", "test_convnext"):
+        network = timm.create_model(name, in_chans=channels)
+        assert find_sites(network)[0].shape is not None, name
+        assert default_input(network)[1] == channels
+    patches = timm.create_model("tresnet_m", num_classes=3)  # its first convolution takes 48
+    assert default_input(patches) == (1, 3, 224, 224)

@@ -63,6 +63,16 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     (
         small,
         "spem",
+        {"include": "layer1*", "stages": 2},
+        r"'layer1\*' with stages=\[2\] matches no",
+    ),
+    (small, "spem", {"stages": ()}, r"attach: stages=\[\] matches no site"),
+    (small, "spem", {"include": 5}, "include=5 is not a pattern of names or several"),
+    (small, "spem", {"stages": "1"}, "stages='1' is not a number from 1"),
+    (small, "spem", {"input_shape": "1,3"}, "input_shape='1,3' is not the shape of an input"),
+    (
+        small,
+        "spem",
         {"where": lambda module: None},
         "where= gave None for every module",
     ),
@@ -107,6 +117,23 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         r"no site found in BatchNorm2d",
     ),
 ]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated in torch
+def test_torchscript() -> None:
+    block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), torch.jit.script(nn.BatchNorm2d(3)))
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), block)
+    with pytest.raises(ValueError, match=r"1.1 of Sequential is TorchScript.*Pass where="):
+        spem.attach(network, "spem")
+    assert spem.attach(network, "spem", where=lambda m: m[1] if m is block else None) == ["1.1"]
+    assert network(torch.rand(2, 3, 8, 8)).isfinite().all()
+    assert spem.cost.count(network, (1, 3, 8, 8)).layers[-1].attention
+    for fixed in (
+        torch.jit.script(nn.Conv2d(3, 3, 1)),
+        torch.jit.trace(nn.Conv2d(3, 3, 1), torch.rand(1, 3, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match="TorchScript is fixed code"):
+            spem.attach(fixed, "spem")
 
 
 @pytest.mark.parametrize(("make", "attention", "options", "message"), REFUSED)

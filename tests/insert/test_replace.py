@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from insert.hosts import attentions, build, images, sampled, scattered, small, small_timm
+from insert.hosts import attentions, build, images, sampled, scattered, small, small_timm, timm
 from tolerance import TOLERANCE
 from torch import nn
 
@@ -137,3 +137,17 @@ def test_where_names_what_is_replaced() -> None:
     assert network(images(1)).isfinite().all()
     spem.detach(network)
     assert isinstance(network.get_submodule("layer1.0.bn2"), nn.BatchNorm2d)
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base() -> None:
+    """Its parts may mean something else, so no outputs could be kept."""
+
+    class Residual(timm.layers.SEModule):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + super().forward(x)
+
+    network = small_timm()
+    network.layer1[0].se, network.layer2[0].se = timm.layers.SEModule(64), Residual(128)
+    with pytest.warns(UserWarning, match=r"weights of 1 replaced layers \(layer2.0.se"):
+        spem.attach(network, "se", replace=True)
+    assert [isinstance(module, CarriedSE) for module in attentions(network)] == [True, False]

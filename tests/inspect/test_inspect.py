@@ -254,3 +254,22 @@ def test_what_cannot_be_inspected_says_so():
         spem.inspect("spem")
     with pytest.raises(ValueError, match="the network is compiled"):
         spem.inspect(Compiled())
+
+
+@pytest.mark.parametrize("attention", ["se", "iebn", "gc(reduction=4)"])
+def test_a_host_that_names_the_argument(attention: str) -> None:
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = spem.create_attention(attention, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x=x)
+
+    host, x = Host().eval(), X.repeat(1, 6, 1, 1)[:, :16]
+    with spem.inspect(host) as inside:
+        y = host(x)
+    assert list(inside.gates) == ["attention"]
+    assert torch.equal(y, host.attention(x))
+    with pytest.raises(TypeError, match="'x'"):
+        host.attention()

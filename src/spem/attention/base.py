@@ -135,8 +135,10 @@ class ChannelAttention(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The output; a network that `torch.fx` traces calls the whole module as one."""
-        x = args[0] if args else kwargs.get("x")
-        if isinstance(x, Proxy):
+        if not args and "x" in kwargs:
+            args = (kwargs.pop("x"),)  # hooks look for it there
+        if args and isinstance(args[0], Proxy):
+            x = args[0]
             path: str = x.tracer.path_of_module(self)  # pyright: ignore[reportAttributeAccessIssue]
             return x.tracer.create_proxy("call_module", path, args, kwargs)
         return super().__call__(*args, **kwargs)

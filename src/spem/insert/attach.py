@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -100,7 +101,7 @@ def attach(
             a network without residual branches.
     """
     spec = _tail_spec(attention, "attach")
-    names, numbers, shape = _tuple(include), _tuple(stages), _tuple(input_shape)
+    names, numbers, shape = _chosen(include, stages, input_shape)
     asked = where is not None
     call = Attached(str(spec), names, numbers, replace, start, fuse, shape, where=asked)
     spots, runs = _spots(model, spec, where, call)
@@ -137,7 +138,7 @@ def find_sites(
         ValueError: As `attach` does.
     """
     spec = None if attention is None else _tail_spec(attention, "find_sites")
-    names, numbers, shape = _tuple(include), _tuple(stages), _tuple(input_shape)
+    names, numbers, shape = _chosen(include, stages, input_shape)
     call = Attached("", names, numbers, replace, start, fuse, shape, where=False)
     return [sites.described(spot, spec) for spot in _spots(model, spec, where, call)[0]]
 
@@ -234,10 +235,21 @@ def _tail_spec(attention: Attention, asker: str) -> AttentionSpec:
     return spec
 
 
-def _tuple(values: str | int | Collection[Any] | None) -> tuple[Any, ...] | None:
-    if values is None:
-        return None
-    return (values,) if isinstance(values, (str, int)) else tuple(values)
+def _chosen(*options: object) -> list[tuple[Any, ...] | None]:
+    """The options include, stages and input_shape as tuples, or None."""
+    kinds = {
+        "include": (str, "a pattern of names or several, such as 'layer1.*'"),
+        "stages": (Integral, "a number from 1 or several"),
+        "input_shape": (Integral, "the shape of an input, such as (1, 3, 224, 224)"),
+    }
+    found: list[tuple[Any, ...] | None] = []
+    for (option, (kind, meant)), value in zip(kinds.items(), options, strict=True):
+        several = isinstance(value, Iterable) and not isinstance(value, str)
+        values = tuple(cast("Any", value)) if several else (value,)
+        if value is not None and not all(isinstance(part, kind) for part in values):
+            raise TypeError(f"attach: {option}={value!r} is not {meant}.")
+        found.append(None if value is None else values)
+    return found
 
 
 def _displaced_by(attention: nn.Module) -> nn.Module | None:
@@ -263,6 +275,11 @@ def _spots(
         raise TypeError(
             f"attach: where={where!r} is not a function. It is given every module and returns the "
             f"norm to follow, or None; names are chosen with include='{where}*'."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "attach: TorchScript is fixed code and takes no new module. Attach to the network that "
+            "it was made from."
         )
     for module in model.modules():
         wrapped = {cls.__name__ for cls in type(module).__mro__} & _SHARED_BY_PROCESSES

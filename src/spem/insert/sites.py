@@ -189,7 +189,8 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
     with ExitStack() as stack, rephrased(said, remedy, kind=InputError):
         stack.enter_context(evaluating(model))
         for module in model.modules():
-            stack.enter_context(module.register_forward_hook(see))
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                stack.enter_context(module.register_forward_hook(see))
         with torch.no_grad():
             model(torch.zeros(shape, dtype=like.dtype, device=like.device))
     return maps
@@ -288,10 +289,11 @@ def chosen(
         and (include is None or any(fnmatchcase(spot.name, pattern) for pattern in include))
     ]
     if not kept:
+        asked = [f"include={', '.join(map(repr, include))}"] if include is not None else []
+        asked += [f"stages={list(stages)}"] if stages is not None else []
         raise ValueError(
-            f"attach: include={', '.join(map(repr, include or ()))} matches no site. The names are "
-            f"{spots[0].name} to {spots[-1].name}; use a pattern such as "
-            f"'*{spots[0].name.rpartition('.')[2]}'."
+            f"attach: {' with '.join(asked)} matches no site. The names are {spots[0].name} to "
+            f"{spots[-1].name}; use a pattern such as '*{spots[0].name.rpartition('.')[2]}'."
         )
     return kept
 
@@ -394,8 +396,14 @@ def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
             f"attach: no site found in {kind} (no convolutional layers). "
             f"Pass where= a rule that names the layers to follow."
         )
-    forward = follow(model, lambda: run_once(model, input_shape))
     names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"attach: {name} of {kind} is TorchScript, through which a forward pass cannot be "
+                f"followed. Pass where= a rule that names the layers to follow."
+            )
+    forward = follow(model, lambda: run_once(model, input_shape))
     ranks = forward.ranks()
     found = next((rank for rank in ranks if rank), [])
     for number, rank in enumerate(ranks, 1):

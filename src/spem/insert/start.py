@@ -57,12 +57,6 @@ class IdentityStart(ChannelAttention):
         """Whether the attention does."""
         return self.inner.takes_any_rank()
 
-    def why_composed(self) -> str | None:
-        """Why the tail of this module is composed of modules; None if its gate can be fused."""
-        # Hooks of the attention are not called for a gate, and without gradients change no bit.
-        inner = self.inner.why_composed() if torch.is_grad_enabled() else None
-        return super().why_composed() or inner
-
     def _why_no_gate(self) -> str | None:
         if self._mixes_maps:
             return f"{self.name} is mixed with its map"
@@ -119,8 +113,13 @@ def existing_layer(module: object) -> str | None:
 
 
 def se_parts(module: object) -> list[str]:
-    """What an SE of a host has between the average and the factor; nothing if it is none."""
-    return SE_LAYERS.get(existing_layer(module) or "", "").split()
+    """What an SE of a host has between the average and the factor; nothing if it is none.
+
+    Nor if it is a subclass with a forward of its own, which may do something else with them.
+    """
+    kinds = type(module).__mro__
+    owner = next((cls for cls in kinds if "forward" in vars(cls)), object)
+    return SE_LAYERS.get(f"{owner.__module__}:{owner.__name__}", "").split()
 
 
 class FromAverage(Pool):
