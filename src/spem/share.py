@@ -203,7 +203,8 @@ def save_pretrained(
     """
     folder = Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="save_pretrained")
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    tensors_of = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors_of.items()}
     content: bytes = safetensors.save(state, {"format": "pt"})
     said: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # timm's
     if images is None and {"mean", "std"} <= said.keys():
@@ -236,6 +237,8 @@ def save_pretrained(
             # The number of outputs, which the network itself does not store.
             config.network["options"]["num_classes"] = outputs[0].shape[1]
             config = dataclasses.replace(config)  # checks the names of classes
+        written = json.dumps(asdict(config), indent=2)
+        _read(_Config, json.loads(written), CONFIG)  # what could not be read is not written
         card = _card(model, config, _measured(results), license, repo_id)
     except ValueError as error:
         raise ValueError(f"save_pretrained: {error}") from error
@@ -247,14 +250,14 @@ def save_pretrained(
     # The config last: a folder that has one is complete.
     write_atomic(folder / WEIGHTS, content)
     write_atomic(folder / CARD, card.encode())
-    write_atomic(folder / CONFIG, json.dumps(asdict(config), indent=2).encode() + b"\n")
+    write_atomic(folder / CONFIG, written.encode() + b"\n")
     return folder
 
 
 def is_shared(folder: Path) -> bool:
     """Whether `save_pretrained` wrote it: a run has a config.json too, of other fields."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = json.loads(read_regular(folder / CONFIG))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("library_name") == "spem"
@@ -371,7 +374,7 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
             torch.random.fork_rng(devices=[]),
             use_impl("reference"),
         ):
-            _open(twin)
+            open_scales(twin)
             torch.manual_seed(0)
             outputs.append(tensors(twin(x)))
     found = difference(x.shape, *outputs)
@@ -383,8 +386,9 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     return outputs[0]
 
 
-def _open(model: nn.Module) -> None:
-    """Set scales near zero to 0.5."""
+@torch.no_grad()
+def open_scales(model: nn.Module) -> None:
+    """Set scales near zero to 0.5, so that outputs show what they multiply."""
     for module in model.modules():
         if isinstance(module, IdentityStart):
             module.alpha.fill_(0.5)

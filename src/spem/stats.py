@@ -304,7 +304,8 @@ def answer(table: pd.DataFrame, *, decimals: int = 2) -> str:
     text = "; ".join(f"{words[kind]}: {listed(groups[kind])}" for kind in words if kind in groups)
     least, most = (end(line["pairs"] for line in lines) for end in (min, max))
     seeds = f"{least}" if least == most else f"{least} to {most}"
-    return f"{text[0].upper()}{text[1:]} (differences in points, {seeds} paired seeds)."
+    seeds += f" paired seed{'s' * (most != 1)}"
+    return f"{text[0].upper()}{text[1:]} (differences in points, {seeds})."
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:

@@ -122,7 +122,7 @@ def test_a_device_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) 
     given = ["eval", "cifar:11", "--data", "digits", "--size", "32", "--device"]
     assert answer(capsys, [*given, "cpu"])["count"] == 360
     if not torch.cuda.is_available():
-        refused(capsys, [*given, "cuda"], "--device cuda: this machine has none")
+        refused(capsys, [*given, "cuda"], "--device 'cuda' cannot be used")
 
 
 def test_a_picture_has_the_name_that_was_given(
@@ -228,6 +228,14 @@ def test_a_difference_that_is_no_number_is_not_hidden(
     refused(capsys, ["attach", "own.py:net", "--size", "32"], "not finite numbers")
 
 
+def test_what_a_start_changes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in timm's fresh networks, whose branches begin closed, so that nothing shows."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    for start in ("identity", "module"):
+        args = ["attach", "resnet10t", "se", "--size", "32", "--start", start]
+        assert (answer(capsys, args)["change"] > 1e-3) == (start == "module")
+
+
 def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["train", *TINY_RUN, "--epochs", "2", "--seed", "3"]
     result = answer(capsys, args)
@@ -297,6 +305,17 @@ def test_outputs_that_are_no_numbers_have_no_accuracy(
     save_weights(model, smoke(attention="none"), tmp_path / "nan.safetensors")
     args = ["eval", "own.py:net", "--data", "digits"]
     refused(capsys, args, "outputs of own.py:net are not finite", status=1)
+    Path("deep.py").write_text(
+        "import spem, torch\n"
+        "def net():\n"
+        "    model = spem.resnet(11, attention='se')\n"
+        "    torch.nn.init.constant_(model.fc.bias, float('nan'))\n"
+        "    return model\n"
+    )
+    Image.new("RGB", (32, 32)).save("image.png")
+    args = ["explain", "deep.py:net", "image.png", "--size", "32"]
+    refused(capsys, args, "outputs of deep.py:net for image.png are not finite", status=1)
+    assert not Path("explain.png").exists()
     refused(capsys, ["eval", "nan.safetensors"], "infinite or NaN")
 
 

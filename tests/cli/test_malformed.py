@@ -135,8 +135,12 @@ def damaged_weights(rng: random.Random) -> list[str]:
 
 def damaged_table(rng: random.Random) -> list[str]:
     path = Path(rng.choice(["run/config.json", "run/result.json", "shared/config.json"]))
-    if rng.random() < 0.5:
+    kind = rng.random()
+    if kind < 0.4:
         _damage(rng, path)
+    elif kind < 0.6:
+        path.unlink()
+        _put_something(rng, path, "pipe", "folder")
     else:
         contents = [b"", b"{}", b"[]", b"null", b"[" * 100_000, b"\xff\xfe", b'{"a": 1e999}']
         path.write_bytes(rng.choice(contents))

@@ -187,6 +187,18 @@ def test_equal_networks_give_equal_files(tmp_path: Path):
         assert len({(tmp_path / f"{number}" / name).read_bytes() for number in range(5)}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_what_could_not_be_read_is_not_written(tmp_path: Path):
+    numbers: Any = range(10)
+    with pytest.raises(ValueError, match=r"save_pretrained: .*wrong value type for .*classes"):
+        spem.save_pretrained(spem.resnet(11), tmp_path, classes=numbers)
+    # Its state holds what is no tensor.
+    smaller = torch.ao.quantization.quantize_dynamic(spem.resnet(11).eval(), {torch.nn.Linear})
+    with pytest.raises(ValueError, match=r"save_pretrained: .* the weights lack"):
+        spem.save_pretrained(smaller, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_class_names_are_counted(tmp_path: Path):
     models = pytest.importorskip("torchvision.models")
     nets = [(timm_host(num_classes=5), None, 5)]

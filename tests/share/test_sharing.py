@@ -141,9 +141,7 @@ def test_an_unreachable_hub_is_told_in_a_line_and_not_asked_again(
     assert cli.main(["share", str(run), "--to", "me/net"]) == 2
     out, err = capfd.readouterr()
     assert (out, sum(unreachable_hub)) == ("", 0)
-    sentence = (
-        r"spem share: push_to_hub: cannot write to me/net: .*refused\. Look at your connection"
-    )
+    sentence = r"spem share: cannot write to me/net: .*refused\. Look at your connection"
     assert re.match(sentence, " ".join(err.split()))
     assert "Traceback" not in err
     assert "Retry" not in err

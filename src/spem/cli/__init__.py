@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ COMMANDS = {
     "bench": ("bench", "what attention costs on this machine, in training and inference"),
 }
 """For each command, the module in this package whose `run` executes it, and its purpose."""
+_FUNCTIONS = ("train", "find_sites", "inspect", "to_onnx", "from_pretrained", "push_to_hub")
+"""Of the library, whose names begin messages that a command shows as its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
     name, options, status = "", None, 0
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:  # around the imports too: Ctrl-C in the first seconds is not a fault
         if not args or args[0] in ("-h", "--help", "--help-all"):
             print(usage())
@@ -110,8 +114,8 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
     else:
         code, text = 1, f"internal error: {type(error).__name__}: {error}"
         text += "" if debug else "\nrun again with --debug"
-    for caller in (name, "from_pretrained", "train"):
-        text = text.removeprefix(f"{caller}: ")
+    for function in (name, *_FUNCTIONS):
+        text = text.removeprefix(f"{function}: ")
     text = text if len(text) < 1200 else f"{text[:700]} ... {text[-300:]}"  # a name may be long
     text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     print(f"{f'spem {name}'.rstrip()}: {text}", file=sys.stderr)

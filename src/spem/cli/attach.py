@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from spem.cli.network import Named, Size, Start, load_network
+from spem.cli.network import Named, Network, Size, Start, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json, print_table
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _REPLACE = "put it in the place of attention that the network has"
 _FUSE = "run norm, attention, addition and ReLU as one operation"
@@ -43,7 +40,7 @@ def run(
     options |= {"stages": tuple(stages) or None, "input_shape": found.shape()}
     plain = sum(p.numel() for p in found.model.parameters())
     sites = find_sites(found.model, attention, **options)
-    change = None if dry_run else _change(found.model, attention, options)
+    change = None if dry_run else _change(found, attention, options)
     tails = "not fused"
     if fuse:
         site = sites[0]
@@ -74,22 +71,26 @@ def run(
         print(f"Outputs before and after: largest difference {change:.3g}.")
 
 
-def _change(network: nn.Module, attention: str, options: dict[str, Any]) -> float:
+def _change(found: Network, attention: str, options: dict[str, Any]) -> float:
     """The largest difference of the outputs that attention makes, on one random input."""
     import torch
 
     from spem.export import difference, tensors
     from spem.insert import attach
+    from spem.share import open_scales
 
+    network = found.model
+    if found.random:  # of which timm's have branches that begin closed
+        open_scales(network)
     shape = options["input_shape"]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = tensors(network(x))
         attach(network, attention, **options)
-        found = difference(shape, before, tensors(network(x))).largest
-    if not math.isfinite(found):
+        change = difference(shape, before, tensors(network(x))).largest
+    if not math.isfinite(change):
         raise ValueError(
             "the outputs with attention are not finite numbers, or of another shape than before. "
             "Look at the weights, or at a smaller part with --include."
         )
-    return found
+    return change

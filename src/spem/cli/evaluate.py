@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from spem.cli.network import Named, Network, load_network
 from spem.cli.options import Json
-from spem.cli.output import print_json, say
+from spem.cli.output import new_file, print_json, say
 from spem.extras import rephrased
 
 if TYPE_CHECKING:
     from spem.data import ImageSet
+
+_PREDICTIONS = "write what it answers for every image"
 
 
 def run(
@@ -23,32 +25,24 @@ def run(
     data: Annotated[str | None, "SET", "images; else those it was trained on"] = None,
     root: Annotated[Path | None, "DIR", "folder that holds the named data sets"] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], "where"] = "auto",
-    predictions: Annotated[Path | None, "CSV", "write what it answers for every image"] = None,
+    predictions: Annotated[Path | None, "CSV", _PREDICTIONS, new_file] = None,
     json: Json = False,
     **named: Annotated[Any, load_network],
 ) -> None:
     """Accuracy of a network on test images, in float32, normalised as in training."""
-    from spem.files import require_regular, write_atomic
+    from spem.files import write_atomic
 
     if data is not None:  # before torch is loaded
         from spem.data import check_images
 
         check_images(data, root=root, size=named["size"] or 16)  # or the network's own size
-    if predictions is not None:
-        if not predictions.parent.is_dir():
-            raise ValueError(f"--predictions: there is no folder {predictions.parent}.")
-        require_regular(predictions, missing_ok=True)
-    import torch
-
     from spem.ops import use_impl
-    from spem.training import evaluate
+    from spem.training import RuntimeConfig, evaluate
     from spem.training.evaluation import predict
+    from spem.training.loop import resolved
     from spem.training.step import stored_impl
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise ValueError("--device cuda: this machine has none that torch can use. Use cpu.")
-    place = ("cuda" if there else "cpu") if device == "auto" else device
+    place = resolved(RuntimeConfig(device=device), 1).device
     found = load_network(network, **named)
     images = _images(found, network, data, root)
     model, how, config = found.model.to(place), (found.mean, found.std), found.config

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.network import Named, Network, load_network
 from spem.cli.options import Json, unknown
-from spem.cli.output import print_json, print_table, say
+from spem.cli.output import new_file, print_json, print_table, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ def run(
     network: Named,
     image: Annotated[str, "IMAGE", _IMAGE],
     *,
-    out: Annotated[Path, "PICTURE", "a .png, .svg or .pdf"] = Path("explain.png"),
+    out: Annotated[Path, "PICTURE", "a .png, .svg or .pdf", new_file] = Path("explain.png"),
     class_: Annotated[str | None, "CLASS", "name or number of one more to show"] = None,
     root: Annotated[Path | None, "DIR", "folder of the named data sets, for test:N"] = None,
     blocks: Annotated[int, "N", "rows of the picture"] = 6,
@@ -31,17 +32,12 @@ def run(
     **named: Annotated[Any, load_network],
 ) -> None:
     """Show an image to a network: gates block by block, channels most and least kept, answer."""
-    from spem.files import require_regular
-
     if not image.startswith("test:") and not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}.")
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(
             f"--out {out} is not a picture. Name a file that ends in .png, .svg or .pdf."
         )
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {out.parent}.")
-    require_regular(out, missing_ok=True)
     from spem import explain as looking
     from spem.data import normalise
 
@@ -51,6 +47,8 @@ def run(
     shown, said = pixels(image, found, root)
     seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))
     answered = [] if seen.probabilities is None else seen.probabilities.tolist()
+    if not all(map(math.isfinite, answered)):
+        raise FloatingPointError(f"the outputs of {network} for {image} are not finite numbers.")
     names = found.classes or tuple(map(str, range(len(answered))))
     best = sorted(range(len(answered)), key=lambda k: -answered[k])[:3]
     marked = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from spem.cli.network import Named, Network, load_network
 from spem.cli.options import RARE, Json
-from spem.cli.output import print_json, shown
+from spem.cli.output import new_file, print_json, shown
 
 if TYPE_CHECKING:
     from spem.insert.fold import FoldReport
@@ -21,7 +21,7 @@ _FOLD = "make gates constants: their mean over these images"
 def run(
     network: Named,
     *,
-    out: Annotated[Path | None, "FILE", "the ONNX file to write"] = None,
+    out: Annotated[Path | None, "FILE", "the ONNX file to write", new_file] = None,
     fold: Annotated[str | None, "SET", _FOLD] = None,
     dynamic_size: Annotated[bool, "let height and width of the input change"] = False,
     fixed_batch: Annotated[bool, "keep the batch at one"] = False,

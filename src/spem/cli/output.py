@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 _NUMBERS = re.compile(r"[-+±.,e%<\[\] ]*\d[-+±.,e%<\[\] \d]*")
@@ -35,6 +36,17 @@ def shown(cell: object) -> str:
     if isinstance(cell, tuple):
         return " x ".join(map(str, cell))
     return "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else plain(str(cell))
+
+
+def new_file(text: str) -> Path:
+    """A file to write, for options; ValueError if its folder is missing, or it is no file."""
+    from spem.files import require_regular
+
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}.")
+    require_regular(path, missing_ok=True)
+    return path
 
 
 def print_table(

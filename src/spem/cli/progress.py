@@ -142,7 +142,8 @@ def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], worke
     seconds, there = estimate_seconds(todo), len(planned) - len(todo)
     took = "" if seconds is None else f", {roughly(seconds / min(workers, len(todo)))}"
     done = f" ({there} more are finished)" if there else ""
-    print(f"{len(todo)} runs to train{done}{took} on this machine.", file=sys.stderr, flush=True)
+    runs = f"{len(todo)} run{'s' * (len(todo) > 1)} to train"
+    print(f"{runs}{done}{took} on this machine.", file=sys.stderr, flush=True)
 
 
 def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:

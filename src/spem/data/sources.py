@@ -135,7 +135,7 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     if folder.is_dir():
         return folder
     if root is not None:
-        remedy = f"Give the folder that holds {short}/ as the root, or leave it out."
+        remedy = f"Give as root= the folder that holds {short}/, or leave it out."
         raise FileNotFoundError(f"{short}: {folder} does not exist. {remedy}")
     if short is not None:
         return None
