@@ -90,17 +90,17 @@ def count(
         dtype: Assumed dtype of the maps; None is the model's.
 
     Raises:
-        ValueError: `input_shape` is empty or holds a number below 1, or an implementation that was
-            asked for (`spem.ops.use_impl`) cannot run there.
+        ValueError: `input_shape` is empty or holds what is no number from 1 up, or an
+            implementation that was asked for (`spem.ops.use_impl`) cannot run there.
 
     Examples:
         >>> cost = count(nn.Sequential(nn.Linear(3, 5)), (2, 3))
         >>> cost.parameters, cost.flops
         (20, 60)
     """
-    if not input_shape or min(input_shape) < 1:
+    if not input_shape or not all(isinstance(n, int) and n >= 1 for n in input_shape):
         raise ValueError(
-            f"count: input_shape={input_shape} is not the shape of a batch. "
+            f"count: input_shape={input_shape!r} is not the shape of a batch. "
             "Use numbers from 1 up, such as (1, 3, 32, 32)."
         )
     tails = list(block_tails(model, device=device, dtype=dtype))  # before hooks are in the way

@@ -17,7 +17,7 @@ from spem.attention import ChannelAttention
 from spem.extras import require
 from spem.files import write_atomic
 from spem.gates import GateRecord, Inspection, inspect
-from spem.insert.sites import attentions_of
+from spem.insert.sites import attentions_of, float_like
 from spem.ops import use_impl
 
 if TYPE_CHECKING:
@@ -98,13 +98,14 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
     The mode of every module is restored.
 
     Shape:
-        image: [1, 3, H, W], normalised as in training.
+        image: [1, 3, H, W], floating point, normalised as in training.
 
     Raises:
         ValueError: The network has no attention, or the image is not a batch of one.
     """
-    if image.dim() != 4 or image.shape[0] != 1:
-        raise ValueError(f"explain: needs one image [1, 3, H, W], got {list(image.shape)}.")
+    if image.dim() != 4 or image.shape[0] != 1 or not image.is_floating_point():
+        got = f"{image.dtype} {list(image.shape)}"
+        raise ValueError(f"explain: needs one image [1, 3, H, W] in floating point, got {got}.")
     inside = inspect(model)
     maps: list[tuple[ChannelAttention, Tensor]] = []
 
@@ -120,7 +121,8 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
         for attention in attentions_of(model).values():
             stack.callback(attention.register_forward_hook(keep).remove)
         stack.enter_context(inside)
-        output = model.eval()(image)
+        like = float_like(model)
+        output = model.eval()(image.to(like.device, like.dtype))
     blocks = [
         _view(inside, record, module, shown)
         for record, (module, shown) in zip(inside.records, maps, strict=True)
@@ -174,7 +176,8 @@ def draw(
         top: Number of most kept channels to show, and of least kept ones.
 
     Raises:
-        ValueError: ``blocks`` or ``top`` is below 1, nothing was seen, or an unknown format.
+        ValueError: ``blocks`` or ``top`` is below 1, nothing was seen, gates or maps that are not
+            finite, classes that are not those of the answer, or an unknown format.
         ImportError: matplotlib is not installed.
     """
     if blocks < 1 or top < 1:
@@ -185,6 +188,19 @@ def draw(
     rows = evenly(explanation.blocks, blocks)
     if not rows:
         raise ValueError("explain: no attention has run on the image, so there is nothing to draw.")
+    for row in rows:
+        if not (row.kept.isfinite().all() and row.maps.isfinite().all()):
+            raise ValueError(
+                f"explain: gates or channels of {row.name} are not finite on this image. Check the "
+                f"weights and the image."
+            )
+    answers = None if explanation.probabilities is None else len(explanation.probabilities)
+    if answers is not None and (len(classes) != answers or marked not in (None, *range(answers))):
+        raise ValueError(
+            f"explain: the network answers with {answers} classes; got {len(classes)} names and "
+            f"marked={marked}."
+        )
+    top = min(top, max((len(row.kept) + 1) // 2 for row in rows))
     figure = Figure(figsize=(6.6 + 1.9 * top, 1.5 + 1.55 * max(len(rows), 2)), layout="constrained")
     figure.suptitle(_literal(title), fontsize=12)
     classes = [_literal(name) for name in classes]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
+from spem.attention.options import number
 from spem.extras import first_line, rephrased, require
 from spem.files import require_regular, write_atomic
 from spem.insert import IdentityStart
@@ -119,6 +120,8 @@ def to_onnx(
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")
     if precision not in get_args(Precision):
         raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
+    if tolerance is not None:
+        number("to_onnx", tolerance=tolerance)
     newest: int = onnx.defs.onnx_opset_version()
     if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
         said = f"opset={opset!r} is not an integer from {_OLDEST} to {newest}"
@@ -132,14 +135,15 @@ def to_onnx(
             fixed = f"{place} is built for maps of one size"
             raise ValueError(f"to_onnx: dynamic_size=True: {fixed}. Leave dynamic_size out.")
     x = _example(model, input_shape if example is None else example)
-    network, given = _without_idle(model).cpu().float(), x
+    with rephrased(f"to_onnx: {name} cannot be copied to the CPU"):
+        network, given = _without_idle(model).cpu().float(), x
     if precision == "fp16":
         network, given = network.half(), x.half()
     proto, written = _converted(network, given, opset, batch=dynamic_batch, size=dynamic_size)
     _clean(proto.graph)
     about = {"version": __version__, "attention": _attention(network), "precision": precision}
     for key, value in ({f"spem_{k}": v for k, v in about.items()} | dict(metadata or {})).items():
-        proto.metadata_props.add(key=key, value=value)
+        proto.metadata_props.add(key=str(key), value=str(value))
     if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
         large = f"{name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds"
         raise ValueError(f"to_onnx: {large}. Use precision='fp16'.")
@@ -260,6 +264,11 @@ def _compared(
         runs = rephrased(f"{refused} {name} does not run on an input {list(x.shape)}", remedy)
         with runs, torch.no_grad(), use_impl("reference"):
             expected = tensors(network(x))
+        if not all(tensor.isfinite().all() for tensor in expected):
+            raise ValueError(
+                f"{refused} outputs of {name} on {list(x.shape)} are not finite, and cannot be "
+                f"compared. Check its weights, or pass check=False."
+            )
         with rephrased(graph, _REMEDY):
             found = difference(x.shape, expected, session(x))
         if not found.relative <= limit:  # a NaN too

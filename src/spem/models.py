@@ -1,8 +1,10 @@
 """CIFAR ResNets with any attention in each block, and a reader for official checkpoints."""
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +15,6 @@ from spem.attention.base import Tail
 from spem.attention.options import one_of, positive_int
 from spem.attention.placement import PLACES, Places
 from spem.depths import STEPS, blocks_per_stage
-from spem.extras import rephrased
 from spem.ops import bn_gate_tail, norm_relu
 from spem.seeding import initialise
 
@@ -273,8 +274,13 @@ def load_official(path: str | Path) -> ResNet:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_official: there is no file {path}.")
-    with rephrased(f"load_official: {path} is damaged or no checkpoint"):
-        stored: Any = torch.load(path, map_location="cpu", weights_only=True)
+    content = io.BytesIO(path.read_bytes())
+    try:
+        stored: Any = torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # whose text would have it read without weights_only
+        raise ValueError(
+            f"load_official: {path} is damaged or no checkpoint of tensors and numbers alone."
+        ) from error
     state = stored.get("state_dict") if isinstance(stored, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
@@ -300,7 +306,8 @@ def load_official(path: str | Path) -> ResNet:
     try:
         model.load_state_dict(ours)
     except RuntimeError as error:
+        why = shorten(str(error), 250, placeholder=" ...")  # it lists every key
         raise ValueError(
-            f"load_official: {path} does not fit the official network: {error}"
+            f"load_official: {path} does not fit the official network: {why}"
         ) from None
     return model.eval()

@@ -44,7 +44,7 @@ def test_a_graph_that_holds_the_examples_size(what: str, shape: str, tmp_path: P
 def test_a_network_that_gives_no_numbers(tmp_path: Path) -> None:
     model = network(module("se", 16))
     nn.init.constant_(model.fc.bias, float("nan"))
-    with pytest.raises(ValueError, match="differs from PyTorch by nan"):
+    with pytest.raises(ValueError, match=r"outputs of Network .*are not finite.*check=False"):
         to_onnx(model, tmp_path / "nan.onnx", (1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
 
@@ -68,12 +68,23 @@ def test_a_network_that_is_tied_to_its_size(tmp_path: Path) -> None:
         ({"input_shape": (0, 3, 8, 8)}, r"\[0, 3, 8, 8\] is not the shape of an input"),
         ({"input_shape": (1, 5, 8, 8)}, "SE: built for channels=16, got a map with 5 channels"),
         ({"example": torch.ones(1, 16, 8, 8, dtype=torch.int64)}, "floating-point maps"),
+        ({"tolerance": "1", "input_shape": (1, 16, 8, 8)}, "tolerance='1' is not a finite number"),
         ({"opset": 3, "input_shape": (1, 16, 8, 8)}, "opset=3"),
     ],
 )
 def test_bad_input(arguments: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         to_onnx(spem.SE(16), tmp_path / "se.onnx", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_that_cannot_be_copied(tmp_path: Path) -> None:
+    """One that has kept an activation with its graph, one without values."""
+    kept = network(module("se", 16))
+    kept.last = kept(torch.randn(1, 3, 8, 8))
+    for model in (kept, network(module("se", 16)).to("meta")):
+        with pytest.raises(ValueError, match=r"to_onnx: .* cannot be copied to the CPU"):
+            to_onnx(model, tmp_path / "kept.onnx", (1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +110,36 @@ def test_bad_calls():
     seen = explain(network("se"), IMAGE)
     with pytest.raises(ValueError, match="must be at least 1"):
         spem.explain.draw(seen, IMAGE[0], Path("x.png"), title="", classes="0123456789", top=0)
+    with pytest.raises(ValueError, match=r"in floating point, got torch.uint8"):
+        explain(network("se"), torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "message"),
+    [
+        (1.0, {"classes": "01"}, "answers with 10 classes; got 2 names"),
+        (1.0, {"marked": 10}, "answers with 10 classes; .*marked=10"),
+        (float("nan"), {}, "channels of layer1.0.attention are not finite"),
+    ],
+)
+def test_what_cannot_be_drawn(
+    scale: float, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    seen, path = explain(network("se"), scale * IMAGE), tmp_path / "x.png"
+    shown = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        spem.explain.draw(seen, shown, path, **{"title": "", "classes": "0123456789"} | options)
+    assert not path.exists()
+
+
+def test_more_channels_than_there_are_and_half_precision(tmp_path: Path) -> None:
+    seen = explain(network("se").bfloat16(), IMAGE)  # on the device and in the dtype of the network
+    blocks = [dataclasses.replace(b, kept=b.kept[:3], maps=b.maps[:3]) for b in seen.blocks]
+    seen = dataclasses.replace(seen, blocks=blocks)
+    path, shown = tmp_path / "x.png", torch.zeros(3, 8, 8, dtype=torch.uint8)
+    spem.explain.draw(seen, shown, path, title="", classes="0123456789", top=10**6)
+    with Image.open(path) as picture:
+        assert max(picture.size) < 3000
 
 
 # ---- the command, on the committed weights
