@@ -121,6 +121,8 @@ def _owner(name: str, owners: Mapping[str, object]) -> str | None:
 
 
 def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator | None) -> None:
+    if parameter.is_meta:  # it has a size and no memory, which a draw would take
+        return
     # The CPU by name: torch.set_default_device must not move the draw away from its generator.
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     rule(drawn, generator)

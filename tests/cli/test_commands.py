@@ -133,7 +133,7 @@ def test_a_picture_has_the_name_that_was_given(
     before = sorted(tmp_path.iterdir())
     for out, says in (
         ("folder.png", "folder.png"),
-        (".", "not a picture"),
+        (".", ". is a folder"),
         ("x.bmp", "not a picture"),
     ):
         refused(
@@ -226,6 +226,10 @@ def test_a_difference_that_is_no_number_is_not_hidden(
         "def net(): return Own(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])\n"
     )
     refused(capsys, ["attach", "own.py:net", "--size", "32"], "not finite numbers")
+
+
+def test_too_little_memory_is_no_fault_inside(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["cost", "cifar:11", "--batch", "1000000000"], "not enough memory. Use a")
 
 
 def test_what_a_start_changes_is_told(capsys: pytest.CaptureFixture[str]) -> None:

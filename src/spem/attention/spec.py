@@ -15,6 +15,7 @@ from typing import Any, get_args
 from spem.attention.base import _REGISTRY, ChannelAttention, Place, options_of
 from spem.attention.options import Device, Dtype, Size, one_of
 from spem.attention.pooling import SRP, Mix
+from spem.extras import first_line
 
 Value = bool | int | float | str | Mix | SRP | tuple["Value", ...] | None
 _POOLS: dict[str, type[Mix] | type[SRP]] = {"mix": Mix, "srp": SRP}
@@ -117,13 +118,19 @@ class AttentionSpec:
             stride: Stride of the convolution it replaces; only such modules read this.
             device: Where the parameters live.
             dtype: Dtype of the parameters.
+
+        Raises:
+            ValueError: An option has a value that the module does not take.
         """
         cls = attention_class(self.name)
         options: dict[str, Any] = dict(self.options)
         for hint, value in (("size", size), ("stride", stride)):
             if value is not None and options.get(hint) is None and hint in options_of(cls):
                 options[hint] = value
-        return cls(channels, **options, device=device, dtype=dtype)
+        try:
+            return cls(channels, **options, device=device, dtype=dtype)
+        except (TypeError, OverflowError) as error:  # options are texts and numbers of any kind
+            raise ValueError(f"{self} cannot be built: {first_line(error)}.") from error
 
     @property
     def place(self) -> Place:

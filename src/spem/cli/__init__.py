@@ -106,6 +106,8 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
         code, text = getattr(error, "code", 130), text or "stopped."
     elif isinstance(error, FloatingPointError):  # diverged: neither a wrong call nor a fault
         code = 1
+    elif _is_memory(error):
+        text = "not enough memory. Use a smaller batch, smaller images or another network."
     elif _is_message(error):
         if isinstance(error, OSError) and error.strerror:  # without the number of the error
             where = "" if error.filename is None else f"{error.filename}: "
@@ -122,9 +124,15 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
     return code
 
 
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory ran out, here or on a GPU; torch raises a RuntimeError of its own."""
+    text = f"{type(error).__name__}: {error}"
+    return "MemoryError" in text or "can't allocate memory" in text
+
+
 def _is_message(error: BaseException) -> bool:
     """Whether the message was written for the caller: about values, files, or by this package."""
-    if isinstance(error, (ValueError, OSError, ImportError, MemoryError)):
+    if isinstance(error, (ValueError, OSError, ImportError)):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     ours = str(frame.f_globals.get("__name__")).startswith("spem.")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from spem.cli.options import RARE, Json, number
 from spem.cli.output import plain, print_json, print_table
 from spem.extras import rephrased
-from spem.files import read_regular
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,6 +128,8 @@ def read_table(path: Path) -> pd.DataFrame:
         ValueError: It is empty, no table, or no UTF-8 text.
     """
     import pandas as pd
+
+    from spem.files import read_regular
 
     content = read_regular(path)
     with rephrased(f"{path} is not a CSV file that can be read"), warnings.catch_warnings():
