@@ -228,3 +228,35 @@ def test_batches_that_come_only_once() -> None:
         fold(network, Once([images(2, 64)]))
     assert len(attentions(network)) == 4
     assert fold(network, iter([images(2, 64)])).images == 2
+
+
+class Answering(nn.Module):
+    """A network whose output is made of scores."""
+
+    def __init__(self, answer: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.network, self.answer = spem.resnet(11, attention="spem"), answer
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(self.network(x))
+
+
+def test_outputs_of_every_kind() -> None:
+    x = images(4, 32)
+    for answer in (lambda y: (y, None), lambda y: (None, y), lambda y: {"a": y, "b": "text"}):
+        assert fold(Answering(answer), [x]).agreement is not None
+    with pytest.raises(ValueError, match="Answering gives no tensor"):
+        fold(Answering(lambda _: None), [x])
+    ever = iter(range(1, 9))
+    with pytest.raises(ValueError, match="the outputs have other shapes, as detections have"):
+        fold(Answering(lambda y: y[:, : next(ever)]), [x])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_module_is_in_the_mode_of_the_network(training: bool) -> None:
+    """What fills the slots again, too."""
+    network = timm.create_model("test_byobnet", num_classes=3).train(training)
+    spem.attach(network, "se(reduction=4)", include="stages.0*", input_shape=(1, 3, 64, 64))
+    fold(network, [images(2, 64)])
+    assert not attentions(network)
+    assert all(module.training == training for module in network.modules())

@@ -242,7 +242,7 @@ def _value(node: ast.expr, text: str) -> Value:
     if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | None):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        inner = _value(node.operand, text)
+        inner = node.operand.value if isinstance(node.operand, ast.Constant) else None
         if isinstance(inner, (int, float)) and not isinstance(inner, bool):
             return -inner
     if isinstance(node, ast.Name) and node.id not in _POOLS:

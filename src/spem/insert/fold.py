@@ -159,7 +159,7 @@ def fold(
         )
     gates = _gates(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
-    with evaluating(model), torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         with ExitStack() as stack:
             for gate in gates:
                 stack.enter_context(gate.attention.observe_gates(gate.see))
@@ -172,6 +172,7 @@ def fold(
         folded, same_gates = copy.deepcopy((model, gates))
         _apply(folded, same_gates)
         report = _compared(model, folded, gates, _inputs(model, batches, labels))
+    with torch.no_grad():
         _apply(model, gates)
     return report
 
@@ -258,7 +259,8 @@ def _apply(model: nn.Module, gates: list[_Gate]) -> None:
             optional = type(gate.parent).__module__ in ("spem.models", "timm.models.resnet")
             if DISPLACED in vars(gate.attention):
                 optional = vars(gate.attention)[DISPLACED] is None
-            new[gate.attention] = None if optional else nn.Identity()
+            free = None if optional else nn.Identity().train(gate.attention.training)
+            new[gate.attention] = free
     exchange(model, new)
     detach(model)  # the subclasses of fused blocks, and what is known of the attention
     for module in model.modules():
@@ -274,12 +276,17 @@ def _compared(
     tops: list[Tensor] = []
     labelled: list[Tensor] = []
     for x, y in inputs:
-        before, after = tree_leaves(model(x)), tree_leaves(folded(x))
+        before, after = _outputs(model, x), _outputs(folded, x)
+        if [one.shape for one in before] != [two.shape for two in after]:
+            raise ValueError(
+                "fold: with folded gates the outputs have other shapes, as detections have, and "
+                "cannot be compared. Fold the part that gives maps or scores, such as the backbone."
+            )
         if not images:
             with ExitStack() as stack:
                 for gate in gates:
                     stack.enter_context(gate.attention.register_forward_hook(gate.hold))
-                held = tree_leaves(model(x))
+                held = _outputs(model, x)
             limit = _ROUNDING.get(held[0].dtype, 0.1) * (_largest(held) or 1.0)
             if not math.isfinite(limit):
                 raise ValueError(
@@ -307,6 +314,14 @@ def _compared(
     shares += torch.cat(labelled, 1).double().mean(1).tolist() if labelled else []
     sites = tuple(gate.site() for gate in gates)
     return FoldReport(sites, images, difference / (largest or 1.0), *shares)
+
+
+def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The tensors of an output, however nested."""
+    found = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.numel()]
+    if not found:
+        raise ValueError(f"fold: {type(model).__name__} gives no tensor that could be compared.")
+    return found
 
 
 def _largest(outputs: list[Tensor], others: list[Tensor] | None = None) -> float:
