@@ -43,23 +43,15 @@ if TYPE_CHECKING:
     )
 
 # Where the public names live that are not those of `spem.attention`.
-_HOME = {
-    "ResNet": "models",
-    "attach": "insert",
-    "attn_layer": "insert",
-    "detach": "insert",
-    "find_sites": "insert",
-    "fold": "insert",
-    "from_pretrained": "share",
-    "initialise": "seeding",
-    "inspect": "gates",
-    "keyed_generator": "seeding",
-    "load_official": "models",
-    "push_to_hub": "share",
-    "resnet": "models",
-    "save_pretrained": "share",
-    "to_onnx": "export",
+_NAMES = {
+    "export": ["to_onnx"],
+    "gates": ["inspect"],
+    "insert": ["attach", "attn_layer", "detach", "find_sites", "fold"],
+    "models": ["ResNet", "load_official", "resnet"],
+    "seeding": ["initialise", "keyed_generator"],
+    "share": ["from_pretrained", "push_to_hub", "save_pretrained"],
 }
+_HOME = {name: home for home, names in _NAMES.items() for name in names}
 
 
 def _attention() -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from PIL import Image
+from safetensors.torch import save_file
 
 import spem
 from spem import cli
@@ -115,6 +116,12 @@ def test_attention_of_a_network_of_ours_starts_as_it_is_told(
     assert (same["parameters"], other["parameters"]) == (plain, plain + 3)
     args = ["export", "cifar:11", "--attention", "se", "--out", "x.onnx", "--start", "identity"]
     refused(capsys, args, "the file would hold no attention")
+    model = spem.resnet(11)
+    spem.attach(model, "se")
+    save_file(model.state_dict(), "own.safetensors")  # as they were trained, without --start
+    args = ["cost", "cifar:11", "--attention", "se", "--weights", "own.safetensors"]
+    trained = answer(capsys, args)
+    assert trained["parameters"] == plain + 3
 
 
 def test_a_device_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) -> None:

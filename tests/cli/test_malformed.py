@@ -112,7 +112,7 @@ def bad_attention(rng: random.Random) -> list[str]:
     specs = ["spme", "se(", "se(reduction=0)", "se(reduction=1e9)", "se(reduction='8')", "()", ""]
     specs += ["__import__('os').abort()", "spem(form=5)", "se(pool=mix(nan))", "(" * 3000, "se;se"]
     specs += ["se(reduction=8,reduction=8)", "none(x=1)", "spem spem", "\x1b[2J", "se(channels=3)"]
-    specs += ["cbam(pools=5)", "eca(b=1e30)", "gsop(dims=100000000)"]
+    specs += ["cbam(pools=5)", "eca(b=1e30)"]
     spec = rng.choice(specs)
     calls = [["attach", "cifar:11", spec], ["train", *CALLS["train"], "--attention", spec]]
     calls += [["cost", "cifar:11", "--attention", spec]]

@@ -131,7 +131,6 @@ def load_network(
                 raise ValueError(
                     f"--{name} is for a named network; trained weights come with their own."
                 )
-        found = _trained(Path(text))
     elif own and classes is not None:
         raise ValueError("--classes is for a network of a package; yours says it itself.")
     elif ours and fuse:
@@ -139,6 +138,11 @@ def load_network(
     elif (fuse or start) and attention is None:
         option = "--fuse" if fuse else "--start"
         raise ValueError(f"{option} is for attention that --attention names.")
+    if attention is not None and start is None:  # as the weights were trained
+        closed = any(key.endswith(".alpha") for key in state or ())
+        start = "identity" if closed or (state is None and not ours) else "module"
+    if trained:
+        found = _trained(Path(text))
     elif ours:
         from spem.models import resnet
 
@@ -157,10 +161,8 @@ def load_network(
     if attention is not None and (not ours or start == "identity"):
         from spem.insert import attach
 
-        if start is None:  # as the weights were trained
-            tells = state is None or any(key.endswith(".alpha") for key in state)
-            start = "identity" if tells else "module"
-        attach(found.model, attention, start=start, fuse=fuse, input_shape=found.shape())
+        shape = found.shape()
+        attach(found.model, attention, start=start or "identity", fuse=fuse, input_shape=shape)
     if state is None:
         return found
     lacking = _load(found.model, state, f"--weights {weights}", plain)

@@ -203,7 +203,7 @@ def decode_all(
             kept.append(index)
     _refuse([] if skip_broken else faults, sizes)
     if pixels is None:
-        raise ValueError("no image can be read." + "".join(faults[:1]))
+        raise ValueError(" ".join(["no image can be read.", *faults[:1]]))
     return pixels[: len(kept)], kept
 
 
