@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spem.attention import ChannelAttention
 from spem.insert.fused import FusedTail
+from spem.insert.sites import evaluating, float_like
 from spem.ops import Choice, choose, use_impl, why_composed
 
 __all__ = ["Cost", "LayerCost", "TailCost", "block_tails", "count", "tails_text"]
@@ -106,7 +107,7 @@ def count(
     tails = list(block_tails(model, device=device, dtype=dtype))  # before hooks are in the way
     own, outputs = _run(model, input_shape)
     layers = tuple(_rows(model, own, outputs, set()))
-    width = (dtype or _like(model).dtype).itemsize
+    width = (dtype or float_like(model).dtype).itemsize
     for number, tail in enumerate(tails):
         composed = tail.impl == "reference"
         passes = _MAP_PASSES.get("plain" if composed and tail.attention == "none" else tail.impl)
@@ -134,7 +135,7 @@ def block_tails(
     ``spem.attach(fuse=True)`` describe their own tail. Attention elsewhere is a separate module
     after its norm: not fused. Arguments and errors as for `count`.
     """
-    like = _like(model)
+    like = float_like(model)
     device, dtype = device or like.device.type, dtype or like.dtype
     shared = {
         id(block): stage.shared
@@ -193,11 +194,6 @@ def tails_text(tails: Sequence[TailCost]) -> str:
     return "; ".join(parts) or "no block tails"
 
 
-def _like(model: nn.Module) -> Tensor:
-    """A tensor of the model's device and dtype."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-
 def _run(
     model: nn.Module, input_shape: tuple[int, ...]
 ) -> tuple[Counter[nn.Module], dict[str, tuple[int, ...]]]:
@@ -221,16 +217,15 @@ def _run(
         if isinstance(output, Tensor):
             outputs[name] = tuple(output.shape)
 
-    like, counter = _like(model), FlopCounterMode(display=False)
+    like, counter = float_like(model), FlopCounterMode(display=False)
     x = torch.zeros(input_shape, dtype=like.dtype, device=like.device)
     with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
         for name, module in model.named_modules():
-            stack.callback(setattr, module, "training", module.training)
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # which takes no hooks: what it does is counted for what calls it
             stack.callback(module.register_forward_pre_hook(enter).remove)
             stack.callback(module.register_forward_hook(partial(leave, name)).remove)
-        model.eval()
         # Composed tails call every module, whose hooks then see its share.
         with torch.no_grad(), use_impl("reference"), counter:
             model(x)

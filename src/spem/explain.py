@@ -17,7 +17,7 @@ from spem.attention import ChannelAttention
 from spem.extras import require
 from spem.files import write_atomic
 from spem.gates import GateRecord, Inspection, inspect
-from spem.insert.sites import attentions_of, float_like
+from spem.insert.sites import attentions_of, evaluating, float_like
 from spem.ops import use_impl
 
 if TYPE_CHECKING:
@@ -115,14 +115,13 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
         maps.append((module, shown[0].detach().float().cpu()))
 
     with ExitStack() as stack:
-        for module in model.modules():  # a norm may be frozen in a network in training
-            stack.callback(setattr, module, "training", module.training)
+        stack.enter_context(evaluating(model))
         stack.enter_context(use_impl("reference"))
         for attention in attentions_of(model).values():
             stack.callback(attention.register_forward_hook(keep).remove)
         stack.enter_context(inside)
         like = float_like(model)
-        output = model.eval()(image.to(like.device, like.dtype))
+        output = model(image.to(like.device, like.dtype))
     blocks = [
         _view(inside, record, module, shown)
         for record, (module, shown) in zip(inside.records, maps, strict=True)
