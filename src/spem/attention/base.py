@@ -390,16 +390,18 @@ def register_attention(
         needs: What its definition demands.
 
     Raises:
-        ValueError: The name is taken, reserved, or no lower-case identifier.
+        ValueError: The name is another class's, reserved, or no lower-case identifier.
     """
     if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
         raise ValueError(f"register_attention: {name!r} is not a free lower-case identifier.")
 
     def decorate(cls: _A) -> _A:
-        if name in _REGISTRY:
+        known = _REGISTRY.get(name, cls)
+        # The same class again is a cell of a notebook that has run twice, or a module reloaded.
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
-                f"register_attention: {name!r} is already registered, "
-                f"by {_REGISTRY[name].__qualname__}."
+                f"register_attention: {name!r} is already registered, by {known.__qualname__}. "
+                f"Use another name."
             )
         cls.name, cls.paper, cls.needs = name, paper, needs
         _REGISTRY[name] = cls
