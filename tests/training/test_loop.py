@@ -281,10 +281,11 @@ def test_progress_is_told_after_every_step_and_printed_once_an_epoch(tmp_path: P
     figures = r"loss \d\.\d{3}, accuracy \d+\.\d\d %"
     assert re.fullmatch(rf"epoch 2/2, step 7/7, {figures}, {speed}", told[-1][2])
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("3 block tails: ")
-    assert lines[1].startswith("epoch 1/2: rate 0.1, loss ")
-    assert "images/s" in lines[2]
+    assert len(lines) == 4
+    assert re.fullmatch(r"\d+ training images, \d+ test images, 10 classes", lines[0])
+    assert lines[1].startswith("3 block tails: ")
+    assert lines[2].startswith("epoch 1/2: rate 0.1, loss ")
+    assert "images/s" in lines[3]
 
 
 def test_live_bar_shows_epoch_speed_and_time_left(monkeypatch: pytest.MonkeyPatch):

@@ -313,8 +313,10 @@ class _Training:
         return pixels.contiguous(memory_format=self.format)
 
     def _prepare(self) -> None:
-        """Report how steps run; capture them, if at all, before the clock starts."""
-        runtime, train = self.runtime, self.sets.train
+        """Report images and how steps run; capture steps, if at all, before the clock starts."""
+        runtime, train, test = self.runtime, self.sets.train, self.sets.test
+        counts = f"{len(train):,} training images, {len(test):,} test images"
+        self.progress.message(f"{counts}, {len(train.classes)} classes")
         self.progress.message(f"{tails_of(self.model, runtime)}, step: {runtime.step}")
         if isinstance(self.take_step, CapturedStep):
             started = time.monotonic()
