@@ -8,7 +8,7 @@ differences between them are paired.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -88,26 +88,39 @@ def initialise(
         for name, module in model.named_modules()
         if (rules := getattr(module, "random_init", None)) is not None
     }
+    layers = list(model.named_modules())
+    _draw_all(layers, owners, seed)
+    for name in owners:
+        reset = getattr(model.get_submodule(name), "reset_parameters", None)
+        if callable(reset):
+            reset()
+    if scope == "all":
+        _draw_all([x for x in layers if isinstance(x[1], (nn.Conv2d, nn.BatchNorm2d))], {}, seed)
     for name, module in model.named_modules():
+        reseed = getattr(module, "reseed", None)
+        if callable(reseed):
+            reseed(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed, name)
+
+
+def _draw_all(
+    layers: Iterable[tuple[str, nn.Module]],
+    owners: Mapping[str, Mapping[str, Initialiser]],
+    seed: int | None,
+) -> None:
+    """Draws the parameters of layers by the rules of their owners, or those of the backbone."""
+    for name, module in layers:
         owner = _owner(name, owners)
-        overwritten = scope == "all" and isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
         if isinstance(module, _Norm):
             module.reset_running_stats()
         for local, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{local}" if name else local
-            if owner is None or overwritten:
+            if owner is None:
                 rule = _backbone_rule(module, local)
             else:
                 inner = full[len(owner) + 1 :] if owner else full
                 rule = owners[owner].get(inner) or _default_rule(module, local)
             if rule is not None:
                 _draw(parameter, rule, None if seed is None else keyed_generator(seed, full))
-    for name in owners:
-        _reset_constants(model.get_submodule(name), scope)
-    for name, module in model.named_modules():
-        reseed = getattr(module, "reseed", None)
-        if callable(reseed):
-            reseed(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed, name)
 
 
 def _owner(name: str, owners: Mapping[str, object]) -> str | None:
@@ -154,19 +167,3 @@ def _constant(value: float) -> Initialiser:
         nn.init.constant_(parameter, value)
 
     return fill
-
-
-def _reset_constants(owner: nn.Module, scope: str) -> None:
-    """Sets a module's constants; under "all" its Conv2d and BatchNorm2d keep their draw."""
-    kept: dict[str, Tensor] = {}
-    if scope == "all":
-        for name, inner in owner.named_modules():
-            if isinstance(inner, (nn.Conv2d, nn.BatchNorm2d)):
-                for local, parameter in inner.named_parameters(recurse=False):
-                    kept[f"{name}.{local}" if name else local] = parameter.detach().clone()
-    reset = getattr(owner, "reset_parameters", None)
-    if callable(reset):
-        reset()
-    with torch.no_grad():
-        for name, value in kept.items():
-            owner.get_parameter(name).copy_(value)
