@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,18 @@ def test_files_that_cannot_be_used(tmp_path: Path):
         register_from_file(f"{tmp_path / 'none.py'}:Mine")
     with pytest.raises(ValueError, match="cannot be imported: SyntaxError"):
         register_from_file(f"{write(tmp_path, 'class Mine(:')}:Mine")
+
+
+@pytest.mark.slow
+def test_workers_know_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if importlib.util.find_spec("ray") is None:  # imported too early it leaves this machine
+        pytest.skip("Ray is not installed")
+    monkeypatch.chdir(tmp_path)
+    args = ["compare", "none", "--module", f"{write(tmp_path).name}:Mine", "--data", "digits"]
+    args += ["--size", "8", "--limit", "32", "--epochs", "1", "--seeds", "1", "--workers", "2"]
+    assert main(args) == 0
+    with (tmp_path / "comparison" / "runs.csv").open() as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished", "finished"]
 
 
 def test_a_file_that_exits_is_a_mistake_in_every_command(

@@ -109,7 +109,7 @@ def test_an_estimate_grows_with_what_there_is_to_do():
 
 def test_a_task_that_does_not_see_the_folder_says_so(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="every machine of the cluster"):
-        run._task(tiny("none", "se")[0], str(tmp_path), str(tmp_path / "gone"), ".")
+        run._task(tiny("none", "se")[0], str(tmp_path), str(tmp_path / "gone"), ".", bool)
 
 
 def same(folder: Path) -> pd.DataFrame:

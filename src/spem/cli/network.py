@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ _ATTENTION = 'put into it: spem, "se(reduction=8)" ...'
 _WEIGHTS = "weights (.safetensors) of a named network"
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and deviation of images where nothing else is known."""
+REGISTERED: list[str] = []
+"""What `register_from_file` was given in this process."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,12 @@ def _load(model: nn.Module, state: dict[str, Any], title: str, plain: set[str]) 
     return bool(missing)
 
 
+def register_files(places: Sequence[str]) -> None:
+    """Register several classes of the user's, in a process that trains for this one."""
+    for where in places:
+        register_from_file(where)
+
+
 def register_from_file(where: str) -> str:
     """Register a class of the user's, so that a spec can name it: what `--module` takes.
 
@@ -350,6 +358,7 @@ def register_from_file(where: str) -> str:
         raise ValueError(f"{tried}: {type(error).__name__}: {error}") from error
     if got != [2, 64, 8, 8]:
         raise ValueError(f"{tried}: it must return a map of its input's shape, got {got}.")
+    REGISTERED.append(where)
     return label
 
 

@@ -6,10 +6,12 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.config import check_data
+from spem.cli.network import REGISTERED, register_files
 from spem.cli.options import RARE
 from spem.cli.output import print_json, print_table
 from spem.extras import require
@@ -116,6 +118,7 @@ def carry_out(
     progress, ended = Several(len(todo)), list[run.Ended]()
     try:
         how: Any = {"workers": workers, "address": address, "per_gpu": per_gpu, "budget": budget}
+        how["prepare"] = partial(register_files, tuple(REGISTERED))
         ended = run.run_missing(todo, runs, progress, **how)
     finally:  # what is finished is written, also where a signal stopped the rest
         progress.stop()

@@ -18,7 +18,7 @@ import threading
 import time
 import timeit
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -103,6 +103,7 @@ def run_missing(
     address: str | None = None,
     per_gpu: int = 1,
     budget: float | None = None,
+    prepare: Callable[[], object] = bool,
 ) -> list[Ended]:
     """Train runs, resuming from checkpoints; a failure does not stop the others.
 
@@ -110,7 +111,7 @@ def run_missing(
     before they start. A run that another process trains is checked again until that one has
     finished it or is gone. One worker is a loop in this process, more are tasks of Ray: on the
     cluster at `address`, whose machines have this package and see the folder `runs` at the same
-    path, or on one started here.
+    path, or on one started here. Each task calls `prepare` first.
 
     Raises:
         ImportError: Ray is not installed.
@@ -142,7 +143,8 @@ def run_missing(
                 observer.start(config)
                 share = 1 / per_gpu if gpus and config.runtime.device != "cpu" else 0
                 task = ray.remote(max_retries=RETRIES, num_cpus=threads, num_gpus=share)(_task)
-                pending[task.remote(config, str(runs), probe.name, str(Path.cwd()))] = config
+                place = str(runs), probe.name, str(Path.cwd())
+                pending[task.remote(config, *place, prepare)] = config
             observer.running({config: _share_done(config, runs) for config in pending.values()})
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=LOOK_SECONDS)
             for reference in ready:
@@ -218,7 +220,9 @@ def _signal_at(end: float) -> Generator[None]:
         timer.join()
 
 
-def _task(config: RunConfig, runs: str, probe: str, folder: str) -> Ended:
+def _task(
+    config: RunConfig, runs: str, probe: str, folder: str, prepare: Callable[[], object]
+) -> Ended:
     """Executed by a cluster: one run, in the folder that all machines share."""
     if not Path(probe).exists():
         raise FileNotFoundError(
@@ -227,6 +231,7 @@ def _task(config: RunConfig, runs: str, probe: str, folder: str) -> Ended:
         )
     with contextlib.suppress(OSError):
         os.chdir(folder)  # names of data and weights may be relative to where the command was given
+    prepare()
     try:
         return attempt(config, config.folder(Path(runs)), Silent())
     except Interrupted as error:  # a BaseException would be taken for the death of the process
