@@ -344,9 +344,9 @@ def test_registering() -> None:
     assert Half.name == "half"
     x = feature_map(2, 4, 3, 3)
     torch.testing.assert_close(spem.create_attention("half(part=0.25)", 4)(x), 0.25 * x)
-    with pytest.raises(ValueError, match="'spem' is already registered, by SPEM. Use another"):
+    with pytest.raises(ValueError, match=r"'spem' is already registered, by SPEM\. Use"):
         spem.register_attention("spem", paper="again")(Half)
-    with pytest.raises(ValueError, match="'half' is already registered, by .*Half"):
+    with pytest.raises(ValueError, match=r"'half' is already registered, by .*Half"):
         spem.register_attention("half", paper="again")(type("Other", (Half,), {}))
     again = type("Half", (Half,), {"__qualname__": Half.__qualname__, "__module__": __name__})
     assert spem.register_attention("half", paper=paper)(again) is again  # as notebooks do

@@ -148,7 +148,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: spem.resnet(11), "there is no attention in ResNet"),
     (lambda: spem.SE(16), "one attention"),
     (lambda: spem.resnet(11, attention="cbam"), r"layer1.0.attention \(cbam\) has another gate"),
-    (lambda: spem.resnet(11, attention="dia"), "does more than multiply|adds|follows no norm"),
+    (lambda: spem.resnet(11, attention="dia"), r"layer1.shared \(dia\) is one module for all"),
     (lambda: spem.resnet(11, attention="iebn"), "takes the place of a layer"),
 ]
 
@@ -247,6 +247,10 @@ def test_outputs_of_every_kind() -> None:
         assert fold(Answering(answer), [x]).agreement is not None
     with pytest.raises(ValueError, match="Answering gives no tensor"):
         fold(Answering(lambda _: None), [x])
+    idle = Answering(lambda y: y)
+    idle.forward = lambda x: x.mean((2, 3))
+    with pytest.raises(ValueError, match=r"network\.layer1\.0\.attention did not run"):
+        fold(idle, [x])
     ever = iter(range(1, 9))
     with pytest.raises(ValueError, match="the outputs have other shapes, as detections have"):
         fold(Answering(lambda y: y[:, : next(ever)]), [x])

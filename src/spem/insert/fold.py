@@ -163,11 +163,13 @@ def fold(
         with ExitStack() as stack:
             for gate in gates:
                 stack.enter_context(gate.attention.observe_gates(gate.see))
+            given = False
             for x, _ in _inputs(model, batches, None):
                 model(x)
+                given = True
         idle = [gate.name for gate in gates if not gate.sums[0].any()]
         if idle:
-            why = "no images were given" if len(idle) == len(gates) else f"{idle[0]} did not run"
+            why = f"{idle[0]} did not run" if given else "no images were given"
             raise ValueError(f"fold: {why}. Pass batches that the network takes whole.")
         folded, same_gates = copy.deepcopy((model, gates))
         _apply(folded, same_gates)
@@ -188,17 +190,17 @@ def _gates(model: nn.Module) -> list[_Gate]:
         reasons = {
             "adds to the map": inner.needs.adds,
             "takes the place of a layer": inner.needs.replaces is not None,
-            "does more than multiply its map": inner.needs.shared or own_forward,
+            "is one module for all blocks of a stage": inner.needs.shared,
+            "does more than multiply its map": own_forward,
         }
         kind = module.name or type(module).__name__
         why = next((f"({kind}) {reason}" for reason, holds in reasons.items() if holds), None)
         parent = model.get_submodule(name.rpartition(".")[0])
         tensors = [] if why else _factors(_before(model, name, parent))
         if not tensors:
-            raise ValueError(
-                f"fold: {name} {why or 'follows no norm, convolution or layer scale'}; only a "
-                f"factor per channel after one of these becomes a constant."
-            )
+            unknown = "follows no norm, convolution or layer scale that could take its factor"
+            only = "; only a factor per channel becomes a constant"
+            raise ValueError(f"fold: {name} {why + only if why else unknown}.")
         gate = _Gate(name, module, parent, tensors)
         other = found.setdefault(id(tensors[0]), gate)
         if other is not gate:
