@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import spem
 from spem.attention.spec import _REGISTRY
 from spem.cli import main
 from spem.cli.network import register_from_file
@@ -68,6 +69,15 @@ def write(folder: Path, text: str = PLAIN) -> Path:
     path = folder / "my_module.py"
     path.write_text(text)
     return path
+
+
+def test_a_class_that_declares_nothing_gets_every_statistic(tmp_path: Path):
+    undeclared = OURS.replace('    needs = Needs(statistics=("mean",))\n', "")
+    undeclared = undeclared.replace("stats.mean * 0", "(stats.max - stats.min + stats.var) * 0")
+    assert "needs =" not in undeclared
+    label = register_from_file(f"{write(tmp_path, undeclared)}:Half")
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(spem.create_attention(label, 8)(x), 0.5 * x)
 
 
 def test_a_plain_module_becomes_part_of_the_network(tmp_path: Path):

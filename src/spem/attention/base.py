@@ -40,7 +40,8 @@ class Needs:
     """What a module's definition demands of its caller; checked in forward and shown in tables.
 
     Attributes:
-        statistics: Plane statistics its gate reads besides its pool's.
+        statistics: Plane statistics its gate reads besides its pool's ("mean", "var", "max",
+            "min"); the others are None in `gate_from`.
         pixels: Smallest number of positions of a map (H W).
         batch: Smallest number of images in training.
         values: Smallest number of values N H W in training.
@@ -96,8 +97,9 @@ class ChannelAttention(nn.Module):
     """Registry key, set by `register_attention`."""
     paper: ClassVar[str] = ""
     """Where the module is defined: title, year, link."""
-    needs: Needs = Needs()
-    """What the default form demands; an instance of another form may have its own."""
+    needs: Needs = Needs(statistics=STATISTICS)
+    """What the default form demands; an instance of another form may have its own. A class that
+    declares nothing gets every statistic."""
     random_init: Mapping[str, Initialiser] = {}  # replaced, never changed
     """Rules for randomly drawn parameters (relative names) that differ from torch's default for
     their layer; an instance may have its own."""

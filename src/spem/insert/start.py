@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from spem.attention import ChannelAttention, make_pool
+from spem.attention import ChannelAttention, Needs, make_pool
 from spem.attention.pooling import Pool, PoolSpec
 from spem.attention.precision import call
 from spem.insert.wrap import Around
@@ -159,6 +159,7 @@ class CarriedSE(Around, ChannelAttention):
     inner = "host"
     role = "in an attention that took over its weights"
     name = "se"
+    needs = Needs()
 
     def __init__(
         self, host: nn.Module, pool: PoolSpec, *, channels: int, exact: bool, place: str = ""
