@@ -251,8 +251,8 @@ def _twice(rows: pd.DataFrame, pair: str, value: str) -> str:
     if not apart:
         return f"{what}. Remove one, or name the column that distinguishes them."
     return (
-        f"{what}. They differ in {', '.join(apart[:5])}: add one of these to by, to compare along "
-        "it too, or to within, to split by it."
+        f"{what}. They differ in {', '.join(apart[:5])}: add one of these to by=, to compare along "
+        "it too, or to within=, to split by it."
     )
 
 

@@ -288,6 +288,20 @@ def test_weights_that_are_not_here_are_missed_before_the_first_run(
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_stats_names_options_and_encodings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [f"{m},{s},{rate},90" for m in ("none", "se") for s in range(3) for rate in (1, 2)]
+    (tmp_path / "rates.csv").write_text("\n".join(["module,seed,lr,accuracy", *rows]))
+    assert call(["stats", "rates.csv"]) == 2
+    err = capsys.readouterr().err
+    assert "They differ in lr: add one of these to --by, " in err
+    assert "or to --within, " in err
+    (tmp_path / "other.csv").write_text("module,größe\n", encoding="latin-1")
+    assert call(["stats", "other.csv"]) == 2
+    assert "its text is not in UTF-8" in capsys.readouterr().err
+
+
 def test_seeds_and_times() -> None:
     texts = ("3", "1", "5,", "4,0,9")
     assert [parse_seeds(text) for text in texts] == [[0, 1, 2], [0], [5], [4, 0, 9]]

@@ -134,7 +134,10 @@ def read_table(path: Path) -> pd.DataFrame:
     content = read_regular(path)
     with rephrased(f"{path} is not a CSV file that can be read"), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
-        file = io.StringIO(content.decode("utf-8-sig"), newline=None)
+        try:
+            file = io.StringIO(content.decode("utf-8-sig"), newline=None)
+        except UnicodeDecodeError as error:
+            raise ValueError("its text is not in UTF-8; save it again in this encoding") from error
         separator = max(",;\t", key=file.readline().count)
         file.seek(0)
         texts: Any = {"dtype": str, "keep_default_na": False, "index_col": False}
