@@ -133,6 +133,8 @@ def test_classes_without_splits_get_a_split_that_never_changes(tmp_path: Path) -
     write_set(tmp_path / "with")
     with pytest.raises(ValueError, match=r"data.test=0.3 has no effect"):
         check_images(str(tmp_path / "with"), test=0.3)
+    with pytest.raises(ValueError, match=r"digits: .*data.test=0.3 has no effect"):
+        check_images("digits", test=0.3)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +290,13 @@ def test_broken_images_are_told_together_or_left_out(tmp_path: Path) -> None:
     check_images(str(tmp_path), skip_broken=True)
     left = load_images(str(tmp_path), "train", skip_broken=True)
     assert (left.sha256, left.classes) == (expected.sha256, expected.classes)
+    for path in (tmp_path / "train" / "dog").iterdir():
+        path.rename(path.with_name("x" + path.name)).write_bytes(b"x")
+    with pytest.raises(ValueError, match="none of the train images of the class dog can be read"):
+        load_images(str(tmp_path), "train", skip_broken=True)
+    shutil.rmtree(tmp_path / "train" / "dog")
+    save(tmp_path / "train" / "dog" / "0.png", DOGS[0])
+    paths = [path for path in paths if path.parent.name != "dog"]
     for i in range(25 - len(paths)):
         (tmp_path / "train" / "cat" / f"x{i}.png").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"(?s)^25 images cannot .*\.\.\. and 15 more$"):

@@ -36,22 +36,20 @@ def check_images(
     An image folder is checked down to every file's header; parquet and CIFAR files only for
     existence. The hub is not asked until the images are fetched. Raises as `load_images` does.
     """
+    files: dict[str, Any] = {}
     if known_name(name_or_path) == "digits":
         _magnified(size)
-        return
-    where = _where(name_or_path, root)
-    if where is None:
-        return
-    kind = _kind(where)
-    share = image_folder.TEST_SHARE if test is None else test
-    files = image_folder.look(where, share).files if kind == "folder" else {}
+    elif (where := _where(name_or_path, root)) is not None:
+        kind = _kind(where)
+        if kind == "folder":
+            files = image_folder.look(where, test or image_folder.TEST_SHARE).files
+        for split in ("train", "test") if kind == "parquet" else ():
+            _shards(where, split)
     if test is not None and "all" not in files:
         said = f"has a split for the test, so data.test={test} has no effect"
-        raise ValueError(f"{where}: {said}. Leave it out.")
+        raise ValueError(f"{name_or_path}: {said}. Leave it out.")
     paths = [path for split in files.values() for path, _ in split]
     image_folder.check_files(paths, size=size, skip_broken=skip_broken)
-    for split in ("train", "test") if kind == "parquet" else ():
-        _shards(where, split)
 
 
 def load_images(
@@ -106,14 +104,17 @@ def load_images(
         sources, labels, classes = _digits(split, size := _magnified(size))
     else:
         where = _where(name_or_path, root) or _fetched(HUB_IDS[short or ""])
-        share = image_folder.TEST_SHARE if test is None else test
+        share = test or image_folder.TEST_SHARE
         sources, labels, classes = _READERS[_kind(where)](where, split, share)
         name = short or where.resolve().name
     how: Any = {"size": size, "skip_broken": skip_broken}
     pixels, kept = image_folder.decode_all(sources, len(labels), **how)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    numbers = torch.tensor([labels[i] for i in kept], dtype=torch.int64)
-    images = ImageSet(tensor, numbers, classes, name)
+    found = [labels[i] for i in kept]
+    if lost := set(labels).difference(found):
+        few = f"none of the {split} images of the class {classes[min(lost)]} can be read"
+        raise ValueError(f"{name_or_path}: {few}. Repair some, or take the class away.")
+    images = ImageSet(tensor, torch.tensor(found, dtype=torch.int64), classes, name)
     if sha256 is not None and images.sha256 != sha256.lower():
         found = f"the SHA-256 of the {split} images is {images.sha256}"
         raise ValueError(f"{name_or_path}: {found}, expected {sha256}. They are others or damaged.")
