@@ -210,5 +210,8 @@ def test_the_input_has_the_channels_that_a_network_of_timm_was_built_for(channel
         network = timm.create_model(name, in_chans=channels)
         assert find_sites(network)[0].shape is not None, name
         assert default_input(network)[1] == channels
+    network = timm.create_model("test_resnet")
+    network.conv1[0] = nn.Conv2d(channels, network.conv1[0].out_channels, 3)
+    assert default_input(network)[1] == channels
     patches = timm.create_model("tresnet_m", num_classes=3)  # its first convolution takes 48
     assert default_input(patches) == (1, 3, 224, 224)

@@ -245,10 +245,14 @@ _EXTENTS = {1: (1024,), 2: (224, 224), 3: (8, 64, 64)}
 def default_input(model: nn.Module) -> tuple[int, ...]:
     """The input a network says it is made for (timm's do), else one for its first convolution."""
     for name in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, name, None)
-        size = config.get("input_size") if isinstance(config, dict) else None
+        held: object = getattr(model, name, None)
+        config: dict[str, Any] = held if isinstance(held, dict) else {}
+        size = config.get("input_size")
         if isinstance(size, (tuple, list)) and len(size) == 3:
             channels = getattr(model, "in_chans", size[0])  # its config keeps the usual number
+            # A first convolution that was exchanged says its own; of a multiple it takes patches.
+            first = attribute(model, f"{config.get('first_conv')}.in_channels")
+            channels = first if isinstance(first, int) and first % channels else channels
             return (1, channels, int(size[1]), int(size[2]))
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
