@@ -115,6 +115,7 @@ def to_onnx(
     """
     for package in ("onnxscript", "onnxruntime", "onnx"):
         onnx: Any = require(package, extra="export", purpose="to_onnx")
+    model = getattr(model, "_orig_mod", model)  # a compiled network is the one it was compiled from
     name, target = type(model).__name__, Path(path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")

@@ -203,6 +203,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="save_pretrained")
+    model = getattr(model, "_orig_mod", model)  # a compiled network is the one it was compiled from
     tensors_of = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors_of.items()}
     content: bytes = safetensors.save(state, {"format": "pt"})

@@ -76,6 +76,13 @@ def test_fused_blocks_and_our_own(tmp_path: Path) -> None:
         assert any(isinstance(part, IdentityStart) for part in model.modules())
 
 
+def test_a_compiled_network_is_the_one_it_was_compiled_from(tmp_path: Path) -> None:
+    model, x = network(started("se", 0.4)).eval(), maps(3, 3, 8, 8)
+    exported = to_onnx(torch.compile(model), tmp_path / "net.onnx", (1, 3, 8, 8))
+    assert [d.shape for d in exported.differences] == [(1, 3, 8, 8), (3, 3, 8, 8)]
+    np.testing.assert_allclose(ran(tmp_path / "net.onnx", x), expected(model, x), **CLOSE)
+
+
 def test_attention_that_has_not_started_is_left_out(tmp_path: Path) -> None:
     x = maps(3, 3, 8, 9)
     found: dict[float | None, list[str]] = {}

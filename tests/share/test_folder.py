@@ -46,6 +46,12 @@ def test_our_networks_come_back(spec: str, dtype: torch.dtype, tmp_path: Path):
     assert same(model, again)
 
 
+def test_a_compiled_network_is_the_one_it_was_compiled_from(tmp_path: Path):
+    model = spem.resnet(11, 7, attention="se").eval()
+    spem.save_pretrained(torch.compile(model), tmp_path)  # pyright: ignore[reportArgumentType]
+    assert same(model, spem.from_pretrained(str(tmp_path)))
+
+
 def timm_host(name: str = "test_resnet", **options: Any) -> Any:
     return pytest.importorskip("timm").create_model(name, pretrained=False, **options)
 
