@@ -59,6 +59,7 @@ def options() -> Options:
         (["--", "-x"], {"first": "-x"}),
         (["--names", "a", "b", "--rate=1", "x"], {"names": ("a", "b"), "first": "x"}),
         (["--names=a", "x"], {"names": ("a",), "first": "x"}),
+        (["--names", "a", "b", "--rate=1", "--names=c"], {"names": ("a", "b", "c")}),
     ],
 )
 def test_values(args: list[str], values: dict[str, Any]) -> None:

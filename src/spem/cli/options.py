@@ -105,7 +105,8 @@ class Options:
             if bool(given) != bool(option.metavar):
                 takes = f"needs a value, {option.metavar}" if option.metavar else "takes no value"
                 raise self._wrong(f"{flag} {takes}")
-            found[option.name] = option.value(given or [""], f"{flag}: ")
+            made = option.value(given or [""], f"{flag}: ")
+            found[option.name] = (*found.get(option.name, ()), *made) if option.many else made
         for option in self._arguments:
             given, free = (free, []) if option.many else (free[:1], free[1:])
             if given:
