@@ -23,6 +23,7 @@ EXACT = 14  # pairs up to which all 2**n patterns of signs are looked at; above,
 
 REFERENCE, ABOVE, BELOW, OPEN = "reference", "above", "below", "no difference shown"
 TOO_FEW, UNTRAINED, EQUAL = "too few seeds", "hardly trained", "all differences equal"
+EQUAL_RUNS = "all runs equal"
 _DIFFERENCE = ["pairs", "difference", "difference_sd", "low", "high", "p", "p_flip"]
 
 

@@ -134,6 +134,15 @@ def test_the_papers_numbers_and_their_verdict(tmp_path: Path):
     assert rows.loc[["plain", "CBAM"], "against_paper"].tolist() == ["inside", "outside"]
 
 
+@pytest.mark.parametrize(("seeds", "verdict"), [(2, "n too small to say"), (3, "all runs equal")])
+def test_equal_best_epochs_are_not_called_too_few(tmp_path: Path, seeds: int, verdict: str):
+    out = reproduced(tmp_path, "table1", scale="paper", seeds=seeds)
+    rows = pd.read_csv(out / "runs.csv")
+    rows.assign(best_accuracy=93.0).to_csv(out / "runs.csv", index=False)
+    table = build_tables(load_runs(out))[0]
+    assert table.frame.set_index("row").loc["plain", "against_paper"] == verdict
+
+
 def test_rows_that_were_not_run_and_a_reference_that_was_not(tmp_path: Path):
     out = reproduced(tmp_path, "table1", seeds=3)
     rows = pd.read_csv(out / "runs.csv")

@@ -378,9 +378,11 @@ def _beside_paper(
     best = {row: part.dropna() for row, part in runs.groupby("row")["best_accuracy"]}
 
     def judge(row: str) -> str:
+        if row not in printed:
+            return ""
         ends = stats.prediction_interval(best[row])
-        if row not in printed or ends is None:
-            return "n too small to say" if row in printed else ""
+        if ends is None:
+            return "n too small to say" if len(best[row]) < stats.FEW else stats.EQUAL_RUNS
         return "inside" if ends[0] <= printed[row].top1 <= ends[1] else "outside"
 
     means, spreads = [best[row].mean() for row in rows], [best[row].std() for row in rows]
