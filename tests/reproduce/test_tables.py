@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,17 @@ def test_equal_best_epochs_are_not_called_too_few(tmp_path: Path, seeds: int, ve
     rows.assign(best_accuracy=93.0).to_csv(out / "runs.csv", index=False)
     table = build_tables(load_runs(out))[0]
     assert table.frame.set_index("row").loc["plain", "against_paper"] == verdict
+
+
+def test_commands_that_write_into_one_folder_at_once_keep_all_rows(tmp_path: Path):
+    configs = list(run_configs([experiment("table1", "smoke", seeds=range(2))]))[:8]
+
+    def write_one(config: RunConfig) -> None:
+        record({config: ["table1"]}, tmp_path / "runs", tmp_path / "out", failed={config: "why"})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_one, configs))
+    assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 8
 
 
 def test_rows_that_were_not_run_and_a_reference_that_was_not(tmp_path: Path):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spem import stats
-from spem.files import write_atomic
+from spem.extras import require
+from spem.files import require_regular, write_atomic
 from spem.reproduce.experiments import (
     EXPERIMENTS,
     SCALES,
@@ -146,13 +147,27 @@ def record(
     Raises:
         ValueError: An existing file is damaged, or spem did not write it.
     """
+    filelock = require("filelock", extra="train", purpose="writing results")
+    out.mkdir(parents=True, exist_ok=True)
+    require_regular(out / ".lock", missing_ok=True)
+    with filelock.FileLock(out / ".lock"):  # of two commands, the later one must see both's rows
+        return _record(planned, runs, out, failed or {}, baseline)
+
+
+def _record(
+    planned: Mapping[RunConfig, Sequence[str]],
+    runs: Path,
+    out: Path,
+    failed: Mapping[RunConfig, str],
+    baseline: str | None,
+) -> list[str]:
     there = {_key(row): row.get("experiment", "") for row in _read_texts(out / "runs.csv")}
     tables: dict[str, list[Row]] = {name: [] for name in FILES}
     problems: list[str] = []
     for config, names in planned.items():
         before = there.get((config.id, str(config.seed)), "").split()
         row: Row = {"experiment": " ".join(dict.fromkeys([*before, *names])), "baseline": baseline}
-        folder, error, run = config.folder(runs), (failed or {}).get(config), None
+        folder, error, run = config.folder(runs), failed.get(config), None
         try:
             if error is None and (folder / "result.json").exists():
                 run = read_run(folder)
