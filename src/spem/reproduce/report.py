@@ -180,7 +180,8 @@ def _machines(runs: pd.DataFrame) -> list[str]:
     if runs.empty:
         return []
     hours = float(runs["time_train_seconds"].sum()) / 3600 if "time_train_seconds" in runs else 0
-    found = [f"{len(runs)} runs, {hours:.2g} hours of training in total."]
+    plural = "s" if len(runs) > 1 else ""
+    found = [f"{len(runs)} run{plural}, {hours:.2g} hours of training in total."]
     for name in ("hardware", "torch", "commit", "precision", "impl", "step"):
         cells = [str(cell) for cell in runs[name].dropna().unique()] if name in runs else []
         if cells:
