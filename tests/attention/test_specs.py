@@ -351,6 +351,9 @@ def test_registering() -> None:
     again = type("Half", (Half,), {"__qualname__": Half.__qualname__, "__module__": __name__})
     assert spem.register_attention("half", paper=paper)(again) is again  # as notebooks do
     assert type(spem.create_attention("half", 4)) is again
+    assert again.needs.statistics == ()  # those of the class, where nothing else is said
+    own = type("Own", (Half,), {"needs": spem.Needs(pixels=3)})
+    assert spem.register_attention("own", paper=paper)(own).needs.pixels == 3
     for name in ("none", "", "two words", "UPPER", "a(b)"):
         with pytest.raises(ValueError, match=rf"{re.escape(repr(name))}.*identifier"):
             spem.register_attention(name, paper="")

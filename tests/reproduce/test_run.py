@@ -18,6 +18,7 @@ from spem.reproduce import load_runs, run
 from spem.reproduce.experiments import comparison
 from spem.reproduce.run import estimate_seconds, forget_diverged, missing, run_missing
 from spem.training import HeldError, Interrupted, RunConfig, Silent, smoke
+from spem.training.folder import held
 
 
 class Told(Silent):
@@ -49,8 +50,13 @@ def test_a_run_that_diverged_is_not_trained_again_unless_asked(tmp_path: Path):
     rows = load_runs(tmp_path)
     assert set(rows["status"]) == {"diverged"}
     assert rows["error"].str.contains("infinite|NaN|nan|inf").all()
+    with held(configs[0].folder(tmp_path)):  # by a process that trains it again already
+        forget_diverged(configs, tmp_path)
+        assert missing(configs, tmp_path) == configs[1:]
+    forget_diverged(configs, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
     forget_diverged(configs[:1], tmp_path)
-    assert missing(configs, tmp_path) == configs[:1]
+    assert missing(configs, tmp_path) == configs
 
 
 def test_a_run_that_another_process_has_is_waited_for(

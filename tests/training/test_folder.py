@@ -173,10 +173,10 @@ def test_a_name_is_no_identity(tmp_path: Path):
 def test_another_number_of_classes_is_told():
     digits = load_images("digits", "test", size=8)
     identity = DataIdentity("digits", digits.classes, digits.sha256, digits.sha256)
-    identity.require_classes(digits)
+    digits.require_classes(identity.classes)
     fewer = ImageSet(digits.images[:1], digits.labels[:1] * 0, ("0",), "one")
-    with pytest.raises(ValueError, match="10 against 1"):
-        identity.require_classes(fewer)
+    with pytest.raises(ValueError, match="10 there, 1 here"):
+        fewer.require_classes(identity.classes)
 
 
 def test_a_run_that_goes_on_is_read_as_unfinished(tmp_path: Path):

@@ -382,14 +382,14 @@ def register_attention(
     name: str,
     *,
     paper: str,
-    needs: Needs = Needs(),  # frozen
+    needs: Needs | None = None,
 ) -> Callable[[_A], _A]:
     """Registers a module class under a name for specs, the command line and generated tables.
 
     Args:
         name: Registry key, an identifier in lower case.
         paper: Title, year and link of the definition.
-        needs: What its definition demands.
+        needs: What its definition demands; None is what the class, or its base, says.
 
     Raises:
         ValueError: The name is another class's, reserved, or no lower-case identifier.
@@ -405,7 +405,8 @@ def register_attention(
                 f"register_attention: {name!r} is already registered, by {known.__qualname__}. "
                 f"Use another name."
             )
-        cls.name, cls.paper, cls.needs = name, paper, needs
+        own = Needs() if cls.needs is ChannelAttention.needs else cls.needs
+        cls.name, cls.paper, cls.needs = name, paper, needs or own
         _REGISTRY[name] = cls
         return cls
 

@@ -88,12 +88,8 @@ class Network:
     def require_classes(self, images: ImageSet) -> None:
         """Raises ValueError for images whose labels mean something else than its outputs."""
         self.require_colour()
-        if self.classes is not None and self.classes != images.classes:
-            mine, theirs = (", ".join(names[:3]) for names in (self.classes, images.classes))
-            raise ValueError(
-                f"the network was trained on other classes ({mine} ...) than those of "
-                f"{images.name} ({theirs} ...). Use images of the same classes."
-            )
+        if self.classes is not None:
+            images.require_classes(self.classes)
 
 
 def is_trained(text: str) -> bool:

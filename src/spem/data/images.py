@@ -64,6 +64,20 @@ class ImageSet:
         where = indices.to(self.images.device)
         return replace(self, images=self.images[where], labels=self.labels[where], sha256="")
 
+    def require_classes(self, trained: tuple[str, ...]) -> None:
+        """Raise ValueError if labels mean something other than the outputs of a network."""
+        mine = self.classes
+        if mine == trained:
+            return
+        difference = f"{len(trained)} there, {len(mine)} here"
+        if len(mine) == len(trained):
+            i = next(i for i in range(len(mine)) if mine[i] != trained[i])
+            difference = f"class {i} is {trained[i]!r} there and {mine[i]!r} here"
+        raise ValueError(
+            f"the network was trained on other classes than those of {self.name} ({difference}). "
+            "An accuracy would mean nothing. Use images of the same classes."
+        )
+
     def to(self, device: torch.device | str) -> ImageSet:
         """The same set on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

@@ -38,6 +38,7 @@ from spem.training import (
     read_run,
     train,
 )
+from spem.training.folder import held
 from spem.training.signals import stop_signals
 
 HELD, STOPPED = "held", "stopped"
@@ -88,7 +89,10 @@ def require_weights(configs: Iterable[RunConfig]) -> None:
 def forget_diverged(configs: Iterable[RunConfig], runs: Path) -> None:
     """Remove the results and checkpoints of diverged runs, so that they start again."""
     for folder in (config.folder(runs) for config in configs):
-        with contextlib.suppress(OSError, ValueError):
+        if not folder.is_dir():
+            continue
+        # A folder that another process holds is being trained again already.
+        with contextlib.suppress(OSError, ValueError, HeldError), held(folder):
             if read_run(folder).error is not None:
                 for name in ("checkpoint.pt", "metrics.jsonl", "result.json"):
                     (folder / name).unlink(missing_ok=True)

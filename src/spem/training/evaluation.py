@@ -138,7 +138,7 @@ def load_test_images(
                 f"under this name here (SHA-256 {data.test_sha256[:10]} there, "
                 f"{images.sha256[:10]} here). Name the images with --data PATH."
             )
-        data.require_classes(images)
+        images.require_classes(data.classes)
     return images
 
 

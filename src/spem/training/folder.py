@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from spem.data import ImageSet
 from spem.extras import first_line, require
 from spem.files import (
     canonical_json,
@@ -81,21 +80,6 @@ class DataIdentity:
     classes: tuple[str, ...]
     train_sha256: str
     test_sha256: str
-
-    def require_classes(self, images: ImageSet) -> None:
-        """Raise ValueError if the images' labels mean something other than the outputs."""
-        mine, theirs = self.classes, images.classes
-        if mine == theirs:
-            return
-        difference = f"{len(mine)} against {len(theirs)}"
-        if len(mine) == len(theirs):
-            i = next(i for i in range(len(mine)) if mine[i] != theirs[i])
-            difference = f"class {i} is {mine[i]!r} there and {theirs[i]!r} here"
-        raise ValueError(
-            f"the network was trained on the classes of {self.name}, and those of {images.name} "
-            f"differ ({difference}). An accuracy would mean nothing. Use images of the same "
-            "classes."
-        )
 
 
 @dataclass(frozen=True)
