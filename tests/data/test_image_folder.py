@@ -87,6 +87,9 @@ def test_the_reader_finds_what_torchvision_finds(tmp_path: Path) -> None:
     assert listing.files["train"] == [(Path(path), label) for path, label in theirs.samples]
     assert list(listing.classes) == theirs.classes
     assert len(load_images(str(tmp_path), "train")) == 3 + 2 + 9
+    for name in ("5.jfif", "6.JPE"):  # which it leaves out without a word
+        (cat / name).write_bytes((cat / "4.jpeg").read_bytes())
+    assert len(load_images(str(tmp_path), "train")) == 3 + 2 + 9 + 2
 
 
 @pytest.mark.parametrize("names", ["train val", "Train TEST", "Training Testing"])
