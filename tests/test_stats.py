@@ -186,6 +186,7 @@ READABLE = {
     "semicolons and decimal commas": "Model;Seed;Accuracy\n{1}",
     "per cent signs": "model,seed,acc\n{2}",
     "a column a seed": "model,seed0,seed1,seed2\nnone,90.0,91.5,90.7\nse,91.0,92.0,91.9\n",
+    "a column a module": "seed,none,se\n0,90.0,91.0\n1,91.5,92.0\n2,90.7,91.9\n",
     "numbers as columns": "Method,0,1,2\nnone,90.0%,91.5%,90.7%\nse,91.0%,92.0%,91.9%\n",
 }
 VALUES = {"none": (90.0, 91.5, 90.7), "se": (91.0, 92.0, 91.9)}
@@ -216,6 +217,8 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
         ("model,seed,acc\n", "no rows"),
         ("a,b\n1,2\n", "there is no column 'module'. Name one with --by: a, b"),
         ("model,acc\nnone,1\n", "there is no column 'seed'"),
+        ("seed,none,se\n0,90.0,high\n", "'high' in column 'se' is not a number"),
+        ("seed,none\n0,90.0\n", "there is no column 'module'"),
         ("model,seed,acc\nnone,0,high\n", "'high' in column 'acc' is not a number"),
         ('model,seed,acc\n"none,0,1\n', "not a CSV file"),
         ("model,seed,acc\nnone,0,90,5\nse,0,91,5\n", "more cells than the heading; quote"),

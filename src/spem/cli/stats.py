@@ -34,7 +34,7 @@ def run(
     level: Annotated[float, "X", "of the intervals", number(0), RARE] = 0.95,
     json: Json = False,
 ) -> None:
-    """Paired differences of any results: a CSV with one run a row, or with a column a seed.
+    """Paired differences of any results: a CSV with one run a row, or a column a seed or group.
 
     Runs of two groups that have the same seed are a pair. Below three pairs nothing is concluded; p
     is of the paired t test, from six pairs on also of flipping signs.
@@ -161,12 +161,21 @@ def choose_columns(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The table with numbers in its value column, and the arguments for `compare`.
 
-    Columns that are not named are the usual ones, in capitals or not. A table with a column a seed
-    is turned into one with a row a run.
+    Columns that are not named are the usual ones, in capitals or not. A table with a column a seed,
+    or a column a group and a row a seed, is turned into one with a row a run.
 
     Raises:
         ValueError: A column does not exist or none can be guessed, or a cell is not a number.
     """
+    row = _find(table, USUAL["pair"] if pair is None else [pair])
+    if row and not by and value is None and not _find(table, (*USUAL["by"], *USUAL["value"])):
+        kept = [row, *(name for each in within or WITHIN if (name := _find(table, [each])))]
+        groups = [name for name in table if name not in kept]
+        for name in groups:  # a column of texts is called by its own name
+            for cell in table[name]:
+                _number(cell, name)
+        if len(groups) > 1:
+            table = table.melt(kept, groups, var_name="module", value_name="value")
     by = [_column(table, "by", name) for name in by or (None,)]
     asked = [_column(table, "within", name) for name in within or ()]
     named = {*by, value, pair, *asked}

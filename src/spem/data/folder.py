@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 """Pillow's formats that hold only pixels; some of its others start programs."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SUFFIXES += (".jfif", ".jpe")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jfif", ".jpe"),
+)
 """torchvision's, and what browsers call a JPEG."""
-_UNREAD = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".svg")
-_UNREAD += (".apng", ".arw", ".cr3", ".dcm", ".exr", ".psd", ".raf", ".tga")
+_UNREAD = (
+    *(".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dng", ".cr2", ".nef", ".svg"),
+    *(".apng", ".arw", ".cr3", ".dcm", ".exr", ".psd", ".raf", ".tga"),
+)
 """Images that are not read: reported, or they would be missing unnoticed."""
 _SPLITS = {
     "train": ("train", "training"),
