@@ -73,7 +73,6 @@ class BAM(ChannelAttention):
         self.context2 = nn.Conv2d(h, h, 3, **wide)
         self.context2_norm = nn.BatchNorm2d(h, **factory)
         self.spatial = nn.Conv2d(h, 1, 1, **factory)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """1 + s(Mc Ms), [N, C, H, W]."""

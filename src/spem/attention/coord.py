@@ -43,7 +43,6 @@ class CoordAtt(ChannelAttention):
         self.norm = nn.BatchNorm2d(hidden, **factory)
         self.conv_h = nn.Conv2d(hidden, channels, 1, **factory)
         self.conv_w = nn.Conv2d(hidden, channels, 1, **factory)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """The product of both gates, [N, C, H, W]."""

@@ -56,9 +56,8 @@ class ECA(ChannelAttention):
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         size = _adaptive_kernel(channels, gamma, b) if kernel is None else kernel
-        odd_int("ECA", "3, 5, 7 or None", kernel=size)
+        odd_int("ECA", kernel=size)
         self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
-        self._draw_start()
 
     def _compiled(self) -> CompiledGate | None:
         if not is_average(self.pool) or not self._has_own_layer():

@@ -68,7 +68,6 @@ class ELA(ChannelAttention):
         local: Any = {"padding": kernel // 2, "groups": channels // together, "bias": False}
         self.conv = nn.Conv1d(channels, channels, kernel, **local, **factory)
         self.norm = nn.GroupNorm(groups, channels, **factory)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """a(p_h) a(p_w), [N, C, H, W]."""

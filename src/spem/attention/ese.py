@@ -33,7 +33,6 @@ class ESE(ChannelAttention):
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         self.fc = nn.Linear(channels, channels, device=device, dtype=dtype)
-        self._draw_start()
 
     def gate_from(self, stats: PlaneStats) -> Tensor:
         """hardsigmoid(W z + b), [N, C]."""

@@ -68,7 +68,6 @@ class FCA(ChannelAttention):
         self.frequencies = frequencies
         self.fc1 = nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """s(W2 relu(W1 z)), [N, C, 1, 1]."""

@@ -52,7 +52,6 @@ class GSoP(ChannelAttention):
         self.row_norm = nn.BatchNorm2d(dims, **factory)
         self.rows = nn.Conv2d(dims, 4 * dims, (dims, 1), groups=dims, **factory)
         self.excite = nn.Conv2d(4 * dims, channels, 1, **factory)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """s of the excited covariances, [N, C, 1, 1]."""

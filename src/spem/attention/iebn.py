@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, Factory, positive
+from spem.attention.options import Device, Dtype, Factory, fraction
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import batch_norm, cast
 from spem.ops import PlaneStats
@@ -54,7 +54,7 @@ class IEBN(ChannelAttention):
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
         factory = Factory(device=device, dtype=dtype)
-        positive("IEBN", 1, momentum=momentum, eps=eps)
+        fraction("IEBN", momentum=momentum, eps=eps)
         self.momentum, self.eps = float(momentum), float(eps)
         self.weight = nn.Parameter(torch.empty(channels, **factory))
         self.bias = nn.Parameter(torch.empty(channels, **factory))

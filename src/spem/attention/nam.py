@@ -30,7 +30,6 @@ class NAM(ChannelAttention):
     def __init__(self, channels: int, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__(channels)
         self.norm = nn.BatchNorm2d(channels, device=device, dtype=dtype)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """s(w b), [N, C, H, W]."""

@@ -1,8 +1,8 @@
 """Options that modules share, and their checks: each raises one sentence that names the module."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TypedDict, TypeGuard
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 import torch
 
@@ -19,12 +19,17 @@ class Factory(TypedDict):
     dtype: Dtype
 
 
-def _all(
-    label: str, options: Mapping[str, object], right: Callable[[object], bool], wrong: str
-) -> None:
-    for name, value in options.items():
-        if not right(value):
-            raise ValueError(f"{label}: {name}={value!r} is {wrong}.")
+class Rule(NamedTuple):
+    """What is right for an option."""
+
+    right: Callable[[Any], bool]
+    wrong: str
+
+    def __call__(self, label: str, **options: object) -> None:
+        """Raises ValueError, which names the module, unless all options are right."""
+        for name, value in options.items():
+            if not self.right(value):
+                raise ValueError(f"{label}: {name}={value!r} is {self.wrong}.")
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -32,43 +37,23 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def positive_int(label: str, **options: object) -> None:
-    """Raises ValueError unless every option is a positive integer."""
-    wrong = "not a positive integer. Use 1 or more"
-    _all(label, options, lambda v: is_int(v) and v >= 1, wrong)
+def _is_number(value: object) -> bool:
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def odd_int(label: str, use: str = "3, 5 or 7", **options: object) -> None:
-    """Raises ValueError unless every option is an odd positive integer, a kernel's side."""
-    wrong = f"not an odd positive integer. Use {use}"
-    _all(label, options, lambda v: is_int(v) and v >= 1 and v % 2 == 1, wrong)
-
-
-def number(label: str, **options: object) -> None:
-    """Raises ValueError unless every option is a finite number."""
-
-    def right(value: object) -> bool:
-        return is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-    _all(label, options, right, "not a finite number. Use an int or a float")
-
-
-def positive(label: str, most: float = math.inf, **options: float) -> None:
-    """Raises ValueError unless every option is a finite number above 0 and up to ``most``."""
-    number(label, **options)
-    limit = "a positive number" if most == math.inf else f"a number above 0 and up to {most}"
-    _all(label, options, lambda v: isinstance(v, int | float) and 0 < v <= most, f"not {limit}")
+positive_int = Rule(lambda v: is_int(v) and v >= 1, "not a positive integer. Use 1 or more")
+odd_int = Rule(
+    lambda v: is_int(v) and v >= 1 and v % 2 == 1, "not an odd positive integer. Use 3, 5 or 7"
+)
+number = Rule(_is_number, "not a finite number. Use an int or a float")
+positive = Rule(lambda v: _is_number(v) and v > 0, "not a positive number")
+fraction = Rule(lambda v: _is_number(v) and 0 < v <= 1, "not a number above 0 and up to 1")
+flag = Rule(lambda v: isinstance(v, bool), "not a bool. Use True or False")
 
 
 def one_of(label: str, allowed: tuple[str, ...], **options: object) -> None:
     """Raises ValueError unless every option is one of the words."""
-    wrong = f"unknown. Use one of {', '.join(allowed)}"
-    _all(label, options, lambda value: value in allowed, wrong)
-
-
-def flag(label: str, **options: object) -> None:
-    """Raises ValueError unless every option is True or False."""
-    _all(label, options, lambda v: isinstance(v, bool), "not a bool. Use True or False")
+    Rule(lambda v: v in allowed, f"unknown. Use one of {', '.join(allowed)}")(label, **options)
 
 
 def divides(label: str, channels: int, **options: int) -> None:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.options import Device, Dtype, number, one_of, positive_int
+from spem.attention.options import Device, Dtype, fraction, number, one_of, positive_int
 from spem.ops import PlaneStats
 from spem.ops.library import has_hooks
 from spem.ops.stats import compute_dtype
@@ -89,9 +89,7 @@ class SRP:
     per: Per = "image"
 
     def __post_init__(self) -> None:
-        number("SRP", share=self.share)
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"SRP: share={self.share} lies outside (0, 1].")
+        fraction("SRP", share=self.share)
         positive_int("SRP", regions=self.regions)
         one_of("SRP", get_args(Per), per=self.per)
         object.__setattr__(self, "share", float(self.share))

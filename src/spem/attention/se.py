@@ -47,7 +47,6 @@ class SE(ChannelAttention):
         flag("SE", bias=bias)
         self.fc1 = nn.Linear(channels, hidden, bias=bias, **factory)
         self.fc2 = nn.Linear(hidden, channels, bias=bias, **factory)
-        self._draw_start()
 
     def _compiled(self) -> CompiledGate | None:
         one, two, pool = self.fc1, self.fc2, self.pool

@@ -40,7 +40,6 @@ class SPA(ChannelAttention):
         inputs = channels * sum(side * side for side in GRIDS)
         self.fc1 = nn.Linear(inputs, hidden, bias=False, **factory)
         self.fc2 = nn.Linear(hidden, channels, bias=False, **factory)
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """s(W2 relu(W1 z)), [N, C, 1, 1]."""

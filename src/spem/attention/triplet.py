@@ -51,7 +51,6 @@ class Triplet(ChannelAttention):
         odd_int("Triplet", kernel=kernel)
         factory = Factory(device=device, dtype=dtype)
         self.cw, self.hc, self.hw = (Plane(kernel, **factory) for _ in range(3))
-        self._draw_start()
 
     def gate(self, x: Tensor) -> Tensor:
         """The mean of the three gates, [N, C, H, W]."""
