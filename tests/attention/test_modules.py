@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import spem
 from spem import attention
-from spem.attention import eca
+from spem.attention import dia, eca
 from spem.attention.fca import TOP
 from spem.attention.spa import averaging
 
@@ -136,6 +136,22 @@ def test_a_gate_of_its_own_is_not_left_out_of_the_tail() -> None:
     module = randomise(Doubled(32).double(), "doubled")
     z = feature_map(3, 32, 4, 5)
     torch.testing.assert_close(module.tail(z, z), torch.relu(module(z) + z), **F64)
+    assert "forward of its own" in str(module.why_composed())
+
+
+def test_nor_is_a_forward_of_a_module_that_carries_a_state() -> None:
+    class Doubled(spem.DIA):
+        def forward(self, x: Tensor, state: dia.State | None = None) -> Tensor | dia.Step:
+            y, after = super().forward(x, state or ())
+            return 2 * y if state is None else (2 * y, after)
+
+    module = randomise(Doubled(32).double(), "doubled")
+    z = feature_map(3, 32, 4, 5)
+    torch.testing.assert_close(module.tail(z, z), torch.relu(module(z) + z), **F64)
+    first, state = module(z, ())
+    tail = module.begin()
+    torch.testing.assert_close(tail(z, z), torch.relu(first + z), **F64)
+    torch.testing.assert_close(tail(z, z), torch.relu(module(z, state)[0] + z), **F64)
     assert "forward of its own" in str(module.why_composed())
 
 

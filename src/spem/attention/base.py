@@ -155,8 +155,7 @@ class ChannelAttention(nn.Module):
         """The recalibration factor in at least float32, broadcastable to x ([N, C, 1, ...])."""
         if not self.takes_any_rank():
             return self.map_gate(x)
-        v = self.gate_from(self.stats_of(x))
-        return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+        return along(self.gate_from(self.stats_of(x)), x)
 
     def map_gate(self, x: Tensor) -> Tensor:
         """The gate of an instance that is not a function of plane statistics, though others are."""
@@ -210,7 +209,12 @@ class ChannelAttention(nn.Module):
 
     def computes_gate_in_forward(self) -> bool:
         """Whether a forward pass calls the methods that are observed; a forward of its own may."""
-        return type(self).forward is ChannelAttention.forward
+        return type(self).forward is self._plain.forward
+
+    @property
+    def _plain(self) -> "type[ChannelAttention]":
+        """The class whose forward and gate are what a fused tail computes."""
+        return ChannelAttention
 
     def why_composed(self) -> str | None:
         """Why the tail of this module is composed of modules; None if its gate can be fused.
@@ -222,12 +226,12 @@ class ChannelAttention(nn.Module):
 
     def _why_no_gate(self) -> str | None:
         """Why a tail cannot be fused, with hooks or without."""
-        kind, name = type(self), self.name or type(self).__name__
+        kind, plain, name = type(self), self._plain, self.name or type(self).__name__
         if not self.takes_any_rank():
             return f"{name} is not a function of plane statistics"
         if self.reads_map and self.training:
             return f"{name} pools random regions of the map in training"
-        if kind.forward is not ChannelAttention.forward or kind.gate is not ChannelAttention.gate:
+        if kind.forward is not plain.forward or kind.gate is not plain.gate:
             return f"{kind.__name__} has a forward of its own"
         return None
 
@@ -374,6 +378,11 @@ class ChannelAttention(nn.Module):
             )
 
 
+def along(v: Tensor, x: Tensor) -> Tensor:
+    """A gate [N, C] with an axis of length 1 for each spatial axis of a map."""
+    return v.reshape(*v.shape, *[1] * (x.dim() - 2))
+
+
 _A = TypeVar("_A", bound=type[ChannelAttention])
 _REGISTRY: dict[str, type[ChannelAttention]] = {}
 
@@ -434,21 +443,17 @@ def param_groups(
         weight_decay: Weight decay of ordinary parameters.
         mix_lr: A learning rate of their own for learned mixes, or None for ``lr``.
     """
-    mixes = {id(parameter) for _, mix in learned_mixes(model) for parameter in mix.parameters()}
-    spared = {id(parameter) for parameter in _declared_no_decay(model)}
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "mixes": []}
-    for parameter in model.parameters():
-        key = id(parameter)
-        kind = "mixes" if key in mixes else "no_decay" if key in spared else "decay"
-        if parameter.requires_grad:
-            groups[kind].append(parameter)
-    rates = {"decay": lr, "no_decay": lr, "mixes": lr if mix_lr is None else mix_lr}
-    decays = {"decay": weight_decay, "no_decay": 0.0, "mixes": 0.0}
-    return [
-        {"params": members, "lr": rates[key], "weight_decay": decays[key]}
-        for key, members in groups.items()
-        if members
+    mix_lr = lr if mix_lr is None else mix_lr
+    decay, spared, mixes = groups = [
+        dict[str, Any](params=[], lr=rate, weight_decay=own)
+        for rate, own in ((lr, weight_decay), (lr, 0.0), (mix_lr, 0.0))
     ]
+    group_of = {id(parameter): spared for parameter in _declared_no_decay(model)}
+    group_of |= {id(p): mixes for _, mix in learned_mixes(model) for p in mix.parameters()}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            group_of.get(id(parameter), decay)["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def _declared_no_decay(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -466,10 +471,5 @@ def attention_parameters(model: nn.Module) -> int:
 
     Those of a module that replaces a norm or a convolution count whole, with what they replace.
     """
-    found = {
-        id(p): p.numel()
-        for module in model.modules()
-        if isinstance(module, ChannelAttention)
-        for p in module.parameters()
-    }
-    return sum(found.values())
+    own = (module for module in model.modules() if isinstance(module, ChannelAttention))
+    return sum(p.numel() for p in {p for module in own for p in module.parameters()})

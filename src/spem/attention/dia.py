@@ -1,11 +1,9 @@
 """DIANet: one recurrent attention unit for all blocks of a stage."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from spem.attention.base import ChannelAttention, Needs, Tail, register_attention
+from spem.attention.base import ChannelAttention, Needs, Tail, along, register_attention
 from spem.attention.options import Device, Dtype, Factory, hidden_units
 from spem.attention.pooling import PoolSpec
 from spem.attention.precision import call
@@ -13,6 +11,8 @@ from spem.ops import PlaneStats
 
 State = tuple[Tensor, ...]
 """What a block hands to the next one, (h, c); () before the first block of a stage."""
+Step = tuple[Tensor, State]
+"""A gate, or what it has scaled, and the state after it."""
 
 
 @register_attention(
@@ -54,9 +54,8 @@ class DIA(ChannelAttention):
         self.input2 = nn.Linear(hidden, 4 * channels, **factory)
         self.state1 = nn.Linear(channels, hidden, **factory)
         self.state2 = nn.Linear(hidden, 4 * channels, **factory)
-        self._draw_start()
 
-    def step(self, stats: PlaneStats, state: State) -> tuple[Tensor, State]:
+    def step(self, stats: PlaneStats, state: State) -> Step:
         """h', and (h', c')."""
         z = self.pool(stats)
         h, c = state or (torch.zeros_like(z), torch.zeros_like(z))
@@ -73,48 +72,36 @@ class DIA(ChannelAttention):
 
     def gate(self, x: Tensor, state: State = ()) -> Tensor:
         """The gate after a state, [N, C, 1, ...]."""
-        return self._gate_and_state(x, state)[0]
+        return along(self.step(self.stats_of(x), state)[0], x)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor | Step:
         """x * gate(x) as in the first block; with a state, the state after it too."""
         self._check(x)
-        gate, after = self._gate_and_state(x, state or ())
-        y = x * gate.to(x.dtype)
+        gate, after = self.step(self.stats_of(x), state or ())
+        y = x * along(gate, x).to(x.dtype)
         return y if state is None else (y, after)
 
     def begin(self) -> Tail:
         """The tail of the blocks of a stage, in their order; it alone holds the state."""
         state: State = ()
 
-        def tail(z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+        def keep(computed: Step) -> Tensor:
             nonlocal state
+            value, state = computed
+            return value
+
+        def tail(z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
             before = state
-
-            def gate_of(module: DIA) -> Callable[[PlaneStats], Tensor]:
-                def gate(stats: PlaneStats) -> Tensor:
-                    nonlocal state
-                    v, state = module.step(stats, before)
-                    return v
-
-                return gate
-
-            def call(module: DIA, x: Tensor) -> Tensor:
-                nonlocal state
-                y, state = module(x, before)
-                return y
-
-            return self._tail(z, residual, norm, gate_of, call)
+            return self._tail(
+                z,
+                residual,
+                norm,
+                lambda module: lambda stats: keep(module.step(stats, before)),
+                lambda module, x: keep(module(x, before)),
+            )
 
         return tail
 
-    def computes_gate_in_forward(self) -> bool:
-        """Whether the forward is this one, which calls `step`."""
-        return type(self).forward is DIA.forward
-
-    def _why_no_gate(self) -> str | None:
-        random = self.reads_map and self.training
-        return f"{self.name} pools random regions of the map in training" if random else None
-
-    def _gate_and_state(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        v, after = self.step(self.stats_of(x), state)
-        return v.reshape(*v.shape, *[1] * (x.dim() - 2)), after
+    @property
+    def _plain(self) -> type[ChannelAttention]:
+        return DIA  # whose forward and tail both call `step`
