@@ -86,7 +86,7 @@ def test_rows_are_added_and_replaced_and_others_kept(
     assert {name: (out / name).read_text() for name in other} == other
     # a run that two experiments share has both names
     record({configs[0]: ["table1"]}, runs, out)
-    assert f"{COMPARE} table1" in set(load_runs(out)["experiment"])
+    assert f"{COMPARE} table1" in set(load_runs(str(out))["experiment"])
 
 
 @pytest.mark.parametrize(

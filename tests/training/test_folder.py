@@ -57,6 +57,19 @@ def test_the_second_process_is_told_who_holds_the_folder(tmp_path: Path):
     train(SMALL, tmp_path, progress=Silent())
 
 
+def test_where_a_locked_file_takes_no_note_the_run_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on Windows."""
+
+    def refused(path: Path, *_: object, **__: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    train(SMALL, tmp_path, progress=Silent())
+    assert read_run(tmp_path).finished
+
+
 def test_of_many_processes_one_gets_the_folder(tmp_path: Path):
     racers = start("race", str(tmp_path / "run"), "12")
     said, _ = racers.communicate(timeout=120)

@@ -13,7 +13,7 @@ from spem.attention import ChannelAttention
 from spem.data import load_images
 from spem.models import blocks, resnet
 from spem.training import ModelConfig, RunConfig, Silent, evaluate, recipes, train
-from spem.training.evaluation import describe_gates, gradient_norms
+from spem.training.evaluation import describe_gates, gradient_norms, norm_report
 from spem.training.folder import read_result, read_weights
 from spem.training.sets import load_sets
 
@@ -83,6 +83,15 @@ def test_gradient_norms_are_those_of_the_convolutions():
         for k in (1, 2, 3)
     ]
     assert gradient_norms(model).tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_worst_norms_are_named_also_those_without_weights():
+    model = torch.nn.Sequential(*(torch.nn.BatchNorm2d(4, affine=False) for _ in range(6)))
+    for i, variance in enumerate((1.0, 2.0, float("nan"), 3.0, 5.0, float("inf"))):
+        norm = model.get_submodule(str(i))
+        norm.running_var[0] = variance  # pyright: ignore[reportIndexIssue]
+    named = [text.partition(" ")[0] for text in norm_report(model).split(", ")]
+    assert (sorted(named[:2]), named[2:]) == (["2", "5"], ["4", "3"])
 
 
 def test_branches_start_where_they_are_told(tmp_path: Path):

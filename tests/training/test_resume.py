@@ -24,12 +24,14 @@ from training.tiny import (
     validated,
 )
 
+from spem.data import load_images
 from spem.training import (
     DataConfig,
     Interrupted,
     RunConfig,
     RuntimeConfig,
     Silent,
+    evaluate,
     read_metrics,
     read_result,
     read_run,
@@ -222,6 +224,43 @@ def test_settings_of_torch_are_given_back_as_they_were():
         assert torch.get_num_threads() == threads
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+ROUNDING: dict[str, Callable[[], None]] = {
+    "older setting": lambda: torch.set_float32_matmul_precision("medium"),
+    "newer setting": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    "of everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("setting", ROUNDING)
+def test_training_and_evaluation_are_in_float32_whatever_torch_is_set_to(setting: str):
+    """By default a GPU's convolutions are not: `spem eval` then missed the run's own accuracy."""
+    backends = torch.backends
+    parts: Any = backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.matmul
+
+    def precisions() -> list[str]:
+        return [part.fp32_precision for part in parts]
+
+    at_first, found = (precisions(), backends.fp32_precision), list[list[str]]()
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))
+    network.register_forward_hook(lambda *_: found.append(precisions()))
+    few = load_images("digits", "test", size=8).take(torch.arange(4))
+    try:
+        ROUNDING[setting]()
+        as_set = precisions()
+        evaluate(network, few)
+        with execution(RuntimeConfig(device="cpu", threads=1)):
+            found.append(precisions())
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not backends.cudnn.allow_tf32
+        assert precisions() == as_set
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        backends.fp32_precision = at_first[1]
+        for part, precision in zip(parts, at_first[0], strict=True):
+            part.fp32_precision = precision
+    assert found == [["ieee"] * 3] * 2
 
 
 def test_a_finished_run_is_not_trained_again_and_says_so(tmp_path: Path):

@@ -44,7 +44,7 @@ COMPARE = "compare"
 Row = dict[str, Any]
 
 
-def load_runs(folder: Path) -> pd.DataFrame:
+def load_runs(folder: str | Path) -> pd.DataFrame:
     """Read every run of a folder into one row each, including failed and unfinished ones.
 
     Rows come from the run folders in `folder` or below, and from its `runs.csv` for runs whose
@@ -60,6 +60,7 @@ def load_runs(folder: Path) -> pd.DataFrame:
         FileNotFoundError: There is no such folder.
         ValueError: `runs.csv` is damaged, or not one that spem wrote.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_runs: there is no folder {folder}.")
     rows = {_key(row): row for row in _read_texts(folder / "runs.csv")}
@@ -161,12 +162,13 @@ def _record(
     failed: Mapping[RunConfig, str],
     baseline: str | None,
 ) -> list[str]:
-    there = {_key(row): row.get("experiment", "") for row in _read_texts(out / "runs.csv")}
+    there = {_key(row): row for row in _read_texts(out / "runs.csv")}
     tables: dict[str, list[Row]] = {name: [] for name in FILES}
     problems: list[str] = []
     for config, names in planned.items():
-        before = there.get((config.id, str(config.seed)), "").split()
-        row: Row = {"experiment": " ".join(dict.fromkeys([*before, *names])), "baseline": baseline}
+        before = there.get((config.id, str(config.seed)), {})
+        names = dict.fromkeys([*before.get("experiment", "").split(), *names])
+        row: Row = {"experiment": " ".join(names), "baseline": baseline}
         folder, error, run = config.folder(runs), failed.get(config), None
         try:
             if error is None and (folder / "result.json").exists():
@@ -179,7 +181,9 @@ def _record(
             for name, rows in inner_rows(run).items():
                 tables[name] += rows
         elif error is not None:
-            tables["runs.csv"].append(row | config_row(config) | {"status": FAILED, "error": error})
+            ended = config_row(config) | {"status": FAILED, "error": error}
+            # A failure here does not undo what the run gave somewhere else.
+            tables["runs.csv"].append((before if before.get("status") == FINISHED else ended) | row)
         if error is not None:
             problems.append(f"{run_name(config)}: {error}")
     for name, rows in tables.items():

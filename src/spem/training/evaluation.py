@@ -21,6 +21,7 @@ from spem.ops.library import BATCH_NORMS
 from spem.training.config import RunConfig
 from spem.training.folder import DataIdentity
 from spem.training.sets import load_test
+from spem.training.step import full_float32
 
 # A key of `spem.data.NORMALISATION`, or mean and standard deviation of pixels scaled to 0 to 1.
 Normalisation = str | tuple[Sequence[float], Sequence[float]]
@@ -92,7 +93,9 @@ def _answers(
         for start in range(0, len(data), batch):
             images = normalise(data.images[start : start + batch], mean, std)
             labels = data.labels[start : start + batch]
-            yield model(images.contiguous(memory_format=torch.channels_last)), labels
+            with full_float32():
+                logits = model(images.contiguous(memory_format=torch.channels_last))
+            yield logits, labels
     finally:
         for module, mode in modes:  # a norm may be frozen in a network that is in training
             module.training = mode
@@ -192,10 +195,10 @@ def describe_gates(
 
 def norm_report(model: nn.Module) -> str:
     """The norm layers with NaN or with the largest running variance, for an error message."""
-    found: list[tuple[float, str]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (*BATCH_NORMS, nn.SyncBatchNorm)) and module.running_var is not None:
-            variance, weight = float(module.running_var.max()), float(module.weight.detach().norm())
-            text = f"{name} (weight norm {weight:.3g}, largest variance {variance:.3g})"
-            found.append((variance if math.isfinite(variance) else math.inf, text))
-    return "; ".join(text for _, text in sorted(found, key=lambda f: -f[0])[:4])
+    largest = {
+        name: float(module.running_var.max())
+        for name, module in model.named_modules()
+        if isinstance(module, (*BATCH_NORMS, nn.SyncBatchNorm)) and module.running_var is not None
+    }
+    worst = sorted(largest, key=lambda name: (math.isfinite(largest[name]), -largest[name]))[:4]
+    return ", ".join(f"{name} (largest variance {largest[name]:.3g})" for name in worst)

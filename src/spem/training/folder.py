@@ -219,7 +219,8 @@ def held(folder: Path) -> Generator[None]:
             "it, or train into another folder."
         ) from None
     try:
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
+        with contextlib.suppress(OSError):  # on Windows nobody may write into a locked file
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
         for path in folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 path.unlink()

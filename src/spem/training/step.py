@@ -222,22 +222,42 @@ def execution(
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    benchmark = torch.backends.cudnn.benchmark
     try:
         torch.set_num_threads(runtime.threads)
         torch.backends.cudnn.benchmark = not runtime.deterministic
-        # By default torch rounds the inputs of float32 convolutions to TF32.
-        torch.backends.cudnn.allow_tf32 = False
         if runtime.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        with use_impl(runtime.impl) if runtime.impl else contextlib.nullcontext():
+        with full_float32(), use_impl(runtime.impl) if runtime.impl else contextlib.nullcontext():
             yield device or torch.device(runtime.device)
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
-        torch.backends.cudnn.allow_tf32 = tf32
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def full_float32() -> Generator[None]:
+    """Round no inputs of float32 convolutions and products to TF32 or bfloat16, as torch may do."""
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    parts: Any = cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul
+    before: list[str] = [part.fp32_precision for part in parts]
+    words = {"bf16": "medium", "tf32": "high"}
+    products = words.get(before[4]) or words.get(before[2]) or "highest"
+
+    def settle(tf32: bool, products: str, precisions: list[str]) -> None:
+        # The older settings come first: they change the newer ones, and may not contradict them.
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(products)
+        for part, precision in zip(parts, precisions, strict=True):
+            part.fp32_precision = precision
+
+    settle(False, "highest", ["ieee"] * len(parts))
+    try:
+        yield
+    finally:
+        settle("tf32" in before[:2], products, before)
 
 
 def map_dtype(runtime: RuntimeConfig) -> torch.dtype:
