@@ -8,14 +8,16 @@ differences between them are paired.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Initialiser = Callable[[Tensor, torch.Generator | None], None]
+Initialiser = Callable[[Tensor, torch.Generator | None], object]
 """Fills a tensor in place from a generator (None: torch's global one)."""
+Owner = tuple[str, Mapping[str, Initialiser]]
+"""The name of an attention module, and its rules for the parameters inside it."""
 
 _Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _Norm = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage]  # the one class all batch norms share
@@ -49,16 +51,6 @@ def kaiming_normal_fan_in(weight: Tensor, generator: torch.Generator | None) -> 
     nn.init.normal_(weight, 0.0, math.sqrt(2.0 / math.prod(weight.shape[1:])), generator)
 
 
-def uniform_fan_in(fan_in: int) -> Initialiser:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for Linear and Conv layers."""
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def fill(parameter: Tensor, generator: torch.Generator | None) -> None:
-        nn.init.uniform_(parameter, -bound, bound, generator)
-
-    return fill
-
-
 def initialise(
     model: nn.Module, seed: int | None, *, scope: Literal["backbone", "all"] = "backbone"
 ) -> None:
@@ -83,87 +75,61 @@ def initialise(
     """
     if scope not in ("backbone", "all"):
         raise ValueError(f"initialise: scope={scope!r} is unknown. Use 'backbone' or 'all'.")
-    owners: dict[str, Mapping[str, Initialiser]] = {
-        name: rules
-        for name, module in model.named_modules()
-        if (rules := getattr(module, "random_init", None)) is not None
-    }
     layers = list(model.named_modules())
-    _draw_all(layers, owners, seed)
-    for name in owners:
-        reset = getattr(model.get_submodule(name), "reset_parameters", None)
-        if callable(reset):
+    owners: dict[str, Owner | None] = {}
+    for name, module in layers:  # parents come first
+        rules = getattr(module, "random_init", None)
+        parent = owners.get(name.rpartition(".")[0])
+        owners[name] = parent if rules is None else (name, rules)
+        _draw(name, module, owners[name], seed)
+    for name, module in layers:
+        reset = getattr(module, "reset_parameters", None)
+        if getattr(module, "random_init", None) is not None and callable(reset):
             reset()
-    if scope == "all":
-        _draw_all([x for x in layers if isinstance(x[1], (nn.Conv2d, nn.BatchNorm2d))], {}, seed)
-    for name, module in model.named_modules():
+        if scope == "all" and isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            _draw(name, module, None, seed)
         reseed = getattr(module, "reseed", None)
         if callable(reseed):
             reseed(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed, name)
 
 
-def _draw_all(
-    layers: Iterable[tuple[str, nn.Module]],
-    owners: Mapping[str, Mapping[str, Initialiser]],
-    seed: int | None,
-) -> None:
-    """Draws the parameters of layers by the rules of their owners, or those of the backbone."""
-    for name, module in layers:
-        owner = _owner(name, owners)
-        if isinstance(module, _Norm):
-            module.reset_running_stats()
-        for local, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{local}" if name else local
-            if owner is None:
-                rule = _backbone_rule(module, local)
-            else:
-                inner = full[len(owner) + 1 :] if owner else full
-                rule = owners[owner].get(inner) or _default_rule(module, local)
-            if rule is not None:
-                _draw(parameter, rule, None if seed is None else keyed_generator(seed, full))
+def _draw(name: str, module: nn.Module, owner: Owner | None, seed: int | None) -> None:
+    """Draws the parameters of a layer by the rules of its owner, or those of the backbone."""
+    if isinstance(module, _Norm):
+        module.reset_running_stats()
+    for local, parameter in module.named_parameters(recurse=False):
+        full = f"{name}.{local}".removeprefix(".")
+        rule = None if owner is None else owner[1].get(full.removeprefix(f"{owner[0]}."))
+        rule = rule or _default_rule(module, local, backbone=owner is None)
+        if rule is None or parameter.is_meta:  # which has no memory, that a draw would take
+            continue
+        # The CPU by name: torch.set_default_device must not move the draw away from its generator.
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        rule(drawn, None if seed is None else keyed_generator(seed, full))
+        with torch.no_grad():
+            parameter.copy_(drawn)
 
 
-def _owner(name: str, owners: Mapping[str, object]) -> str | None:
-    """The attention module that this module is or is part of, by name."""
-    while True:
-        if name in owners:
-            return name
-        if not name:
-            return None
-        name = name.rpartition(".")[0]
-
-
-def _draw(parameter: Tensor, rule: Initialiser, generator: torch.Generator | None) -> None:
-    if parameter.is_meta:  # it has a size and no memory, which a draw would take
-        return
-    # The CPU by name: torch.set_default_device must not move the draw away from its generator.
-    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    rule(drawn, generator)
-    with torch.no_grad():
-        parameter.copy_(drawn)
-
-
-def _backbone_rule(module: nn.Module, local: str) -> Initialiser | None:
-    if isinstance(module, _Conv) and local in ("weight", "bias"):
-        return kaiming_normal_fan_out if local == "weight" else _constant(0.0)
-    return _default_rule(module, local)
-
-
-def _default_rule(module: nn.Module, local: str) -> Initialiser | None:
-    """Torch's default for weight and bias of the layers it knows, None for other parameters."""
+def _default_rule(module: nn.Module, local: str, *, backbone: bool) -> Initialiser | None:
+    """The rule for weight and bias of the layers that are known, None for other parameters."""
     if local not in ("weight", "bias"):
         return None
     if isinstance(module, _Norm):
         return _constant(1.0 if local == "weight" else 0.0)
+    if isinstance(module, _Conv) and backbone:
+        return kaiming_normal_fan_out if local == "weight" else _constant(0.0)
     if isinstance(module, nn.Linear):
-        return uniform_fan_in(module.in_features)
+        return _uniform(module.in_features)
     if isinstance(module, _Conv):
-        return uniform_fan_in(module.in_channels // module.groups * math.prod(module.kernel_size))
+        return _uniform(module.in_channels // module.groups * math.prod(module.kernel_size))
     return None
 
 
 def _constant(value: float) -> Initialiser:
-    def fill(parameter: Tensor, _generator: torch.Generator | None) -> None:
-        nn.init.constant_(parameter, value)
+    return lambda parameter, _: nn.init.constant_(parameter, value)
 
-    return fill
+
+def _uniform(fan_in: int) -> Initialiser:
+    """Torch's default for linear layers and convolutions."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return lambda parameter, generator: nn.init.uniform_(parameter, -bound, bound, generator)
