@@ -10,19 +10,66 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from spem.attention import AttentionSpec, ChannelAttention, as_spec
-from spem.attention.base import Tail
+from spem.attention import PLACES, AttentionSpec, ChannelAttention, as_spec
+from spem.attention.base import Place, Tail
 from spem.attention.options import one_of, positive_int
-from spem.attention.placement import PLACES, Places
 from spem.depths import STEPS, blocks_per_stage
 from spem.ops import bn_gate_tail, norm_relu
 from spem.seeding import initialise
 
 BlockName = Literal["bottleneck", "basic"]
+Slot = Place | Literal["shared"]
+"""A place, or that of the one module for the tails of all blocks of a stage."""
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+class Places:
+    """Answers a network at each of its slots: the attention of the spec, or the plain layer.
+
+    The network asks at every slot it has, so that it knows no module.
+    """
+
+    def __init__(self, spec: AttentionSpec | None) -> None:
+        self._spec = spec
+
+    def at(
+        self, slot: Slot, channels: int, *, size: int | None = None, stride: int | None = None
+    ) -> ChannelAttention | None:
+        """The module of a slot, if the attention goes there."""
+        spec = self._spec
+        if spec is None or slot != ("shared" if spec.shared else spec.place):
+            return None
+        return spec.build(channels, size=size, stride=stride)
+
+    def norm(self, channels: int) -> nn.Module:
+        """A batch norm, or the module that replaces it."""
+        return self.at("norm", channels) or nn.BatchNorm2d(channels)
+
+    def conv(self, conv: nn.Conv2d) -> nn.Conv2d:
+        """A convolution, with the module before it if there is one."""
+        attention = self.at("conv", conv.in_channels)
+        return conv if attention is None else GatedConv(conv, attention)
+
+    def middle(self, conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """A bottleneck's 3x3 convolution and its norm, or the module in place of both."""
+        attention = self.at("middle", conv.out_channels, stride=conv.stride[0])
+        return (conv, norm) if attention is None else (attention, nn.Identity())
+
+
+class GatedConv(nn.Conv2d):
+    """A convolution of attention(x); weight and bias keep the names they have without attention."""
+
+    def __init__(self, conv: nn.Conv2d, attention: ChannelAttention) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(conv))
+        self.attention = attention
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name
+        """conv(attention(x)), [N, C, H, W]."""
+        return super().forward(self.attention(input))
 
 
 class Block(nn.Module):
@@ -184,7 +231,7 @@ class ResNet(nn.Module):
             outputs = planes * kind.expansion
             first = kind(inputs, planes, stride, attention, size)
             rest = [kind(outputs, planes, 1, attention, size) for _ in range(count - 1)]
-            shared = places.at("tail", outputs, size=size, shared=True)
+            shared = places.at("shared", outputs, size=size)
             after = None if last else places.at("between", outputs, size=size)
             return Stage([first, *rest], shared, after or places.at("stage", outputs, size=size))
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 import spem
 from spem import attention
-from spem.attention.placement import GatedConv
 from spem.cost import block_tails
-from spem.models import blocks, start_branches
+from spem.models import GatedConv, blocks, start_branches
 from spem.ops import use_impl
 
 ELSEWHERE = ["dia", "ean", "iebn", "sk", "bam", "bam(placement=stage)", "gct(placement=conv)"]

@@ -7,6 +7,7 @@ A new module adds one import line here, which makes its class a name of `spem` a
 
 from spem.attention.bam import BAM
 from spem.attention.base import (
+    PLACES,
     ChannelAttention,
     Needs,
     attention_parameters,
@@ -27,7 +28,6 @@ from spem.attention.ge import GE
 from spem.attention.gsop import GSoP
 from spem.attention.iebn import IEBN
 from spem.attention.nam import NAM
-from spem.attention.placement import PLACES, Places
 from spem.attention.pooling import SRP, Mix, learned_mixes, make_pool, penalty
 from spem.attention.scale import Scale
 from spem.attention.se import SE

@@ -26,6 +26,15 @@ from spem.seeding import Initialiser
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)  # pyright: ignore[reportPrivateUsage]
 Place = Literal["tail", "conv", "norm", "middle", "between", "stage"]
+PLACES: dict[Place, str] = {
+    "tail": "after the last norm of every block",
+    "conv": "before every convolution",
+    "norm": "in place of every norm but the shortcuts'",
+    "middle": "in place of the 3x3 convolution of every bottleneck, with its norm",
+    "between": "after every stage but the last",
+    "stage": "after every stage",
+}
+"""Places of a network where a module can go."""
 Tail = Callable[[Tensor, Tensor, nn.Module | None], Tensor]
 """relu(attention(norm(z)) + residual) of z, residual and norm."""
 GateObserver = Callable[[Tensor, int], None]

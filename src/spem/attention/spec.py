@@ -10,9 +10,9 @@ from functools import cache
 from importlib.resources import files
 from inspect import signature
 from keyword import iskeyword
-from typing import Any, get_args
+from typing import Any
 
-from spem.attention.base import _REGISTRY, ChannelAttention, Place, options_of
+from spem.attention.base import _REGISTRY, PLACES, ChannelAttention, Place, options_of
 from spem.attention.options import Device, Dtype, Size, one_of
 from spem.attention.pooling import SRP, Mix
 from spem.extras import first_line
@@ -134,13 +134,13 @@ class AttentionSpec:
 
     @property
     def place(self) -> Place:
-        """Where in a network the module goes, a key of `placement.PLACES`.
+        """Where in a network the module goes, a key of `PLACES`.
 
         Raises:
             ValueError: The option ``placement`` is no such key.
         """
         place: Any = dict(self.options).get("placement", attention_class(self.name).needs.place)
-        one_of(self.name, get_args(Place), placement=place)
+        one_of(self.name, tuple(PLACES), placement=place)
         return place
 
     @property
