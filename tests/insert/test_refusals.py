@@ -55,7 +55,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         lambda: spem.resnet(11, attention="dia"),
         "spem",
         {},
-        "layer1.0.attention would not run, because the blocks of layer1 share one dia",
+        "3 of 3 sites do not run in a forward pass of ResNet, layer1.0.attention first",
     ),
     (small, "spem", {"start": "zero"}, "start='zero' is unknown. Use 'identity' or 'module'"),
     (small, "spem", {"stages": (3, 5)}, r"stages=\[3, 5\], but this network has stages 1 to 4"),
@@ -68,16 +68,26 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     ),
     (small, "spem", {"stages": ()}, r"attach: stages=\[\] matches no site"),
     (small, "spem", {"include": 5}, "include=5 is not a pattern of names or several"),
-    (small, "spem", {"stages": "1"}, "stages='1' is not a number from 1"),
-    (small, "spem", {"input_shape": "1,3"}, "input_shape='1,3' is not the shape of an input"),
+    (small, "spem", {"stages": "1"}, "stages='1' is not a number or several"),
+    (small, "spem", {"input_shape": "1,3"}, "input_shape='1,3' is not a number or several"),
     (
         small,
         "spem",
         {"where": lambda module: None},
         "where= gave None for every module",
     ),
-    (small, "spem", {"where": lambda module: "bn2"}, "where= gave 'bn2' for the network"),
-    (small, "spem", {"where": lambda module: nn.ReLU()}, "that is not part of the network"),
+    (
+        small,
+        "spem",
+        {"where": lambda module: "bn2"},
+        "where= gave a str for the network, which is no module",
+    ),
+    (
+        small,
+        "spem",
+        {"where": lambda module: nn.ReLU()},
+        "gave a ReLU for the network, which is no module of the",
+    ),
     (small, spem.SE(64), {}, "got one SE, and every site needs its own. .* such as 'se'"),
     (small, 64, {}, "a text like .* or an AttentionSpec, got int"),
     (small, None, {}, "'none' is the plain network"),
@@ -87,7 +97,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         one_dimensional,
         "cbam(reduction=2)",
         {},
-        r"cbam takes maps .* at 1.3 after a B",
+        r"cbam takes maps .* at 1.3 has 3 axes",
     ),
     (one_dimensional, "coord", {}, "coord takes maps .* has 3 axes. Use a module"),
     (lambda: nn.DataParallel(models.video.r3d_18()), "cbam", {}, "cbam takes maps .* has 5 axes"),
@@ -102,7 +112,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         Permuted,
         "spem",
         {"where": norm_of, "input_shape": (1, 3, 9, 9)},
-        r"norm is \[1, 7, 7, 6\], but its norm says 6 channels",
+        r"norm is \[1, 7, 7, 6\], not .* the 6 channels of its norm",
     ),
     (
         lambda: nn.Sequential(nn.Linear(3, 3)),
@@ -123,7 +133,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
 def test_torchscript() -> None:
     block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), torch.jit.script(nn.BatchNorm2d(3)))
     network = nn.Sequential(nn.Conv2d(3, 3, 3), block)
-    with pytest.raises(ValueError, match=r"1.1 of Sequential is TorchScript.*Pass where="):
+    with pytest.raises(ValueError, match=r"in Sequential \(1.1 is TorchScript.*Pass where="):
         spem.attach(network, "spem")
     assert spem.attach(network, "spem", where=lambda m: m[1] if m is block else None) == ["1.1"]
     assert network(torch.rand(2, 3, 8, 8)).isfinite().all()
@@ -132,7 +142,7 @@ def test_torchscript() -> None:
         torch.jit.script(nn.Conv2d(3, 3, 1)),
         torch.jit.trace(nn.Conv2d(3, 3, 1), torch.rand(1, 3, 8, 8)),
     ):
-        with pytest.raises(ValueError, match="TorchScript is fixed code"):
+        with pytest.raises(ValueError, match="it is TorchScript, which cannot be followed"):
             spem.attach(fixed, "spem")
 
 

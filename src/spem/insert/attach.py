@@ -101,16 +101,16 @@ def attach(
             a network without residual branches.
     """
     spec = _tail_spec(attention, "attach")
-    names, numbers, shape = _chosen(include, stages, input_shape)
-    asked = where is not None
-    call = Attached(str(spec), names, numbers, replace, start, fuse, shape, where=asked)
+    chosen = _chosen(include=include, stages=stages, input_shape=input_shape)
+    how: dict[str, Any] = {"replace": replace, "start": start, "fuse": fuse}
+    call = Attached(str(spec), **chosen, **how, where=where is not None)
     spots, runs = _spots(model, spec, where, call)
     if dry_run:
         return [spot.name for spot in spots]
     for spot in spots:
         spot.attention = _built(spot, spec, start)
     _warn(spots, start)
-    _insert(model, spots, shape, runs=runs)
+    _insert(model, spots, call.input_shape, runs=runs)
     for spot in spots if fuse else ():
         fused.fuse(spot.block)
     vars(model)[_KEY] = (*vars(model).get(_KEY, ()), call)
@@ -138,8 +138,8 @@ def find_sites(
         ValueError: As `attach` does.
     """
     spec = None if attention is None else _tail_spec(attention, "find_sites")
-    names, numbers, shape = _chosen(include, stages, input_shape)
-    call = Attached("", names, numbers, replace, start, fuse, shape, where=False)
+    chosen = _chosen(include=include, stages=stages, input_shape=input_shape)
+    call = Attached("", **chosen, replace=replace, start=start, fuse=fuse, where=False)
     return [sites.described(spot, spec) for spot in _spots(model, spec, where, call)[0]]
 
 
@@ -153,20 +153,31 @@ def detach(model: nn.Module) -> list[str]:
         The names of the sites, as `attach` returned them; empty if there was no attention.
     """
     names: dict[nn.Module, str] = {}
-    longer: dict[str, str] = {}  # names that wrappers have made longer, and those before
-    for true_name, module in list(model.named_modules()):
-        vars(module).pop(_KEY, None)
-        fused.unfuse(module)
-        name = true_name
-        for now, before in longer.items():
-            if name.startswith(f"{now}."):
-                name = before + name.removeprefix(now)
-        if isinstance(module, Around):
-            longer[f"{true_name}.{module.inner}"] = name
-        if true_name and (isinstance(module, Around) or DISPLACED in vars(module)):
-            names[module] = name
-    exchange(model, {module: _displaced_by(module) for module in names})
+    _take_out(model, "", names, set())
     return list(names.values())
+
+
+def _take_out(
+    parent: nn.Module, above: str, names: dict[nn.Module, str], seen: set[nn.Module]
+) -> None:
+    """Takes attention out of a part of a network, and collects its names."""
+    seen.add(parent)
+    vars(parent).pop(_KEY, None)
+    fused.unfuse(parent)
+    for key, child in list(parent._modules.items()):
+        name, found = sites.join(above, key), child
+        while isinstance(found, Around) or (found is not None and DISPLACED in vars(found)):
+            names.setdefault(found, name)
+            found = _displaced_by(found)
+            _put(parent, key, found)
+        if found is not None and found not in seen:
+            _take_out(found, name, names, seen)
+
+
+def _put(parent: nn.Module, key: str, new: nn.Module | None) -> None:
+    if new is None:  # a plain attribute, as in a host whose slot is free
+        delattr(parent, key)
+    setattr(parent, key, new)
 
 
 def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module | None]) -> None:
@@ -174,9 +185,7 @@ def exchange(model: nn.Module, new: Mapping[nn.Module, nn.Module | None]) -> Non
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
             if child is not None and child in new:
-                if new[child] is None:  # a plain attribute, as in a host whose slot is free
-                    delattr(parent, key)
-                setattr(parent, key, new[child])
+                _put(parent, key, new[child])
 
 
 def attn_layer(spec: Attention) -> Callable[..., ChannelAttention]:
@@ -235,20 +244,16 @@ def _tail_spec(attention: Attention, asker: str) -> AttentionSpec:
     return spec
 
 
-def _chosen(*options: object) -> list[tuple[Any, ...] | None]:
-    """The options include, stages and input_shape as tuples, or None."""
-    kinds = {
-        "include": (str, "a pattern of names or several, such as 'layer1.*'"),
-        "stages": (Integral, "a number from 1 or several"),
-        "input_shape": (Integral, "the shape of an input, such as (1, 3, 224, 224)"),
-    }
-    found: list[tuple[Any, ...] | None] = []
-    for (option, (kind, meant)), value in zip(kinds.items(), options, strict=True):
-        several = isinstance(value, Iterable) and not isinstance(value, str)
-        values = tuple(cast("Any", value)) if several else (value,)
-        if value is not None and not all(isinstance(part, kind) for part in values):
-            raise TypeError(f"attach: {option}={value!r} is not {meant}.")
-        found.append(None if value is None else values)
+def _chosen(**options: object) -> dict[str, Any]:
+    """Options of one value or several as tuples; None stays."""
+    found: dict[str, Any] = dict(options)
+    for option, value in options.items():
+        kind, word = (str, "pattern of names") if option == "include" else (Integral, "number")
+        if value is not None:
+            several = isinstance(value, Iterable) and not isinstance(value, str)
+            found[option] = tuple(cast("Any", value)) if several else (value,)
+            if not all(isinstance(part, kind) for part in found[option]):
+                raise TypeError(f"attach: {option}={value!r} is not a {word} or several.")
     return found
 
 
@@ -276,11 +281,6 @@ def _spots(
             f"attach: where={where!r} is not a function. It is given every module and returns the "
             f"norm to follow, or None; names are chosen with include='{where}*'."
         )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "attach: TorchScript is fixed code and takes no new module. Attach to the network that "
-            "it was made from."
-        )
     for module in model.modules():
         wrapped = {cls.__name__ for cls in type(module).__mro__} & _SHARED_BY_PROCESSES
         if wrapped:
@@ -293,8 +293,9 @@ def _spots(
     try:
         spots = sites.trace(spots, sites.run_once(model, call.input_shape))
     except sites.InputError:
-        # A guess at the input is not a fault of the network's.
-        if call.input_shape is not None or any(_needs_map(spot, spec) for spot in spots):
+        # A guess at the input is not a fault of the network's, if no map has to be known.
+        sized = spec and attention_class(spec.name).needs.size and "size" not in dict(spec.options)
+        if call.input_shape is not None or sized or not all(spot.channels for spot in spots):
             raise
         runs = False
     sites.number_stages(spots)
@@ -303,17 +304,8 @@ def _spots(
     return spots, runs
 
 
-def _needs_map(spot: Spot, spec: AttentionSpec | None) -> bool:
-    """Whether a forward pass has to show the map of a site."""
-    if not spot.channels or spec is None:
-        return not spot.channels
-    kind = attention_class(spec.name)
-    sized = kind.needs.size and dict(spec.options).get("size") is None
-    return sized or (spot.rank is None and kind.gate_from is ChannelAttention.gate_from)
-
-
 def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
-    """Raises ValueError where attention is already, would not run, or cannot be fused."""
+    """Raises ValueError where attention is already, or cannot be fused."""
     for spot in spots:
         if any(isinstance(m, Around) for m in (spot.parent, spot.layer)) or hasattr(
             spot.layer, DISPLACED
@@ -327,14 +319,6 @@ def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
         if why is not None:
             raise ValueError(
                 f"attach: fuse=True: {spot.name} of {type(model).__name__} {why}. Leave fuse out."
-            )
-    for name, stage in model.named_modules():
-        shared = getattr(stage, "shared", None)
-        unused = [spot.name for spot in spots if spot.name.startswith(f"{name}.")]
-        if isinstance(shared, ChannelAttention) and unused:
-            raise ValueError(
-                f"attach: {unused[0]} would not run, because the blocks of {name} share one "
-                f"{shared.name}. Build the network with attention='none'."
             )
 
 

@@ -12,7 +12,6 @@ from torch import nn
 
 How = Literal["slot", "after", "before", "replace"]
 Stage = Literal["name", "channels", "site"]
-Find = Callable[[nn.Module], list[str]]
 
 
 @dataclass(frozen=True)
@@ -20,57 +19,46 @@ class Rule:
     """Where attention goes in the blocks of a family.
 
     Attributes:
-        classes: The blocks: module path and class name, ``"timm.models.resnet:Bottleneck"``.
         how: ``"slot"``: an attribute of the block that is None or an identity where it is free;
             ``"after"`` or ``"before"``: a module of the block, which is wrapped.
-        find: Names, within the block, of the slot or of the modules to wrap.
+        place: Name, within the block, of the slot or the module; ``"conv.*"`` is the last norm in
+            ``conv``, "" the block itself; or a function that gives all names.
         reads: Attribute of the block that has the channels (a module, a parameter or a number);
-            "" is the wrapped module itself. If it has none, they are found by a traced forward.
+            "" is the wrapped module. If it has none, they are found by a traced forward.
         stage: What a stage is: ``"name"``: sites whose names agree up to their first number
             (layer1, blocks.0); ``"channels"``: neighbours of one width; ``"site"``: each its own.
     """
 
-    classes: tuple[str, ...]
     how: How
-    find: Find
+    place: str | Callable[[nn.Module], list[str]]
     reads: str = ""
     stage: Stage = "name"
 
-
-def _rule(how: How, find: str | Find, classes: str, reads: str = "", stage: Stage = "name") -> Rule:
-    """A rule whose classes lack "models."; a text is the name of the slot or the module."""
-    if isinstance(find, str):
-        find = _slot(find) if how == "slot" else _at(find)
-    full = tuple(name.replace(".", ".models.", 1) for name in classes.split())
-    return Rule(full, how, find, reads, stage)
-
-
-def _slot(name: str) -> Find:
-    """A slot, if the block has one."""
-    return lambda block: [name] if hasattr(block, name) else []
-
-
-def _at(*paths: str) -> Find:
-    """The first of these names that is a module of the block."""
-    return lambda block: [p for p in paths if isinstance(attribute(block, p), nn.Module)][:1]
+    def places(self, block: nn.Module) -> list[str]:
+        """Names of the slot or the modules within a block; none where it lacks them."""
+        if callable(self.place):
+            return self.place(block)
+        inside, found, _ = self.place.partition(".*")
+        if found:  # in the order of the forward pass, which is a Sequential's
+            norms = [n for n, part in block.get_submodule(inside).named_modules() if is_norm(part)]
+            return [f"{inside}.{name}" for name in norms[-1:]]
+        held = isinstance(attribute(block, self.place), nn.Module)
+        return [self.place] * (hasattr(block, self.place) if self.how == "slot" else held)
 
 
 def attribute(holder: object, path: str) -> object:
-    """The attribute of a dotted name; None if there is none."""
-    for name in path.split("."):
+    """The attribute of a dotted name, "" the holder itself; None if there is none."""
+    for name in path.split(".") if path else ():
         holder = getattr(holder, name, None)
     return holder
 
 
-def _last_norm(inside: str) -> Find:
-    """The last norm in a part of the block, in the order of the forward pass (a Sequential's)."""
-
-    def find(block: nn.Module) -> list[str]:
-        part = block.get_submodule(inside)
-        norms = [name for name, module in part.named_modules() if is_norm(module)]
-        return [f"{inside}.{name}" for name in norms[-1:]]
-
-    return find
+def is_norm(module: object) -> bool:
+    """Whether a module is a norm of maps: torch's, timm's or torchvision's."""
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):  # pyright: ignore[reportPrivateUsage]  # the base of batch and instance norms
+        return True
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return bool(names & {"FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm"})
 
 
 def _before_pools(net: nn.Module) -> list[str]:
@@ -86,112 +74,99 @@ def _before_pools(net: nn.Module) -> list[str]:
     return found
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm of maps: torch's, timm's or torchvision's."""
-    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):  # pyright: ignore[reportPrivateUsage]  # the base of batch and instance norms
-        return True
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return bool(names & {"FrozenBatchNorm2d", "FrozenBatchNormAct2d", "FrozenBatchNorm"})
-
-
-_EFFICIENTNET = "timm._efficientnet_blocks:"
-_MOBILE = "torchvision.mobilenetv"
-
-RULES = (
+RULES = {
     # Residual blocks with a slot for attention after their last norm.
-    _rule("slot", "se", "timm.resnet:BasicBlock", "bn2"),
-    _rule("slot", "se", "timm.resnet:Bottleneck timm.res2net:Bottle2neck", "bn3"),
-    _rule("slot", "se", "timm.sknet:SelectiveKernelBasic timm.tresnet:BasicBlock", "conv2.bn"),
-    _rule("slot", "se", "timm.sknet:SelectiveKernelBottleneck", "conv3.bn"),
-    _rule("slot", "se_module", "timm.senet:Bottleneck", "bn3"),
-    _rule("slot", "se_module", "timm.senet:SEResNetBlock", "bn2"),
-    _rule("slot", "attn3", "timm.cspnet:BottleneckBlock", "conv3.bn"),
-    _rule("slot", "attn", "timm.vovnet:OsaBlock", "conv_concat.bn"),
-    _rule("slot", "attn_last", "timm.byobnet:BasicBlock timm.byobnet:DarkBlock", "conv2_kxk.bn"),
-    _rule("slot", "attn_last", "timm.byobnet:BottleneckBlock", "conv3_1x1.bn"),
-    _rule("slot", "attn_last", "timm.byobnet:EdgeBlock", "conv2_1x1.bn"),
+    "spem:Basic,Bottleneck": Rule("slot", "attention", "last_norm"),
+    "timm.resnet:BasicBlock": Rule("slot", "se", "bn2"),
+    "timm.resnet:Bottleneck timm.res2net:Bottle2neck": Rule("slot", "se", "bn3"),
+    "timm.sknet:SelectiveKernelBasic timm.tresnet:BasicBlock": Rule("slot", "se", "conv2.bn"),
+    "timm.sknet:SelectiveKernelBottleneck": Rule("slot", "se", "conv3.bn"),
+    "timm.senet:Bottleneck": Rule("slot", "se_module", "bn3"),
+    "timm.senet:SEResNetBlock": Rule("slot", "se_module", "bn2"),
+    "timm.cspnet:BottleneckBlock": Rule("slot", "attn3", "conv3.bn"),
+    "timm.vovnet:OsaBlock": Rule("slot", "attn", "conv_concat.bn"),
+    "timm.byobnet:BasicBlock,DarkBlock": Rule("slot", "attn_last", "conv2_kxk.bn"),
+    "timm.byobnet:BottleneckBlock": Rule("slot", "attn_last", "conv3_1x1.bn"),
+    "timm.byobnet:EdgeBlock": Rule("slot", "attn_last", "conv2_1x1.bn"),
     # The sum of the branches, before the activation; the slot outlives reparameterize().
-    _rule("slot", "attn", "timm.byobnet:RepVggBlock", "conv_1x1.bn"),
-    _rule("slot", "attn", "timm.byobnet:MobileOneBlock", "conv_kxk.0.bn"),
-    Rule(("spem.models:Bottleneck", "spem.models:Basic"), "slot", _slot("attention"), "last_norm"),
+    "timm.byobnet:RepVggBlock": Rule("slot", "attn", "conv_1x1.bn"),
+    "timm.byobnet:MobileOneBlock": Rule("slot", "attn", "conv_kxk.0.bn"),
     # Residual blocks whose last norm is wrapped.
-    _rule("after", "bn2", "torchvision.resnet:BasicBlock timm.dla:DlaBasic"),
-    _rule("after", "bn3", "torchvision.resnet:Bottleneck timm.resnest:ResNestBottleneck"),
-    _rule("after", "bn3", "timm.dla:DlaBottleneck timm.dla:DlaBottle2neck"),
-    _rule("after", "conv3.bn", "timm.regnet:Bottleneck timm.tresnet:Bottleneck"),
-    _rule("after", "conv2.bn", "timm.cspnet:DarkBlock timm.cspnet:EdgeBlock"),
-    _rule("after", "norm3", "timm.resnetv2:Bottleneck"),
-    _rule("after", _last_norm("f"), "torchvision.regnet:ResBottleneckBlock"),
-    _rule("after", _last_norm("rep"), "timm.xception:Block", stage="channels"),
-    _rule("after", _last_norm("stack"), "timm.xception_aligned:XceptionModule", stage="channels"),
+    "torchvision.resnet:BasicBlock timm.dla:DlaBasic": Rule("after", "bn2"),
+    "torchvision.resnet:Bottleneck timm.resnest:ResNestBottleneck": Rule("after", "bn3"),
+    "timm.dla:DlaBottleneck,DlaBottle2neck": Rule("after", "bn3"),
+    "timm.regnet:Bottleneck timm.tresnet:Bottleneck": Rule("after", "conv3.bn"),
+    "timm.cspnet:DarkBlock,EdgeBlock": Rule("after", "conv2.bn"),
+    "timm.resnetv2:Bottleneck": Rule("after", "norm3"),
+    "torchvision.regnet:ResBottleneckBlock": Rule("after", "f.*"),
+    "timm.xception:Block": Rule("after", "rep.*", stage="channels"),
+    "timm.xception_aligned:XceptionModule": Rule("after", "stack.*", stage="channels"),
     # Inverted residuals: their own SE sits in the middle of the block and is left alone.
-    _rule("after", "bn3", f"{_EFFICIENTNET}InvertedResidual {_EFFICIENTNET}CondConvResidual"),
-    _rule("after", "bn2", f"{_EFFICIENTNET}DepthwiseSeparableConv {_EFFICIENTNET}EdgeResidual"),
+    "timm._efficientnet_blocks:InvertedResidual,CondConvResidual": Rule("after", "bn3"),
+    "timm._efficientnet_blocks:DepthwiseSeparableConv,EdgeResidual": Rule("after", "bn2"),
     # Without a skip it is not a block but a bare layer.
-    _rule("after", lambda block: ["bn1"] * bool(block.has_skip), f"{_EFFICIENTNET}ConvBnAct"),
-    _rule("after", "layer_scale", f"{_EFFICIENTNET}UniversalInvertedResidual", "pw_proj.bn"),
-    _rule("after", "conv_pwl.bn", "timm.rexnet:LinearBottleneck", stage="channels"),
-    _rule("after", _last_norm("conv"), f"{_MOBILE}2:InvertedResidual", stage="channels"),
-    _rule("after", _last_norm("block"), f"{_MOBILE}3:InvertedResidual", stage="channels"),
-    _rule("after", _last_norm("block"), "torchvision.efficientnet:MBConv"),
-    _rule("after", _last_norm("block"), "torchvision.efficientnet:FusedMBConv"),
-    _rule("after", _last_norm("layers"), "torchvision.mnasnet:_InvertedResidual"),
+    "timm._efficientnet_blocks:ConvBnAct": Rule("after", lambda m: ["bn1"] * bool(m.has_skip)),
+    "timm._efficientnet_blocks:UniversalInvertedResidual": Rule(
+        "after", "layer_scale", "pw_proj.bn"
+    ),
+    "timm.rexnet:LinearBottleneck": Rule("after", "conv_pwl.bn", stage="channels"),
+    "torchvision.mobilenetv2:InvertedResidual": Rule("after", "conv.*", stage="channels"),
+    "torchvision.mobilenetv3:InvertedResidual": Rule("after", "block.*", stage="channels"),
+    "torchvision.efficientnet:MBConv,FusedMBConv": Rule("after", "block.*"),
+    "torchvision.mnasnet:_InvertedResidual": Rule("after", "layers.*"),
     # Half of the channels pass a block of ShuffleNet untouched; the other half is its branch.
-    _rule("after", _last_norm("branch2"), "torchvision.shufflenetv2:InvertedResidual"),
-    _rule("after", "ghost2", "timm.ghostnet:GhostBottleneck", "ghost2.out_chs"),
-    _rule("after", "ghost2", "timm.ghostnet:GhostBottleneckV3", "ghost2.out_chs"),
-    _rule("after", "ghost2", "timm.repghost:RepGhostBottleneck"),
-    _rule("after", "channel_mixer", "timm.repvit:RepViTBlock"),
-    _rule("after", "ffn", "timm.repvit:RepVitDownsample"),
+    "torchvision.shufflenetv2:InvertedResidual": Rule("after", "branch2.*"),
+    "timm.ghostnet:GhostBottleneck,GhostBottleneckV3": Rule("after", "ghost2", "ghost2.out_chs"),
+    "timm.repghost:RepGhostBottleneck": Rule("after", "ghost2"),
+    "timm.repvit:RepViTBlock": Rule("after", "channel_mixer"),
+    "timm.repvit:RepVitDownsample": Rule("after", "ffn"),
     # Branches that end in layer scale or a bare convolution: before the drop of the branch.
-    _rule("before", "drop_path", "timm.convnext:ConvNeXtBlock", "gamma"),
-    _rule("before", "stochastic_depth", "torchvision.convnext:CNBlock", "layer_scale", "channels"),
-    _rule(
-        "before",
-        "drop_path",
-        "timm.edgenext:ConvBlock timm.fasternet:MLPBlock timm.fastvit:RepMixerBlock "
-        "timm.inception_next:MetaNeXtBlock timm.maxxvit:MbConvBlock timm.maxxvit:ConvNeXtBlock "
-        "timm.starnet:Block",
-    ),
-    _rule("before", "stochastic_depth", "torchvision.maxvit:MBConv"),
-    _rule(
-        "before", "drop_path", "timm.resnetv2:PreActBottleneck timm.nfnet:NormFreeBlock", "conv3"
-    ),
-    _rule("before", "drop_path", "timm.resnetv2:PreActBasic", "conv2"),
+    "timm.convnext:ConvNeXtBlock": Rule("before", "drop_path", "gamma"),
+    "torchvision.convnext:CNBlock": Rule("before", "stochastic_depth", "layer_scale", "channels"),
+    "timm.edgenext:ConvBlock timm.fasternet:MLPBlock timm.fastvit:RepMixerBlock "
+    "timm.inception_next:MetaNeXtBlock timm.maxxvit:MbConvBlock,ConvNeXtBlock "
+    "timm.starnet:Block": Rule("before", "drop_path"),
+    "torchvision.maxvit:MBConv": Rule("before", "stochastic_depth"),
+    "timm.resnetv2:PreActBottleneck timm.nfnet:NormFreeBlock": Rule("before", "drop_path", "conv3"),
+    "timm.resnetv2:PreActBasic": Rule("before", "drop_path", "conv2"),
     # Networks without residual blocks.
-    _rule("after", _before_pools, "timm.vgg:VGG torchvision.vgg:VGG", stage="site"),
-    _rule("after", _before_pools, "torchvision.alexnet:AlexNet", stage="site"),
-    _rule("after", "pool", "timm.densenet:DenseTransition", "conv", "site"),
-    _rule("after", "pool", "torchvision.densenet:_Transition", "conv", "site"),
-    _rule("after", "features.norm5", "timm.densenet:DenseNet", stage="site"),
-    _rule("after", "features.norm5", "torchvision.densenet:DenseNet", stage="site"),
-    _rule("after", lambda _: [""], "torchvision.squeezenet:Fire", stage="channels"),
-    _rule("after", _last_norm("conv6"), "timm.selecsls:SelecSlsBlock"),
+    "timm.vgg:VGG torchvision.vgg:VGG torchvision.alexnet:AlexNet": Rule(
+        "after", _before_pools, stage="site"
+    ),
+    "timm.densenet:DenseTransition torchvision.densenet:_Transition": Rule(
+        "after", "pool", "conv", "site"
+    ),
+    "timm.densenet:DenseNet torchvision.densenet:DenseNet": Rule(
+        "after", "features.norm5", stage="site"
+    ),
+    "torchvision.squeezenet:Fire": Rule("after", "", stage="channels"),
+    "timm.selecsls:SelecSlsBlock": Rule("after", "conv6.*"),
     # What is added of a dual path; where it is one convolution with what is appended, both.
-    _rule("after", _at("c1x1_c1", "c1x1_c"), "timm.dpn:DualPathBlock"),
-    _rule("after", lambda _: [""], "torchvision.googlenet:Inception"),
-    *(
-        _rule("after", lambda _: [""], f"{library}:Inception{letter}")
-        for library in ("torchvision.inception", "timm.inception_v3")
-        for letter in "ABCDE"
+    "timm.dpn:DualPathBlock": Rule(
+        "after", lambda m: ["c1x1_c1" if attribute(m, "c1x1_c1") else "c1x1_c"]
     ),
-    *(
-        _rule("after", lambda _: [""], f"timm.inception_v4:{kind}", stage="channels")
-        for kind in ("InceptionA", "InceptionB", "InceptionC", "ReductionA", "ReductionB")
+    "torchvision.googlenet:Inception": Rule("after", ""),
+    "torchvision.inception:InceptionA,InceptionB,InceptionC,InceptionD,InceptionE "
+    "timm.inception_v3:InceptionA,InceptionB,InceptionC,InceptionD,InceptionE": Rule("after", ""),
+    "timm.inception_v4:InceptionA,InceptionB,InceptionC,ReductionA,ReductionB": Rule(
+        "after", "", stage="channels"
     ),
-    _rule("after", "aggregation", "timm.hgnet:HighPerfGpuBlock"),
-    *(
-        _rule("after", "conv2d", f"timm.inception_resnet_v2:Block{size}", stage="channels")
-        for size in (35, 17, 8)
-    ),
-)
-"""One row per kind of block. A block without shortcut (the first of a stage of inverted residuals)
-has attention where the others add."""
+    "timm.hgnet:HighPerfGpuBlock": Rule("after", "aggregation"),
+    "timm.inception_resnet_v2:Block35,Block17,Block8": Rule("after", "conv2d", stage="channels"),
+}
+"""Classes of blocks, modules without ``models``. A block without shortcut (the first of a stage of
+inverted residuals) has attention where the others add."""
 
-_BY_CLASS = {name: rule for rule in RULES for name in rule.classes}
+_BY_CLASS = {
+    f"{path}:{name}": rule
+    for kinds, rule in RULES.items()
+    for path, names in (kind.split(":") for kind in kinds.split())
+    for name in names.split(",")
+}
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a block, by its class or the nearest base that has one."""
-    names = (f"{cls.__module__}:{cls.__name__}" for cls in type(module).__mro__)
+    kinds = type(module).__mro__
+    names = (f"{cls.__module__.replace('.models', '', 1)}:{cls.__name__}" for cls in kinds)
     return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)

@@ -222,7 +222,7 @@ def _before(model: nn.Module, name: str, parent: nn.Module) -> object:
             above, _, key = above.rpartition(".")
         block = model.get_submodule(above)
         rule = rule_of(block)
-        if rule is None or not rule.reads or key not in rule.find(block):
+        if rule is None or not rule.reads or key not in rule.places(block):
             return None
         target = attribute(block, rule.reads)
     while type(target) is nn.Sequential and len(target):

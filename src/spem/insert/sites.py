@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -102,15 +103,6 @@ class Spot:
         """The module whose map is that of the site."""
         return next(m for m in (self.layer, self.reads, self.block) if isinstance(m, nn.Module))
 
-    @property
-    def rank(self) -> int | None:
-        """Axes of the map, from its shape or the class of the layer; None if neither says."""
-        if self.shape is not None:
-            return len(self.shape)
-        names = [cls.__name__ for part in (self.layer, self.reads) for cls in type(part).__mro__]
-        digits = (re.search(r"([123])d$", name) for name in names)
-        return next((2 + int(found[1]) for found in digits if found), None)
-
 
 def find_spots(
     model: nn.Module, where: Where | None, *, replacing: bool, input_shape: Shape
@@ -148,15 +140,11 @@ def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
                     f"unknown. Leave it out with include=."
                 )
             continue
-        if not 3 <= len(shape) <= 5 or prod(shape) == 0:
+        if not 3 <= len(shape) <= 5 or prod(shape) == 0 or spot.channels not in (0, shape[1]):
+            said = f" and the {spot.channels} channels of its norm" if spot.channels else ""
             raise ValueError(
                 f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 "
-                f"spatial axes. Leave it out with include=, or pass where= another module."
-            )
-        if spot.channels not in (0, shape[1]):
-            raise ValueError(
-                f"attach: the map at {spot.name} is {list(shape)}, but its norm says "
-                f"{spot.channels} channels. Pass where= a module whose output is [N, C, ...]."
+                f"spatial axes{said}. Leave it out with include=, or pass where= another module."
             )
         spot.channels, spot.shape = shape[1], shape
     return moved
@@ -263,9 +251,9 @@ def default_input(model: nn.Module) -> tuple[int, ...]:
 def number_stages(spots: list[Spot]) -> None:
     """Gives every site the number of its stage; needs channels."""
     names = [spot.name.split(".") for spot in spots]
-    depth = 0  # parts that all names have in common
-    while depth < min(map(len, names)) - 1 and len({name[depth] for name in names}) == 1:
-        depth += 1
+    columns = enumerate(zip(*names, strict=False))
+    differing = (depth for depth, column in columns if len(set(column)) > 1)
+    depth = next(differing, min(map(len, names)) - 1)
     order: dict[object, int] = {}
     run = channels = 0
     for spot, name in zip(spots, names, strict=True):
@@ -304,14 +292,14 @@ def chosen(
 
 def built(spot: Spot, spec: AttentionSpec, like: Tensor) -> ChannelAttention:
     """The attention of a site, on the device and in the dtype of a tensor."""
-    size = None if spot.shape is None or spot.rank != 4 else (spot.shape[2], spot.shape[3])
+    shape = spot.shape or (1, spot.channels, 1, 1)
+    size = (shape[2], shape[3]) if spot.shape is not None and len(shape) == 4 else None
     with rephrased(f"attach: {spot.name}"):
         attention = spec.build(spot.channels, size=size, device=like.device, dtype=like.dtype)
-    if spot.rank not in (None, 4) and not attention.takes_any_rank():
-        layer = f" after a {type(spot.layer).__name__}" if spot.layer is not None else ""
+    if len(shape) not in attention.ranks:
         raise ValueError(
-            f"attach: {spec.name} takes maps [N, C, H, W], and the map at {spot.name}{layer} has "
-            f"{spot.rank} axes. Use a module that takes any rank, such as 'se' or 'spem'."
+            f"attach: {spec.name} takes maps [N, C, H, W], and the map at {spot.name} has "
+            f"{len(shape)} axes. Use a module that takes any rank, such as 'se' or 'spem'."
         )
     return attention
 
@@ -333,49 +321,40 @@ def described(spot: Spot, spec: AttentionSpec | None) -> Site:
     return Site(*place, spot.channels, spot.shape, parameters, flops, spot.reason)
 
 
-def _join(above: str, name: str) -> str:
+def join(above: str, name: str) -> str:
+    """The dotted name of a part, one of which may be "" for the whole."""
     return f"{above}.{name}" if above and name else above or name
 
 
 def _ruled(model: nn.Module) -> Iterator[Spot]:
     """The sites that the table of families names."""
     for name, block in model.named_modules():
-        rule, kind = rule_of(block), type(block).__name__
-        if rule is None:
-            continue
-        reads = attribute(block, rule.reads)
-        for site in (_join(name, path) for path in rule.find(block)):
-            if not site:
-                raise ValueError(
-                    f"attach: the network is a single {kind} and has nothing around it. Put it "
-                    f"into an nn.Sequential."
-                )
-            yield Spot(model, site, block, f"known block {kind}", rule.how, rule.stage, reads)
+        if (rule := rule_of(block)) is not None:
+            reason = f"known block {type(block).__name__}"
+            for path in filter(partial(join, name), rule.places(block)):
+                reads = attribute(block, rule.reads or path)
+                yield Spot(model, join(name, path), block, reason, rule.how, rule.stage, reads)
 
 
 def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
     """The sites that a function of the caller's names."""
-    names = {module: name for name, module in model.named_modules()}
-    for module, name in names.items():
+    for name, module in model.named_modules():
         layer = where(module)
-        if layer is None:
-            continue
-        here = name or "the network"
-        if not isinstance(layer, nn.Module):
-            raise TypeError(
-                f"attach: where= gave {layer!r} for {here}, which is not a module. It has to give "
-                f"the norm to follow, or None."
-            )
-        # One activation may be held by many blocks: here it is that of this one.
-        inside = module.named_modules(remove_duplicate=False)
-        own = next((inner for inner, part in inside if part is layer and inner), None)
-        site = names.get(layer) if own is None else _join(name, own)
-        if not site:
-            raise ValueError(
-                f"attach: where= gave a {type(layer).__name__} for {here} that is not part of the "
-                f"network. It has to give one of its modules, or None."
-            )
-        yield Spot(model, site, module, "where=", how)
+        if layer is not None:
+            # One activation may be held by many blocks: here it is that of this one.
+            inside = (join(name, n) for n in _names(module, layer) if n)
+            site = next(inside, next(_names(model, layer), ""))
+            if not site:
+                raise TypeError(
+                    f"attach: where= gave a {type(layer).__name__} for {name or 'the network'}, "
+                    f"which is no module of the network. It has to give the norm to follow, or None."
+                )
+            yield Spot(model, site, module, "where=", how)
+
+
+def _names(parent: nn.Module, part: object) -> Iterator[str]:
+    """All names of a part."""
+    return (n for n, m in parent.named_modules(remove_duplicate=False) if m is part)
 
 
 def _existing(model: nn.Module) -> Iterator[Spot]:
@@ -383,30 +362,24 @@ def _existing(model: nn.Module) -> Iterator[Spot]:
     within = "\n"
     for name, module in model.named_modules():
         known = isinstance(module, ChannelAttention) or existing_layer(module)
-        if not name or name.startswith(within) or not known:
-            continue
-        within = f"{name}."
-        parts = name.split(".")
-        above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
-        block = next((m for m in reversed(above[1:]) if rule_of(m) is not None), above[-1])
-        yield Spot(model, name, block, f"has a {type(module).__name__}", "replace")
+        if name and known and not name.startswith(within):
+            within, parts = f"{name}.", name.split(".")
+            above = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))][::-1]
+            block = next((m for m in above if rule_of(m) is not None), above[0])
+            yield Spot(model, name, block, f"has a {type(module).__name__}", "replace")
 
 
 def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
     """The sites of a network that is in no table, found by following a forward pass."""
+    names = {module: name for name, module in model.named_modules()}
     kind = type(model).__name__
-    if not any(hasattr(module, "kernel_size") for module in model.modules()):
+    scripts = [name for m, name in names.items() if isinstance(m, torch.jit.ScriptModule)]
+    if scripts or not any(hasattr(module, "kernel_size") for module in names):
+        script = f"{scripts[0] or 'it'} is TorchScript, which cannot be followed" if scripts else ""
         raise ValueError(
-            f"attach: no site found in {kind} (no convolutional layers). "
+            f"attach: no site found in {kind} ({script or 'no convolutional layers'}). "
             f"Pass where= a rule that names the layers to follow."
         )
-    names = {module: name for name, module in model.named_modules()}
-    for module, name in names.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"attach: {name} of {kind} is TorchScript, through which a forward pass cannot be "
-                f"followed. Pass where= a rule that names the layers to follow."
-            )
     forward = follow(model, lambda: run_once(model, input_shape))
     ranks = forward.ranks()
     found = next((rank for rank in ranks if rank), [])
@@ -417,7 +390,7 @@ def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
     for (layer, parent), reason in found:
         # One activation may be held by many blocks: here it is that of this one.
         key = next((key for key, child in parent.named_children() if child is layer), None)
-        name = names[layer] if key is None else _join(names[parent], key)
+        name = names[layer] if key is None else join(names[parent], key)
         stage: Stage = "site" if found is ranks[-1] else "name"
         yield Spot(model, name, parent, reason, kind=stage)
     if not found:
