@@ -148,7 +148,14 @@ def read_table(path: Path) -> pd.DataFrame:
             raise ValueError(said) from error
     if table.empty:
         raise ValueError(f"{path} has a heading and no rows. Pass a file with one run a row.")
-    return table.rename(columns=str.strip).apply(lambda column: column.fillna("").str.strip())
+    table = table.rename(columns=str.strip).apply(lambda column: column.fillna("").str.strip())
+    return table.apply(_ungrouped) if separator == "," else table
+
+
+def _ungrouped(column: pd.Series) -> pd.Series:
+    """A column without the commas of thousands, if it has no others."""
+    grouped = column[column.str.contains(",")].str.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")
+    return column.str.replace(",", "") if grouped.all() else column
 
 
 def choose_columns(
