@@ -470,7 +470,8 @@ def read_shared(folder: str | Path) -> Shared:
             state: dict[str, Tensor] = safetensors.load(content)
         wrong, model = _too_large(state, config), nn.Module()
         if not wrong:
-            model = _built(config)
+            with rephrased(f"{CONFIG} describes no network that can be built"):
+                model = _built(config)
             state = true_keys(model, state)
             wrong = _misfit(state, model.state_dict())
         if wrong:

@@ -73,6 +73,7 @@ def timm(arch: str, **options: Any) -> dict[str, Any]:
         ({"network__depth": 18_002}, "depth=18002 is too large for 1"),
         ({"network__classes": 10**30}, "classes=10{30} is too large"),
         ({"network__attention": "cbam(kernel=300001)"}, "the weights lack 'layer1.0.attention"),
+        ({"network__attention": "gsop(dims=1000000000)"}, "describes no network that can be built"),
         ({"network__attention": "cbam(pools=5)"}, r"cbam\(pools=5\) cannot be built: 'int' object"),
         (timm("resnet18", num_classes=10**9), "num_classes=1000000000 is too large"),
         (timm("vit_giant_patch14_224") | {"attach": []}, "the weights lack 'blocks.0.attn.proj"),
