@@ -172,7 +172,7 @@ def draw(
         classes: The names of the classes.
         marked: The class to mark among the answers, or None.
         blocks: Maximum number of rows; of more blocks, an even selection from first to last.
-        top: Number of most kept channels to show, and of least kept ones.
+        top: Number of most kept channels to show, and of least kept ones; at most 50 are drawn.
 
     Raises:
         ValueError: ``blocks`` or ``top`` is below 1, nothing was seen, gates or maps that are not
@@ -199,7 +199,7 @@ def draw(
             f"explain: the network answers with {answers} classes; got {len(classes)} names and "
             f"marked={marked}."
         )
-    top = min(top, max((len(row.kept) + 1) // 2 for row in rows))
+    top = min(top, 50, max((len(row.kept) + 1) // 2 for row in rows))
     figure = Figure(figsize=(6.6 + 1.9 * top, 1.5 + 1.55 * max(len(rows), 2)), layout="constrained")
     figure.suptitle(_literal(title), fontsize=12)
     classes = [_literal(name) for name in classes]

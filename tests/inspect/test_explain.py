@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,16 @@ def test_more_channels_than_there_are_and_half_precision(tmp_path: Path) -> None
     spem.explain.draw(seen, shown, path, title="", classes="0123456789", top=10**6)
     with Image.open(path) as picture:
         assert max(picture.size) < 3000
+
+
+def test_a_picture_has_room_for_fifty_channels_of_a_side(tmp_path: Path) -> None:
+    seen, path = explain(network("se"), IMAGE), tmp_path / "x.svg"
+    seen = dataclasses.replace(seen, blocks=seen.blocks[-1:])
+    shown = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    spem.explain.draw(seen, shown, path, title="", classes="0123456789", top=100_000)
+    width = re.search(r'width="([0-9.]+)pt"', path.read_text())
+    assert width is not None
+    assert 50 * 72 < float(width[1]) < 110 * 72
 
 
 # ---- the command, on the committed weights
