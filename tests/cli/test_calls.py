@@ -104,11 +104,27 @@ def test_messages_of_the_library_get_the_flags_that_were_typed() -> None:
     o = options()
     o.read(["--try.count", "3"])
     said = "rate=-1 is too small; try.count=3 too. Leave rate= out, and accurate=1 in."
+    said += " Use a lower try.count (try.count 3 -> 4)."
     want = "--rate -1 is too small; --try.count 3 too. Leave --rate out, and accurate=1 in."
+    want += " Use a lower --try.count (--try.count 3 -> 4)."
     assert o.in_flags(said) == want
     said = "count=3 fits se(count=4). With runtime.rate=2, flip=True turns it."
     want = "--try.count 3 fits se(count=4). With --rate 2, --try.flip turns it."
     assert o.in_flags(said) == want
+
+
+def test_who_asked_for_an_implementation_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "impl='triton' needs a CUDA tensor. Use impl=None or 'reference'."
+    train, cost = cli.options_of("train"), cli.options_of("cost")
+    train.read(["smoke", "--runtime.impl", "triton"])
+    want = "--runtime.impl 'triton' needs a CUDA tensor. Use no --runtime.impl or 'reference'."
+    assert train.in_flags(said) == want
+    monkeypatch.setenv("SPEM_IMPL", "triton")
+    assert train.in_flags(said) == want
+    want = "SPEM_IMPL='triton' needs a CUDA tensor. Use no SPEM_IMPL or 'reference'."
+    assert cost.in_flags(said) == want
+    cost.read(["cifar:11"])
+    assert cost.in_flags(said) == want
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

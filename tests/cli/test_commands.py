@@ -80,11 +80,20 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
         (["share", "runs"], "nowhere to write. Give --folder DIR"),
         (["cost", "cifar:11", "--start", "module"], "--start is for attention that --attention"),
         (["train", "smoke", "--data", "~nobody/x"], "~nobody/x: neither a known set"),
+        (["train", "smoke", "--device", "meta"], "--device 'meta' cannot be used"),
+        (["train", "smoke", "--val", "99999"], "--val 99999 of 1437 images. Use 1 to 1436."),
+        (["train", "smoke", "--attention", "gsop(dims=9000000)"], "not enough memory."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, args, says)
+    assert not list(Path().iterdir())
+
+
+def test_a_training_that_diverges_names_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *TINY_RUN, "--lr", "1e30", "--folder", "run"]) == 1
+    assert "Use a lower --lr." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["eval {} --data digits", "cost {}", "bench {}", "attach {}"])
@@ -130,6 +139,13 @@ def test_a_device_that_is_not_there_is_told(capsys: pytest.CaptureFixture[str]) 
     assert answer(capsys, [*given, "cpu"])["count"] == 360
     if not torch.cuda.is_available():
         refused(capsys, [*given, "cuda"], "--device 'cuda' cannot be used")
+
+
+def test_a_network_is_called_by_its_name_once(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text("import spem\ndef net(): return spem.resnet(11, attention='se')\n")
+    Image.new("RGB", (32, 32)).save("image.png")
+    assert cli.main(["explain", "own.py:net", "image.png", "--size", "32"]) == 0
+    assert capsys.readouterr().out.startswith("own.py:net, random weights, image.png\n")
 
 
 def test_a_picture_has_the_name_that_was_given(

@@ -81,7 +81,7 @@ def test_hold_out_parts_are_disjoint_complete_in_order_and_always_the_same() -> 
     torch.manual_seed(1)
     assert [part.sha256 for part in hold_out(data, 30)] == [rest.sha256, validation.sha256]
     for count in (0, 100):
-        with pytest.raises(ValueError, match="from 1 to 99"):
+        with pytest.raises(ValueError, match=f"data.val={count} of 100 images. Use 1 to 99."):
             hold_out(data, count)
 
 

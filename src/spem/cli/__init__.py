@@ -36,7 +36,10 @@ COMMANDS = {
     "bench": ("bench", "what attention costs on this machine, in training and inference"),
 }
 """For each command, the module in this package whose `run` executes it, and its purpose."""
-_FUNCTIONS = ("train", "find_sites", "inspect", "to_onnx", "from_pretrained", "push_to_hub")
+_FUNCTIONS = (
+    *("train", "find_sites", "attach", "inspect", "fold", "to_onnx"),
+    *("from_pretrained", "save_pretrained", "push_to_hub"),
+)
 """Of the library, whose names begin messages that a command shows as its own."""
 
 
@@ -112,10 +115,10 @@ def _answer(error: BaseException, name: str, options: Options | None, *, debug: 
         if isinstance(error, OSError) and error.strerror:  # without the number of the error
             where = "" if error.filename is None else f"{error.filename}: "
             text = f"{where}{error.strerror}."
-        text = text if options is None else options.in_flags(text)
     else:
         code, text = 1, f"internal error: {type(error).__name__}: {error}"
         text += "" if debug else "\nrun again with --debug"
+    text = text if options is None else options.in_flags(text)
     for function in (name, *_FUNCTIONS):
         text = text.removeprefix(f"{function}: ")
     text = text if len(text) < 1200 else f"{text[:700]} ... {text[-300:]}"  # a name may be long

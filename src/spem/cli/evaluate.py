@@ -74,7 +74,7 @@ def run(
         print_json({"network": network, **told, **counted})
         return
     seed = "" if config is None else f", seed {config.seed}"
-    say(f"{network}: {found.text}{seed}{', random weights' * found.random}")
+    say(f"{found.titled(network)}{seed}")
     share = f"{accuracy.correct}/{accuracy.count}, loss {accuracy.loss:.4f}"
     print(f"{accuracy.top1:.2f} % of {images.name}'s test images ({share})")
     print(f"SHA-256 of the decoded images: {images.sha256[:16]}")

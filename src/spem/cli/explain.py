@@ -58,7 +58,7 @@ def run(
             raise ValueError(f"--class: {unknown('class', class_, names)}")
         marked = numbers[class_]
         best += [marked] if answered and marked not in best else []
-    title = f"{Path(network).name}: {found.text}{', random weights' * found.random}, {said}"
+    title = f"{found.titled(Path(network).name)}, {said}"
     how: dict[str, Any] = {"title": title, "classes": names, "marked": marked}
     looking.draw(seen, shown, out, blocks=blocks, top=top, **how)
     answers = [{"class": names[k], "number": k, "probability": answered[k]} for k in best]

@@ -66,6 +66,11 @@ class Network:
             raise ValueError(f"the weights do not say how large {images} were. Give --size.")
         return batch, self.channels, self.size or 224, self.size or 224
 
+    def titled(self, name: str) -> str:
+        """What it is, after the name it was asked for by, which may say so already."""
+        head = "" if name in self.text else f"{name}: "
+        return f"{head}{self.text}{', random weights' * self.random}"
+
     def require_input(self) -> None:
         """Raises ValueError where it does not run on such images."""
         import torch

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -151,16 +152,21 @@ class Options:
     def in_flags(self, text: str) -> str:
         """A message of the library with its keywords as they are typed.
 
-        `optim.lr=-1` becomes `--lr -1`, so does `lr=-1`; `root=` becomes `--root`, and
-        `skip_broken=True` is `--data.skip-broken`.
+        `optim.lr=-1` becomes `--lr -1`, so does `lr=-1`; `root=` and `optim.lr` become `--root` and
+        `--lr`, and `skip_broken=True` is `--data.skip-broken`.
         """
+        text = text.replace("impl=None", "no impl=")
+        if os.environ.get("SPEM_IMPL") and not {"impl", "runtime.impl"} & self._typed.keys():
+            text = re.sub(r"\b(runtime\.)?impl=", "SPEM_IMPL=", text).replace("= or", " or")
         for option in self.options:
-            name = option.name.rpartition(".")[2]
-            if option.flags and f"{name}=" in text:
+            section, _, name = option.name.rpartition(".")
+            if option.flags and name in text:
                 flag = self._typed.get(option.name, option.flags[0])
                 keyword = rf"(?<![\w.(-])(?:\w+\.)?{name}="
                 keyword += r"(?=([\w'\"(\[-]?))" if option.metavar else "True()"
                 text = re.sub(keyword, lambda at, flag=flag: flag + " " * bool(at[1]), text)
+                if section:
+                    text = re.sub(rf"(?<![\w.-]){re.escape(option.name)}(?![\w=.]*=)", flag, text)
         return text
 
 

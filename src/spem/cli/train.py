@@ -36,14 +36,14 @@ def run(
     folder = folder or config.folder(runs)
     if not (folder / "result.json").exists():  # before torch is loaded
         check_data(config.data)
-    import torch
-
     from spem.training import Interrupted, process_group, train
     from spem.training.distributed import FollowerError
     from spem.training.folder import build_network
+    from spem.training.loop import resolved
     from spem.training.step import keep_freed_memory
 
-    with torch.device("meta"):  # what cannot be built leaves no folder behind
+    if not folder.exists():  # what cannot be built, or run here, leaves none behind
+        resolved(config.runtime, 1)
         build_network(config, classes=2)
     keep_freed_memory()
     with process_group(config.runtime.device) as first:

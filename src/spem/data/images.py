@@ -103,8 +103,7 @@ def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     are judged on the same images. ValueError if one of the parts would be empty.
     """
     if not 0 < count < len(train):
-        most = len(train) - 1
-        raise ValueError(f"hold_out: count={count} of {most + 1} images. Use one from 1 to {most}.")
+        raise ValueError(f"data.val={count} of {len(train)} images. Use 1 to {len(train) - 1}.")
     order = torch.randperm(len(train), generator=keyed_generator(0, "hold_out"), device="cpu")
     return train.take(order[count:].sort().values), train.take(order[:count].sort().values)
 

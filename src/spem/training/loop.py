@@ -166,7 +166,7 @@ def resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"train: runtime.device={device!r} cannot be used ({first_line(error)}). "
