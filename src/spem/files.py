@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -12,15 +11,12 @@ import stat
 from pathlib import Path
 from typing import Any, cast
 
-_UNSYNCED = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
-"""What file systems answer that sync no folders (some network mounts), or a folder not readable."""
-
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that readers find the old content or the new, never a part.
 
-    The content reaches the disk before the name does; the folder's entry is synced last, where the
-    file system can. Links and devices are not replaced (ValueError).
+    The content reaches the disk before the name does. Links and devices are not replaced
+    (ValueError).
     """
     require_regular(path, missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -36,16 +32,6 @@ def write_atomic(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk does not say which file it was
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        try:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as error:
-            if error.errno not in _UNSYNCED:
-                raise
 
 
 def read_regular(path: Path) -> bytes:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
-import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -200,21 +198,6 @@ def test_failed_write_leaves_the_old_file_and_no_other(
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError, match=r"No space left on device: '.*config\.json'"):
         trained(tiny(epochs=1), tmp_path / "run")
-
-
-def test_a_file_system_that_syncs_no_folders_keeps_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    path, sync = tmp_path / "file", os.fsync
-
-    def only_files(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        sync(descriptor)
-
-    monkeypatch.setattr("spem.files.os.fsync", only_files)
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_the_mode_of_a_new_file_is_the_users(tmp_path: Path):

@@ -182,7 +182,7 @@ def test_other_config_and_other_seed_are_refused(tmp_path: Path):
     with pytest.raises(Interrupted):
         train(config, tmp_path, progress=Stop(3))
     other = replace(config, optim=replace(config.optim, lr=0.05))
-    message = rf"belongs to run {config.id}, this config is {other.id} \(optim.lr 0.1 -> 0.05\)"
+    message = r"belongs to another run \(optim.lr 0.1 -> 0.05\). Use another folder"
     with pytest.raises(ValueError, match=message):
         train(other, tmp_path, progress=Silent())
     whole = (tmp_path / "config.json").read_bytes()
@@ -190,7 +190,7 @@ def test_other_config_and_other_seed_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         train(other, tmp_path, progress=Silent())
     (tmp_path / "config.json").write_bytes(whole)
-    with pytest.raises(ValueError, match="belongs to seed 0, this config has seed 1"):
+    with pytest.raises(ValueError, match=r"belongs to another run \(seed 0 -> 1\)"):
         train(replace(config, seed=1), tmp_path, progress=Silent())
     train(config, tmp_path, progress=Silent())
     with pytest.raises(ValueError, match=r"optim.lr 0.1 -> 0.05"):

@@ -103,12 +103,10 @@ def _attention_of(module: str) -> str:
 
 def _styles(table: Table) -> dict[str, dict[str, Any]]:
     """The line style of each row: solid for the first of a colour, dashed for the others."""
-    seen: dict[str, int] = {}
-    styles: dict[str, dict[str, Any]] = {}
-    for row, module in zip(table.frame["row"], table.frame["module"], strict=True):
-        number = seen[colour(module)] = seen.get(colour(module), -1) + 1
-        styles[row] = _marked(module) | {"linestyle": DASHES[number % len(DASHES)]}
-    return styles
+    rows, modules = table.frame["row"], table.frame["module"]
+    dashes = [DASHES[n % len(DASHES)] for n in rows.groupby(modules.map(colour)).cumcount()]
+    lines = zip(rows, modules, dashes, strict=True)
+    return {row: _marked(module) | {"linestyle": dash} for row, module, dash in lines}
 
 
 def draw_all(tables: Sequence[Table], frames: Mapping[str, pd.DataFrame]) -> list[Drawing]:

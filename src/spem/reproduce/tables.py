@@ -151,43 +151,34 @@ def record(
     filelock = require("filelock", extra="train", purpose="writing results")
     out.mkdir(parents=True, exist_ok=True)
     require_regular(out / ".lock", missing_ok=True)
-    with filelock.FileLock(out / ".lock"):  # of two commands, the later one must see both's rows
-        return _record(planned, runs, out, failed or {}, baseline)
-
-
-def _record(
-    planned: Mapping[RunConfig, Sequence[str]],
-    runs: Path,
-    out: Path,
-    failed: Mapping[RunConfig, str],
-    baseline: str | None,
-) -> list[str]:
-    there = {_key(row): row for row in _read_texts(out / "runs.csv")}
     tables: dict[str, list[Row]] = {name: [] for name in FILES}
     problems: list[str] = []
-    for config, names in planned.items():
-        before = there.get((config.id, str(config.seed)), {})
-        names = dict.fromkeys([*before.get("experiment", "").split(), *names])
-        row: Row = {"experiment": " ".join(names), "baseline": baseline}
-        folder, error, run = config.folder(runs), failed.get(config), None
-        try:
-            if error is None and (folder / "result.json").exists():
-                run = read_run(folder)
-        except (OSError, ValueError) as damage:
-            error = str(damage)
-        if run is not None:
-            error = run.error
-            tables["runs.csv"].append(row | run_row(run))
-            for name, rows in inner_rows(run).items():
-                tables[name] += rows
-        elif error is not None:
-            ended = config_row(config) | {"status": FAILED, "error": error}
-            # A failure here does not undo what the run gave somewhere else.
-            tables["runs.csv"].append((before if before.get("status") == FINISHED else ended) | row)
-        if error is not None:
-            problems.append(f"{run_name(config)}: {error}")
-    for name, rows in tables.items():
-        _merge(out / name, rows)
+    with filelock.FileLock(out / ".lock"):  # of two commands, the later one must see both's rows
+        there = {_key(row): row for row in _read_texts(out / "runs.csv")}
+        for config, names in planned.items():
+            before = there.get((config.id, str(config.seed)), {})
+            names = dict.fromkeys([*before.get("experiment", "").split(), *names])
+            row: Row = {"experiment": " ".join(names), "baseline": baseline}
+            folder, error, run = config.folder(runs), (failed or {}).get(config), None
+            try:
+                if error is None and (folder / "result.json").exists():
+                    run = read_run(folder)
+            except (OSError, ValueError) as damage:
+                error = str(damage)
+            if run is not None:
+                error = run.error
+                tables["runs.csv"].append(row | run_row(run))
+                for name, rows in inner_rows(run).items():
+                    tables[name] += rows
+            elif error is not None:
+                ended = config_row(config) | {"status": FAILED, "error": error}
+                if before.get("status") == FINISHED:  # elsewhere: a failure here does not undo it
+                    ended = before | row
+                tables["runs.csv"].append(row | ended)
+            if error is not None:
+                problems.append(f"{run_name(config)}: {error}")
+        for name, rows in tables.items():
+            _merge(out / name, rows)
     return problems
 
 

@@ -43,8 +43,6 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module(f"spem.training.{_HOME.get(name, 'folder')}"), name)
-    if name in ("distributed", "environment", "evaluation", "folder", "loop", "sets", "step"):
-        return import_module(f"spem.training.{name}")
     raise AttributeError(f"module 'spem.training' has no attribute {name!r}")
 
 

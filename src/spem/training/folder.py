@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from spem.extras import first_line, require
+from spem.extras import rephrased, require
 from spem.files import (
     canonical_json,
     damaged,
@@ -47,22 +47,20 @@ _FOOTER = len(_MAGIC) + 32
 _LARGEST_OPTION = 4_096
 """Of an attention in a file: no module of a CIFAR network takes a larger number."""
 _AGAIN = "Delete the folder to train the run again."
+_OTHER = "{} does not fit this version of spem"  # a whole file, written by another one
 
 T = TypeVar("T")
 dacite = require("dacite", extra="train", purpose="training")
 
 
 def _build(kind: type[T], values: Any) -> T:
-    """Build a dataclass of this module from JSON; ValueError if the values do not fit."""
+    """Build a dataclass of this module from JSON; errors of any kind if the values do not fit."""
     hooks = {
         RunConfig: RunConfig.from_dict,
         # A section read by the rules of a full config.
         RuntimeConfig: lambda section: RunConfig.from_dict({"runtime": section}).runtime,
     }
-    try:
-        return dacite.from_dict(kind, values, dacite.Config(cast=[tuple], type_hooks=hooks))
-    except (dacite.DaciteError, TypeError, AttributeError) as error:
-        raise ValueError(f"{error} (a file of another kind or version)") from error
+    return dacite.from_dict(kind, values, dacite.Config(cast=[tuple], type_hooks=hooks))
 
 
 class HeldError(RuntimeError):
@@ -279,29 +277,22 @@ def read_plan(folder: Path) -> Run | None:
         values = load_checkpoint(path).get("plan", {})
     else:
         return None
-    try:
+    with rephrased(_OTHER.format(path)):
         return _build(Run, {**values, "folder": folder})
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit this version of spem. {error}") from error
 
 
 def require_same_run(stored: RunConfig, asked: RunConfig, folder: Path) -> None:
-    """Raise ValueError if id or seed differ, listing the fields that do."""
-    differing = ""
-    if stored.id != asked.id:
-        a, b = _flat(stored.identity), _flat(asked.identity)
-        changed = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    """Raise ValueError if seed or identity differ, listing the fields that do."""
+    a, b = (_flat({**config.identity, "seed": config.seed}) for config in (stored, asked))
+    changed = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    if changed:
         fields = ", ".join(f"{name} {a.get(name)} -> {b.get(name)}" for name in changed)
-        differing = f"run {stored.id}, this config is {asked.id} ({fields})"
-    elif stored.seed != asked.seed:
-        differing = f"seed {stored.seed}, this config has seed {asked.seed}"
-    if differing:
-        raise ValueError(f"train: {folder} belongs to {differing}. Use another folder.")
+        raise ValueError(f"train: {folder} belongs to another run ({fields}). Use another folder.")
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    """Fields of an identity by name, such as "optim.lr"."""
-    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in identity.items()}
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested values by name, such as "optim.lr"."""
+    sections = {k: v if isinstance(v, dict) else {"": v} for k, v in values.items()}
     return {f"{k}.{name}".strip("."): v for k, s in sections.items() for name, v in s.items()}
 
 
@@ -345,12 +336,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if footer != _MAGIC + hashlib.sha256(payload).digest():
         remedy = "Delete it to train this run from the start."
         raise damaged(path, "its SHA-256 does not match", remedy)
-    try:
+    # The checksum matches, so what fails here was written by another program or version.
+    with rephrased(f"{path} cannot be read", "Train into another folder."):
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # The checksum matches, so another program or version wrote these bytes on purpose.
-        finding = f"it cannot be read ({first_line(error)})"
-        raise damaged(path, finding, "Train into another folder.") from error
 
 
 # ---- model.safetensors
@@ -435,26 +423,20 @@ def read_weights(path: Path) -> Weights:
     path = Path(path)
     content = read_regular(path)
     remedy = "Fetch it again, or train it again."
-    try:
+    with rephrased(f"{path} is damaged: it is not a complete safetensors file", remedy):
         tensors = cast("dict[str, Tensor]", safetensors.load(content))
         metadata = _header(content)[1].get("__metadata__") or {}
-    except Exception as error:  # safetensors has its own exception types for broken files
-        raise damaged(path, f"it is not a complete safetensors file ({error})", remedy) from error
     texts = {name: metadata[name] for name in ("config", "about") if name in metadata}
     if "config" not in texts or "sha256" not in metadata:
         finding = "its metadata holds no config and SHA-256"
         raise damaged(path, finding, "Use a file of save_weights.")
     if metadata["sha256"] != _weights_sum(tensors, texts):
         raise damaged(path, "its SHA-256 does not match", remedy)
-    try:
+    with rephrased(_OTHER.format(path)):
         config = RunConfig.from_dict(json.loads(texts["config"]))
         about = json.loads(texts.get("about", "{}"))
         data = about.get("data") and _build(DataIdentity, about["data"])
         network = _fitting(config, tensors, data)
-    except Exception as error:
-        # The checksum matches, so another program or version wrote this on purpose.
-        reason = first_line(error)
-        raise ValueError(f"{path} does not fit this version of spem. {reason}.") from error
     return Weights(network.eval(), config, data, about.get("impl") or config.runtime.impl)
 
 
@@ -538,15 +520,12 @@ def read_run(folder: str | Path) -> Run:
     if path.exists():
         remedy = "Delete it and run the same training again."
         values = load_json(path, remedy=remedy)
-        try:
+        with rephrased(_OTHER.format(path), remedy):
             if "error" in values:
                 error = str(values["error"])
             else:
                 result = _build(Result, values)
             sums = dict(values["files"])
-        except (ValueError, KeyError, TypeError) as problem:
-            message = f"{path} does not fit this version of spem ({problem}). {remedy}"
-            raise ValueError(message) from problem
     if result is not None and (result.id, result.seed) != (run.config.id, run.config.seed):
         raise ValueError(
             f"{folder}: {RESULT} is of run {result.id}, seed {result.seed}, and {CONFIG} of run "

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from spem.training.distributed import Team, gather_team, shared_step
 from spem.training.environment import commit, hardware, versions
 from spem.training.evaluation import Accuracy, describe_gates, evaluate, gradient_norms, norm_report
 from spem.training.folder import DataIdentity, Result, Run, require_same_run
-from spem.training.progress import Progress, Silent, choose_progress, duration
+from spem.training.progress import Progress, Silent, choose_progress
 from spem.training.sets import Sets, epoch_batches, load_sets, require_batches
 from spem.training.signals import Interrupted, StopSignals, stop_signals
 from spem.training.step import (
@@ -82,11 +83,8 @@ def train(config: RunConfig, folder: str | Path, *, progress: Progress | None = 
         ExitStack() as until,
     ):
         team.require_same("run", [config.id, config.seed])
-        if team.leads:
-            progress = progress or choose_progress()
-            until.callback(progress.close)
-        else:
-            progress = Silent()
+        progress = (progress or choose_progress()) if team.leads else Silent()
+        until.callback(progress.close)
         team.lead(partial(store.require_own, folder))
         finished = partial(_finished, config, folder)
         result = team.lead(finished)
@@ -135,14 +133,11 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
         starts = stored.starts
         # Each of these can change the last bits.
         runtime = replace(stored.runtime, checkpoint_minutes=runtime.checkpoint_minutes)
-        asked = {"device": config.runtime.device, "threads": config.runtime.threads}
-        kept = ", ".join(
-            f"{name} {getattr(runtime, name)} (asked: {value})"
-            for name, value in asked.items()
-            if value not in ("auto", 0, getattr(runtime, name))
-        )
-        if kept:
-            progress.message(f"resuming as planned, so that the result stays exact: {kept}")
+        for name in ("device", "threads"):
+            asked, kept = getattr(config.runtime, name), getattr(runtime, name)
+            if asked not in ("auto", 0, kept):
+                told = f"resuming as planned, so that the result stays exact: {name} {kept}"
+                progress.message(f"{told} (asked: {asked})")
         # Several step eagerly, each on its own device, even in a run that started otherwise.
         if processes > 1 and config.runtime.step in ("auto", "eager"):
             runtime = replace(runtime, step="eager", device=runtime.device.partition(":")[0])
@@ -152,8 +147,8 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
         if stored is None:
             raise
         raise ValueError(f"{error} But the run in {folder} was started this way.") from error
-    machine = hardware(torch.device(runtime.device), runtime.threads)
-    machine = machine if processes == 1 else f"{processes} x {machine}"
+    machine = f"{processes} x " * (processes > 1)
+    machine += hardware(torch.device(runtime.device), runtime.threads)
     start = {"date": store.now(), "hardware": machine, "versions": versions(), "commit": commit()}
     run = Run(folder, config, runtime, data, [*starts, start])
     save_json(run.to_dict(), folder / store.CONFIG)
@@ -324,8 +319,7 @@ class _Training:
             sizes = sorted({batch, len(train) % batch or batch}, reverse=True)
             for size in sizes:
                 self.take_step.prepare(self._normalised(train.images[:size]), train.labels[:size])
-            text = " and ".join(str(size) for size in sizes)
-            seconds = time.monotonic() - started
+            text, seconds = " and ".join(map(str, sizes)), time.monotonic() - started
             self.progress.message(f"captured the step for {text} images in {seconds:.0f} s")
 
     def _epoch_line(self, rate: float, sums: dict[str, Tensor]) -> dict[str, Any]:
@@ -384,7 +378,7 @@ class _Training:
             gates = describe_gates(self.model, sets.test, normalisation=pixels)
         last, best, start = history[-1], best_line(history), self.plan.starts[-1]
         train_seconds = sum(line["seconds"] for line in history)
-        assert impl is not None  # resolved when it was planned
+        assert impl is not None  # it was planned
         result = Result(
             id=config.id,
             seed=config.seed,
@@ -489,7 +483,7 @@ class _Training:
             last = f"loss {line['loss']:.3f}, accuracy {line['test_accuracy']:.2f} %, "
         text = (
             f"epoch {state.epoch + 1}/{optim.epochs}, step {state.step}/{self.steps}, {last}"
-            f"{optim.batch / per_step:.0f} images/s, {duration(left)} left"
+            f"{optim.batch / per_step:.0f} images/s, {timedelta(seconds=round(left))} left"
         )
         done, total = state.epoch * self.steps + state.step, optim.epochs * self.steps
         self.progress.step(done, total, text)
@@ -497,14 +491,13 @@ class _Training:
     def _zero_sums(self) -> dict[str, Tensor]:
         """The sums of an epoch before its first step."""
         real = torch.float32 if self.device.type == "mps" else torch.float64
-        sums = {
-            "loss": torch.zeros((), dtype=real),
-            "penalty": torch.zeros((), dtype=real),
-            "correct": torch.zeros((), dtype=torch.int64),
-            "change": torch.zeros(len(self.mixes), dtype=real),
-            "gradients": torch.zeros(len(self.blocks), dtype=real),
+        kinds = {"correct": torch.int64}
+        sizes: dict[str, tuple[int, ...]] = {"loss": (), "penalty": (), "correct": ()}
+        sizes |= {"change": (len(self.mixes),), "gradients": (len(self.blocks),)}
+        return {
+            name: torch.zeros(size, dtype=kinds.get(name, real), device=self.device)
+            for name, size in sizes.items()
         }
-        return {name: total.to(self.device) for name, total in sums.items()}
 
 
 def best_line(history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -33,21 +33,15 @@ class PlainLines(Progress):
     """A line per epoch and one every half minute, for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._wait()
-
-    def _wait(self) -> None:
-        self._next = time.monotonic() + 30.0
+        self._stream, self._printed = stream or sys.stderr, time.monotonic()
 
     def step(self, done: float, total: float, text: str) -> None:
         """Print the text if a line is due."""
-        if time.monotonic() >= self._next:
-            self._wait()
+        if time.monotonic() >= self._printed + 30.0:
             self.message(text)
 
     def epoch(self, line: dict[str, Any], epochs: int) -> None:
         """Print the epoch's figures."""
-        self._wait()
         self.message(
             f"epoch {line['epoch'] + 1}/{epochs}: rate {line['lr']:.3g}, loss {line['loss']:.4f}, "
             f"train {line['train_accuracy']:.2f} %, test {line['test_accuracy']:.2f} % "
@@ -56,6 +50,7 @@ class PlainLines(Progress):
 
     def message(self, text: str) -> None:
         """Print the text."""
+        self._printed = time.monotonic()
         print(text, file=self._stream, flush=True)
 
 
@@ -87,12 +82,3 @@ class LiveBar(PlainLines):
 def choose_progress() -> LiveBar | PlainLines:
     """A live bar if standard error is a terminal, else plain lines."""
     return LiveBar() if sys.stderr.isatty() else PlainLines()
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3:05, 1:02:03."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
