@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -90,11 +91,11 @@ class Shared(nn.Module):
 
     act = nn.SiLU()
 
-    def __init__(self, *, twice: bool) -> None:
+    def __init__(self, channels: int, *, twice: bool) -> None:
         super().__init__()
         self.twice = twice
-        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm = nn.BatchNorm2d(channels)
         self.end = Shared.act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,15 +106,98 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_an_activation_is_a_place_only_where_it_ends_the_branch(twice: bool) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), *[Shared(twice=twice) for _ in range(3)]).eval()
+    layers = [nn.Conv2d(3, 16, 3), Shared(16, twice=twice), nn.Conv2d(16, 8, 3)]
+    layers += [Shared(8, twice=twice), Shared(8, twice=twice), nn.Conv2d(8, 4, 3)]
+    network = nn.Sequential(*layers, Shared.act).eval()
     last = "norm" if twice else "end"
     shape = (1, 3, 12, 12)
-    assert spem.attach(network, "eca", input_shape=shape) == [f"{i}.{last}" for i in (1, 2, 3)]
+    sites = find_sites(network, input_shape=shape)
+    assert [(site.name, site.channels) for site in sites] == [
+        (f"1.{last}", 16),
+        (f"3.{last}", 8),
+        (f"4.{last}", 8),
+    ]
+    assert spem.attach(network, "eca", input_shape=shape) == [site.name for site in sites]
     ran = dict.fromkeys(attentions(network), 0)
     for module in ran:
         module.register_forward_hook(lambda m, *_: ran.__setitem__(m, ran[m] + 1))
     network(torch.randn(shape))
     assert list(ran.values()) == [1, 1, 1]
+
+
+class Unit(nn.Module):
+    """A convolution with a norm and an activation; a detector folds the norm away."""
+
+    act_of_all = nn.SiLU()
+
+    def __init__(self, inputs: int, outputs: int, *, act: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+        self.act = Unit.act_of_all if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))
+
+
+class Detector(nn.Module):
+    def __init__(self, *, branch: bool, act: bool) -> None:
+        super().__init__()
+        self.branch = branch
+        self.stem, self.down = Unit(3, 16), Unit(16, 8)
+        self.cv1, self.cv2 = Unit(8, 12), Unit(12, 8, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.stem(x))
+        y = self.cv2(self.cv1(x))
+        return x + y if self.branch else y
+
+    def fuse(self) -> None:
+        for m in self.modules():
+            if isinstance(m, Unit):
+                m.conv = nn.utils.fuse_conv_bn_eval(m.conv, m.bn)
+                del m.bn
+                m.forward = m.forward_fuse
+
+
+@pytest.mark.parametrize("act", [False, True])
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_network_that_folds_its_norms_keeps_its_attention(branch: bool, act: bool) -> None:
+    network = scattered(Detector(branch=branch, act=act)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    warned = nullcontext() if branch else pytest.warns(UserWarning, match="no residual branches")
+    with warned:
+        spem.attach(network, "se(reduction=4)", input_shape=(1, 3, 12, 12))
+    set_alpha(network, 0.5)
+    expected = network(x)
+    network.fuse()
+    assert len(attentions(network)) == 1
+    torch.testing.assert_close(network(x), expected)
+
+
+class Gated(nn.Module):
+    """A branch that ends in a gate of linear layers, made as large as the map, and in one of 2D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 8)
+        self.spatial = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(torch.relu(x))
+        gate = torch.sigmoid(self.fc(y.mean((2, 3)))).unsqueeze(2).unsqueeze(3)
+        y = gate.expand_as(y) * y
+        return x + y * torch.sigmoid(self.spatial(y.mean(1, keepdim=True)))
+
+
+def test_a_gate_made_as_large_as_its_map_hides_no_branch() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), Gated(), Gated()).eval()
+    sites = find_sites(network, input_shape=(1, 3, 12, 12))
+    assert [(site.name, site.channels) for site in sites] == [("1.conv", 8), ("2.conv", 8)]
 
 
 class Functional(nn.Module):

@@ -39,6 +39,8 @@ _CHANNELS_LAST = {
 """Whether the axis of the channels is the last one after an operation; None is unknown."""
 _FOLDING = ("fuse", "reparameterize", "switch_to_deploy")
 """Methods that give a layer to put in the place of a module, and would leave attention out."""
+_UNNORMED = ("forward_fuse", "fuseforward")
+"""Forwards that a module has for when its norm was folded away; its activation is still called."""
 
 
 class Call(NamedTuple):
@@ -107,7 +109,8 @@ class Forward(TorchFunctionMode):
         node.passed = passed and (node.passed or not node.ends)
         node.ends = [*node.ends, call]
         extents = tuple(output.shape[2:])
-        if is_norm(module) and node.depth and not node.channels_last and prod(extents) > 1:
+        is_map = output.shape[1] > 1 and prod(extents) > 1 and not node.channels_last
+        if is_map and is_norm(module) and node.depth:
             self.norms.pop(extents, None)  # so that the order is that of the last ones
             self.norms[extents] = call
 
@@ -132,7 +135,9 @@ class Forward(TorchFunctionMode):
             self._added(*parents, rank=len(shapes[0]))
         self.convolutions += conv
         output = func(*args, **kwargs)
-        largest = max(range(len(shapes)), key=lambda i: prod(shapes[i]), default=None)
+        # Of a map and a gate that was made as large: the map.
+        size = lambda i: (prod(shapes[i]), parents[i].channels_last is False)  # noqa: E731
+        largest = max(range(len(shapes)), key=size, default=None)
         for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor):
                 continue
@@ -142,6 +147,7 @@ class Forward(TorchFunctionMode):
             if kept and largest is not None and tensor.shape == shapes[largest]:
                 before = parents[largest]
                 node.ends, node.shaped = before.ends, before.shaped or name in _SHAPING
+                node.channels_last = before.channels_last
         return output
 
     def _node(self, tensor: Tensor) -> Node:
@@ -155,7 +161,7 @@ class Forward(TorchFunctionMode):
     def _holder(self, module: nn.Module) -> nn.Module:
         """The innermost module that runs and holds this one; the innermost of all if none does."""
         running = [parent for parent, _ in reversed(self._running)]
-        return next((m for m in running if _holds(m, module)), running[0])
+        return next((m for m in running if holds(m, module)), running[0])
 
     def _added(self, one: Node, two: Node, *, rank: int) -> None:
         if not 3 <= rank <= 5:
@@ -164,7 +170,7 @@ class Forward(TorchFunctionMode):
         for shortcut, branch in ((one, two), (two, one)):
             convolutions = _convolutions(shortcut, branch)
             if convolutions and branch.ends and not branch.channels_last:
-                call, earlier = _outermost_folded(branch.ends), _outermost_folded(branch.earlier)
+                call, earlier = _lasting(branch.ends), _lasting(branch.earlier)
                 assert call is not None
                 self.ends.setdefault(call, (earlier, convolutions))
                 return
@@ -181,7 +187,9 @@ class Forward(TorchFunctionMode):
             place = earlier if earlier is not None and self.calls[call] > 1 else call
             reason = f"ends a residual branch of {number} convolution{'s' if number > 1 else ''}"
             ranks[number == 1].append((place, reason))
-        for extents, call in self.norms.items() if self.convolutions > 1 else ():
+        for extents, norm in self.norms.items() if self.convolutions > 1 else ():
+            held = [call for call in self.calls if call.parent is norm.parent]
+            call = held[-1] if _has(norm.parent, _UNNORMED) else norm
             reason = f"last norm at {' x '.join(map(str, extents))}, no residual branches"
             ranks[2].append((call, reason))
         return ranks
@@ -214,7 +222,7 @@ def suggestion(model: nn.Module, forward: Forward) -> str | None:
     composed: set[str] = set()
     for (module, parent), number in forward.calls.items():
         convolves = any(hasattr(part, "kernel_size") for part in module.modules())
-        if module is not model and convolves and _holds(parent, module):
+        if module is not model and convolves and holds(parent, module):
             kinds[type(module).__name__] += number
             composed |= {type(module).__name__} if [*module.children()] else set()
     # A block rather than its layers, and rather than a row of blocks.
@@ -223,7 +231,8 @@ def suggestion(model: nn.Module, forward: Forward) -> str | None:
     return best and f"where=lambda m: m if type(m).__name__ == {best!r} else None"
 
 
-def _holds(parent: nn.Module, module: nn.Module) -> bool:
+def holds(parent: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is one of those that another one holds."""
     return any(child is module for child in parent.children())
 
 
@@ -248,7 +257,12 @@ def _convolutions(shortcut: Node, branch: Node) -> int:
     return next((depth for depth, least in depths if depth >= least), 0)
 
 
-def _outermost_folded(ends: list[Call]) -> Call | None:
-    """The innermost end; or the outermost around it that folds what is in it into one layer."""
-    folding = [call for call in ends if any(hasattr(call.module, name) for name in _FOLDING)]
-    return (folding[-1:] or ends[:1] or [None])[0]
+def _has(module: nn.Module, methods: tuple[str, ...]) -> bool:
+    return any(hasattr(module, name) for name in methods)
+
+
+def _lasting(ends: list[Call]) -> Call | None:
+    """The innermost end; or the outermost one that the folding of layers around it leaves there."""
+    replaced = [call for call in ends if _has(call.module, _FOLDING)]
+    kept = [call for call in ends if _has(call.parent, _UNNORMED)]
+    return (replaced[-1:] or kept[-1:] or ends[:1] or [None])[0]

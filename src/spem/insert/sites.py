@@ -19,14 +19,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.extras import rephrased
 from spem.insert.families import How, Stage, attribute, is_norm, rule_of
-from spem.insert.follow import follow, suggestion, summary
+from spem.insert.follow import follow, holds, suggestion, summary
 from spem.insert.start import existing_layer, se_parts
 
 _LOG = logging.getLogger("spem.insert")
 Where = Callable[[nn.Module], nn.Module | None]
 Shape = tuple[int, ...] | None
-Maps = dict[nn.Module, tuple[Shape, Shape]]
-"""The shapes of what modules got and gave in a forward pass, in the order of their last calls."""
+Maps = dict[nn.Module | tuple[nn.Module, nn.Module], tuple[Shape, Shape]]
+"""The shapes of what modules got and gave in a forward pass, in the order of their last calls.
+
+Also by the module that held them: detectors have one activation in blocks of all widths.
+"""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,11 @@ def find_spots(
         spots = list(_existing(model)) if replacing else []
         spots = spots or list(_ruled(model)) or list(followed(model, input_shape))
     spots = list({(spot.parent, spot.key): spot for spot in spots}.values())
-    order = {module: number for number, module in enumerate(model.modules())}
-    return sorted(spots, key=lambda spot: order[spot.watched])
+    order: dict[object, int] = {}
+    for number, (name, module) in enumerate(model.named_modules(remove_duplicate=False)):
+        order[name] = number
+        order.setdefault(module, number)
+    return sorted(spots, key=lambda spot: order[spot.name if spot.layer else spot.watched])
 
 
 def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
@@ -131,7 +137,8 @@ def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
     """
     moved = [_moved(spot, maps) for spot in spots]
     for spot in moved:
-        before, after = maps.get(spot.watched, (None, None))
+        here = maps.get((spot.parent, spot.watched)) or maps.get(spot.watched)
+        before, after = here or (None, None)
         shape = before if spot.how in ("before", "replace") else after
         if shape is None:
             if not spot.channels:
@@ -165,10 +172,14 @@ class InputError(ValueError):
 def run_once(model: nn.Module, input_shape: Shape) -> Maps:
     """One forward pass on zeros, in evaluation mode, which is restored; or an `InputError`."""
     maps: Maps = {}
+    running: list[nn.Module] = []
 
     def see(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        running.pop()
         maps.pop(module, None)
         maps[module] = _shape(inputs[0] if inputs else None), _shape(output)
+        if running and holds(running[-1], module):
+            maps[running[-1], module] = maps[module]
 
     model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
     shape, like = input_shape or default_input(model), float_like(model)
@@ -178,6 +189,8 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
         stack.enter_context(evaluating(model))
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                enter = lambda module, _: running.append(module)  # noqa: E731
+                stack.enter_context(module.register_forward_pre_hook(enter))
                 stack.enter_context(module.register_forward_hook(see))
         with torch.no_grad():
             model(torch.zeros(shape, dtype=like.dtype, device=like.device))
