@@ -103,6 +103,10 @@ def test_id_names_what_can_change_the_result_and_nothing_else():
 
 
 def test_equal_configs_give_one_run():
+    paths = DataConfig(name=Path("pets"), root=Path("there"))  # pyright: ignore[reportArgumentType]
+    assert RunConfig(data=paths) == RunConfig(data=DataConfig(name="pets", root="there"))
+    milestones = OptimConfig(milestones=[81, 122])  # pyright: ignore[reportArgumentType]
+    assert hash(RunConfig(optim=milestones)) == hash(RunConfig())
     a = ModelConfig(attention="se(reduction=8, pool=mix(0.3))")
     assert a == ModelConfig(attention="se( pool = mix(0.3), reduction = 8 )")
     assert RunConfig(optim=OptimConfig(lr=1)).id == RunConfig(optim=OptimConfig(lr=1.0)).id
@@ -166,6 +170,8 @@ def test_wrong_fields_are_refused_by_name(
         (lambda: RunConfig(model=ModelConfig(attention="speem")).id, "speem.*spem"),
         (lambda: OptimConfig(rules="declared", mix_lr=-1), r"optim.mix_lr=-1 must be a number"),
         (lambda: OptimConfig(mix_lr=0.1), "has no effect"),
+        (lambda: DataConfig(augment="no"), r"data.augment='no' must be True or False"),  # pyright: ignore[reportArgumentType]
+        (lambda: ModelConfig(attention=None), r"model.attention=None must be a text"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_what_python_asks_for_is_checked_too(build: Callable[[], object], message: str):

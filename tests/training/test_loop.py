@@ -131,6 +131,10 @@ def test_evaluation_equals_counting_by_hand():
     assert [module.training for module in model.modules()] == modes
     with pytest.raises(ValueError, match="no images"):
         evaluate(model, test.take(torch.arange(0)))
+    with pytest.raises(ValueError, match=r"normalisation='digit' .* Did you mean 'digits'"):
+        evaluate(model, test, normalisation="digit")
+    still = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Softmax(1))  # without parameters
+    assert evaluate(still, test).count == 23
     mean, std = 0.3061, 0.3766
     logits = model.eval()((test.images / 255 - mean) / std).detach().double()
     losses = [-torch.log_softmax(z, 0)[y] for z, y in zip(logits, test.labels, strict=True)]

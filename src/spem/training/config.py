@@ -7,9 +7,11 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from os import PathLike, fspath
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -144,7 +146,7 @@ class DataConfig:
         short = {hub_id: name for name, hub_id in HUB_IDS.items()}
         object.__setattr__(self, "name", short.get(self.name, self.name))
         _check(self, "data.")
-        _one_of("data.normalisation", self.normalisation, tuple(NORMALISATION))
+        require_one_of("data.normalisation", self.normalisation, NORMALISATION)
         if self.test is not None and not 0 < self.test < 1:
             raise ValueError(
                 f"data.test={self.test} is not a share of the images. Use a number between 0 and 1."
@@ -323,7 +325,7 @@ _hints = cache(get_type_hints)
 
 
 def _check(part: Any, section: str = "") -> None:
-    """Check every field against its type: a listed word, an integer, or a number >= 0."""
+    """Check every field against its type: a listed word, a text, an integer, a number >= 0."""
     for field_name, hint in _hints(type(part)).items():
         name, value = f"{section}{field_name}", getattr(part, field_name)
         optional = NoneType in get_args(hint)
@@ -331,14 +333,22 @@ def _check(part: Any, section: str = "") -> None:
             continue
         kind = get_args(hint)[0] if optional else hint
         if get_origin(kind) is Literal:
-            _one_of(name, value, get_args(kind))
+            require_one_of(name, value, get_args(kind))
         elif kind is float:
             if isinstance(value, (bool, str)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a number from 0 on.")
             object.__setattr__(part, field_name, float(value))  # 1 and 1.0 give one id
+        elif kind in (str, bool):
+            text = fspath(value) if isinstance(value, PathLike) else value
+            if not isinstance(text, kind):
+                what = "True or False" if kind is bool else "a text"
+                raise ValueError(f"{name}={value!r} must be {what}.")
+            object.__setattr__(part, field_name, text)
         elif kind is int or get_origin(kind) is tuple:
+            numbers = (value,) if kind is int else tuple(value)
+            object.__setattr__(part, field_name, value if kind is int else numbers)
             lowest, highest = _RANGES.get(name, (0, None))
-            for number in [value] if kind is int else value:
+            for number in numbers:
                 if not isinstance(number, int) or isinstance(number, bool):
                     raise ValueError(f"{name}={number!r} must be a whole number.")
                 if number < lowest:
@@ -347,7 +357,8 @@ def _check(part: Any, section: str = "") -> None:
                     raise ValueError(f"{name}={number} is too large. Use at most {highest}.")
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raise ValueError for another word than these, with the nearest."""
     if value not in allowed:
         near = get_close_matches(str(value), allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -18,7 +18,7 @@ from spem.data.names import known_name
 from spem.gates import inspect
 from spem.models import blocks
 from spem.ops.library import BATCH_NORMS
-from spem.training.config import RunConfig
+from spem.training.config import RunConfig, require_one_of
 from spem.training.folder import DataIdentity
 from spem.training.sets import load_test
 from spem.training.step import full_float32
@@ -85,8 +85,11 @@ def _answers(
     """Logits and labels of a set, a batch at a time, in evaluation mode."""
     if len(data) == 0:
         raise ValueError("evaluate: the set has no images. Check the split and its folder.")
-    data = data.to(next(model.parameters()).device)
-    mean, std = NORMALISATION[normalisation] if isinstance(normalisation, str) else normalisation
+    data = data.to(next(model.parameters(), data.images).device)
+    if isinstance(normalisation, str):
+        require_one_of("normalisation", normalisation, NORMALISATION)
+        normalisation = NORMALISATION[normalisation]
+    mean, std = normalisation
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
