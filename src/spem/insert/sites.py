@@ -360,7 +360,7 @@ def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
             if not site:
                 raise TypeError(
                     f"attach: where= gave a {type(layer).__name__} for {name or 'the network'}, "
-                    f"which is no module of the network. It has to give the norm to follow, or None."
+                    f"which is no module of the network. Give the norm to follow, or None."
                 )
             yield Spot(model, site, module, "where=", how)
 
