@@ -149,7 +149,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: spem.SE(16), "one attention"),
     (lambda: spem.resnet(11, attention="cbam"), r"layer1.0.attention \(cbam\) has another gate"),
     (lambda: spem.resnet(11, attention="dia"), r"layer1.shared \(dia\) is one module for all"),
-    (lambda: spem.resnet(11, attention="iebn"), "takes the place of a layer"),
+    (lambda: spem.resnet(11, attention="iebn"), r"\(iebn\) does more than multiply"),
 ]
 
 

@@ -51,7 +51,7 @@ class FoldReport:
 
     Attributes:
         sites: One entry a gate, in the order of the network.
-        images: Number of images.
+        images: How many.
         difference: Largest difference of an output, relative to the largest output.
         agreement: Share of images whose highest class stays; None if the output is no [N, K].
         accuracy_before: Top-1 accuracy of the network with attention; None without labels.
@@ -69,30 +69,31 @@ class FoldReport:
         """The report as lines of text."""
         width = max(len(site.name) for site in self.sites)
         lines = [f"{'attention':{width}}  channels    gate  spread"]
-        for site in self.sites:
-            numbers = f"{site.channels:8}  {site.gate:6.3f}  {100 * site.spread:5.1f}%"
-            lines.append(f"{site.name:{width}}  {numbers}")
+        lines += [
+            f"{site.name:{width}}  {site.channels:8}  {site.gate:6.3f}  {site.spread:6.1%}"
+            for site in self.sites
+        ]
         lines.append(
             f"{len(self.sites)} gates folded over {self.images} images; outputs differ by at most "
             f"{100 * self.difference:.2g}% of the largest."
         )
         if self.agreement is not None:
-            lines.append(f"Top-1 agreement: {100 * self.agreement:.2f}%.")
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            before, after = f"{100 * self.accuracy_before:.2f}", f"{100 * self.accuracy_after:.2f}"
-            lines.append(f"Accuracy: {before}% with attention, {after}% folded.")
+            lines.append(f"Top-1 agreement: {self.agreement:.2%}.")
+        if self.accuracy_before is not None:
+            accuracy = (
+                f"{self.accuracy_before:.2%} with attention, {self.accuracy_after:.2%} folded"
+            )
+            lines.append(f"Accuracy: {accuracy}.")
         return "\n".join(lines)
 
 
 class _Gate:
-    """An attention, what holds it, the tensors before it that take its factor, and its gates."""
+    """An attention, the tensors before it that take its factor, and its gates on all images."""
 
-    def __init__(
-        self, name: str, attention: ChannelAttention, parent: nn.Module, tensors: list[Tensor]
-    ) -> None:
-        self.name, self.attention, self.parent, self.tensors = name, attention, parent, tensors
+    def __init__(self, name: str, attention: ChannelAttention, tensors: list[Tensor]) -> None:
+        self.name, self.attention, self.tensors = name, attention, tensors
         self.sums = torch.zeros(3, attention.channels, dtype=torch.float64)
-        """Number, sum and sum of squares of the gates of all images."""
+        """Number of gates, their sum and the sum of their squares."""
 
     def see(self, v: Tensor, images: int) -> None:
         """Observer of the attention's gates."""
@@ -160,19 +161,19 @@ def fold(
     gates = _gates(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     with torch.no_grad(), evaluating(model):
+        x = None
         with ExitStack() as stack:
             for gate in gates:
                 stack.enter_context(gate.attention.observe_gates(gate.see))
-            given = False
             for x, _ in _inputs(model, batches, None):
                 model(x)
-                given = True
         idle = [gate.name for gate in gates if not gate.sums[0].any()]
-        if idle:
-            why = f"{idle[0]} did not run" if given else "no images were given"
+        if x is None or idle:
+            why = "no images were given" if x is None else f"{idle[0]} did not run"
             raise ValueError(f"fold: {why}. Pass batches that the network takes whole.")
         folded, same_gates = copy.deepcopy((model, gates))
         _apply(folded, same_gates)
+        _check_same(model, folded, gates, x)
         report = _compared(model, folded, gates, _inputs(model, batches, labels))
     with torch.no_grad():
         _apply(model, gates)
@@ -186,45 +187,37 @@ def _gates(model: nn.Module) -> list[_Gate]:
         if not name:
             raise ValueError("fold: the model is one attention. Pass the network that holds it.")
         inner = module.inner if isinstance(module, IdentityStart) else module
-        own_forward = type(inner).forward is not ChannelAttention.forward
-        reasons = {
-            "adds to the map": inner.needs.adds,
-            "takes the place of a layer": inner.needs.replaces is not None,
-            "is one module for all blocks of a stage": inner.needs.shared,
-            "does more than multiply its map": own_forward,
-        }
-        kind = module.name or type(module).__name__
-        why = next((f"({kind}) {reason}" for reason, holds in reasons.items() if holds), None)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        tensors = [] if why else _factors(_before(model, name, parent))
-        if not tensors:
-            unknown = "follows no norm, convolution or layer scale that could take its factor"
-            only = "; only a factor per channel becomes a constant"
-            raise ValueError(f"fold: {name} {why + only if why else unknown}.")
-        gate = _Gate(name, module, parent, tensors)
-        other = found.setdefault(id(tensors[0]), gate)
-        if other is not gate:
-            raise ValueError(
-                f"fold: {name} and {other.name} share the layer before them; each needs its own."
-            )
+        why = f"({module.name or type(module).__name__}) "
+        if inner.needs.shared:
+            why += "is one module for all blocks of a stage"
+        elif not inner.computes_gate_in_forward():
+            why += "does more than multiply its map by a factor per channel"
+        elif tensors := _factors(_before(model, name)):
+            gate = _Gate(name, module, tensors)
+            if found.setdefault(id(tensors[0]), gate) is gate:
+                continue
+            why = f"and {found[id(tensors[0])].name} follow one layer; each needs its own"
+        else:
+            why = "follows no norm, convolution or layer scale that could take its factor"
+        raise ValueError(f"fold: {name} {why}.")
     if not found:
         raise ValueError(f"fold: there is no attention in {type(model).__name__}.")
     return list(found.values())
 
 
-def _before(model: nn.Module, name: str, parent: nn.Module) -> object:
+def _before(model: nn.Module, name: str) -> object:
     """What an attention follows: a layer or a parameter; None if that is not known."""
     above, _, key = name.rpartition(".")
-    if isinstance(parent, AfterNorm):
-        target: object = parent.layer
+    block = model.get_submodule(above)
+    if isinstance(block, AfterNorm):
+        target: object = block.layer
     else:
-        if isinstance(parent, BeforeModule):
+        if isinstance(block, BeforeModule):
             above, _, key = above.rpartition(".")
-        block = model.get_submodule(above)
+            block = model.get_submodule(above)
         rule = rule_of(block)
-        if rule is None or not rule.reads or key not in rule.places(block):
-            return None
-        target = attribute(block, rule.reads)
+        known = rule is not None and rule.reads and key in rule.places(block)
+        target = attribute(block, rule.reads) if rule is not None and known else None
     while type(target) is nn.Sequential and len(target):
         target = target[-1]
     return target
@@ -251,23 +244,42 @@ def _apply(model: nn.Module, gates: list[_Gate]) -> None:
     for gate in gates:
         for tensor in gate.tensors:
             # Channels come first but in a layer scale, [C] or [1, C, 1, 1].
-            shape = [-1, *[1] * (tensor.dim() - 1)]
-            if tensor.shape[0] != gate.attention.channels:
-                shape = tensor.shape
+            first = tensor.shape[0] == gate.attention.channels
+            shape = [-1, *[1] * (tensor.dim() - 1)] if first else tensor.shape
             tensor.copy_(tensor.double() * gate.mean.reshape(shape).to(tensor.device))
-        if isinstance(gate.parent, Around):
-            new[gate.parent] = gate.parent.layer
-        else:  # a free slot holds None or an identity
-            optional = type(gate.parent).__module__ in ("spem.models", "timm.models.resnet")
+        parent = model.get_submodule(gate.name.rpartition(".")[0])
+        if not isinstance(parent, Around):  # a free slot holds None or an identity
+            optional = type(parent).__module__ in ("spem.models", "timm.models.resnet")
             if DISPLACED in vars(gate.attention):
                 optional = vars(gate.attention)[DISPLACED] is None
             free = None if optional else nn.Identity().train(gate.attention.training)
             new[gate.attention] = free
     exchange(model, new)
-    detach(model)  # the subclasses of fused blocks, and what is known of the attention
+    detach(model)  # wrappers, the subclasses of fused blocks, what is known of the attention
     for module in model.modules():
         if isinstance(getattr(module, "spec", None), AttentionSpec):
             vars(module)["spec"] = None  # of spem.resnet: it is the plain network now
+
+
+def _check_same(model: nn.Module, folded: nn.Module, gates: list[_Gate], x: Tensor) -> None:
+    """Raises unless the folded network is the one with its gates held constant."""
+    after = _outputs(folded, x)
+    with ExitStack() as stack:
+        for gate in gates:
+            stack.enter_context(gate.attention.register_forward_hook(gate.hold))
+        held = _outputs(model, x)
+    limit = _ROUNDING.get(held[0].dtype, 0.1) * (_largest(held) or 1.0)
+    if not math.isfinite(limit):
+        raise ValueError(
+            "fold: gates or outputs are not finite on these batches. Pass batches on which the "
+            "network works, or fold it in float32."
+        )
+    if not _largest(held, after) <= limit:
+        raise ValueError(
+            "fold: the network with folded gates is not the one with its gates held constant: "
+            "between a gate and the layer before it something else happens, such as the sum of "
+            "several branches. Leave its attention in."
+        )
 
 
 def _compared(
@@ -275,45 +287,22 @@ def _compared(
 ) -> FoldReport:
     """Both networks on the same images."""
     images, difference, largest = 0, 0.0, 0.0
-    tops: list[Tensor] = []
-    labelled: list[Tensor] = []
+    same: list[Tensor] = []
+    right: list[Tensor] = []
     for x, y in inputs:
         before, after = _outputs(model, x), _outputs(folded, x)
-        if [one.shape for one in before] != [two.shape for two in after]:
-            raise ValueError(
-                "fold: with folded gates the outputs have other shapes, as detections have, and "
-                "cannot be compared. Fold the part that gives maps or scores, such as the backbone."
-            )
-        if not images:
-            with ExitStack() as stack:
-                for gate in gates:
-                    stack.enter_context(gate.attention.register_forward_hook(gate.hold))
-                held = _outputs(model, x)
-            limit = _ROUNDING.get(held[0].dtype, 0.1) * (_largest(held) or 1.0)
-            if not math.isfinite(limit):
-                raise ValueError(
-                    "fold: gates or outputs are not finite on these batches. Pass batches on which "
-                    "the network works, or fold it in float32."
-                )
-            if not _largest(held, after) <= limit:
-                raise ValueError(
-                    "fold: the network with folded gates is not the one with its gates held "
-                    "constant: between a gate and the layer before it something else happens, such "
-                    "as the sum of several branches. Leave its attention in."
-                )
         images += len(x)
         difference = max(difference, _largest(before, after))
         largest = max(largest, _largest(before))
         if before[0].dim() == 2:
-            top, now = before[0].argmax(1).cpu(), after[0].argmax(1).cpu()
-            tops.append(top == now)
-            if y is not None:
-                labelled.append(torch.stack([top == y.cpu(), now == y.cpu()]))
+            tops = torch.stack([before[0].argmax(1), after[0].argmax(1)]).cpu()
+            same.append(tops[0] == tops[1])
+            right += [tops == y.cpu()] if y is not None else []
     if not images:
         raise ValueError("fold: the batches came only once. Pass a list or a data loader.")
     # Agreement, then accuracy before and after on the images that have labels.
-    shares = [float(torch.cat(tops).double().mean())] if tops else []
-    shares += torch.cat(labelled, 1).double().mean(1).tolist() if labelled else []
+    shares = [float(torch.cat(same).double().mean())] if same else []
+    shares += torch.cat(right, 1).double().mean(1).tolist() if right else []
     sites = tuple(gate.site() for gate in gates)
     return FoldReport(sites, images, difference / (largest or 1.0), *shares)
 
@@ -328,7 +317,13 @@ def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def _largest(outputs: list[Tensor], others: list[Tensor] | None = None) -> float:
     """The largest magnitude in outputs, or in their differences from others."""
-    pairs = zip(outputs, others or map(torch.zeros_like, outputs), strict=True)
+    others = others or [torch.zeros_like(output) for output in outputs]
+    if [one.shape for one in outputs] != [two.shape for two in others]:
+        raise ValueError(
+            "fold: with folded gates the outputs have other shapes, as detections have, and "
+            "cannot be compared. Fold the part that gives maps or scores, such as the backbone."
+        )
+    pairs = zip(outputs, others, strict=True)
     return max(float((one.double() - two.double()).abs().max()) for one, two in pairs)
 
 
