@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from spem.attention.options import number
 from spem.extras import first_line, rephrased, require
 from spem.files import require_regular, write_atomic
 from spem.insert import IdentityStart
-from spem.insert.sites import default_input
+from spem.insert.sites import default_input, tensors
 from spem.models import ResNet
 from spem.ops import use_impl
 from spem.version import __version__
@@ -36,8 +36,6 @@ float32 it is usually about 1e-6; gates that divide by a plane's deviation reach
 
 _STEP = 32
 """Pixels by which the second height differs, and half of those of the second width."""
-_OLDEST = 7
-"""The oldest ONNX opset that onnxruntime runs."""
 _REMEDY = "Leave dynamic axes out, or pass tolerance= where the network itself is that sensitive."
 
 
@@ -119,21 +117,18 @@ def to_onnx(
     name, target = type(model).__name__, Path(path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")
-    if precision not in get_args(Precision):
+    if precision not in TOLERANCE:
         raise ValueError(f"to_onnx: precision={precision!r} is unknown. Use 'fp32' or 'fp16'.")
-    if tolerance is not None:
-        number("to_onnx", tolerance=tolerance)
-    newest: int = onnx.defs.onnx_opset_version()
-    if opset is not None and (type(opset) is not int or not _OLDEST <= opset <= newest):
-        said = f"opset={opset!r} is not an integer from {_OLDEST} to {newest}"
-        raise ValueError(f"to_onnx: {said}. Leave it out.")
+    limit = TOLERANCE[precision] if tolerance is None else tolerance
+    number("to_onnx", tolerance=limit)
     require_regular(target, missing_ok=True)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
     for key, module in model.named_modules() if dynamic_size else ():
         if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
-            place = f"{key} ({module.name})" if key else module.name
-            fixed = f"{place} is built for maps of one size"
+            fixed = (
+                f"{f'{key} ({module.name})' if key else module.name} is built for maps of one size"
+            )
             raise ValueError(f"to_onnx: dynamic_size=True: {fixed}. Leave dynamic_size out.")
     x = _example(model, input_shape if example is None else example)
     with rephrased(f"to_onnx: {name} cannot be copied to the CPU"):
@@ -145,14 +140,10 @@ def to_onnx(
     about = {"version": __version__, "attention": _attention(network), "precision": precision}
     for key, value in ({f"spem_{k}": v for k, v in about.items()} | dict(metadata or {})).items():
         proto.metadata_props.add(key=str(key), value=str(value))
-    if proto.ByteSize() >= onnx.checker.MAXIMUM_PROTOBUF:
-        large = f"{name} needs {proto.ByteSize():,} bytes, more than one ONNX file holds"
-        raise ValueError(f"to_onnx: {large}. Use precision='fp16'.")
     onnx.checker.check_model(proto)
     content: bytes = proto.SerializeToString()
     found: tuple[Difference, ...] = ()
     if check:
-        limit = TOLERANCE[precision] if tolerance is None else tolerance
         rng, (count, *rest) = torch.Generator().manual_seed(1), x.shape
         shapes = [[3 if count == 1 else 1, *rest]] * dynamic_batch
         larger = (extent + _STEP * axis for axis, extent in enumerate(rest))
@@ -161,10 +152,8 @@ def to_onnx(
         found = _compared(model, content, [given.float(), *others], limit)
     write_atomic(target, content)
     # Operators of another domain have its name.
-    operators = Counter("::".join(filter(None, (n.domain, n.op_type))) for n in proto.graph.node)
-    return Exported(
-        target, len(content), precision, written, dict(sorted(operators.items())), found
-    )
+    used = Counter("::".join(filter(None, (n.domain, n.op_type))) for n in proto.graph.node)
+    return Exported(target, len(content), precision, written, dict(sorted(used.items())), found)
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -302,22 +291,13 @@ class Session:
         return [torch.from_numpy(output).float() for output in found]
 
 
-def tensors(output: Any) -> list[Tensor]:
-    """The tensors of an output, however nested, in float32 or float64."""
-    if isinstance(output, Tensor):
-        return [output if output.dtype == torch.float64 else output.float()]
-    parts = output.values() if isinstance(output, Mapping) else output
-    if not isinstance(output, (Mapping, tuple, list)):
-        return []
-    return [tensor for part in parts for tensor in tensors(part)]
-
-
 def difference(
     shape: Sequence[int], expected: Sequence[Tensor], found: Sequence[Tensor]
 ) -> Difference:
     """Compare two lists of outputs; if number or shapes differ, the difference is infinite."""
     if [e.shape for e in expected] != [f.shape for f in found]:
         return Difference(tuple(shape), float("inf"), float("inf"))
-    one, two = (torch.cat([torch.zeros(1), *map(torch.ravel, each)]) for each in (expected, found))
+    zero = torch.zeros(1, dtype=torch.float64)
+    one, two = (torch.cat([zero, *map(torch.ravel, each)]) for each in (expected, found))
     largest = float((one - two).abs().max())  # a NaN too, which Python's max may leave out
     return Difference(tuple(shape), largest, largest / max(float(one.abs().max()), 1e-30))

@@ -127,7 +127,7 @@ def test_timms_device_dtype_and_hints() -> None:
         ("none", "attn_layer: 'none' is the plain network"),
         ("speem", "unknown attention 'speem'. Did you mean spem"),
         ("iebn", "attn_layer: iebn goes in place of every norm"),
-        ("ean", "attn_layer: ean is one module for all blocks of a stage"),
+        ("ean", "attn_layer: ean is shared by the blocks of a stage"),
         ("fca", r"FCA: .*size"),  # each stage has maps of its own size, which timm does not pass on
     ],
 )

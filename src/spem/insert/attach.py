@@ -222,25 +222,17 @@ def _tail_spec(attention: Attention, asker: str) -> AttentionSpec:
     """The spec of a module that other people's networks have a place for."""
     if isinstance(attention, type) and issubclass(attention, ChannelAttention):
         if not attention.name:
-            raise ValueError(
-                f"{asker}: {attention.__name__} has no name. Register the class with "
-                f"spem.register_attention."
-            )
+            raise ValueError(f"{asker}: register {attention.__name__} by spem.register_attention.")
         attention = AttentionSpec(attention.name)
-    if isinstance(attention, ChannelAttention):
-        raise TypeError(
-            f"{asker}: got one {type(attention).__name__}, and every site needs its own. Pass the "
-            f"class or its spec, such as '{attention.name or 'se'}'."
-        )
     spec = as_spec(attention)
     if spec is None:
         raise ValueError(f"{asker}: 'none' is the plain network; there is nothing to put in.")
     if spec.shared or spec.place != "tail":
-        why = f"goes {PLACES[spec.place]}, not in the tail of a block"
-        if spec.shared:
-            why = "is one module for all blocks of a stage, which only spem.resnet has"
-        remedy = "Use a module of placement 'tail' with one instance a block (spem list)."
-        raise ValueError(f"{asker}: {spec} {why}. {remedy}")
+        goes = "is shared by the blocks of a stage" if spec.shared else f"goes {PLACES[spec.place]}"
+        raise ValueError(
+            f"{asker}: {spec} {goes}, which only spem.resnet has a place for. Use a module of "
+            f"placement 'tail' with one instance a block (spem list)."
+        )
     return spec
 
 
@@ -281,13 +273,12 @@ def _spots(
             f"attach: where={where!r} is not a function. It is given every module and returns the "
             f"norm to follow, or None; names are chosen with include='{where}*'."
         )
-    for module in model.modules():
-        wrapped = {cls.__name__ for cls in type(module).__mro__} & _SHARED_BY_PROCESSES
-        if wrapped:
-            raise ValueError(
-                f"attach: the network is in a {wrapped.pop()}, which would not share the new "
-                f"parameters between its processes. Attach first, then wrap it."
-            )
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    for wrapper in kinds & _SHARED_BY_PROCESSES:
+        raise ValueError(
+            f"attach: the network is in a {wrapper}, which would not share the new parameters "
+            f"between its processes. Attach first, then wrap it."
+        )
     spots = sites.find_spots(model, where, replacing=call.replace, input_shape=call.input_shape)
     runs = True
     try:

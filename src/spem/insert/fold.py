@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.insert.attach import DISPLACED, detach, exchange
 from spem.insert.families import attribute, is_norm, rule_of
-from spem.insert.sites import attentions_of, evaluating, float_like
+from spem.insert.sites import attentions_of, evaluating, float_like, tensors
 from spem.insert.start import IdentityStart
 from spem.insert.wrap import AfterNorm, Around, BeforeModule
 from spem.ops.library import has_hooks
@@ -308,8 +307,8 @@ def _compared(
 
 
 def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The tensors of an output, however nested."""
-    found = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor) and leaf.numel()]
+    """The tensors of an output."""
+    found = [output for output in tensors(model(x)) if output.numel()]
     if not found:
         raise ValueError(f"fold: {type(model).__name__} gives no tensor that could be compared.")
     return found

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
 
 from spem.attention import AttentionSpec, ChannelAttention
 from spem.extras import rephrased
@@ -226,6 +227,11 @@ def float_like(*parts: object) -> Tensor:
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 return tensor
     return torch.empty(0)
+
+
+def tensors(output: object) -> list[Tensor]:
+    """The tensors of an output, however nested."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def attentions_of(model: nn.Module) -> dict[str, ChannelAttention]:

@@ -107,17 +107,11 @@ def _load_plain(
 ) -> None:
     """Renames the plain keys of a wrapper; also the pre-hook of its `load_state_dict`."""
     assert isinstance(module, Around)
-    own, theirs = (
-        {prefix + name for name, _ in (*part.named_parameters(), *part.named_buffers())}
-        for part in (module, module.layer)
-    )
-    inner = f"{prefix}{module.inner}."
-    added = tuple(f"{prefix}{name}." for name in module._modules if name != module.inner)
-    if not hasattr(module.layer, module.inner):
-        added += (inner,)
+    inner, own = f"{prefix}{module.inner}.", module.layer.state_dict()
+    if any(inner + name in state for name in own):
+        return  # they are the wrapper's
     for key in [key for key in state if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
         # The layer may have parts that are called as those of the wrapper are.
-        moved = inner + key.removeprefix(prefix)
-        plain = key in theirs and moved not in state
-        if plain or not (key in own or key.startswith(added)):
-            state[moved] = state.pop(key)
+        if name in own or name.partition(".")[0] not in module._modules:
+            state[inner + name] = state.pop(key)
