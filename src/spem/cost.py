@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,19 @@ def count(
         )
     tails = list(block_tails(model, device=device, dtype=dtype))  # before hooks are in the way
     own, outputs = _run(model, input_shape)
-    layers = tuple(_rows(model, own, outputs, set()))
+    layers: list[LayerCost] = []
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():  # one that several hold comes once
+        if module in inside:
+            continue
+        attention = isinstance(module, ChannelAttention)
+        parts = list(module.modules()) if attention else [module]
+        inside.update(parts)
+        parameters = sum(p.numel() for p in module.parameters(recurse=attention))
+        flops = sum(own[part] for part in parts)
+        if attention or parameters or flops or not any(True for _ in module.children()):
+            kind, output = type(module).__name__, outputs.get(name)
+            layers.append(LayerCost(name, kind, output, parameters, flops, attention))
     width = (dtype or float_like(model).dtype).itemsize
     for number, tail in enumerate(tails):
         composed = tail.impl == "reference"
@@ -119,7 +132,7 @@ def count(
         attention_parameters=sum(row.parameters for row in layers if row.attention),
         flops=sum(own.values()),
         attention_flops=sum(row.flops for row in layers if row.attention),
-        layers=layers,
+        layers=tuple(layers),
         input_shape=tuple(input_shape),
         tails=tuple(tails),
     )
@@ -146,33 +159,34 @@ def block_tails(
     found: list[TailCost] = []
     counted: set[nn.Module] = set()
     for name, block in model.named_modules():
-        norm: object = getattr(block, "bn3", None) or getattr(block, "bn2", None)
+        norm: Any = getattr(block, "bn3", None) or getattr(block, "bn2", None)
         attention: object = shared.get(id(block), getattr(block, "attention", False))
+        composed: str | None = None
         if isinstance(block, FusedTail):
             parts = block.tail_parts()
             if isinstance(parts, str):
-                inside = [m for m in block.modules() if isinstance(m, ChannelAttention)]
-                counted.update(inside)
-                kind = inside[0].name if inside else "none"
-                found.append(TailCost(name, kind, "reference", parts))
+                inside = (m for m in block.modules() if isinstance(m, ChannelAttention))
+                attention, composed = next(inside, None), parts
+            else:
+                norm, attention = parts
+        elif isinstance(block, ChannelAttention):
+            if block in counted or block.needs.place != "tail":
                 continue
-            norm, attention = parts
-        if isinstance(norm, nn.Module) and isinstance(attention, (ChannelAttention, type(None))):
-            if attention is None and isinstance(norm, ChannelAttention):
-                attention = norm  # in place of the norm
-            composed = None if attention is None else attention.why_composed()
-            choice = Choice("reference", composed or "")
-            if composed is None:
-                choice = choose("bn_gate_tail", device, dtype, composed=why_composed(norm))
-            kind = "none" if attention is None else attention.name or type(attention).__name__
-            found.append(TailCost(name, kind, choice.impl, choice.reason))
-            counted.update(() if attention is None else attention.modules())
-        elif isinstance(block, ChannelAttention) and block not in counted:
-            counted.update(block.modules())
-            if block.needs.place == "tail":
-                kind = block.name or type(block).__name__
-                why = "attention is separate from norm and addition"
-                found.append(TailCost(name, kind, "reference", why))
+            attention, composed = block, "attention is separate from norm and addition"
+        elif not isinstance(norm, nn.Module):
+            continue
+        elif attention is None and isinstance(norm, ChannelAttention):
+            attention = norm  # in place of the norm
+        if not isinstance(attention, (ChannelAttention, type(None))):
+            continue
+        if composed is None and attention is not None:
+            composed = attention.why_composed()
+        choice = Choice("reference", composed or "")
+        if composed is None:
+            choice = choose("bn_gate_tail", device, dtype, composed=why_composed(norm))
+        kind = "none" if attention is None else attention.name or type(attention).__name__
+        found.append(TailCost(name, kind, choice.impl, choice.reason))
+        counted.update(() if attention is None else attention.modules())
     return tuple(found)
 
 
@@ -230,27 +244,3 @@ def _run(
         with torch.no_grad(), use_impl("reference"), counter:
             model(x)
     return own, outputs
-
-
-def _rows(
-    module: nn.Module,
-    own: Counter[nn.Module],
-    outputs: dict[str, tuple[int, ...]],
-    seen: set[nn.Module],
-    name: str = "",
-) -> Iterator[LayerCost]:
-    """Rows: attention modules, modules without children, and containers' own work.
-
-    A module that several hold has one row, with all its calls.
-    """
-    seen.add(module)
-    attention = isinstance(module, ChannelAttention)
-    children = [] if attention else list(module.named_children())
-    parameters = sum(p.numel() for p in module.parameters(recurse=attention))
-    flops = sum(own[part] for part in (module.modules() if attention else (module,)))
-    if attention or not children or parameters or flops:
-        kind = type(module).__name__
-        yield LayerCost(name, kind, outputs.get(name), parameters, flops, attention)
-    for key, child in children:
-        if child not in seen:
-            yield from _rows(child, own, outputs, seen, f"{name}.{key}" if name else key)
