@@ -82,12 +82,18 @@ class AttentionSpec:
             ValueError: The text is not a name with keyword options of literal values, or names
                 something unknown.
         """
-        node = _node(text, text)
-        if isinstance(node, ast.Constant) and node.value is None:
-            return None
-        name, unnamed, options = _call(node, text)
-        if unnamed:
-            raise ValueError(_unreadable(text))
+        try:
+            node = _node(text)
+            if isinstance(node, ast.Constant) and node.value is None:
+                return None
+            name, unnamed, options = _call(node)
+            if unnamed:
+                raise SyntaxError
+        except SyntaxError:
+            raise ValueError(
+                f"cannot read attention {text!r}. Write a name, or a name with keyword options of "
+                f"plain values, like se(pool=mix(0.3), reduction=8)."
+            ) from None
         if name != "none":
             return cls(name, options)
         if options or not isinstance(node, ast.Name):
@@ -207,51 +213,41 @@ def spec_text(attention: str | AttentionSpec | None) -> str:
     return "none" if parsed is None else str(parsed)
 
 
-def _unreadable(text: str) -> str:
-    return (
-        f"cannot read attention {text!r}. Write a name, or a name with keyword options of plain "
-        f"values, like se(pool=mix(0.3), reduction=8)."
-    )
-
-
-def _node(part: str, text: str) -> ast.expr:
+def _node(text: str) -> ast.expr:
     try:
-        return ast.parse(part.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(_unreadable(text)) from None
+        return ast.parse(text.strip(), mode="eval").body
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise SyntaxError from error
 
 
-def _call(node: ast.expr, text: str) -> tuple[str, list[Value], dict[str, Value]]:
+def _call(node: ast.expr) -> tuple[str, list[Value], dict[str, Value]]:
     """The name, the values without and with a keyword of ``name`` or ``name(...)``."""
     if isinstance(node, ast.Name):
         return node.id, [], {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ValueError(_unreadable(text))
-    named = {part.arg: _value(part.value, text) for part in node.keywords if part.arg}
+        raise SyntaxError
+    named = {part.arg: _value(part.value) for part in node.keywords if part.arg}
     if len(named) < len(node.keywords):  # one twice, or **options
-        raise ValueError(_unreadable(text))
-    return node.func.id, [_value(argument, text) for argument in node.args], named
+        raise SyntaxError
+    return node.func.id, [_value(argument) for argument in node.args], named
 
 
-def _value(node: ast.expr, text: str) -> Value:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        # A quoted mix, as shells and JSON suggest writing it, means the same as a bare one.
-        word = node.value
-        called = word.replace(" ", "").startswith(tuple(f"{name}(" for name in _POOLS))
-        return _value(_node(word, text), text) if called or word in _POOLS else word
-    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | None):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        inner = node.operand.value if isinstance(node.operand, ast.Constant) else None
-        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
-            return -inner
-    if isinstance(node, ast.Name) and node.id not in _POOLS:
-        return node.id
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return tuple(_value(item, text) for item in node.elts)
-    kind, unnamed, options = _call(node, text)
+def _value(node: ast.expr) -> Value:
+    match node:
+        case ast.Constant(str(word)) if word.partition("(")[0].strip() in _POOLS:
+            return _value(_node(word))  # shells and JSON suggest quoting a mix
+        case ast.Constant(bool() | int() | float() | str() | None as value):
+            return value
+        case ast.UnaryOp(ast.USub(), ast.Constant(int() | float() as v)) if type(v) is not bool:
+            return -v
+        case ast.Name(name) if name not in _POOLS:
+            return name
+        case ast.Tuple(items) | ast.List(items):
+            return tuple(_value(item) for item in items)
+        case _:
+            kind, unnamed, options = _call(node)
     if kind not in _POOLS:
-        raise ValueError(_unreadable(text))
+        raise SyntaxError
     names = [field.name for field in fields(_POOLS[kind])]
     try:
         given = signature(_POOLS[kind]).bind(*unnamed, **options)
