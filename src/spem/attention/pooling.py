@@ -279,40 +279,37 @@ class RegionPool(Pool):
             return stats.mean
         if stats.map is None:
             raise TypeError("SRP: needs the map in training; call the module, not gate_from.")
-        starts = self._starts(stats.map)
+        x = stats.map.to(compute_dtype(stats.map.dtype))
+        means = [self._mean(x, box) for box in range(self.spec.regions)]
         with torch.no_grad():
             self.draws[1].add_(1)
-        x = stats.map.to(compute_dtype(stats.map.dtype))
-        return torch.stack([self._mean(x, box) for box in starts]).mean(0)
+        return torch.stack(means).mean(0)
 
-    def _mean(self, x: Tensor, starts: list[Tensor]) -> Tensor:
-        """The mean over one box of every plane; starts: of each axis, [N or 1, C or 1]."""
+    def _mean(self, x: Tensor, box: int) -> Tensor:
+        """The mean over one box of every plane."""
+        starts = self._starts(x, box)
         for axis in reversed(range(2, x.dim())):
             side, start = self._side(x.shape[axis]), starts[axis - 2][..., None]
             position = torch.arange(x.shape[axis], device=x.device)
-            inside = (position >= start) & (position < start + side)  # [N, C, extent]
+            inside = (position >= start) & (position < start + side)  # [N or 1, C or 1, extent]
             weight = inside.to(x.dtype) / side
             x = (x * weight[(..., *[None] * (axis - 2), slice(None))]).sum(axis)
         return x
 
+    def _starts(self, x: Tensor, box: int) -> list[Tensor]:
+        """Where a box starts on each axis, [N or 1, C or 1]."""
+        per, device = self.spec.per, x.device
+        image = torch.arange(x.shape[0] if per != "batch" else 1, device=device)[:, None]
+        channel = torch.arange(x.shape[1] if per == "channel" else 1, device=device)
+        key = _hash(_hash(self.draws[0]) ^ self.draws[1])
+        cell = _hash(_hash(_hash(key ^ image) ^ channel) ^ box)
+        return [
+            _hash(cell ^ axis) * (extent - self._side(extent) + 1) >> 32
+            for axis, extent in enumerate(x.shape[2:], 1)
+        ]
+
     def _side(self, extent: int) -> int:
         return max(1, math.floor(self.spec.share * extent + 0.5))
-
-    def _starts(self, x: Tensor) -> list[list[Tensor]]:
-        """Box by box and axis by axis, where it starts."""
-        images = x.shape[0] if self.spec.per != "batch" else 1
-        channels = x.shape[1] if self.spec.per == "channel" else 1
-        image = torch.arange(images, device=x.device)[:, None]
-        channel = torch.arange(channels, device=x.device)
-        key = _hash(_hash(self.draws[0]) ^ self.draws[1])
-        cell = _hash(_hash(key ^ image) ^ channel)  # [images, channels]
-        places = [extent - self._side(extent) + 1 for extent in x.shape[2:]]
-        found: list[list[Tensor]] = []
-        for box in range(self.spec.regions):
-            own = _hash(cell ^ box)
-            drawn = [_hash(own ^ axis) for axis in range(1, x.dim() - 1)]
-            found.append([(v * count) >> 32 for v, count in zip(drawn, places, strict=True)])
-        return found
 
 
 def _hash(value: Tensor) -> Tensor:
