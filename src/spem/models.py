@@ -318,10 +318,7 @@ def load_official(path: str | Path) -> ResNet:
         ValueError: The file is damaged, holds objects other than tensors and numbers, or is no such
             checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"load_official: there is no file {path}.")
-    content = io.BytesIO(path.read_bytes())
+    content = io.BytesIO(Path(path).read_bytes())
     try:
         stored: Any = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # whose text would have it read without weights_only
@@ -341,20 +338,16 @@ def load_official(path: str | Path) -> ResNet:
             last = f"attention.{_OFFICIAL_NAMES[last]}"
             value = value if last.endswith(".p") else value.reshape(-1)  # 1 x C x 1 x 1 there
         ours[f"{head}.{last}" if head else last] = value
-    numbers = {key.split(".")[1] for key in ours if key.startswith("layer1.")}
-    fc = ours.get("fc.weight")
-    if fc is None or fc.dim() != 2 or not numbers or "layer1.0.attention.w_e" not in ours:
-        raise ValueError(
-            f"load_official: {path} is not a SPEM network of the official layout "
-            f"(layer1.0.w1, fc.weight)."
-        )
+    count = len({key.split(".")[1] for key in ours if key.startswith("layer1.")})
     spec = AttentionSpec("spem", {"form": "code"})
-    model = ResNet(STEPS["bottleneck"] * len(numbers) + 2, fc.shape[0], attention=spec)
     try:
+        classes = ours["fc.weight"].shape[0]
+        model = ResNet(STEPS["bottleneck"] * count + 2, classes, attention=spec)
         model.load_state_dict(ours)
-    except RuntimeError as error:
-        why = shorten(str(error), 250, placeholder=" ...")  # it lists every key
+    except (LookupError, ValueError, RuntimeError) as error:
+        why = shorten(str(error), 200, placeholder=" ...")  # it lists every key
         raise ValueError(
-            f"load_official: {path} does not fit the official network: {why}"
+            f"load_official: {path} is not a SPEM network of the official layout (layer1.0.w1, "
+            f"fc.weight): {why}"
         ) from None
     return model.eval()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spem.attention.base import ChannelAttention, register_attention
-from spem.attention.options import Device, Dtype, number, odd_int, positive
+from spem.attention.options import Device, Dtype, Factory, number, odd_int, positive
 from spem.attention.pooling import PoolSpec, is_average
 from spem.attention.precision import call, cast
 from spem.ops import PlaneStats
@@ -55,9 +55,14 @@ class ECA(ChannelAttention):
         dtype: Dtype = None,
     ) -> None:
         super().__init__(channels, pool=pool, device=device, dtype=dtype)
-        size = _adaptive_kernel(channels, gamma, b) if kernel is None else kernel
-        odd_int("ECA", kernel=size)
-        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, device=device, dtype=dtype)
+        if kernel is None:
+            positive("ECA", gamma=gamma)
+            number("ECA", b=b)
+            t = int(abs(math.log2(channels) + b) / gamma)
+            kernel = t if t % 2 else t + 1
+        odd_int("ECA", kernel=kernel)
+        factory = Factory(device=device, dtype=dtype)
+        self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False, **factory)
 
     def _compiled(self) -> CompiledGate | None:
         if not is_average(self.pool) or not self._has_own_layer():
@@ -101,10 +106,3 @@ def _products(z: Tensor, weight: Tensor) -> Tensor:
     for tap in range(1, taps):
         out = torch.addcmul(out, padded[:, tap : tap + channels], weight[tap])
     return out
-
-
-def _adaptive_kernel(channels: int, gamma: float, b: float) -> int:
-    positive("ECA", gamma=gamma)
-    number("ECA", b=b)
-    t = int(abs(math.log2(channels) + b) / gamma)
-    return t if t % 2 else t + 1
