@@ -202,12 +202,23 @@ def test_a_row_far_away_is_an_arrow_with_its_numbers(tmp_path: Path):
     line = table.frame.set_index("row").loc["spem"]
     (arrow,) = axis.texts
     text = f"{line['difference']:+.1f} [{line['low']:+.1f}, {line['high']:+.1f}]"
-    assert arrow.get_text() == text.replace("-", MINUS)
+    assert arrow.get_text() == f" \N{LEFTWARDS ARROW} {text.replace('-', MINUS)} "
     assert "An arrow" in drawing.caption
     near = differences(build_tables(load_runs(compared(tmp_path / "near", "none", "se")))[0])
     assert near is not None
     assert not near.figure.axes[0].texts
     assert "An arrow" not in near.caption
+
+
+def test_curves_are_of_finished_runs_alone(tmp_path: Path):
+    """A run that diverged has epochs too, which no table counts."""
+    out = compared(tmp_path, "none", "spem", seeds=3)
+    rows = pd.read_csv(out / "runs.csv")
+    rows.loc[(rows["module"] == "spem") & (rows["seed"] == 0), "status"] = "diverged"
+    rows.to_csv(out / "runs.csv", index=False)
+    (table,) = build_tables(load_runs(out))
+    epochs = of_table(table, read_results(out)["epochs"])
+    assert set(epochs[epochs["row"] == "spem"]["seed"]) == {1, 2}
 
 
 def test_rows_of_one_module_have_its_colour_and_lines_that_differ(tmp_path: Path):

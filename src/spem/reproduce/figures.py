@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from spem.attention import list_attention
 from spem.extras import require
 from spem.reproduce.experiments import CONTROL
-from spem.reproduce.tables import Table, data_name
+from spem.reproduce.tables import FINISHED, Table, data_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,8 +120,9 @@ def draw_all(tables: Sequence[Table], frames: Mapping[str, pd.DataFrame]) -> lis
 
 
 def of_table(table: Table, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table's runs, with their `row` and `module` there."""
-    runs = table.runs[["config", "seed", "row", "module"]]
+    """The rows of a table's finished runs, with their `row` and `module` there."""
+    finished = table.runs["status"] == FINISHED
+    runs = table.runs.loc[finished, ["config", "seed", "row", "module"]]
     return rows if rows.empty else rows.drop(columns="module").merge(runs, on=["config", "seed"])
 
 
@@ -148,17 +149,10 @@ def differences(table: Table) -> Drawing | None:
     for place, line in enumerate(lines):
         tint, mean, dots = colour(line["module"]), line["difference"], line["dots"]
         if line["farthest"] > limit:
-            edge, inwards = (least - margin, 26) if mean < 0 else (most + margin, -26)
-            axis.annotate(
-                f"{mean:+.1f}{_interval(line, 1)}".replace("-", MINUS),
-                xy=(edge, place),
-                xytext=(inwards, 0),
-                textcoords="offset points",
-                va="center",
-                ha="left" if mean < 0 else "right",
-                color=tint,
-                arrowprops={"arrowstyle": "-|>", "color": tint, "linewidth": 2.4},
-            )
+            text = f"{mean:+.1f}{_interval(line, 1)}".replace("-", MINUS)
+            text = f"\N{LEFTWARDS ARROW} {text}" if mean < 0 else f"{text} \N{RIGHTWARDS ARROW}"
+            edge, side = (least - margin, "left") if mean < 0 else (most + margin, "right")
+            axis.text(edge, place, f" {text} ", va="center", ha=side, color=tint)
             continue
         axis.plot(line["bar"], [place] * len(line["bar"]), color=tint, linewidth=2.4)
         axis.plot(mean, place, marker="|", markersize=15, markeredgewidth=3, color=tint)
@@ -200,13 +194,12 @@ def by_lambda(table: Table) -> Drawing | None:
         axis.axhline(level, color="black", linestyle="--", label=name)
     axis.set_xticks(places)
     _finish(axis, "lambda: share of the maximum", ACCURACY)
-    described = ", ".join(f"{m:.2f} at {p:g}" for p, m in zip(places, rows["mean"], strict=True))
     caption = (
         f"{net.upper()} on {data_name(table.runs['dataset'].iloc[0])} by constant lambda. Dots are "
         "seeds, bars one standard deviation. The best of several means is above the others by "
         "chance alone; only the differences in the table judge it."
     )
-    return Drawing(f"{table.name}-lambda", figure, caption, f"Accuracy by lambda: {described}.")
+    return Drawing(f"{table.name}-lambda", figure, caption, f"{table.title}: accuracy by lambda.")
 
 
 def by_depth(table: Table) -> Drawing | None:
@@ -217,18 +210,15 @@ def by_depth(table: Table) -> Drawing | None:
     rows = table.frame.assign(depth=table.frame["row"].map(depth_of).astype(int))
     depths = sorted(set(rows["depth"]))
     figure, axis = _canvas(3.4)
-    described: list[str] = []
     for i, (module, own) in enumerate(rows.groupby("module", sort=False)):
         shift, name = 0.1 * i - 0.05, str(module)  # beside each other
         places = [depths.index(depth) + shift for depth in own["depth"]]
         _with_seeds(axis, places, own, table, colour(name), width=0.02)
         axis.plot(places, own["mean"], label=name, markersize=5, **_marked(name))
-        described.append(f"{name} " + ", ".join(f"{mean:.2f}" for mean in own["mean"]))
     axis.set_xticks(range(len(depths)), [str(depth) for depth in depths])
     _finish(axis, "depth", ACCURACY)
     caption = "Dots are seeds, lines join their means, bars are one standard deviation."
-    alt = f"Accuracy at depths {', '.join(map(str, depths))}: {'; '.join(described)}."
-    return Drawing(f"{table.name}-depth", figure, caption, alt)
+    return Drawing(f"{table.name}-depth", figure, caption, f"{table.title}: accuracy by depth.")
 
 
 def _with_seeds(
@@ -252,18 +242,15 @@ def curves(table: Table, epochs: pd.DataFrame) -> Drawing | None:
     if not known or table.experiment not in DETAILED:
         return None
     figure, axis = _canvas(3.6)
-    described: list[str] = []
     means = epochs.groupby(["row", "epoch"])["test_accuracy"].mean()
     for row, style in _styles(table).items():
         if row in means:
             mean = means[row]
             few = {"markersize": 4} if len(mean) <= 12 else {"marker": None}
             axis.plot(mean.index + 1, mean, label=_short(row), linewidth=1.6, **(style | few))
-            described.append(f"{row} {mean.iloc[-1]:.2f}")
     _finish(axis, "epoch", "test accuracy, %")
     caption = "Test accuracy after each epoch, the mean of the seeds."
-    alt = f"Curves end at {', '.join(described)}."
-    return Drawing(f"{table.name}-curves", figure, caption, alt)
+    return Drawing(f"{table.name}-curves", figure, caption, f"{table.title}: accuracy by epoch.")
 
 
 def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
@@ -291,14 +278,12 @@ def lambdas(table: Table, mixes: pd.DataFrame) -> Drawing | None:
         bottom.set_yscale("log")
     _finish(top, "", "lambda")
     _finish(bottom, "epoch", "|p|")
-    last = own[own["epoch"] == own["epoch"].max()]["lambda"]
     caption = (
         f"{row}: a line for each block and seed, dark for the first block. lambda depends on the "
         "direction of p only, and the smaller |p| the larger its steps: lambdas near 0 or 1 that "
         "differ between seeds say nothing about the data."
     )
-    alt = f"lambda of {len(blocks)} blocks ends between {last.min():.2f} and {last.max():.2f}."
-    return Drawing(f"{table.name}-mix", figure, caption, alt)
+    return Drawing(f"{table.name}-mix", figure, caption, f"{table.title}: lambda by epoch.")
 
 
 def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
@@ -306,7 +291,6 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
     if gates.empty or table.experiment not in DETAILED:
         return None
     figure, (top, bottom) = _canvas(5.0, rows=2)
-    described: list[str] = []
     spread = 100 * gates["sd_images"] / gates["mean"].abs()
     means = gates.assign(spread=spread).groupby(["row", "index"])[["q50", "spread"]].mean()
     for row, style in _styles(table).items():
@@ -314,7 +298,6 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
             own = means.loc[row]
             top.plot(own.index + 1, own["q50"], label=_short(row), markersize=5, **style)
             bottom.plot(own.index + 1, own["spread"], markersize=5, **style)
-            described.append(f"{row} {own['spread'].min():.1f} to {own['spread'].max():.1f} %")
     _finish(top, "", "gate, median")
     _finish(bottom, "block, from the first to the last", "spread over images, %")
     bottom.locator_params(axis="x", integer=True)
@@ -322,7 +305,7 @@ def gates(table: Table, gates: pd.DataFrame) -> Drawing | None:
         "The median gate of each block, and its standard deviation over images in per cent of its "
         "mean: near 0 the gate is a constant factor that does not look at its input."
     )
-    return Drawing(f"{table.name}-gates", figure, caption, f"Spread: {'; '.join(described)}.")
+    return Drawing(f"{table.name}-gates", figure, caption, f"{table.title}: gates by block.")
 
 
 def gradients(table: Table, epochs: pd.DataFrame) -> Drawing | None:
@@ -338,7 +321,7 @@ def gradients(table: Table, epochs: pd.DataFrame) -> Drawing | None:
     axis.set_yscale("log")
     _finish(axis, "depth", "gradient, first block / last")
     caption = "Where gradients vanish, the ratio falls with depth. Means over seeds, last epoch."
-    return Drawing(f"{table.name}-ratio", figure, caption, "Ratio of gradients by depth.")
+    return Drawing(f"{table.name}-ratio", figure, caption, f"{table.title}.")
 
 
 def _canvas(height: float, rows: int = 1) -> tuple[Figure, Any]:

@@ -5,6 +5,7 @@ Everything comes from the folder's CSV files; no run is read and nothing is trai
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -53,7 +54,9 @@ def build_report(folder: Path) -> Report:
     for drawing in drawings:
         _write(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
     if drawings and tables[0].experiment == "compare":  # the picture of a comparison, to look at
-        drawings[0].figure.savefig(folder / "comparison.png", dpi=150)
+        picture = io.BytesIO()
+        drawings[0].figure.savefig(picture, dpi=150)
+        write_atomic(folder / "comparison.png", picture.getvalue())
     page = folder / "report.html"
     _write(page, _page(tables, drawings, frames["runs"]))
     return Report(page, tables)

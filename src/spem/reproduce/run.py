@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -265,7 +264,6 @@ def _share_done(config: RunConfig, runs: Path) -> float:
 @contextlib.contextmanager
 def _connected(address: str | None, cpus: int) -> Generator[Any]:
     """Ray, connected to a cluster or to one started here that only this machine can reach."""
-    imported = "ray" in sys.modules
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Without it Ray forwards the output of every process.
@@ -280,10 +278,9 @@ def _connected(address: str | None, cpus: int) -> Generator[Any]:
     try:
         found = str(ray.get_runtime_context().gcs_address)
         if address is None and not found.startswith("127."):
-            early = "was imported before and " if imported else ""
             raise RuntimeError(
-                f"Ray {early}does not keep to this machine (it listens at {found}). Start a "
-                "cluster on a trusted network yourself, and name it with --address."
+                f"Ray does not keep to this machine (it listens at {found}; was it imported "
+                "before?). Start a cluster on a trusted network, and name it with --address."
             )
         yield ray
     finally:

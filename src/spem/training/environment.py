@@ -7,6 +7,7 @@ import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,15 +38,11 @@ def hardware(device: torch.device, threads: int) -> str:
 
 def commit() -> str | None:
     """Commit of this package's source, "-dirty" if changed; None if it is installed."""
-    here, output = Path(__file__).resolve(), ""
-    for command in (
-        # An installed package may be inside another project's checkout.
-        ["git", "ls-files", "--error-unmatch", here.name],
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-    ):
-        try:
-            quiet = subprocess.DEVNULL
-            output = subprocess.check_output(command, cwd=here.parent, stderr=quiet, text=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    return output.strip()
+    here = Path(__file__).resolve()
+    quiet: Any = {"cwd": here.parent, "stderr": subprocess.DEVNULL, "text": True}
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:  # an installed package may be inside another project's checkout
+        subprocess.check_output(["git", "ls-files", "--error-unmatch", here.name], **quiet)
+        return subprocess.check_output(describe, **quiet).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spem.attention import attention_parameters, learned_mixes
 from spem.cost import count
 from spem.data import NORMALISATION, ImageSet, normalise
-from spem.extras import first_line, require
+from spem.extras import rephrased, require
 from spem.files import save_json
 from spem.models import ResNet, blocks, start_branches
 from spem.ops import use_impl
@@ -160,13 +160,8 @@ def resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) 
     device = runtime.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with rephrased(f"train: runtime.device={device!r} cannot be used", "Use 'cpu' or 'auto'."):
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"train: runtime.device={device!r} cannot be used ({first_line(error)}). "
-            "Use 'cpu' or 'auto'."
-        ) from None
     kind, step = torch.device(device).type, runtime.step
     if step == "auto":
         step = "graph" if kind == "cuda" and processes == 1 else "eager"
