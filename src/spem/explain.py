@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spem.attention import ChannelAttention
 from spem.extras import require
 from spem.files import write_atomic
-from spem.gates import GateRecord, Inspection, inspect
+from spem.gates import inspect
 from spem.insert.sites import attentions_of, evaluating, float_like
 from spem.ops import use_impl
 
@@ -107,45 +107,37 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
         got = f"{image.dtype} {list(image.shape)}"
         raise ValueError(f"explain: needs one image [1, 3, H, W] in floating point, got {got}.")
     inside = inspect(model)
-    maps: list[tuple[ChannelAttention, Tensor]] = []
+    maps: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, ChannelAttention)
-        shown = inputs[0] if module.needs.replaces is None else output
-        maps.append((module, shown[0].detach().float().cpu()))
+        maps.append((inputs[0] if module.needs.replaces is None else output)[0].float().cpu())
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(use_impl("reference"))
         for attention in attentions_of(model).values():
-            stack.callback(attention.register_forward_hook(keep).remove)
+            stack.enter_context(attention.register_forward_hook(keep))
         stack.enter_context(inside)
         like = float_like(model)
         output = model(image.to(like.device, like.dtype))
-    blocks = [
-        _view(inside, record, module, shown)
-        for record, (module, shown) in zip(inside.records, maps, strict=True)
-    ]
+    blocks: list[BlockView] = []
+    for record, shown in zip(inside.records, maps, strict=True):
+        gate, name = record.gate[0].cpu(), record.name.partition("[")[0]
+        spatial = gate.dim() > 1
+        view = BlockView(
+            name=record.name,
+            attention=record.module.name,
+            kept=gate.flatten(1).mean(1) if spatial else gate,
+            maps=gate if spatial else shown,
+            spatial=spatial,
+            adds=record.module.needs.adds,
+            lambdas={k: v for k, v in inside.lambdas.items() if k.startswith(f"{name}.")},
+            alpha=inside.alphas.get(name),
+        )
+        blocks.append(view)
     logits = isinstance(output, Tensor) and output.dim() == 2 and output.shape[0] == 1
     return Explanation(blocks, output[0].float().softmax(0).cpu() if logits else None)
-
-
-def _view(
-    inside: Inspection, record: GateRecord, module: ChannelAttention, shown: Tensor
-) -> BlockView:
-    gate = record.gate[0].float().cpu()
-    name = record.name.partition("[")[0]
-    spatial = gate.dim() > 1
-    return BlockView(
-        name=record.name,
-        attention=module.name,
-        kept=gate.flatten(1).mean(1) if spatial else gate,
-        maps=gate if spatial else shown,
-        spatial=spatial,
-        adds=module.needs.adds,
-        lambdas={k: v for k, v in inside.lambdas.items() if k.startswith(f"{name}.")},
-        alpha=inside.alphas.get(name),
-    )
 
 
 # ---- the picture
@@ -187,12 +179,13 @@ def draw(
     rows = evenly(explanation.blocks, blocks)
     if not rows:
         raise ValueError("explain: no attention has run on the image, so there is nothing to draw.")
-    for row in rows:
-        if not (row.kept.isfinite().all() and row.maps.isfinite().all()):
-            raise ValueError(
-                f"explain: gates or channels of {row.name} are not finite on this image. Check the "
-                f"weights and the image."
-            )
+    finite = lambda row: bool(row.kept.isfinite().all() and row.maps.isfinite().all())  # noqa: E731
+    broken = [row.name for row in rows if not finite(row)]
+    if broken:
+        raise ValueError(
+            f"explain: gates or channels of {broken[0]} are not finite on this image. Check the "
+            f"weights and the image."
+        )
     answers = None if explanation.probabilities is None else len(explanation.probabilities)
     if answers is not None and (len(classes) != answers or marked not in (None, *range(answers))):
         raise ValueError(
