@@ -76,7 +76,9 @@ def test_a_modules_own_start_changes_the_outputs_of_trained_norms_and_warns() ->
     model.train()(x)
     model.eval()
     expected = model(x)
-    with pytest.warns(UserWarning, match=r"start='module' on trained weights.*start='identity'"):
+    with pytest.warns(
+        UserWarning, match=r"start='module' changes the outputs of trained.*start='identity'"
+    ):
         spem.attach(model, "scale", start="module")
     assert attentions(model)[0].__class__ is not IdentityStart
     scattered(model)

@@ -26,6 +26,13 @@ class Permuted(nn.Module):
         return self.norm(self.conv(x).permute(0, 2, 3, 1))
 
 
+class Pairs(nn.Sequential):
+    """Takes two images."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - y)
+
+
 class OneDimensional(nn.Sequential):
     """x + branch(x)."""
 
@@ -59,12 +66,17 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
     ),
     (small, "spem", {"start": "zero"}, "start='zero' is unknown. Use 'identity' or 'module'"),
     (small, "spem", {"stages": (3, 5)}, r"stages=\[3, 5\], but this network has stages 1 to 4"),
-    (small, "spem", {"include": "layer9*"}, r"include='layer9\*' matches no site.*layer1.0.bn2"),
+    (
+        small,
+        "spem",
+        {"include": "layer9*"},
+        r"include=\['layer9\*'\] matches no site.*layer1.0.bn2",
+    ),
     (
         small,
         "spem",
         {"include": "layer1*", "stages": 2},
-        r"'layer1\*' with stages=\[2\] matches no",
+        r"include=\['layer1\*'\] with stages=\[2\] matches no",
     ),
     (small, "spem", {"stages": ()}, r"attach: stages=\[\] matches no site"),
     (small, "spem", {"include": 5}, "include=5 is not a pattern of names or several"),
@@ -110,9 +122,10 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         lambda: nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()),
         "spem",
         {"where": lambda m: m if isinstance(m, nn.LazyBatchNorm2d) else None},
-        "1 is a LazyBatchNorm2d that has seen no data.*Run one batch",
+        "0 is a LazyConv2d that has seen no data.*Run one batch",
     ),
     (small, "fca", {"input_shape": (1, 4, 64, 64)}, r"does not run on .*\[1, 4, 64, 64\].*Pass"),
+    (lambda: Pairs(nn.Conv2d(3, 3, 3)), "spem", {}, "1 required positional .* or where= a rule"),
     (
         Permuted,
         "spem",
@@ -192,6 +205,26 @@ def test_layers_a_forward_pass_does_not_come_by() -> None:
 
     with pytest.raises(ValueError, match=r"did not come by model.inception3b.* include="):
         find_sites(Aside(), input_shape=(1, 3, 64, 64))
+
+
+def test_what_is_no_map_can_be_left_out() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.BatchNorm1d(8)).eval()
+    where = lambda m: m if hasattr(m, "running_mean") else None  # noqa: E731
+    with pytest.raises(ValueError, match=r"map at 4 is \[1, 8\].* Leave it out with include="):
+        spem.attach(model, "spem", where=where)
+    assert spem.attach(model, "spem", where=where, include="1") == ["1"]
+
+
+def test_layers_that_have_seen_no_data_are_not_given_the_guessed_input() -> None:
+    """A lazy layer takes its size from the first batch, which is the user's to choose."""
+    body = small()
+    body.fc = nn.LazyLinear(5)
+    model = nn.Sequential(nn.Sequential(*body.children())[:8], nn.Flatten(), body.fc)
+    assert len(spem.attach(model, "spem", dry_run=True)) == 4
+    assert len(spem.attach(model, "spem")) == 4
+    assert body.fc.has_uninitialized_params()
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 5)
 
 
 def test_a_network_that_processes_share_is_refused() -> None:

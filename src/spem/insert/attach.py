@@ -270,8 +270,8 @@ def _spots(
         raise TypeError(f"attach: needs a torch.nn.Module, got {type(model).__name__}.")
     if where is not None and not callable(where):
         raise TypeError(
-            f"attach: where={where!r} is not a function. It is given every module and returns the "
-            f"norm to follow, or None; names are chosen with include='{where}*'."
+            f"attach: where={where!r} is not a function that is given every module and returns the "
+            f"norm to follow, or None. Names are chosen with include='{where}*'."
         )
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     for wrapper in kinds & _SHARED_BY_PROCESSES:
@@ -280,27 +280,30 @@ def _spots(
             f"between its processes. Attach first, then wrap it."
         )
     spots = sites.find_spots(model, where, replacing=call.replace, input_shape=call.input_shape)
-    runs = True
+    failed, maps = None, sites.Maps()
     try:
-        spots = sites.trace(spots, sites.run_once(model, call.input_shape))
-    except sites.InputError:
-        # A guess at the input is not a fault of the network's, if no map has to be known.
-        sized = spec and attention_class(spec.name).needs.size and "size" not in dict(spec.options)
-        if call.input_shape is not None or sized or not all(spot.channels for spot in spots):
-            raise
-        runs = False
+        maps = sites.run_once(model, call.input_shape)
+    except sites.InputError as error:
+        failed = error
+    spots = sites.trace(spots, maps)
     sites.number_stages(spots)
     spots = sites.chosen(spots, call.include, call.stages)
+    # A guess at the input is not a fault of the network's, if no map has to be known.
+    sized = spec and attention_class(spec.name).needs.size and "size" not in dict(spec.options)
+    if failed and (call.input_shape is not None or sized or any(spot.fault for spot in spots)):
+        raise failed
     _refuse(model, spots, fuse=call.fuse)
-    return spots, runs
+    return spots, failed is None
 
 
 def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
     """Raises ValueError where attention is already, or cannot be fused."""
     for spot in spots:
-        if any(isinstance(m, Around) for m in (spot.parent, spot.layer)) or hasattr(
-            spot.layer, DISPLACED
-        ):
+        if spot.fault:
+            remedy = "Leave it out with include=, or pass where= another module."
+            raise ValueError(f"attach: {spot.fault}. {remedy}")
+        ours = isinstance(spot.parent, Around) or isinstance(spot.layer, Around)
+        if ours or hasattr(spot.layer, DISPLACED):
             raise ValueError(
                 f"attach: there is attention at {spot.name} already. Call spem.detach(model) first."
             )
@@ -337,22 +340,19 @@ def _warn(spots: list[Spot], start: str) -> None:
     if spots[0].reason.endswith("no residual branches"):
         texts.append(
             f"this network has no residual branches. Attention follows the last norm of each of "
-            f"its {len(spots)} resolutions, {spots[0].name} to {spots[-1].name}; where= or "
-            f"include= choose others."
+            f"its {len(spots)} resolutions; where= or include= choose others."
         )
     replaced = [s for s in spots if s.how == "replace" and not isinstance(s.attention, CarriedSE)]
     lost = [s.name for s in replaced if s.layer is not None and list(s.layer.parameters())]
     if lost:
         texts.append(
             f"the weights of {len(lost)} replaced layers ({lost[0]} ...) do not go over into "
-            f"{name}; the network has to be trained again. An SE's go over into 'se' with no "
-            f"option but pool."
+            f"{name}; an SE's do into 'se' with no option but pool."
         )
     if start == "module" and any(_is_trained(s.block) for s in spots if s.how != "replace"):
         texts.append(
-            f"start='module' on trained weights: the gates of {name} do not start at one, so the "
-            f"outputs change and the network has to be trained again. Use start='identity' to "
-            f"keep them."
+            f"start='module' changes the outputs of trained weights, since the gates of {name} do "
+            f"not start at one. Use start='identity' to keep them."
         )
     for text in texts:
         warnings.warn(f"attach: {text}", UserWarning, stacklevel=3)
@@ -415,6 +415,5 @@ def _check_that_all_run(
     if idle:
         raise ValueError(
             f"attach: {len(idle)} of {len(spots)} sites do not run in a forward pass of {kind}, "
-            f"{idle[0]} first: the network does not call this module. Leave them out with "
-            f"include=, or pass where= modules that it calls."
+            f"{idle[0]} first. Leave them out with include=, or pass where= modules that it calls."
         )

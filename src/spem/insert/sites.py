@@ -37,19 +37,18 @@ Also by the module that held them: detectors have one activation in blocks of al
 class Site:
     """A place of a network where attention is put.
 
-    Args:
+    Attributes:
         name: Dotted name in the host of what it follows, or of the slot it takes.
         block: Class of the block it belongs to.
         stage: Number of its stage, from 1.
-        how: ``"slot"``: it takes a free slot of the block; ``"after"`` or ``"before"``: it follows
-            or precedes a module; ``"replace"``: it takes the place of a layer.
+        how: ``"slot"``: it takes a slot of the block; ``"after"`` or ``"before"``: it follows or
+            precedes a module; ``"replace"``: it takes the place of a layer.
         layer: Class of that module or layer; "" for a free slot.
         channels: C.
-        shape: Shape of the map there; None if no forward was traced.
+        shape: Shape of the map there; None if the network did not run.
         parameters: Parameters that the attention adds; None if none was named.
         flops: FLOPs of its forward pass for that map (as `spem.cost.count`); None without a shape.
-        reason: Why it is one: a known block, the end of a residual branch, the last norm of a
-            resolution.
+        reason: A known block, the end of a residual branch, or the last norm of a resolution.
     """
 
     name: str
@@ -81,6 +80,8 @@ class Spot:
     layer: nn.Module | None = field(init=False)
     shape: Shape = None
     stage: int = 0
+    fault: str = ""
+    """Why no attention can go there."""
     attention: ChannelAttention = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,12 +89,6 @@ class Spot:
         self.parent = self.model.get_submodule(above)
         self.layer = getattr(self.parent, self.key)
         self.reads = self.layer if self.reads is None else self.reads
-        for part in (self.layer, self.reads):
-            if isinstance(part, LazyModuleMixin) and cast("Any", part).has_uninitialized_params():
-                raise ValueError(
-                    f"attach: {self.name} is a {type(part).__name__} that has seen no data, so its "
-                    f"channels are unknown. Run one batch through the network first."
-                )
         self.channels = _width(self.reads)
         """C; 0 if it is not known yet."""
 
@@ -115,10 +110,7 @@ def find_spots(
     if where is not None:
         spots = list(_asked(model, where, "replace" if replacing else "after"))
         if not spots:
-            raise ValueError(
-                f"attach: where= gave None for every module of {type(model).__name__}, so there is "
-                f"no site."
-            )
+            raise ValueError("attach: where= gave None for every module, so there is no site.")
     else:
         spots = list(_existing(model)) if replacing else []
         spots = spots or list(_ruled(model)) or list(followed(model, input_shape))
@@ -142,19 +134,14 @@ def trace(spots: list[Spot], maps: Maps) -> list[Spot]:
         before, after = here or (None, None)
         shape = before if spot.how in ("before", "replace") else after
         if shape is None:
-            if not spot.channels:
-                raise ValueError(
-                    f"attach: the forward pass did not come by {spot.name}, so its channels are "
-                    f"unknown. Leave it out with include=."
-                )
-            continue
-        if not 3 <= len(shape) <= 5 or prod(shape) == 0 or spot.channels not in (0, shape[1]):
+            unknown = f"the forward pass did not come by {spot.name}, so its channels are unknown"
+            spot.fault = "" if spot.channels else unknown
+        elif 3 <= len(shape) <= 5 and prod(shape) and spot.channels in (0, shape[1]):
+            spot.channels, spot.shape = shape[1], shape
+        else:
             said = f" and the {spot.channels} channels of its norm" if spot.channels else ""
-            raise ValueError(
-                f"attach: the map at {spot.name} is {list(shape)}, not [N, C, ...] with 1 to 3 "
-                f"spatial axes{said}. Leave it out with include=, or pass where= another module."
-            )
-        spot.channels, spot.shape = shape[1], shape
+            axes = f"[N, C, ...] with 1 to 3 spatial axes{said}"
+            spot.fault = f"the map at {spot.name} is {list(shape)}, not {axes}"
     return moved
 
 
@@ -172,6 +159,10 @@ class InputError(ValueError):
 
 def run_once(model: nn.Module, input_shape: Shape) -> Maps:
     """One forward pass on zeros, in evaluation mode, which is restored; or an `InputError`."""
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and cast("Any", module).has_uninitialized_params():
+            said = f"{name or 'the network'} is a {type(module).__name__} that has seen no data"
+            raise InputError(f"attach: {said}. Run one batch through the network first.")
     maps: Maps = {}
     running: list[nn.Module] = []
 
@@ -185,7 +176,9 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
     model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
     shape, like = input_shape or default_input(model), float_like(model)
     said = f"attach: {type(model).__name__} does not run on an input of {list(shape)}"
-    remedy = "Pass input_shape= one that it takes."
+    remedy = (
+        "Pass input_shape= one that it takes, or where= a rule that names the layers to follow."
+    )
     with ExitStack() as stack, rephrased(said, remedy, kind=InputError):
         stack.enter_context(evaluating(model))
         for module in model.modules():
@@ -288,24 +281,18 @@ def chosen(
 ) -> list[Spot]:
     """The sites whose name matches a pattern and whose stage is asked for."""
     last = max(spot.stage for spot in spots)
-    if not set(stages or ()) <= set(range(1, last + 1)):
+    if stages and not set(stages) <= set(range(1, last + 1)):
         raise ValueError(
-            f"attach: stages={sorted(stages or ())}, but this network has stages 1 to {last}. "
-            f"`spem attach --dry-run` shows them."
+            f"attach: stages={sorted(stages or ())}, but this network has stages 1 to {last}."
         )
-    kept = [
-        spot
-        for spot in spots
-        if (stages is None or spot.stage in stages)
-        and (include is None or any(fnmatchcase(spot.name, pattern) for pattern in include))
-    ]
+    staged = [spot for spot in spots if stages is None or spot.stage in stages]
+    patterns = ("*",) if include is None else include
+    kept = [s for s in staged if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
     if not kept:
-        asked = [f"include={', '.join(map(repr, include))}"] if include is not None else []
-        asked += [f"stages={list(stages)}"] if stages is not None else []
-        raise ValueError(
-            f"attach: {' with '.join(asked)} matches no site. The names are {spots[0].name} to "
-            f"{spots[-1].name}; use a pattern such as '*{spots[0].name.rpartition('.')[2]}'."
-        )
+        given = {"include": include, "stages": stages}.items()
+        asked = " with ".join(f"{key}={list(value)}" for key, value in given if value is not None)
+        names = f"{spots[0].name} to {spots[-1].name}"
+        raise ValueError(f"attach: {asked} matches no site. The names are {names}.")
     return kept
 
 
