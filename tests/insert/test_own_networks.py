@@ -178,6 +178,31 @@ def test_a_network_that_folds_its_norms_keeps_its_attention(branch: bool, act: b
     torch.testing.assert_close(network(x), expected)
 
 
+class ConvNorm(nn.Sequential):
+    """A convolution and its norm that give one layer to put in their place, as timm's do."""
+
+    def fuse(self) -> nn.Module:
+        conv, norm = self
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        return nn.utils.fuse_conv_bn_eval(conv, norm)
+
+
+def test_without_branches_a_layer_that_gives_itself_folded_is_followed_whole() -> None:
+    layers = [ConvNorm(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.ReLU(), nn.Conv2d(8, 4, 3)]
+    network = scattered(nn.Sequential(*layers)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    with pytest.warns(UserWarning, match="no residual branches"):
+        assert spem.attach(network, "se(reduction=4)", input_shape=(1, 3, 12, 12)) == ["0"]
+    set_alpha(network, 0.5)
+    expected = network(x)
+    for parent in [*network.modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, ConvNorm):
+                parent.add_module(name, child.fuse())
+    torch.testing.assert_close(network(x), expected)
+
+
 class Gated(nn.Module):
     """A branch that ends in a gate of linear layers, made as large as the map, and in one of 2D."""
 

@@ -80,8 +80,8 @@ class Forward(TorchFunctionMode):
         super().__init__()
         self.ends: dict[Call, tuple[Call | None, int]] = {}
         """What ends a residual branch, what does but for an activation, and its convolutions."""
-        self.norms: dict[tuple[int, ...], Call] = {}
-        """The last norm of each resolution, after a convolution."""
+        self.norms: dict[tuple[int, ...], Node] = {}
+        """What the last norm of each resolution made, after a convolution."""
         self.calls: Counter[Call] = Counter()
         """How often a module that gives a map ran."""
         self.convolutions = self.additions = 0
@@ -112,7 +112,7 @@ class Forward(TorchFunctionMode):
         is_map = output.shape[1] > 1 and prod(extents) > 1 and not node.channels_last
         if is_map and is_norm(module) and node.depth:
             self.norms.pop(extents, None)  # so that the order is that of the last ones
-            self.norms[extents] = call
+            self.norms[extents] = node
 
     def __torch_function__(
         self,
@@ -187,9 +187,11 @@ class Forward(TorchFunctionMode):
             place = earlier if earlier is not None and self.calls[call] > 1 else call
             reason = f"ends a residual branch of {number} convolution{'s' if number > 1 else ''}"
             ranks[number == 1].append((place, reason))
-        for extents, norm in self.norms.items() if self.convolutions > 1 else ():
-            held = [call for call in self.calls if call.parent is norm.parent]
-            call = held[-1] if _has(norm.parent, _UNNORMED) else norm
+        for extents, node in self.norms.items() if self.convolutions > 1 else ():
+            call = _lasting(node.ends)
+            assert call is not None
+            if _has(call.parent, _UNNORMED):
+                call = [other for other in self.calls if other.parent is call.parent][-1]
             reason = f"last norm at {' x '.join(map(str, extents))}, no residual branches"
             ranks[2].append((call, reason))
         return ranks
