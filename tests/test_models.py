@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from attention.drawing import feature_map, randomise
 from tolerance import TOLERANCE
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import spem
 
@@ -274,6 +276,32 @@ def test_any_input_size_and_any_number_of_classes(size: tuple[int, int], classes
     logits = model(feature_map(3, 3, *size, dtype=torch.float32))
     assert logits.shape == (3, classes)
     assert torch.isfinite(logits).all()
+
+
+class Checkpointed(nn.Module):
+    """A block in another module, as activation checkpointing, FSDP and torch.compile put it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: object) -> Tensor:
+        return checkpoint(self.block, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("attention", ["spem", "dia"])
+def test_blocks_may_be_wrapped(attention: str) -> None:
+    model = randomise(spem.resnet(20, attention=attention, block="basic").double(), "wrap")
+    wrapped = copy.deepcopy(model)
+    for stage in (wrapped.layer1, wrapped.layer3):
+        stage.add_module("1", Checkpointed(stage[1]))
+    outs = []
+    for net in (model, wrapped):
+        outs.append(net(feature_map(2, 3, 16, 16)))
+        outs[-1].sum().backward()
+    assert torch.equal(*outs)
+    for mine, theirs in zip(model.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("attention", ["none", "spem", "se", "cbam", "eca", "srm", "sge", "scale"])

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +185,9 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] -> [N, outputs, H/stride, W/stride]."""
-        shared = None if self.shared is None else self.shared.begin()
-        for block in self:
-            x = block(x, shared)
+        tails = None if self.shared is None else self.shared.begin(len(self))
+        for number in range(len(self)):
+            x = self[number](x, tails and tails[number])
         return x if self.after is None else self.after(x)
 
     def __len__(self) -> int:
@@ -196,9 +196,8 @@ class Stage(nn.Module):
 
     def __getitem__(self, number: int) -> Block:
         """A block by its number."""
-        block = self.get_submodule(str(range(self._count)[number]))
-        assert isinstance(block, Block)
-        return block
+        # What wraps a block is called as the block is: it need not be of its class.
+        return cast("Block", self.get_submodule(str(range(self._count)[number])))
 
 
 _BLOCKS: dict[str, type[Block]] = {"bottleneck": Bottleneck, "basic": Basic}

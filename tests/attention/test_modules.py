@@ -66,7 +66,7 @@ def test_modules_built_for_a_size(spec: str) -> None:
 @pytest.mark.parametrize("size", [(7, 7), (8, 16), (14, 7)])
 def test_fca_on_maps_of_its_size(size: tuple[int, int]) -> None:
     """No pooling to the size here; the frequencies are scaled by the sides over 7."""
-    module = randomise(attention.FCA(32, size=size, reduction=4).double(), "fca")
+    module = randomise(attention.FCA(32, size=list(size), reduction=4).double(), "fca")
     x = feature_map(2, 32, *size)
     expected = oracles.fca(arrays(module), x.numpy(), size=size, frequencies=16)
     np.testing.assert_allclose(module.gate(x).detach().numpy(), expected, **F64)
@@ -149,9 +149,9 @@ def test_nor_is_a_forward_of_a_module_that_carries_a_state() -> None:
     z = feature_map(3, 32, 4, 5)
     torch.testing.assert_close(module.tail(z, z), torch.relu(module(z) + z), **F64)
     first, state = module(z, ())
-    tail = module.begin()
-    torch.testing.assert_close(tail(z, z), torch.relu(first + z), **F64)
-    torch.testing.assert_close(tail(z, z), torch.relu(module(z, state)[0] + z), **F64)
+    one, two = module.begin(2)
+    torch.testing.assert_close(one(z, z), torch.relu(first + z), **F64)
+    torch.testing.assert_close(two(z, z), torch.relu(module(z, state)[0] + z), **F64)
     assert "forward of its own" in str(module.why_composed())
 
 

@@ -304,8 +304,8 @@ def walked(spec: str, impl: str) -> list[Tensor]:
     x = feature_map(3, 8, 6, 5).requires_grad_()
     residual = feature_map(3, 8, 6, 5, key="residual").requires_grad_()
     with use_impl(impl):
-        tail, y = module.begin(), x
-        for norm in norms:
+        y = x
+        for tail, norm in zip(module.begin(3), norms, strict=True):
             y = tail(y.sin(), residual, norm)
         (y * feature_map(3, 8, 6, 5, key="weights")).sum().backward()
     leaves = [x, residual, *module.parameters(), *(p for norm in norms for p in norm.parameters())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import string
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ def test_specs_are_values() -> None:
     with pytest.raises(AttributeError):
         first.name = "eca"
     assert spem.AttentionSpec.parse("none") is None
+    assert str(dataclasses.replace(first, name="eca", options={"pool": "min"})) == "eca(pool=min)"
+    assert dataclasses.replace(first) == first
 
 
 POOL_TEXTS = st.one_of(
@@ -143,6 +146,8 @@ def test_names_that_are_none() -> None:
     for wrong, right in near.items():
         with pytest.raises(ValueError, match=rf"(?s){wrong}.*\b{right}\b"):
             spem.create_attention(wrong, 64)
+    with pytest.raises(ValueError, match=r"unknown attention 'none'\. (?!.*\bnone\b)"):
+        spem.AttentionSpec("none")
     message = "se has no option 'reductoin'; it takes ['reduction', 'bias', 'pool']"
     with pytest.raises(ValueError, match=re.escape(message)):
         spem.AttentionSpec.parse("se(reductoin=8)")
@@ -202,6 +207,7 @@ WRONG = {
     "none(x=1)": "none takes no options",
     "se(pool=median)": r"SE: pool='median' is unknown.*avg.*max.*min.*Mix",
     "se(pool=3)": "pool=3",
+    "se(pool=None)": "SE: pool=None is unknown",
     "se(reduction=many)": "SE: reduction='many' is not a positive integer",
     "se(reduction=0)": "reduction=0",
     "se(reduction=2.5)": "reduction=2.5",
@@ -227,6 +233,7 @@ WRONG = {
     "eca(gamma=0)": "ECA: gamma=0 is not a positive number",
     "cbam(kernel=4)": "CBAM: kernel=4",
     "cbam(pools=avg)": "CBAM: pools='avg'",
+    "cbam(pools=3)": "CBAM: pools=3 is not a tuple of pools",
     "cbam(reduction=65)": "CBAM: reduction=65 leaves no hidden unit",
     "sge(groups=0)": "groups=0",
     "sge(groups=48)": "SGE: groups=48 does not divide channels=64.*groups=32",
@@ -354,9 +361,11 @@ def test_registering() -> None:
     assert again.needs.statistics == ()  # those of the class, where nothing else is said
     own = type("Own", (Half,), {"needs": spem.Needs(pixels=3)})
     assert spem.register_attention("own", paper=paper)(own).needs.pixels == 3
-    for name in ("none", "", "two words", "UPPER", "a(b)"):
+    for name in ("none", "", "two words", "UPPER", "a(b)", "lambda"):
         with pytest.raises(ValueError, match=rf"{re.escape(repr(name))}.*identifier"):
             spem.register_attention(name, paper="")
+    with pytest.raises(TypeError, match=r"Linear is no spem\.ChannelAttention"):
+        spem.register_attention("plain", paper="")(torch.nn.Linear)
     entry = (
         "@misc{half,\n  title = {My Module},\n  year = {2031}, url = {https://example.org/mine}\n}"
     )

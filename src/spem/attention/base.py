@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from keyword import iskeyword
+from types import EllipsisType
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -96,7 +98,7 @@ class ChannelAttention(nn.Module):
 
     Args:
         channels: C.
-        pool: How a plane becomes a number, of a module that has a pool.
+        pool: How a plane becomes a number; left out by a module that has no pool.
 
     Raises:
         ValueError: A number of channels, or an option, that the module's own text does not allow.
@@ -129,7 +131,7 @@ class ChannelAttention(nn.Module):
         self,
         channels: int,
         *,
-        pool: PoolSpec | None = None,
+        pool: PoolSpec | EllipsisType = ...,
         device: Device = None,
         dtype: Dtype = None,
     ) -> None:
@@ -141,7 +143,7 @@ class ChannelAttention(nn.Module):
         self.reads_map = False
         """Whether a pool must be given the map itself in training."""
         self._reads(self.needs.statistics)
-        if pool is not None:
+        if pool is not ...:
             self.pool = self._make_pool(pool, device=device, dtype=dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,9 +203,9 @@ class ChannelAttention(nn.Module):
         """
         return self._tail(z, residual, norm, lambda m: m.gate_from, lambda m, x: m(x))
 
-    def begin(self) -> Tail:
-        """The tail of the blocks of a stage that share this module, in one forward pass."""
-        return self.tail
+    def begin(self, blocks: int) -> list[Tail]:
+        """The tails of the blocks of a stage that share this module, for one forward pass."""
+        return [self.tail] * blocks
 
     def observe_gates(self, observer: GateObserver) -> RemovableHandle:
         """Calls ``observer(gate, N)`` with every gate that is computed; changes no result.
@@ -373,8 +375,8 @@ class ChannelAttention(nn.Module):
             pixels = pixels * extent
         if pixels < needs.pixels:
             raise ValueError(
-                f"{label}: needs maps of at least {needs.pixels} positions, "
-                f"got {list(x.shape)}; its definition divides by the deviation of a plane."
+                f"{label}: needs maps of at least {needs.pixels} "
+                f"position{'s' * (needs.pixels > 1)}, got {list(x.shape)}."
             )
         if not self.training or not needs.batch_statistics or count == 0:
             return
@@ -411,11 +413,15 @@ def register_attention(
 
     Raises:
         ValueError: The name is another class's, reserved, or no lower-case identifier.
+        TypeError: The class is no `ChannelAttention`.
     """
-    if not name.isidentifier() or name != name.lower() or name in ("none", "mix"):
+    reserved = iskeyword(name) or name in ("none", "mix")
+    if reserved or not name.isidentifier() or name != name.lower():
         raise ValueError(f"register_attention: {name!r} is not a free lower-case identifier.")
 
     def decorate(cls: _A) -> _A:
+        if not issubclass(cls, ChannelAttention):
+            raise TypeError(f"register_attention: {cls.__name__} is no spem.ChannelAttention.")
         known = _REGISTRY.get(name, cls)
         # The same class again is a cell of a notebook that has run twice, or a module reloaded.
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):

@@ -49,7 +49,7 @@ class CBAM(ChannelAttention):
         super().__init__(channels, device=device, dtype=dtype)
         factory = Factory(device=device, dtype=dtype)
         hidden = hidden_units("CBAM", channels, reduction)
-        if isinstance(pools, str) or not pools:
+        if not isinstance(pools, (tuple, list)) or not pools:
             raise ValueError(
                 f"CBAM: pools={pools!r} is not a tuple of pools. Use for example ('avg', 'max')."
             )

@@ -81,26 +81,29 @@ class DIA(ChannelAttention):
         y = x * along(gate, x).to(x.dtype)
         return y if state is None else (y, after)
 
-    def begin(self) -> Tail:
-        """The tail of the blocks of a stage, in their order; it alone holds the state."""
-        state: State = ()
+    def begin(self, blocks: int) -> list[Tail]:
+        """The tails of the blocks of a stage, which hand the state on; they alone hold it."""
+        # A state for every block, so that one that activation checkpointing runs again finds its.
+        states: list[State] = [()] * (blocks + 1)
 
-        def keep(computed: Step) -> Tensor:
-            nonlocal state
-            value, state = computed
-            return value
+        def tail_of(block: int) -> Tail:
+            def keep(computed: Step) -> Tensor:
+                value, states[block + 1] = computed
+                return value
 
-        def tail(z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
-            before = state
-            return self._tail(
-                z,
-                residual,
-                norm,
-                lambda module: lambda stats: keep(module.step(stats, before)),
-                lambda module, x: keep(module(x, before)),
-            )
+            def tail(z: Tensor, residual: Tensor, norm: nn.Module | None = None) -> Tensor:
+                before = states[block]
+                return self._tail(
+                    z,
+                    residual,
+                    norm,
+                    lambda module: lambda stats: keep(module.step(stats, before)),
+                    lambda module, x: keep(module(x, before)),
+                )
 
-        return tail
+            return tail
+
+        return [tail_of(block) for block in range(blocks)]
 
     @property
     def _plain(self) -> type[ChannelAttention]:

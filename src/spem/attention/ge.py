@@ -70,7 +70,7 @@ class GE(ChannelAttention):
     ) -> None:
         one_of("GE", get_args(Form), form=form)
         minus, whole = form == "theta_minus", extent == GLOBAL
-        pooled = pool if minus and whole else None
+        pooled = pool if minus and whole else ...
         super().__init__(channels, pool=pooled, device=device, dtype=dtype)
         if not whole and (not is_int(extent) or extent < 2):
             raise ValueError(f"GE: extent={extent!r} is neither 'global' nor an integer >= 2.")

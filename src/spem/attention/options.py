@@ -88,7 +88,7 @@ def map_size(label: str, size: Size | None) -> tuple[int, int]:
             f"{label}: needs the size of its maps. Give the option size, for example size=32, or "
             f"size=(32, 16), or create_attention(..., size=32)."
         )
-    pair = size if isinstance(size, tuple) else (size, size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(map(is_int, pair)) or min(pair) < 1:
         raise ValueError(
             f"{label}: size={size!r} is not a positive integer or pair (H, W) of them."

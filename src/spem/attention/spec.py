@@ -30,7 +30,7 @@ def attention_class(name: str) -> type[ChannelAttention]:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
-    near = get_close_matches(name.lower(), [*_REGISTRY, "none"], n=3, cutoff=0.5)
+    near = get_close_matches(name.lower(), {*_REGISTRY, "none"} - {name}, n=3, cutoff=0.5)
     known = f"Known: {', '.join(list_attention())}."
     hint = f"Did you mean {' or '.join(near)}?" if near else known
     raise ValueError(f"unknown attention {name!r}. {hint}")
@@ -67,7 +67,7 @@ class AttentionSpec:
 
     def __init__(self, name: str, options: Mapping[str, Value] | None = None) -> None:
         allowed = options_of(attention_class(name))
-        given = sorted((options or {}).items())
+        given = sorted(dict(options or {}).items())
         for option, _ in given:
             if option not in allowed:
                 raise ValueError(f"{name} has no option {option!r}; it takes {allowed}")
