@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import transforms
 
 from spem.data import ImageSet, check_images, load_images
-from spem.data.folder import fit, look
+from spem.data.folder import look
 
 CATS, DOGS = random_images(3, 5, 7, seed=1), random_images(2, 5, 7, seed=2)
 
@@ -63,8 +63,6 @@ def test_folders_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None
     assert load_images(str(tmp_path), "train", sha256=train.sha256.upper()).name == tmp_path.name
     with pytest.raises(ValueError, match=rf"SHA-256 of the train images is {train.sha256}"):
         load_images(str(tmp_path), "train", sha256="0" * 64)
-    with pytest.raises(ValueError, match="64 hex digits"):
-        load_images(str(tmp_path), "train", sha256="abc")
 
 
 def test_the_reader_finds_what_torchvision_finds(tmp_path: Path) -> None:
@@ -323,8 +321,6 @@ def test_absurd_sizes_are_refused_before_they_fill_memory(tmp_path: Path, side: 
 def test_what_would_not_fit_into_memory_is_refused_before_it_fills_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="30000x1 is too narrow to be brought to 64x64"):
-        fit(np.zeros((1, 30_000, 3), dtype=np.uint8), 64)
     write_set(tmp_path)
     monkeypatch.setattr("spem.data.folder.MAX_BYTES", 5 * 5 * 7 * 3)
     load_images(str(tmp_path), "train")

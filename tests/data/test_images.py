@@ -58,8 +58,8 @@ def test_take_keeps_order_and_has_a_checksum_of_its_own() -> None:
     ("changes", "message"),
     [
         ({"images": torch.zeros(10, 3, 4, 5)}, "torch.float32"),
-        ({"images": torch.zeros(10, 1, 4, 5, dtype=torch.uint8)}, r"\(10, 1, 4, 5\)"),
-        ({"labels": torch.zeros(9, dtype=torch.int64)}, r"\(9,\)"),
+        ({"images": torch.zeros(10, 1, 4, 5, dtype=torch.uint8)}, r"\[10, 1, 4, 5\]"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, r"\[9\]"),
         ({"labels": torch.zeros(10, dtype=torch.int32)}, "torch.int32"),
         ({"labels": torch.full((10,), 3)}, "run from 3 to 3"),
     ],

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,12 +38,10 @@ _SPLITS = {
 """Folders of splits, in capitals or not; the first that there is."""
 TEST_SHARE = 0.2
 """Share of each class held out if a folder has no splits."""
-MAX_PIXELS = 89_478_485
-"""Per image; beyond this Pillow warns of a decompression bomb, too."""
 MAX_BYTES = 32 * 2**30
 """Sets are held in memory; a file that needs more is assumed to be damaged."""
 _LISTED = 10
-
+_TRAIN = {"extra": "train", "purpose": "reading images"}
 
 Source = tuple[str, "bytes | Path | NDArray[np.uint8]"]
 """An image's name in messages, and its bytes, its file or its pixels [H, W, 3]."""
@@ -153,7 +152,7 @@ def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -
     sizes: dict[str, str] = {}
     for path in paths:
         try:
-            with _reading(str(path)) as pillow, _opened(pillow, path) as image:
+            with _reading(str(path)) as opened, opened(path) as image:
                 turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
                 width, height = image.size[:: -1 if turned else 1]
                 sizes.setdefault(f"{width}x{height}", str(path))
@@ -165,12 +164,10 @@ def check_files(paths: Sequence[Path], *, size: int | None, skip_broken: bool) -
 def _refuse(faults: Sequence[str], sizes: dict[str, str]) -> None:
     """Report broken images and differing sizes (an example of each) in one message."""
     if faults:
-        more = [f"... and {len(faults) - _LISTED} more"] if len(faults) > _LISTED else []
-        told = (
-            f"{len(faults)} image{'s' if len(faults) > 1 else ''} cannot be read. Repair or remove"
-        )
-        told += " them, or leave them out with skip_broken=True:"
-        raise ValueError("\n".join([told, *faults[:_LISTED], *more]))
+        told = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be read. Repair or remove them"
+        more = [f"... and {len(faults) - _LISTED} more"] * (len(faults) > _LISTED)
+        lines = [f"{told}, or leave them out with skip_broken=True:", *faults[:_LISTED], *more]
+        raise ValueError("\n".join(lines))
     if len(sizes) > 1:
         few = _few([f"{size} ({where})" for size, where in sizes.items()])
         told = f"the images have {len(sizes)} different sizes: {few}"
@@ -189,8 +186,8 @@ def decode_all(
     sizes: dict[str, str] = {}
     for index, (label, source) in enumerate(sources):
         try:
-            ready = not isinstance(source, (bytes, Path))
-            image = fit(source, size) if ready else decode(label, source, size=size)
+            coded = isinstance(source, (bytes, Path))
+            image = decode(label, source, size=size) if coded else fit(source, size)
         except ValueError as error:
             faults.append(str(error))
             continue
@@ -226,15 +223,15 @@ def decode(label: str, source: bytes | Path, *, size: int | None = None) -> NDAr
     """
     import numpy as np
 
-    with _reading(label) as pillow:
+    with _reading(label) as opened:
         data = source.read_bytes() if isinstance(source, Path) else source
-        image = _opened(pillow, io.BytesIO(data))
+        image = opened(io.BytesIO(data))
         if image.format == "PNG":
             if b"IEND\xaeB`\x82" not in data:
                 raise ValueError("its end is missing")
             image.verify()  # checksums of all parts, which decoding skips; uses the image up
-            image = _opened(pillow, io.BytesIO(data))
-        return fit(np.asarray(_colour(image, pillow)), size)
+            image = opened(io.BytesIO(data))
+        return fit(np.asarray(_colour(image)), size)
 
 
 def fit(pixels: NDArray[np.uint8], size: int | None) -> NDArray[np.uint8]:
@@ -244,21 +241,18 @@ def fit(pixels: NDArray[np.uint8], size: int | None) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     if size is None or height == width == size:
         return pixels
-    if max(height, width) / min(height, width) * size**2 > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} is too narrow to be brought to {size}x{size}")
-    how = {"extra": "train", "purpose": "scaling images"}
-    pillow = require("PIL.Image", **how)
-    transforms = require("torchvision.transforms.functional", **how)
+    pillow = require("PIL.Image", **_TRAIN)
+    transforms = require("torchvision.transforms.functional", **_TRAIN)
     scaled = transforms.resize(pillow.fromarray(pixels), size)
     return np.asarray(transforms.center_crop(scaled, [size]))
 
 
 @contextmanager
 def _reading(label: str) -> Generator[Any]:
-    """Pillow; any error that a damaged file raises becomes one sentence."""
-    pillow = require("PIL.Image", extra="train", purpose="reading images")
+    """Pillow's `open`; any error that a damaged file raises becomes one sentence."""
+    pillow = require("PIL.Image", **_TRAIN)
     try:
-        yield pillow
+        yield partial(pillow.open, formats=FORMATS)
     except pillow.UnidentifiedImageError as error:
         kinds = ", ".join(FORMATS)
         raise ValueError(f"{label}: not an image of a known kind ({kinds})") from error
@@ -267,19 +261,13 @@ def _reading(label: str) -> Generator[Any]:
         raise ValueError(f"{label}: not a readable image ({why})") from error
 
 
-def _opened(pillow: Any, source: Path | io.BytesIO) -> Any:
-    image = pillow.open(source, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-    return image
-
-
-def _colour(image: Any, pillow: Any) -> Any:
+def _colour(image: Any) -> Any:
     """The image as 8-bit RGB, upright."""
     import numpy as np
 
+    pillow = require("PIL.Image", **_TRAIN)
     kind = image.format  # which a turned image has no more
-    image = require("PIL.ImageOps", extra="train", purpose="reading images").exif_transpose(image)
+    image = require("PIL.ImageOps", **_TRAIN).exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and kind != "TIFF"):
         values = np.asarray(image).astype(np.float64)
         image = pillow.fromarray(np.rint(values / 257).astype(np.uint8))

@@ -28,7 +28,7 @@ class ImageSet:
         sha256: ``checksum(images, labels)``; computed if left empty.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or labels do not fit together.
+        ValueError: Shapes, dtypes or labels do not fit together.
     """
 
     images: Tensor
@@ -38,17 +38,12 @@ class ImageSet:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        images, labels = self.images, self.labels
-        shape, n = tuple(images.shape), len(images)
-        if images.dtype != torch.uint8 or shape[1:-2] != (3,):
-            found = f"{images.dtype} of shape {shape}"
+        images, labels, n = self.images, self.labels, len(self.images)
+        kinds = (images.dtype, images.shape[1:-2], labels.dtype, labels.shape)
+        if kinds != (torch.uint8, (3,), torch.int64, (n,)):
+            found = f"{images.dtype} {[*images.shape]} and {labels.dtype} {[*labels.shape]}"
             raise ValueError(
-                f"ImageSet: images are {found}, not torch.uint8 of shape (n, 3, H, W)."
-            )
-        if (labels.dtype, labels.shape, labels.device) != (torch.int64, (n,), images.device):
-            raise ValueError(
-                f"ImageSet: labels are {labels.dtype} of shape {tuple(labels.shape)} on "
-                f"{labels.device}; {n} images need torch.int64 of shape ({n},) on {images.device}."
+                f"ImageSet: needs torch.uint8 [n, 3, H, W] and int64 [n], got {found}."
             )
         if n and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
             found, last = f"labels run from {labels.min()} to {labels.max()}", len(self.classes) - 1
@@ -146,8 +141,7 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, *, pad: int = 4) -> 
     """
     n, channels, height, width = images.shape
     device = images.device
-    offsets = offsets.to(device, non_blocking=True)
-    flips = flips.to(device, non_blocking=True)
+    offsets, flips = (drawn.to(device, non_blocking=True) for drawn in (offsets, flips))
     padded = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
     padded[:, pad : pad + height, pad : pad + width] = images.permute(0, 2, 3, 1)
     across = torch.arange(width, device=device)

@@ -96,14 +96,11 @@ def load_images(
 
     if split not in ("train", "test"):
         raise ValueError(f"load_images: split={split!r} is unknown. Use 'train' or 'test'.")
-    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
-        raise ValueError(f"sha256={sha256!r} is not a SHA-256 sum. Give its 64 hex digits.")
-    short = known_name(name_or_path)
-    name = short or ""
+    short = name = known_name(name_or_path) or ""
     if short == "digits":
         sources, labels, classes = _digits(split, size := _magnified(size))
     else:
-        where = _where(name_or_path, root) or _fetched(HUB_IDS[short or ""])
+        where = _where(name_or_path, root) or _fetched(HUB_IDS[short])
         share = test or image_folder.TEST_SHARE
         sources, labels, classes = _READERS[_kind(where)](where, split, share)
         name = short or where.resolve().name
@@ -127,12 +124,11 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     if short is None and root is not None:
         said = f"a root is for named sets ({', '.join(HUB_IDS)})"
         raise ValueError(f"{name_or_path}: {said}. Give the whole path instead.")
-    base = os.environ.get("SPEM_DATA") if root is None else root
+    base = root or os.environ.get("SPEM_DATA")
     if short is not None and not base:
         return None
     # Not Path's own, which raises for somebody unknown (~nobody).
-    named = name_or_path if short is None else Path(base or "", short)
-    folder = Path(os.path.expanduser(named))  # noqa: PTH111
+    folder = Path(os.path.expanduser(Path(base or "", short) if short else name_or_path))  # noqa: PTH111
     if folder.is_dir():
         return folder
     if root is not None:
@@ -141,10 +137,9 @@ def _where(name_or_path: str, root: str | Path | None) -> Path | None:
     if short is not None:
         return None
     known = ["digits", *HUB_IDS, *HUB_IDS.values()]
-    near = difflib.get_close_matches(name_or_path, known, n=2)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    sets = ", ".join(known)
-    raise FileNotFoundError(f"{name_or_path}: neither a known set ({sets}) nor a folder.{hint}")
+    near = " or ".join(difflib.get_close_matches(name_or_path, known, n=2))
+    said = f"neither a known set ({', '.join(known)}) nor a folder."
+    raise FileNotFoundError(f"{name_or_path}: {said}" + f" Did you mean {near}?" * bool(near))
 
 
 def _kind(folder: Path) -> str:
@@ -192,20 +187,19 @@ def _image_folder(folder: Path, split: Split, share: float) -> _Read:
 
 def _parquet(folder: Path, split: Split, share: float) -> _Read:
     """Read a folder in the hub's layout with pyarrow, which `datasets` brings."""
-    images: list[image_folder.Source] = []
-    labels: list[int] = []
-    found: set[tuple[str, ...]] = set()
-    shards = _shards(folder, split)
-    for path in shards:
-        blobs, values, classes = _shard(path)
-        images += [(f"{path}, row {row}", blob) for row, blob in enumerate(blobs)]
-        labels += values
-        found.add(classes)
-    if len(found) > 1:
+    shards = {path: _shard(path) for path in _shards(folder, split)}
+    images = [
+        (f"{path}, row {row}", blob)
+        for path, (blobs, *_) in shards.items()
+        for row, blob in enumerate(blobs)
+    ]
+    labels = [label for _, values, _ in shards.values() for label in values]
+    classes, *others = {named for *_, named in shards.values()}
+    if others:
         raise ValueError(f"{folder}: files of {split} disagree on the classes. Fetch them again.")
     if not labels:
-        raise ValueError(f"{shards[0]}: there are no images. Fetch the set again.")
-    return images, labels, found.pop()
+        raise ValueError(f"{next(iter(shards))}: there are no images. Fetch the set again.")
+    return images, labels, classes
 
 
 def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
@@ -215,10 +209,6 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
     # On damaged bytes pyarrow raises its own errors, OSError, ValueError, MemoryError ...
     with rephrased(f"{path}: not a readable parquet file", "Fetch the file again."):
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            groups = range(file.num_row_groups)
-            sizes = [file.metadata.row_group(i).total_byte_size for i in groups]
-            if sum(sizes) > image_folder.MAX_BYTES or min(sizes, default=0) < 0:
-                raise ValueError(f"it claims to hold {sum(sizes)} bytes")
             names = file.schema_arrow.names
             image, label = (next((c for c in known if c in names), None) for known in _COLUMNS)
             table = file.read(columns=[c for c in (image, label) if c], use_threads=False)
@@ -229,7 +219,7 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
         wanted = "an image column ({}) and a label column ({})".format(*map(" or ".join, _COLUMNS))
         raise ValueError(f"{path}: {wanted} are needed. It holds {', '.join(names)}.")
     classes = getattr(features[label], "names", None)
-    if not classes or not all(isinstance(name, str) for name in classes):
+    if not classes:
         remedy = "Write it with datasets' Dataset.to_parquet and a ClassLabel column."
         raise ValueError(f"{path}: column {label!r} carries no class names. {remedy}")
     rows, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
@@ -254,10 +244,10 @@ def _shards(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{folder}: several folders hold the split {split!r}. Name one of them.")
     if numbered := re.search(r"-of-(\d+)\.parquet$", shards[0].name):
         total = int(numbered[1])
-        for name in (f"{split}-{i:05}-of-{total:05}.parquet" for i in range(total)):
-            if name not in names:
-                raise FileNotFoundError(f"{where}: {name} is missing. Fetch the whole set.")
-        if len(shards) > total:
+        wanted = {f"{split}-{i:05}-of-{total:05}.parquet" for i in range(total)}
+        if lacking := wanted - names:
+            raise FileNotFoundError(f"{where}: {min(lacking)} is missing. Fetch the whole set.")
+        if names != wanted:
             raise ValueError(f"{where}: holds several versions of {split!r}. Keep one version.")
     return shards
 
