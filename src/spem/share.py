@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,6 @@ SCHEMA = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _LARGEST_INPUT = 2**26
 """Largest number of values in an input that attention was traced with."""
 
@@ -122,14 +121,12 @@ class _Config:
     version: str
     network: dict[str, Any]
     attach: tuple[_Call, ...]
-    dtype: str
+    dtype: Literal["float32", "float64", "bfloat16", "float16"]
     images: Images | None
     classes: tuple[str, ...] | None
     weights_sha256: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
         host = self.host
         count = host.classes if isinstance(host, _Ours) else host.options.get("num_classes")
         if self.classes is not None and count is not None and len(self.classes) != count:
@@ -204,8 +201,11 @@ def save_pretrained(
     folder = Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="save_pretrained")
     model = getattr(model, "_orig_mod", model)  # a compiled network is the one it was compiled from
-    tensors_of = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors_of.items()}
+    state = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
     content: bytes = safetensors.save(state, {"format": "pt"})
     said: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # timm's
     if images is None and {"mean", "std"} <= said.keys():
@@ -222,7 +222,7 @@ def save_pretrained(
             version=__version__,
             network=_described(model, arch or said.get("architecture"), options),
             attach=tuple(_Call(**vars(call), part=part) for part, call in remembered(model)),
-            dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
+            dtype=cast("Any", dtypes[0].removeprefix("torch.") if dtypes else "float32"),
             images=None if images is None else _read(Images, dict(images), "images"),
             classes=None if classes is None else tuple(classes),
             weights_sha256=hashlib.sha256(content).hexdigest(),
@@ -334,15 +334,12 @@ def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | 
 def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
     """How weights differ from those of a config, checked before allocating memory for its network.
 
-    First by cheap bounds: every layer counted in a depth has a tensor, every class and input
-    channel a number. Then on the meta device; what cannot be built there is left to the real build,
-    if its host has a sane size.
+    Every layer counted in a depth has a tensor. The rest is seen on the meta device; what cannot be
+    built there is left to the real build, if its host has a sane size.
     """
+    if isinstance(config.host, _Ours) and config.host.depth > len(state):
+        return f"depth={config.host.depth} is too large for {len(state)} tensors"
     total = sum(tensor.numel() for tensor in state.values())
-    for name, value in config.network.get("options", config.network).items():
-        most = len(state) if name == "depth" else total
-        if isinstance(value, int) and value > most:
-            return f"{name}={value} is too large for {len(state)} tensors of {total:,} numbers"
     for each in (config, dataclasses.replace(config, attach=())):
         with suppress(Exception), torch.device("meta"):
             model = _built(each)
@@ -368,9 +365,8 @@ def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     outputs: list[list[Tensor]] = []
     for network in (model, again):
         twin = copy.deepcopy(network).to("cpu", torch.float64).eval()
-        said = f"the network does not run on a random input {list(x.shape)}, which compares it"
         with (
-            rephrased(f"{said} with the rebuilt one"),
+            rephrased(f"the network does not run on an input {list(x.shape)}, to compare outputs"),
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
             use_impl("reference"),
@@ -549,7 +545,7 @@ class _Measured:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not math.isfinite(self.value):
+        if not math.isfinite(self.value):
             raise ValueError(f"a result's value={self.value!r} is not a number.")
 
 
@@ -568,18 +564,16 @@ def _of_run(folder: Path) -> _Measured:
         said = f"{folder} holds no result.json, so its run has not finished"
         raise ValueError(f"{said}. Finish it, or leave results out.")
     run = load_json(path, remedy="Delete it and run the same training again.")
-    try:
-        note = (
-            f"after the last of {run['epochs']} epochs, seed {run['seed']}, run {run['id']}, "
-            f"SHA-256 of the decoded test images {run['test_sha256']}, on {run['hardware']}"
-        )
-        name, value = run["dataset"], float(run["accuracy"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} lacks {error}. Has the run failed?") from error
+    if "accuracy" not in run:
+        raise ValueError(f"{path} holds no accuracy. Has the run failed?")
+    note = (
+        f"after the last of {run['epochs']} epochs, seed {run['seed']}, run {run['id']}, "
+        f"SHA-256 of the decoded test images {run['test_sha256']}, on {run['hardware']}"
+    )
     note += f", commit {run['commit']}" if run.get("commit") else ""
     # A folder's path is private, and its name does not make it the known set of that name.
-    name = known_name(name) or f"{Path(name).name} (a folder of the author's)"
-    return _Measured(name, "accuracy", value, note=note)
+    name = known_name(run["dataset"]) or f"{Path(run['dataset']).name} (a folder of the author's)"
+    return _Measured(name, "accuracy", run["accuracy"], note=note)
 
 
 def _card(

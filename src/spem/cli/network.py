@@ -7,10 +7,12 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from spem.cli.options import RARE, unknown
@@ -123,49 +125,47 @@ def load_network(
         FileNotFoundError: There is no such file, or no weights in the folder.
         ValueError: Nothing has this name, it cannot be built, or an option contradicts it.
     """
-    own, ours = re.search(r"\.py(:|$)", text), re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
-    trained = is_trained(text)
-    attention = None if attention == "none" and not trained else attention
-    state = None if weights is None or trained else _read(weights)
-    if trained:
+    if is_trained(text):
         given = {"attention": attention, "start": start, "weights": weights, "classes": classes}
         for name, value in (given | {"fuse": fuse or None}).items():
             if value is not None:
                 raise ValueError(
                     f"--{name} is for a named network; trained weights come with their own."
                 )
-    elif own and classes is not None:
+        found = _trained(Path(text))
+        if size is not None:
+            found = replace(found, size=size)
+            found.require_input()
+        return found
+    own, ours = re.search(r"\.py(:|$)", text), re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
+    attention = None if attention == "none" else attention
+    state = None if weights is None else _read(weights)
+    if own and classes is not None:
         raise ValueError("--classes is for a network of a package; yours says it itself.")
-    elif ours and fuse:
-        raise ValueError(f"{text} is fused without --fuse. Leave it out.")
-    elif (fuse or start) and attention is None:
+    if (fuse or start) and attention is None:
         option = "--fuse" if fuse else "--start"
         raise ValueError(f"{option} is for attention that --attention names.")
-    if attention is not None and start is None:  # as the weights were trained
+    if start is None:  # as the weights were trained
         closed = any(key.endswith(".alpha") for key in state or ())
         start = "identity" if closed or (state is None and not ours) else "module"
-    if trained:
-        found = _trained(Path(text))
-    elif ours:
+    if ours:
         from spem.models import resnet
 
         depth, block = int(ours[2]), "basic" if ours[1] else "bottleneck"
-        inside = "none" if attention is None or start == "identity" else attention
+        inside = attention if start == "module" else None
         model = resnet(depth, classes or 10, attention=inside, block=block).eval()
         found = Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
     else:
         found = _own(text) if own else _architecture(text, classes)
     found = replace(found, size=size or found.size)
-    if not trained or size is not None:
-        found.require_input()
+    found.require_input()
     plain = set(found.model.state_dict())
     if attention is not None:
         found = replace(found, text=f"{found.text}, attention {attention}")
-    if attention is not None and (not ours or start == "identity"):
-        from spem.insert import attach
+        if not ours or start == "identity":
+            from spem.insert import attach
 
-        shape = found.shape()
-        attach(found.model, attention, start=start or "identity", fuse=fuse, input_shape=shape)
+            attach(found.model, attention, start=start, fuse=fuse, input_shape=found.shape())
     if state is None:
         return found
     lacking = _load(found.model, state, f"--weights {weights}", plain)
@@ -203,13 +203,20 @@ def _own(text: str) -> Network:
     from torch import nn
 
     make, name = _from_file(text, "function", callable), text.rpartition(":")[2]
-    try:
+    with _theirs(f"{text}: {name}() raised"):
         model = make()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{text}: {name}() raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{text}: {name}() returns {type(model).__name__}, not a torch.nn.Module.")
     return Network(model.eval(), text, **_input(model))
+
+
+@contextmanager
+def _theirs(said: str) -> Generator[None]:
+    """Makes one sentence of what code of the user's raises."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{said} {type(error).__name__}: {error}") from error
 
 
 def _from_file(text: str, what: str, accepts: Callable[[Any], bool]) -> Any:
@@ -220,23 +227,23 @@ def _from_file(text: str, what: str, accepts: Callable[[Any], bool]) -> Any:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}. Check the path.")
-    called = f"spem_user_{path.stem}_{_digest(path)}"
-    if called not in sys.modules:
-        spec = importlib.util.spec_from_file_location(called, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[called] = importlib.util.module_from_spec(spec)  # dataclasses look there
-        try:
-            spec.loader.exec_module(sys.modules[called])
-        except (Exception, SystemExit) as error:
-            del sys.modules[called]
-            said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} cannot be imported: {said}") from error
-    inside = vars(sys.modules[called])
+    inside = vars(_module(path, f"spem_user_{path.stem}_{_digest(path)}"))
     if not accepts(inside.get(name)):
         names = [other for other, value in inside.items() if accepts(value) and other[0] != "_"]
         raise ValueError(f"{file}: {unknown(what, name, names)}")
     return inside[name]
+
+
+@cache
+def _module(path: Path, name: str) -> ModuleType:
+    """What a file defines, which is run once."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look there
+    with _theirs(f"{path} cannot be imported:"):
+        spec.loader.exec_module(module)
+    return module
 
 
 def _digest(path: Path) -> str:
@@ -289,24 +296,20 @@ def _load(model: nn.Module, state: dict[str, Any], title: str, plain: set[str]) 
     """Loads weights, all keys of the plain network at least; whether attention's are missing."""
     from spem.insert.wrap import true_keys
 
-    missing, unexpected, reason = list[str](), list[str](), ""
+    wrong, missing, unexpected = "", list[str](), list[str]()
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        reason = f"do not fit: {' '.join(str(error).split()).rstrip('.')}"
-    plain = set(true_keys(model, dict.fromkeys(plain)))
-    lacking = sorted(plain.intersection(missing))
-    of_attention = next((key for key in unexpected if ".attention." in key), None)
-    if of_attention is not None:
-        reason = f"hold attention ({of_attention})"
-    elif lacking or unexpected:
-        what = f"lack {lacking[0]}" if lacking else f"hold {unexpected[0]} too"
-        reason = f"{what}: they are another network's"
-    elif missing and set(missing) != set(model.state_dict()) - plain:
-        reason = f"hold a part of the attention and lack {min(missing)}"
-    if reason:
+        wrong = f"do not fit: {' '.join(str(error).split()).rstrip('.')}"
+    of_attention = set(model.state_dict()).difference(true_keys(model, dict.fromkeys(plain)))
+    if unexpected:
+        strange = next((key for key in unexpected if ".attention." in key), unexpected[0])
+        wrong = f"hold {strange} too"
+    elif missing and set(missing) != of_attention:
+        wrong = f"lack {min(missing)}"
+    if wrong:
         raise ValueError(
-            f"{title} {reason}. Name the network, --attention, --start and --classes that it was "
+            f"{title} {wrong}. Name the network, --attention, --start and --classes that it was "
             f"trained with."
         )
     return bool(missing)
@@ -335,7 +338,7 @@ def register_from_file(where: str) -> str:
     import torch
     from torch import nn
 
-    from spem.attention import ChannelAttention, Needs, list_attention, register_attention
+    from spem.attention import ChannelAttention, list_attention, register_attention
 
     def is_module(value: object) -> bool:
         return inspect.isclass(value) and issubclass(value, nn.Module)
@@ -345,20 +348,17 @@ def register_from_file(where: str) -> str:
     label = f"{name.lower()}_{_digest(path)}"
     if label in list_attention():
         return label
-    own, needs = kind, Needs(adds=True)
+    own = kind
     if not issubclass(kind, ChannelAttention):
         own = _wrapped(kind)
-    else:
-        needs = kind.needs
-        own = type(name, (kind,), {}) if kind.name else kind  # a class has one name, also its own
-    register_attention(label, paper=f"{name} of {path.name}", needs=needs)(own)
-    tried = f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]"
-    try:
+    elif kind.name:
+        own = type(name, (kind,), {})  # a class has one name, also its own
+    register_attention(label, paper=f"{name} of {path.name}", needs=own.needs)(own)
+    tried = f"{name} of {path} does not work as {name}(64) on a map [2, 64, 8, 8]:"
+    with _theirs(tried):
         got = list(own(64)(torch.zeros(2, 64, 8, 8)).shape)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{tried}: {type(error).__name__}: {error}") from error
     if got != [2, 64, 8, 8]:
-        raise ValueError(f"{tried}: it must return a map of its input's shape, got {got}.")
+        raise ValueError(f"{tried} it must return a map of its input's shape, got {got}.")
     REGISTERED.append(where)
     return label
 
@@ -367,7 +367,7 @@ def _wrapped(kind: type[nn.Module]) -> Any:
     """A class around a plain module, which is neither gate nor shift: y = x + (module(x) - x)."""
     import torch
 
-    from spem.attention import ChannelAttention
+    from spem.attention import ChannelAttention, Needs
 
     def draw(channels: int, name: str, parameter: Tensor, generator: Any) -> None:
         """Fill a parameter as the class itself does, from the generator that is given."""
@@ -377,6 +377,8 @@ def _wrapped(kind: type[nn.Module]) -> Any:
             parameter.copy_(kind(channels).get_parameter(name))
 
     class Wrapped(ChannelAttention):
+        needs = Needs(adds=True)
+
         def __init__(self, channels: int, *, device: Any = None, dtype: Any = None) -> None:
             super().__init__(channels, device=device, dtype=dtype)
             self.inner = kind(channels).to(device=device, dtype=dtype)
