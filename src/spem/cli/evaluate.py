@@ -50,28 +50,24 @@ def run(
     with use_impl(impl):
         accuracy = evaluate(model, images, normalisation=how)
         if not math.isfinite(accuracy.loss):
-            raise FloatingPointError(
-                f"the outputs of {network} are not finite numbers, so it has no accuracy. "
-                f"Train it again, with a lower rate."
-            )
+            said = f"the outputs of {network} are not finite numbers, so it has no accuracy"
+            raise FloatingPointError(f"{said}. Train it again, with a lower rate.")
         if predictions is not None:
             import pandas as pd
 
             answers = predict(model, images, normalisation=how)
             table = pd.DataFrame({"label": images.labels.cpu(), "prediction": answers})
-            for column in ("label", "prediction"):
-                table[f"{column}_name"] = [images.classes[number] for number in table[column]]
-            content = table.to_csv(index_label="index", lineterminator="\n")
+            names = table.map(images.classes.__getitem__).add_suffix("_name")
+            content = table.join(names).to_csv(index_label="index", lineterminator="\n")
             write_atomic(predictions, content.encode())
     if json:
-        told: dict[str, Any] = {"attention": named["attention"]}
+        told: dict[str, Any] = {"network": network, "attention": named["attention"]}
         told |= {"depth": None, "seed": None, "id": None}
         if config is not None:
-            told = {"attention": config.model.attention, "depth": config.model.depth}
+            told |= {"attention": config.model.attention, "depth": config.model.depth}
             told |= {"seed": config.seed, "id": config.id}
         told |= {"data": images.name, "data_sha256": images.sha256, "accuracy": accuracy.top1}
-        counted = {"correct": accuracy.correct, "count": accuracy.count, "loss": accuracy.loss}
-        print_json({"network": network, **told, **counted})
+        print_json(told | {name: getattr(accuracy, name) for name in ("correct", "count", "loss")})
         return
     seed = "" if config is None else f", seed {config.seed}"
     say(f"{found.titled(network)}{seed}")
@@ -102,12 +98,10 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
     with torch.no_grad(), rephrased(f"{network} does not run on {images.name} in float32"):
         output = found.model(images.images[:1] / 255.0)
     shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-    if shape != [1, len(images.classes)]:
+    if shape != [1, n := len(images.classes)]:
         remedy = "Use the data set it was trained on."
         if config is None:
-            remedy = f"Give --classes {len(images.classes)}, with weights trained on these."
-        raise ValueError(
-            f"the network answers {shape} for one image, {images.name} has {len(images.classes)} "
-            f"classes. {remedy}"
-        )
+            remedy = f"Give --classes {n}, with weights trained on these."
+        said = f"the network answers {shape} for one image, {images.name} has {n} classes"
+        raise ValueError(f"{said}. {remedy}")
     return images

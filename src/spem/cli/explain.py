@@ -35,9 +35,8 @@ def run(
     if not image.startswith("test:") and not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image}.")
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(
-            f"--out {out} is not a picture. Name a file that ends in .png, .svg or .pdf."
-        )
+        said = f"--out {out} is not a picture"
+        raise ValueError(f"{said}. Name a file that ends in .png, .svg or .pdf.")
     from spem import explain as looking
     from spem.data import normalise
 
@@ -59,8 +58,9 @@ def run(
         marked = numbers[class_]
         best += [marked] if answered and marked not in best else []
     title = f"{found.titled(Path(network).name)}, {said}"
-    how: dict[str, Any] = {"title": title, "classes": names, "marked": marked}
-    looking.draw(seen, shown, out, blocks=blocks, top=top, **how)
+    looking.draw(
+        seen, shown, out, title=title, classes=names, marked=marked, blocks=blocks, top=top
+    )
     answers = [{"class": names[k], "number": k, "probability": answered[k]} for k in best]
     if json:
         keys = ("name", "attention", "spatial", "mean", "closed", "lambdas", "alpha")

@@ -35,7 +35,6 @@ class Several(Silent):
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._began = total, 0, time.monotonic()
-        self._config: RunConfig | None = None
         self._shares: dict[RunConfig, float] = {}
         self._said: set[str] = set()
         self._output = choose_progress()
@@ -43,8 +42,7 @@ class Several(Silent):
 
     def start(self, config: RunConfig) -> None:
         """A run starts, or resumes."""
-        self._config = config
-        self.running(self._shares)
+        self.running({config: 0})
 
     def running(self, done: Mapping[RunConfig, float]) -> None:
         """Runs that are under way, and the share that each has done."""
@@ -62,14 +60,13 @@ class Several(Silent):
         from spem.reproduce.tables import run_name
 
         self._done += 1
-        self._shares.pop(ended.config, None)
         said = ended.error if ended.status == "finished" else f"{ended.status}: {ended.error}"
         self.message(f"run {self._done}/{self._total}: {run_name(ended.config)}: {said}")
-        self.running(self._shares)
+        self.running({one: share for one, share in self._shares.items() if one != ended.config})
 
     def step(self, done: int, total: int, text: str) -> None:
         """A step of the run in this process."""
-        self.running({} if self._config is None else {self._config: done / total})
+        self.running(dict.fromkeys(self._shares, done / total))
 
     def message(self, text: str) -> None:
         """Something worth a line of its own; what every run says is shown once."""
@@ -143,10 +140,10 @@ def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], worke
         print(f"All {len(planned)} runs are finished; nothing is trained.", file=sys.stderr)
         return
     seconds, there = estimate_seconds(todo), len(planned) - len(todo)
-    took = "" if seconds is None else f", {roughly(seconds / min(workers, len(todo)))}"
-    done = f" ({there} more are finished)" if there else ""
-    runs = f"{len(todo)} run{'s' * (len(todo) > 1)} to train"
-    print(f"{runs}{done}{took} on this machine.", file=sys.stderr, flush=True)
+    text = f"{len(todo)} run{'s' * (len(todo) > 1)} to train"
+    text += f" ({there} more are finished)" if there else ""
+    text += "" if seconds is None else f", {roughly(seconds / min(workers, len(todo)))}"
+    print(f"{text} on this machine.", file=sys.stderr, flush=True)
 
 
 def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
@@ -166,8 +163,7 @@ def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
     else:
         _print(tables[0])
         print(f"\n{tables[0].answer}\n")
-        others = len(tables) - 1
-        if others:
+        if others := len(tables) - 1:
             print(f"{others} more table{'s are' if others > 1 else ' is'} in the report.")
     if report is not None:
         print(f"report: {report.page}")
@@ -180,13 +176,10 @@ def _print(table: Table) -> None:
     from spem.reproduce.report import MINUS, notes, shown
 
     text = shown(table).drop(columns=["note", "p", "parameters, paper"], errors="ignore")
-    columns, *rows = [
-        [str(cell).replace(MINUS, "-") for cell in row]
-        for row in (list(text.columns), *text.to_numpy().tolist())
-    ]
-    print_table(columns, rows, title=f"{table.title}: {table.where}")
-    for note in notes(table):
-        print(note)
+    text = text.astype(str).map(lambda cell: cell.replace(MINUS, "-"))
+    columns = [name.replace(MINUS, "-") for name in text]
+    print_table(columns, text.to_numpy().tolist(), title=f"{table.title}: {table.where}")
+    print(*notes(table), sep="\n", end="\n" * bool(notes(table)))
 
 
 def records(frame: Any) -> list[dict[str, Any]]:
