@@ -126,13 +126,14 @@ def to_onnx(
         raise FileNotFoundError(f"to_onnx: there is no folder {target.parent}. Make it first.")
     for key, module in model.named_modules() if dynamic_size else ():
         if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
-            fixed = (
-                f"{f'{key} ({module.name})' if key else module.name} is built for maps of one size"
-            )
-            raise ValueError(f"to_onnx: dynamic_size=True: {fixed}. Leave dynamic_size out.")
+            place = f"{key} ({module.name})" if key else module.name
+            said = f"dynamic_size=True: {place} is built for maps of one size"
+            raise ValueError(f"to_onnx: {said}. Leave dynamic_size out.")
     x = _example(model, input_shape if example is None else example)
     with rephrased(f"to_onnx: {name} cannot be copied to the CPU"):
         network, given = _without_idle(model).cpu().float(), x
+    with rephrased(f"to_onnx: {name} does not run on an input {list(x.shape)}"), torch.no_grad():
+        network(x)
     if precision == "fp16":
         network, given = network.half(), x.half()
     proto, written = _converted(network, given, opset, batch=dynamic_batch, size=dynamic_size)
@@ -189,7 +190,7 @@ def _converted(
         example = torch.cat([example, example])  # an axis of length one is taken for a constant
     axes = [0] * batch + list(range(2, example.dim())) * size
     dynamic = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),) if axes else None
-    why, remedy = f"with an input {list(example.shape)}", "Check that it runs on such an input."
+    why, remedy = f"with an input {list(example.shape)}", ""
     if size:
         why, remedy = "with a dynamic height and width", "Leave dynamic_size out."
     elif batch:

@@ -56,7 +56,7 @@ def test_a_network_that_is_tied_to_its_size(tmp_path: Path) -> None:
         to_onnx(tied, tmp_path / "tied.onnx", (1, 3, 8, 8), dynamic_size=True)
     with pytest.raises(ValueError, match=r"with a dynamic batch: .* Pass dynamic_batch=False"):
         to_onnx(nn.Sequential(nn.Unflatten(0, (1, 2))), tmp_path / "t.onnx", (2, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"with an input \[1, 3, 8, 9\]: "):
+    with pytest.raises(ValueError, match=r"does not run on an input \[1, 3, 8, 9\]: "):
         to_onnx(tied, tmp_path / "tied.onnx", (1, 3, 8, 9), dynamic_batch=False)
 
 
@@ -86,6 +86,12 @@ def test_networks_that_cannot_be_copied(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"to_onnx: .* cannot be copied to the CPU"):
             to_onnx(model, tmp_path / "kept.onnx", (1, 3, 8, 8))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_of_two_inputs(tmp_path: Path) -> None:
+    """No option of the export is named as the remedy."""
+    with pytest.raises(ValueError, match=r"Bilinear does not run on an input .*input2'\.$"):
+        to_onnx(nn.Bilinear(3, 3, 3), tmp_path / "two.onnx", (1, 3, 8, 3))
 
 
 def test_no_folder_and_no_module(tmp_path: Path) -> None:

@@ -184,8 +184,9 @@ def test_a_sum_of_branches_and_an_activation_before_the_gate_are_refused() -> No
     ("batches", "labels", "message"),
     [
         ([], None, "no images were given"),
-        ([images(2, 64)], [1], r"labels of shape \[1\] are not one number for each image"),
-        ([images(2, 64)], torch.zeros(2, 5), r"labels of shape \[2, 5\]"),
+        ([images(2, 64)], [1], r"labels \[1\] are not one number for each image"),
+        ([images(2, 64)], [1, 0, 1], r"labels \[3\] are not one number for each image"),
+        ([images(2, 64)], torch.zeros(2, 5), r"labels \[2, 5\]"),
         (images(2, 64), None, "batches is a Tensor"),
         (None, None, "batches is a NoneType"),
         ([{"image": images(2, 64)}], None, "a batch is a dict"),

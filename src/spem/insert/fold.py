@@ -332,7 +332,7 @@ def _inputs(
     labels: Tensor | Sequence[int] | None,
 ) -> Iterator[_Batch]:
     """Inputs on the device of the model, with labels where there are some."""
-    like = float_like(model)
+    like, wrong = float_like(model), "are not one number for each image"
     left = None if labels is None else torch.as_tensor(labels)
     for batch in batches:
         x, y, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
@@ -344,10 +344,9 @@ def _inputs(
         if left is not None:
             y, left = left[: len(x)], left[len(x) :]
             if y.shape != x.shape[:1]:
-                raise ValueError(
-                    f"fold: labels of shape {list(torch.as_tensor(labels).shape)} are not one "
-                    f"number for each image. Give the class of every image."
-                )
+                raise ValueError(f"fold: labels {list(torch.as_tensor(labels).shape)} {wrong}.")
         if len(x):
             classes = isinstance(y, Tensor) and y.shape == x.shape[:1]
             yield x.to(like.device, like.dtype), y if classes else None
+    if left is not None and len(left):
+        raise ValueError(f"fold: labels {list(torch.as_tensor(labels).shape)} {wrong}.")
