@@ -236,6 +236,13 @@ def test_diverged_training_stops_and_names_epoch_layers_and_checkpoint(tmp_path:
         train(config, tmp_path, progress=Stop(1))
 
 
+def test_weights_that_became_infinite_are_of_the_epoch_that_just_ended(tmp_path: Path):
+    config = tiny("spem", epochs=1)
+    config = replace(config, optim=replace(config.optim, penalty=1e6))
+    with pytest.raises(FloatingPointError, match=r"norm of the weights became \w+ in epoch 1 at"):
+        train(config, tmp_path, progress=Silent())
+
+
 def test_divergence_leaves_the_last_good_checkpoint(tmp_path: Path):
     config = tiny("none", epochs=3)
     # The "factor" raises the rate after the first epoch.

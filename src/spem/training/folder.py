@@ -153,8 +153,7 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """Contents of `config.json`, as nested plain values."""
         parts = {name: asdict(getattr(self, name)) for name in ("config", "runtime", "data")}
-        values = {"schema": SCHEMA, "id": self.config.id, **parts, "starts": self.starts}
-        return json.loads(json.dumps(values))
+        return {"schema": SCHEMA, "id": self.config.id, **parts, "starts": self.starts}
 
     @property
     def finished(self) -> bool:
@@ -307,15 +306,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.exists():
         return []
-    epochs: list[dict[str, Any]] = []
-    for number, line in enumerate(read_regular(path).splitlines(), start=1):
-        try:
-            epochs.append({**json.loads(line)})
-        except Exception as error:  # RecursionError among others
-            finding = f"line {number} cannot be read ({error or type(error).__name__})"
-            remedy = "Resume the run, which rewrites the file from its checkpoint."
-            raise damaged(path, finding, remedy) from error
-    return epochs
+    content = read_regular(path)
+    remedy = "Resume the run, which rewrites the file from its checkpoint."
+    with rephrased(f"{path} is damaged: a line cannot be read", remedy):
+        return [{**json.loads(line)} for line in content.splitlines()]
 
 
 # ---- checkpoint.pt

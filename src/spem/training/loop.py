@@ -458,10 +458,11 @@ class _Training:
         if math.isfinite(value):
             return
         path, rate = self.folder / store.CHECKPOINT, self.optimizer.param_groups[0]["lr"]
+        epoch = self.state.epoch + (self.state.step > 0)  # the last checkpoint follows an epoch
         there = path.exists()
         good = f"The last good checkpoint is {path}" if there else "There is no checkpoint yet"
         message = (
-            f"train: the {name} became {value} in epoch {self.state.epoch + 1} at rate {rate:.3g}. "
+            f"train: the {name} became {value} in epoch {epoch} at rate {rate:.3g}. "
             f"Norm layers, worst first: {norm_report(self.model)}. {good}. Use a lower optim.lr."
         )
         failed = {"id": self.config.id, "seed": self.config.seed, "error": message}
