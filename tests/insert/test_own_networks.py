@@ -334,7 +334,9 @@ def test_a_refusal_says_what_was_seen_and_shows_a_rule_that_works() -> None:
     line = re.search(r"where=(lambda m: .*? else None)", said)
     assert line is not None
     rule = eval(line[1])  # the line of the message is what is tested
-    assert spem.attach(network, "spem", where=rule, input_shape=(1, 3, 9, 9)) == ["0", "1", "2"]
+    assert spem.attach(network, "spem", where=rule, input_shape=(1, 3, 9, 9)) == [
+        f"{i}.conv" for i in range(3)
+    ]
     assert torch.equal(network(x), expected)
 
 

@@ -371,13 +371,16 @@ def _is_trained(block: nn.Module) -> bool:
 def _insert(model: nn.Module, spots: list[Spot], shape: tuple[int, ...] | None, runs: bool) -> None:
     """Puts the attention in and runs the network, if it runs without; all of it or nothing."""
     standing = {spot: _standing(spot) for spot in spots}
-    layers = {spot: spot.layer for spot in spots if spot.layer is not None}
+    whole: dict[nn.Module, nn.Module] = {}
     try:
-        exchange(model, {x: standing[spot] for spot, x in layers.items() if sites.has_tensors(x)})
         for spot, new in standing.items():
-            # What has no tensors, such as one activation of all blocks, is meant in this one.
-            if spot in layers and not sites.has_tensors(layers[spot]):
-                exchange(spot.block, {layers[spot]: new})
+            if spot.layer is not None and spot.layer.state_dict():
+                whole[spot.layer] = new
+            elif spot.layer is not None:
+                # What has no tensors, such as one activation of all blocks, is meant in this one.
+                exchange(spot.block, {spot.layer: new})
+        exchange(model, whole)
+        for spot, new in standing.items():
             setattr(spot.parent, spot.key, new)
         if runs:
             _check_that_all_run(model, spots, shape)

@@ -59,14 +59,10 @@ class Node:
         """Convolutions on the longest path to it."""
         last = [parent.channels_last for parent in parents]
         self.channels_last = True if True in last else None if None in last else False
-        self.ends: list[Call] = []
-        """The modules whose output it is, from the inside out."""
-        self.earlier: list[Call] = []
-        """The modules before a function that came after them, where a module holds that."""
-        self.shaped = False
-        """Whether a function, no module, came after ``ends``."""
-        self.passed = False
-        """Whether ``ends`` only handed it on, as an identity does."""
+        self.ends: list[Call] = []  # the modules whose output it is, from the inside out
+        self.earlier: list[Call] = []  # those before a function that a module around it holds
+        self.shaped = False  # whether a function, no module, came after the ends
+        self.passed = False  # whether the ends only handed it on, as an identity does
 
 
 class Forward(TorchFunctionMode):
@@ -218,18 +214,10 @@ def summary(forward: Forward) -> str:
     return f"{forward.convolutions} convolutions, {added}{norms}"
 
 
-def suggestion(model: nn.Module, forward: Forward) -> str | None:
-    """A ``where=`` that would work: the commonest kind of module that convolves and gives a map."""
-    kinds: Counter[str] = Counter()
-    composed: set[str] = set()
-    for (module, parent), number in forward.calls.items():
-        convolves = any(hasattr(part, "kernel_size") for part in module.modules())
-        if module is not model and convolves and holds(parent, module):
-            kinds[type(module).__name__] += number
-            composed |= {type(module).__name__} if [*module.children()] else set()
-    # A block rather than its layers, and rather than a row of blocks.
-    rank = lambda kind: (kind != "Sequential", kind in composed, kinds[kind])  # noqa: E731
-    best = max(kinds, key=rank, default=None)
+def suggestion(forward: Forward) -> str | None:
+    """A ``where=`` that would work: the commonest kind of convolution that gives a map."""
+    kinds = Counter(type(m).__name__ for m, _ in forward.calls if hasattr(m, "out_channels"))
+    best = max(kinds, key=lambda kind: kinds[kind], default=None)
     return best and f"where=lambda m: m if type(m).__name__ == {best!r} else None"
 
 

@@ -27,14 +27,11 @@ _NORMS = (*BATCH_NORMS, nn.SyncBatchNorm)
 class Tail(NamedTuple):
     """Names of a block's attributes."""
 
+    # Layers before the last norm; a norm, what is between, and its activation are one group.
     branch: tuple[str | tuple[str, ...], ...]
-    """Layers before the last norm; a norm, what is between, and its activation are one group."""
-    norm: str
-    """The last norm."""
-    slot: str
-    """The attention; "" where `AfterNorm` around the norm holds it."""
-    act: str
-    """The activation after the addition."""
+    norm: str  # the last one
+    slot: str  # the attention; "" where `AfterNorm` around the norm holds it
+    act: str  # after the addition
 
 
 class FusedTail(nn.Module):

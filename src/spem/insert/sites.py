@@ -73,15 +73,13 @@ class Spot:
     reason: str
     how: How = "after"
     kind: Stage = "name"
-    reads: object = None
-    """What has the channels; None is the layer."""
+    reads: object = None  # what has the channels; None is the layer
     parent: nn.Module = field(init=False)
     key: str = field(init=False)
     layer: nn.Module | None = field(init=False)
     shape: Shape = None
     stage: int = 0
-    fault: str = ""
-    """Why no attention can go there."""
+    fault: str = ""  # why no attention can go there
     attention: ChannelAttention = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,8 +87,7 @@ class Spot:
         self.parent = self.model.get_submodule(above)
         self.layer = getattr(self.parent, self.key)
         self.reads = self.layer if self.reads is None else self.reads
-        self.channels = _width(self.reads)
-        """C; 0 if it is not known yet."""
+        self.channels = _width(self.reads)  # 0 if it is not known yet
 
     @property
     def free(self) -> bool:
@@ -205,11 +202,6 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def has_tensors(module: nn.Module) -> bool:
-    """Whether a module has parameters or buffers."""
-    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def float_like(*parts: object) -> Tensor:
@@ -400,7 +392,7 @@ def followed(model: nn.Module, input_shape: Shape) -> Iterator[Spot]:
         stage: Stage = "site" if found is ranks[-1] else "name"
         yield Spot(model, name, parent, reason, kind=stage)
     if not found:
-        line = suggestion(model, forward) or "where=..."
+        line = suggestion(forward) or "where=..."
         raise ValueError(
             f"attach: no site found in {kind} ({summary(forward)}). Name the layers to follow, "
             f"for example spem.attach(model, 'spem', {line})."
