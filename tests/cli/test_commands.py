@@ -287,6 +287,16 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert len(told) == evaluation["count"]
         assert sum(row["label"] == row["prediction"] for row in told) == evaluation["correct"]
         assert [int(row["index"]) for row in told] == list(range(len(told)))
+    larger = answer(capsys, ["eval", str(folder), "--size", "16"])
+    assert larger["data_sha256"] != evaluation["data_sha256"]
+    assert larger["id"] == evaluation["id"]
+    same = answer(capsys, ["eval", str(folder), "--size", "8"])
+    assert same["data_sha256"] == evaluation["data_sha256"]
+    same, other = (
+        answer(capsys, ["explain", str(folder), "test:0", *size])["answers"]
+        for size in ([], ["--size", "16"])
+    )
+    assert same != other
     assert cli.main(["eval", str(folder)]) == 0
     assert f"({evaluation['correct']}/{evaluation['count']}" in capsys.readouterr().out
 

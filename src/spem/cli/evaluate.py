@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -83,13 +82,10 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
     import torch
 
     from spem.data import load_images
-    from spem.training import load_test_images
 
     config = found.config
     if config is not None:
-        if data is not None and config.data.size is None:
-            config = replace(config, data=replace(config.data, size=found.size))
-        images = load_test_images(config, found.data, name=data, root=root)
+        images = found.test_images(data, root)
     elif data is None:
         raise ValueError(f"{network} does not say which images it was trained on. Give --data.")
     else:

@@ -85,13 +85,12 @@ def pixels(image: str, found: Network, root: Path | None) -> tuple[Tensor, str]:
     import torch
 
     from spem.data.folder import decode, fit
-    from spem.training import load_test_images
 
     found.require_colour()
     if image.startswith("test:"):
         if found.config is None:
             raise ValueError(f"{image}: {found.text} names no data set. Give an image file.")
-        images, number = load_test_images(found.config, found.data, root=root), image[5:]
+        images, number = found.test_images(None, root), image[5:]
         if not number.isdecimal() or int(number) >= len(images):
             there = f"the test images of {images.name} have the numbers 0 to {len(images) - 1}"
             raise ValueError(f"{image}: {there}.")

@@ -73,6 +73,18 @@ class Network:
         head = "" if name in self.text else f"{name}: "
         return f"{head}{self.text}{', random weights' * self.random}"
 
+    def test_images(self, name: str | None, root: Path | None) -> ImageSet:
+        """Of the run that trained it, or others, as large as it takes them now."""
+        from spem.data.names import native_size
+        from spem.training import load_test_images
+
+        assert self.config is not None
+        config, trained = self.config, self.config.data
+        if name is not None or self.size != (trained.size or native_size(trained.name)):
+            config = replace(config, data=replace(trained, size=self.size))
+            name = name or trained.name
+        return load_test_images(config, self.data, name=name, root=root)
+
     def require_input(self) -> None:
         """Raises ValueError where it does not run on such images."""
         import torch
