@@ -240,7 +240,7 @@ WRONG = {
     "scale(start=many)": "Scale: start='many' is not a finite number",
     "ge(form=theta_star)": "form='theta_star'.*theta_minus, theta, theta_plus",
     "ge(extent=1)": "extent=1",
-    "ge(extent=local)": "extent='local'.*global",
+    "ge(extent=local)": "global.*integer >= 2, got extent='local'",
     "ge(extent=True)": "extent=True",
     "ge(form=theta, extent=2)": "'theta'.*global.*extent=2",
     "ge(form=theta, pool=max)": "pool='max'.*theta_minus",
@@ -299,7 +299,7 @@ def test_wrong_values_are_refused_when_the_module_is_made() -> None:
     ):
         with pytest.raises(ValueError, match=rf"{label}: .*channels=8"):
             spem.create_attention(name, 8, size=8)
-    with pytest.raises(ValueError, match=r"ELA: channels a group=8.*channels=12"):
+    with pytest.raises(ValueError, match=r"ELA: form=.S.*8 channels.*channels=12"):
         spem.create_attention("ela(form=S, norm_groups=4)", 12)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spem.attention.base import ChannelAttention, Needs, register_attention
-from spem.attention.options import Device, Dtype, Factory, one_of, positive_int
+from spem.attention.options import Device, Dtype, Factory, divides, one_of
 from spem.attention.precision import call
 from spem.ops.stats import compute_dtype
 
@@ -57,13 +57,12 @@ class ELA(ChannelAttention):
         one_of("ELA", get_args(Form), form=form)
         kernel, together, usual = _FORMS[form]
         groups = usual if norm_groups is None else norm_groups
-        positive_int("ELA", norm_groups=groups)
-        for name, divisor in (("norm_groups", groups), ("channels a group", together)):
-            if channels % divisor:
-                raise ValueError(
-                    f"ELA: {name}={divisor} of form {form} does not divide channels={channels}. "
-                    f"Use another form, norm_groups or number of channels."
-                )
+        divides("ELA", channels, norm_groups=groups)
+        if channels % together:
+            raise ValueError(
+                f"ELA: form={form!r} has groups of {together} channels, which do not divide "
+                f"channels={channels}. Use form='T' or 'B'."
+            )
         self.form = form
         local: Any = {"padding": kernel // 2, "groups": channels // together, "bias": False}
         self.conv = nn.Conv1d(channels, channels, kernel, **local, **factory)

@@ -72,10 +72,9 @@ class GE(ChannelAttention):
         minus, whole = form == "theta_minus", extent == GLOBAL
         pooled = pool if minus and whole else ...
         super().__init__(channels, pool=pooled, device=device, dtype=dtype)
-        if not whole and (not is_int(extent) or extent < 2):
-            raise ValueError(f"GE: extent={extent!r} is neither 'global' nor an integer >= 2.")
-        if not whole and not minus:
-            raise ValueError(f"GE: form={form!r} has global extent only, got extent={extent}.")
+        if not whole and not (minus and is_int(extent) and extent >= 2):
+            takes = "extent='global'" + " or an integer >= 2" * minus
+            raise ValueError(f"GE: form={form!r} takes {takes}, got extent={extent!r}.")
         if pool != "avg" and not (minus and whole):
             raise ValueError(
                 f"GE: pool={pool!r} needs form='theta_minus' and extent='global', "
@@ -86,20 +85,19 @@ class GE(ChannelAttention):
                 f"GE: bias={bias!r} is not True or False, or form={form!r} has no convolution."
             )
         self.form, self.extent = form, extent
-        if not minus:
-            self._build(reduction, map_size("GE", size), bias, {"device": device, "dtype": dtype})
-
-    def _build(self, reduction: int, size: tuple[int, int], bias: bool, factory: Any) -> None:
-        """The layers of theta and theta_plus, and what these forms declare."""
-        c, self.size = self.channels, size
-        self.gather = nn.Conv2d(c, c, size, groups=c, bias=bias, **factory)
-        self.norm = nn.BatchNorm2d(c, **factory)
+        if minus:
+            return
+        factory: Any = {"device": device, "dtype": dtype}
+        self.size = map_size("GE", size)
+        depthwise: Any = {"groups": channels, "bias": bias, **factory}
+        self.gather = nn.Conv2d(channels, channels, self.size, **depthwise)
+        self.norm = nn.BatchNorm2d(channels, **factory)
         self.random_init = {"gather.weight": kaiming_normal_fan_in}
         biases: tuple[str, ...] = ()
-        if self.form == "theta_plus":
-            hidden = hidden_units("GE", c, reduction)
-            self.fc1 = nn.Linear(c, hidden, **factory)
-            self.fc2 = nn.Linear(hidden, c, **factory)
+        if form == "theta_plus":
+            hidden = hidden_units("GE", channels, reduction)
+            self.fc1 = nn.Linear(channels, hidden, **factory)
+            self.fc2 = nn.Linear(hidden, channels, **factory)
             self.random_init |= {f"fc{k}.weight": normal_hundredth for k in (1, 2)}
             biases = ("fc1.bias", "fc2.bias")
         no_decay = ("norm.weight", "norm.bias", *(["gather.bias"] if bias else []), *biases)
@@ -138,5 +136,4 @@ class GE(ChannelAttention):
 
 def normal_hundredth(weight: Tensor, generator: torch.Generator | None) -> None:
     """N(0, 0.01^2)."""
-    with torch.no_grad():
-        weight.normal_(0.0, 0.01, generator=generator)
+    nn.init.normal_(weight, 0.0, 0.01, generator)
