@@ -132,7 +132,7 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
             maps=gate if spatial else shown,
             spatial=spatial,
             adds=record.module.needs.adds,
-            lambdas={k: v for k, v in inside.lambdas.items() if k.startswith(f"{name}.")},
+            lambdas={k: v for k, v in inside.lambdas.items() if k.startswith(prefix)},
             alpha=inside.alphas.get(name),
         )
         blocks.append(view)

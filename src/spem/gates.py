@@ -88,7 +88,7 @@ class Inspection:
     def lambdas(self) -> dict[str, float]:
         """The weight of the maximum in every mix of the network as it is now, by name."""
         return {
-            f"{name}.{part}": float(mix.lam.detach())
+            f"{name}.{part}".removeprefix("."): float(mix.lam.detach())
             for name, attention in self._found.items()
             for part, mix in attention.named_modules()
             if isinstance(mix, (FixedMix, LearnedMix))

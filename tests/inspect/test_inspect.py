@@ -136,6 +136,7 @@ def test_a_gate_is_what_the_map_is_multiplied_by():
         with spem.inspect(module) as inside:
             y = module(x)
         (record,) = inside.records
+        assert inside.lambdas.keys() == {name for name, _ in spem.learned_mixes(module)}
         assert record.gate.shape in ((2, 64), (2, 64, 8, 8))
         gate, shift = record.gate, record.shift
         gate = gate[..., None, None] if gate.dim() == 2 else gate

@@ -81,7 +81,8 @@ class SRP:
 
     Paper: Stochastic Region Pooling: Make Attention More Expressive (2019), arXiv 1904.09853.
 
-    Differences: how the paper chooses regions is not known to us; all three options are ours.
+    Differences: how the paper chooses regions is not known to us; all three options are ours. Not
+    for activation checkpointing, under which a block that runs again would draw other boxes.
     """
 
     share: float = 0.5
