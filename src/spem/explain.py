@@ -124,7 +124,7 @@ def explain(model: nn.Module, image: Tensor) -> Explanation:
     blocks: list[BlockView] = []
     for record, shown in zip(inside.records, maps, strict=True):
         gate, name = record.gate[0].cpu(), record.name.partition("[")[0]
-        spatial = gate.dim() > 1
+        spatial, prefix = gate.dim() > 1, f"{name}.".removeprefix(".")
         view = BlockView(
             name=record.name,
             attention=record.module.name,
