@@ -161,6 +161,17 @@ def architectures() -> str:
     return table("network | sites: | parameters: | `spem` adds: | `se` adds: | `eca` adds:", found)
 
 
+def elsewhere() -> str:
+    """What `attach` finds in networks of other libraries (`benchmarks/attach_elsewhere.py`)."""
+    columns = ("network", "sites", "first_site", "identity_difference", "folded_difference")
+    found: list[list[str]] = []
+    for row in read("attach_elsewhere.csv"):
+        name, sites, first, moved, folded = (row[column] for column in columns)
+        library = f"{row['library']} {row['version']}"
+        found.append([library, name, sites, f"`{first}`", moved, folded or "-"])
+    return table("library | network | sites: | the first | moved: | own folding:", found)
+
+
 def export() -> str:
     """Errors and latency of every module as ONNX (`benchmarks/export_table.py`)."""
     found: list[list[str]] = []
@@ -344,6 +355,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "modules_full": modules_full,
     "mixes": mixes,
     "architectures": architectures,
+    "elsewhere": elsewhere,
     "export": export,
     "gpu": gpu,
     "speed": speed,
