@@ -5,9 +5,9 @@
 
 None of these libraries is a dependency; a network whose library is missing keeps the row it had.
 `identity_difference` is the largest difference that attention makes with start="identity", relative
-to the largest output, `folded_difference` the one that the library's own folding of norms makes
-once the attention acts, `restored` whether the network after `detach` has the keys and the outputs
-it had. Nothing is timed.
+to the largest output, `folded_difference` the one that the library's own folding of norms makes in
+the maps that the head gets once the attention acts, `restored` whether the network after `detach`
+has the keys and the outputs it had. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from attach_table import outputs, scattered
 from record import Row, read, write
-from torch import nn
+from torch import Tensor, nn
 
 import spem
 from spem.export import difference
 from spem.insert import IdentityStart
+from spem.insert.sites import tensors
 from spem.training.environment import commit
 
 PATH = Path(__file__).parent / "results" / "attach_elsewhere.csv"
@@ -108,15 +109,26 @@ def measured(host: nn.Module, shape: tuple[int, ...]) -> Row:
         for module in acting.modules():
             if isinstance(module, IdentityStart):
                 nn.init.constant_(module.alpha, 0.5)
-        expected = outputs(acting, x)
+        expected = to_the_head(acting, x)
         acting.fuse(verbose=False)  # pyright: ignore[reportCallIssue]  # a method of these hosts
-        folded = f"{difference(x.shape, expected, outputs(acting, x)).relative:.2g}"
+        folded = f"{difference(x.shape, expected, to_the_head(acting, x)).relative:.2g}"
     spem.detach(model)
     same = list(model.state_dict()) == list(host.state_dict())
     same &= difference(x.shape, before, outputs(model, x)).relative == 0
     cells = len(sites), sites[0], f"{moved:.2g}", folded, "yes" if same else "no"
     names = ("sites", "first_site", "identity_difference", "folded_difference", "restored")
     return dict(zip(names, map(str, cells), strict=True))
+
+
+def to_the_head(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The maps that the head of a detector gets; what it makes of them is sorted and cut off."""
+    layers = next(model.children())
+    assert isinstance(layers, nn.Sequential)
+    seen: list[Tensor] = []
+    look: Callable[..., None] = lambda _, inputs: seen.extend(tensors(inputs))  # noqa: E731
+    with layers[-1].register_forward_pre_hook(look):
+        outputs(model, x)
+    return seen
 
 
 def main() -> int:
