@@ -215,7 +215,7 @@ WRONG = {
     "se(reduction=65)": "SE: reduction=65 leaves no hidden unit for channels=64",
     "se(bias=maybe)": "SE: bias='maybe' is not a bool",
     "se(bias=1)": "bias=1",
-    "se(pool=mix(1.5))": r"lam=1\.5 lies outside",
+    "se(pool=mix(1.5))": r"Mix: lam=1\.5 is not a number from 0 to 1",
     "se(pool=mix(nan))": "nan",
     "se(pool=mix(parametrization=softmax))": "softmax.*squares",
     "se(pool=srp(share=0))": "share=0",

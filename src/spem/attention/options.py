@@ -48,6 +48,7 @@ odd_int = Rule(
 number = Rule(_is_number, "not a finite number. Use an int or a float")
 positive = Rule(lambda v: _is_number(v) and v > 0, "not a positive number")
 fraction = Rule(lambda v: _is_number(v) and 0 < v <= 1, "not a number above 0 and up to 1")
+unit = Rule(lambda v: _is_number(v) and 0 <= v <= 1, "not a number from 0 to 1")
 flag = Rule(lambda v: isinstance(v, bool), "not a bool. Use True or False")
 
 

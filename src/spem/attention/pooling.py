@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spem.attention.options import Device, Dtype, fraction, number, one_of, positive_int
+from spem.attention.options import Device, Dtype, fraction, one_of, positive_int, unit
 from spem.ops import PlaneStats
 from spem.ops.library import has_hooks
 from spem.ops.stats import compute_dtype
@@ -45,11 +45,7 @@ class Mix:
         one_of("Mix", get_args(Parametrization), parametrization=self.parametrization)
         if self.lam is None:
             return
-        number("Mix", lam=self.lam)
-        if not 0.0 <= self.lam <= 1.0:
-            raise ValueError(
-                f"Mix: lam={self.lam} lies outside [0, 1]. Use a weight in [0, 1], or None."
-            )
+        unit("Mix", lam=self.lam)
         if self.parametrization != "squares":
             raise ValueError(
                 f"Mix: parametrization={self.parametrization!r} needs a learned lambda. "
