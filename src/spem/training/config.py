@@ -187,11 +187,6 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check(self, "optim.")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(
-                f"optim.milestones={self.milestones} must be rising epoch numbers from 1 on. "
-                "Sort them and drop repeats."
-            )
         if self.mix_lr is not None and self.rules == "host":
             raise ValueError(
                 f"optim.mix_lr={self.mix_lr} has no effect with optim.rules='host' (one group for "

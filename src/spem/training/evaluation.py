@@ -125,11 +125,11 @@ def load_test_images(
         ValueError: they are not the network's test images and no others were named, or their class
             names are not those of the network's outputs.
     """
-    asked, there = replace(config.data, test_sha256=None), None if root is None else str(root)
+    asked = replace(config.data, test_sha256=None)
     if name is not None and name != config.data.name:
-        asked = replace(asked, name=name, root=there, test_limit=None)
+        asked = replace(asked, name=name, root=root, test_limit=None)
     else:
-        asked = replace(asked, root=there or config.data.root)
+        asked = replace(asked, root=root or asked.root)
         if known_name(asked.name) is None and not Path(asked.name).is_dir():
             raise FileNotFoundError(
                 f"the network was trained on a folder named {asked.name!r}, which is not here. "

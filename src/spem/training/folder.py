@@ -55,12 +55,8 @@ dacite = require("dacite", extra="train", purpose="training")
 
 def _build(kind: type[T], values: Any) -> T:
     """Build a dataclass of this module from JSON; errors of any kind if the values do not fit."""
-    hooks = {
-        RunConfig: RunConfig.from_dict,
-        # A section read by the rules of a full config.
-        RuntimeConfig: lambda section: RunConfig.from_dict({"runtime": section}).runtime,
-    }
-    return dacite.from_dict(kind, values, dacite.Config(cast=[tuple], type_hooks=hooks))
+    rules = dacite.Config(cast=[tuple], type_hooks={RunConfig: RunConfig.from_dict})
+    return dacite.from_dict(kind, values, rules)
 
 
 class HeldError(RuntimeError):
@@ -130,15 +126,10 @@ class Result:
 class Run:
     """A run folder as it was planned or read.
 
-    Args:
-        folder: its path.
-        config: what was requested.
-        runtime: how it runs: the device, implementation, step and threads resolved at planning.
-        data: what it is trained on.
-        starts: date, hardware, versions and commit of each process that started or resumed it.
-        result: None if the run is unfinished or failed.
-        error: why it cannot finish (it diverged), or None.
-        epochs: the lines of `metrics.jsonl`.
+    `config` is what was requested, `runtime` how it runs: the device, implementation, step and
+    threads resolved at planning. `starts` has date, hardware, versions and commit of each process
+    that started or resumed it. `result` is None if the run is unfinished or failed, and `error` why
+    it cannot finish (it diverged). `epochs` are the lines of `metrics.jsonl`.
     """
 
     folder: Path
@@ -175,13 +166,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Weights:
-    """Contents of a file of weights.
+    """Contents of a file of weights: the network in evaluation mode on the CPU.
 
-    Args:
-        network: in evaluation mode on the CPU.
-        config: of the run that trained it.
-        data: what it was trained on; None in older files, which do not record it.
-        impl: what ran the tails of its blocks in training and evaluation, or None.
+    `data` is None in older files, which do not record it; `impl` ran the tails of the blocks.
     """
 
     network: ResNet
@@ -515,18 +502,8 @@ def read_run(folder: str | Path) -> Run:
         remedy = "Delete it and run the same training again."
         values = load_json(path, remedy=remedy)
         with rephrased(_OTHER.format(path), remedy):
-            if "error" in values:
-                error = str(values["error"])
-            else:
-                result = _build(Result, values)
-            sums = dict(values["files"])
-    if result is not None and (result.id, result.seed) != (run.config.id, run.config.seed):
-        raise ValueError(
-            f"{folder}: {RESULT} is of run {result.id}, seed {result.seed}, and {CONFIG} of run "
-            f"{run.config.id}, seed {run.config.seed}. {_AGAIN}"
-        )
+            error, sums = values.get("error"), dict(values["files"])
+            result = None if error else _build(Result, values)
     for name in sums.keys() & {CONFIG, METRICS}:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name} is missing. {_AGAIN}")
         _require_sum(folder / name, sums)
     return replace(run, result=result, error=error, epochs=read_metrics(folder))
