@@ -157,8 +157,8 @@ def draw(
     """Draw an explanation and the original image (uint8 [3, H, W]) into a file.
 
     Args:
-        explanation: What to draw.
-        image: The image.
+        explanation: From `explain`.
+        image: The image, before it was normalised.
         path: File to write; its suffix sets the format, one of matplotlib's.
         title: Title of the picture, in one line.
         classes: The names of the classes.

@@ -63,23 +63,22 @@ def attach(
     The network is changed in place: attention takes a free slot of a block, or goes with the last
     norm of the branch (or what else ends it) in an `AfterNorm`. Weights of the plain network load
     before or after (``load_state_dict(..., strict=False)``; only keys of attention are missing).
-    `detach` takes it out again. At the end the network runs once, if it takes the input it is made
-    for, and every site has to run. If anything fails, the network is as it was.
+    At the end the network runs once, if it takes the input it is made for, and every site has to
+    run. If anything fails, the network is as it was.
 
     Args:
         model: Any network of convolutions, of one to three axes. timm's and torchvision's families
             are known by name; others are followed through one forward pass. One without residual
             branches gets attention after the last norm of each resolution, and a warning.
         attention: A spec, its text, or the class, of a module that goes in the tail of a block.
-        where: For other networks: a function that is given every module and returns the norm to
-            follow (or another module of the network whose output is [N, C, ...]), or None.
+        where: A function that is given every module and returns the norm to follow (or another
+            module of the network whose output is [N, C, ...]), or None.
         include: Wildcard pattern of the names of sites, or several; None is all.
         stages: Numbers of stages, from 1 (`find_sites` shows them); None is all.
         replace: Put attention in the place of the SE, ECA, CBAM ... layers that the network has, if
-            it has any. An SE keeps its weights, activation and gate where ``attention`` is ``se``
-            with no option but a pool; with ``start="identity"`` that pool starts as the exact
-            average, so outputs stay. With ``where=`` it takes the place of what that names. False
-            leaves such layers, and attention follows a layer that takes its slot.
+            it has any, or of what ``where=`` names. An SE keeps its weights, activation and gate
+            where ``attention`` is ``se`` with no option but a pool; with ``start="identity"`` that
+            pool starts as the exact average, so outputs stay. False: attention follows such layers.
         start: ``"identity"``: the gate starts at one, so that trained weights keep their outputs
             (`IdentityStart`); ``"module"``: as the module itself starts (SPEM at 0.03).
         fuse: Run norm, attention, addition and ReLU as one operation; for the ResNet and ResNeXt
@@ -132,10 +131,8 @@ def find_sites(
     """What `attach` with these arguments would change: every site with its map and its cost.
 
     The network runs once, in evaluation mode, and is left as it was. Sizes of maps are missing if
-    it does not run on the input that was guessed; costs, if no attention is named.
-
-    Raises:
-        ValueError: As `attach` does.
+    it does not run on the input that was guessed; costs, if no attention is named. Errors are those
+    of `attach`.
     """
     spec = None if attention is None else _tail_spec(attention, "find_sites")
     chosen = _chosen(include=include, stages=stages, input_shape=input_shape)
@@ -359,13 +356,9 @@ def _warn(spots: list[Spot], start: str) -> None:
 
 
 def _is_trained(block: nn.Module) -> bool:
-    """Whether a norm of the block has seen data; old checkpoints count no batches."""
-    tensors = (
-        getattr(norm, name, None)
-        for norm in filter(is_norm, block.modules())
-        for name in ("num_batches_tracked", "running_mean")
-    )
-    return any(isinstance(t, Tensor) and not t.is_meta and bool(t.any()) for t in tensors)
+    """Whether a norm of the block has seen data."""
+    means = (getattr(norm, "running_mean", None) for norm in filter(is_norm, block.modules()))
+    return any(isinstance(t, Tensor) and not t.is_meta and bool(t.any()) for t in means)
 
 
 def _insert(model: nn.Module, spots: list[Spot], shape: tuple[int, ...] | None, runs: bool) -> None:

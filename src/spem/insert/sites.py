@@ -236,16 +236,14 @@ _EXTENTS = {1: (1024,), 2: (224, 224), 3: (8, 64, 64)}
 
 def default_input(model: nn.Module) -> tuple[int, ...]:
     """The input a network says it is made for (timm's do), else one for its first convolution."""
-    for name in ("pretrained_cfg", "default_cfg"):
-        held: object = getattr(model, name, None)
-        config: dict[str, Any] = held if isinstance(held, dict) else {}
-        size = config.get("input_size")
-        if isinstance(size, (tuple, list)) and len(size) == 3:
-            channels = getattr(model, "in_chans", size[0])  # its config keeps the usual number
-            # A first convolution that was exchanged says its own; of a multiple it takes patches.
-            first = attribute(model, f"{config.get('first_conv')}.in_channels")
-            channels = first if isinstance(first, int) and first % channels else channels
-            return (1, channels, int(size[1]), int(size[2]))
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        usual, *extents = config["input_size"]
+        channels = getattr(model, "in_chans", usual)
+        # A first convolution that was exchanged says its own; of a multiple it takes patches.
+        first = attribute(model, f"{config.get('first_conv')}.in_channels")
+        channels = first if isinstance(first, int) and first % channels else channels
+        return (1, channels, *extents)
     for module in model.modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             return (1, module.in_channels or 3, *_EXTENTS[len(module.kernel_size)])
@@ -279,7 +277,7 @@ def chosen(
         )
     staged = [spot for spot in spots if stages is None or spot.stage in stages]
     patterns = ("*",) if include is None else include
-    kept = [s for s in staged if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+    kept = [spot for spot in staged if any(fnmatchcase(spot.name, p) for p in patterns)]
     if not kept:
         given = {"include": include, "stages": stages}.items()
         asked = " with ".join(f"{key}={list(value)}" for key, value in given if value is not None)
