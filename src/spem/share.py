@@ -334,9 +334,9 @@ def _misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | 
 def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
     """How weights differ from those of a config, checked before allocating memory for its network.
 
-    Every layer counted in a depth has a tensor. The rest is seen on the meta device; what cannot be
-    built there is left to the real build, if its host has a sane size.
+    What cannot be built on the meta device is left to the real build, if its host has a sane size.
     """
+    # Every layer counted in a depth has a tensor.
     if isinstance(config.host, _Ours) and config.host.depth > len(state):
         return f"depth={config.host.depth} is too large for {len(state)} tensors"
     total = sum(tensor.numel() for tensor in state.values())

@@ -78,6 +78,7 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
         (["eval", "cifar:11", "--data", "digits", "--device", "gpu"], "Known: auto, cpu, cuda."),
         (["export", "cifar:11"], "nowhere to write. Give --out FILE"),
         (["share", "runs"], "nowhere to write. Give --folder DIR"),
+        (["share", "/dev/null", "--folder", "out"], "there is no run /dev/null. Name the folder"),
         (["cost", "cifar:11", "--start", "module"], "--start is for attention that --attention"),
         (["train", "smoke", "--data", "~nobody/x"], "~nobody/x: neither a known set"),
         (["train", "smoke", "--device", "meta"], "--device 'meta' cannot be used"),

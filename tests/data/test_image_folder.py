@@ -316,14 +316,3 @@ def test_absurd_sizes_are_refused_before_they_fill_memory(tmp_path: Path, side: 
     (tmp_path / "train" / "cat" / "000.png").write_bytes(bomb)
     with pytest.raises(ValueError, match=r"cat/000\.png: not a readable image"):
         load_images(str(tmp_path), "train")
-
-
-def test_what_would_not_fit_into_memory_is_refused_before_it_fills_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_set(tmp_path)
-    monkeypatch.setattr("spem.data.folder.MAX_BYTES", 5 * 5 * 7 * 3)
-    load_images(str(tmp_path), "train")
-    monkeypatch.setattr("spem.data.folder.MAX_BYTES", 5 * 5 * 7 * 3 - 1)
-    with pytest.raises(ValueError, match=r"5 images of 7x5 would take .* up to size=5\."):
-        load_images(str(tmp_path), "train")

@@ -74,7 +74,7 @@ def timm(arch: str, **options: Any) -> dict[str, Any]:
         ({"network__classes": 10**30}, "describes no network that can be built"),
         ({"network__attention": "cbam(kernel=300001)"}, "the weights lack 'layer1.0.attention"),
         ({"network__attention": "gsop(dims=1000000000)"}, "describes no network that can be built"),
-        ({"network__attention": "cbam(pools=5)"}, r"cbam\(pools=5\) cannot be built: 'int' object"),
+        ({"network__attention": "cbam(pools=5)"}, "pools=5 is not a tuple of pools"),
         (timm("resnet18", num_classes=10**9), "the weights lack 'layer1.0.se.alpha'"),
         (timm("vit_giant_patch14_224") | {"attach": []}, "the weights lack 'blocks.0.attn.proj"),
         (

@@ -132,10 +132,6 @@ def load_network(
     or ``29`` ours (``cifar:basic-56`` has basic blocks), ``path/to/file.py:function`` is called
     without arguments; and there are folders of runs and of `save_pretrained`, and weights. Weights
     of a named network may lack its attention; `start` None is as they were trained.
-
-    Raises:
-        FileNotFoundError: There is no such file, or no weights in the folder.
-        ValueError: Nothing has this name, it cannot be built, or an option contradicts it.
     """
     if is_trained(text):
         given = {"attention": attention, "start": start, "weights": weights, "classes": classes}
@@ -336,16 +332,9 @@ def register_files(places: Sequence[str]) -> None:
 def register_from_file(where: str) -> str:
     """Register a class of the user's, so that a spec can name it: what `--module` takes.
 
-    The name, which is returned, ends in a part of the file's SHA-256: runs trained with an edited
-    file are other runs. (What the file itself imports is not looked at.)
-
-    Args:
-        where: `path/to/file.py:ClassName`, a `ChannelAttention` or any `torch.nn.Module`. It takes
-            the number of channels first, and a map [N, C, H, W] to one of the same shape.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No class of that name, no module, or it cannot be built for 64 channels.
+    It is a `ChannelAttention` or any `torch.nn.Module` that takes the number of channels first, and
+    a map [N, C, H, W] to one of the same shape. Its name, which is returned, ends in a part of the
+    file's SHA-256: runs trained with an edited file are other runs.
     """
     import torch
     from torch import nn

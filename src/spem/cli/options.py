@@ -79,11 +79,7 @@ class Options:
         self._typed: dict[str, str] = {}
 
     def read(self, words: Sequence[str]) -> dict[str, Any] | None:
-        """The parameters of `run` in a call; None if it was for help, which is printed.
-
-        Raises:
-            ValueError: The call says something that the command does not take.
-        """
+        """The parameters of `run` in a call; None if it was for help, which is printed."""
         if {"-h", "--help", "--help-all"} & set(words):
             print(self.help(everything="--help-all" in words))
             return None

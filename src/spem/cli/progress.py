@@ -91,10 +91,7 @@ def carry_out(
     """Train what is missing, write tables and report, and show the answer; the exit code.
 
     Runs are planned with the experiments they belong to; the others of a comparison are compared
-    with the baseline. The options are those of the commands that train several runs.
-
-    Raises:
-        FloatingPointError: Runs failed or diverged; the others are trained and in the tables.
+    with the baseline. FloatingPointError, once all is written, if runs failed or diverged.
     """
     for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
         require(module, extra="train", purpose="tables and report")
@@ -147,10 +144,7 @@ def _announce(planned: Mapping[RunConfig, Any], todo: Sequence[RunConfig], worke
 
 
 def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
-    """Print a report's first table, its answer and its path, or all tables as JSON.
-
-    There is no report before the first run is finished; `left` runs are still to be trained.
-    """
+    """Print a report's first table, its answer and its path, or all tables as JSON."""
     tables = [] if report is None else report.tables
     if json:
         names = ("name", "question", "answer", "where", "reference")

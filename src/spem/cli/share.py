@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from spem.cli.network import load_network
+from spem.cli.network import is_trained, load_network
 from spem.cli.options import Json
 from spem.cli.output import print_json
 
@@ -27,7 +27,7 @@ def run(
     """
     if folder is None and to is None:
         raise ValueError("nowhere to write. Give --folder DIR, or --to OWNER/NAME to send it.")
-    if not Path(run).exists():
+    if not (Path(run).exists() and is_trained(run)):
         raise FileNotFoundError(f"there is no run {run}. Name the folder of a finished run.")
     from spem.share import FILES, check_id, push_to_hub, save_pretrained
 

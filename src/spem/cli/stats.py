@@ -121,12 +121,7 @@ _SEED = re.compile(rf"({'|'.join(USUAL['pair'])})?[ _-]*\d+", re.IGNORECASE)
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file with a heading, separated by commas, semicolons or tabs; cells stay texts.
-
-    Raises:
-        OSError: The file cannot be opened.
-        ValueError: It is empty, no table, or no UTF-8 text.
-    """
+    """Read a CSV file with a heading, separated by commas, semicolons or tabs; cells stay texts."""
     import pandas as pd
 
     from spem.files import read_regular
@@ -170,9 +165,6 @@ def choose_columns(
 
     Columns that are not named are the usual ones, in capitals or not. A table with a column a seed,
     or a column a group and a row a seed, is turned into one with a row a run.
-
-    Raises:
-        ValueError: A column does not exist or none can be guessed, or a cell is not a number.
     """
     row = _find(table, USUAL["pair"] if pair is None else [pair])
     if row and not by and value is None and not _find(table, (*USUAL["by"], *USUAL["value"])):

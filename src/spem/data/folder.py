@@ -6,7 +6,6 @@ A folder is checked in full first, so that everything wrong with it is reported 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,8 +37,6 @@ _SPLITS = {
 """Folders of splits, in capitals or not; the first that there is."""
 TEST_SHARE = 0.2
 """Share of each class held out if a folder has no splits."""
-MAX_BYTES = 32 * 2**30
-"""Sets are held in memory; a file that needs more is assumed to be damaged."""
 _LISTED = 10
 _TRAIN = {"extra": "train", "purpose": "reading images"}
 
@@ -69,14 +66,9 @@ def _splits(folder: Path) -> dict[str, Path]:
 def look(folder: Path, share: float = TEST_SHARE) -> Listing:
     """List the images of ``folder/train/<class>/**`` and ``folder/test/<class>/**``.
 
-    ``training/``, and ``testing/``, ``val/``, ``valid/`` or ``validation/``, are as good. A folder
-    of classes alone has no splits; a share of each class must be enough for a test. Links are
-    followed; hidden files (``.ipynb_checkpoints``, ``._1.png``), ``__MACOSX`` and files without an
-    image suffix are skipped.
-
-    Raises:
-        FileNotFoundError: a split is missing.
-        ValueError: anything else wrong with the folder, all in one message.
+    A folder of classes alone has no splits; a share of each class must be enough for a test. Links
+    are followed; hidden files, ``__MACOSX`` and files without an image suffix are skipped. All that
+    is wrong with the folder is said in one ValueError.
     """
     splits = _splits(folder) or {"all": folder}
     if len(splits) == 1 and "all" not in splits:
@@ -191,16 +183,9 @@ def decode_all(
         except ValueError as error:
             faults.append(str(error))
             continue
-        shown = f"{image.shape[1]}x{image.shape[0]}"
         if pixels is None:
-            if (needed := count * image.size) > MAX_BYTES:
-                most, fits = MAX_BYTES / 2**30, math.isqrt(MAX_BYTES // (3 * count))
-                raise ValueError(
-                    f"{label}: {count} images of {shown} would take {needed / 2**30:.0f} GiB, more "
-                    f"than {most:.0f}. Give a smaller size, up to size={fits}."
-                )
             pixels = np.empty((count, *image.shape), dtype=np.uint8)
-        sizes.setdefault(shown, label)
+        sizes.setdefault(f"{image.shape[1]}x{image.shape[0]}", label)
         if len(sizes) == 1:
             pixels[len(kept)] = image
             kept.append(index)

@@ -272,14 +272,11 @@ _READERS = {"folder": _image_folder, "parquet": _parquet, "CIFAR10": _cifar, "CI
 
 
 def _digits(split: Split, size: int) -> _Read:
-    """The 1797 handwritten 8x8 digits of scikit-learn, as colour images, each pixel a square.
-
-    The last 360 are the test split, in the original order on purpose: images come writer by writer,
-    so other people wrote them.
-    """
+    """The 1797 handwritten 8x8 digits of scikit-learn, as colour images, each pixel a square."""
     import numpy as np
 
     bunch = require("sklearn.datasets", extra="train", purpose="the digits").load_digits()
+    # Not shuffled: images come writer by writer, so other people wrote the last 360.
     chosen = slice(None, 1437) if split == "train" else slice(1437, None)
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # from 0 .. 16
     large = pixels.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
