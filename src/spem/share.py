@@ -292,10 +292,7 @@ def _described(
 
 
 def _built(config: _Config) -> nn.Module:
-    """The network of a config, with random weights, in evaluation mode.
-
-    Only constructors of this library, timm and torchvision run, with arguments checked above.
-    """
+    """The network of a config with random weights; only constructors of ours and packages run."""
     host = config.host
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Weights that do not go over into attention come from the file.
@@ -354,8 +351,7 @@ def _too_large(state: Mapping[str, Tensor], config: _Config) -> str | None:
 def _compared(model: nn.Module, again: nn.Module) -> list[Tensor]:
     """The outputs of a network on one random input; ValueError unless the other gives the same.
 
-    This compares parts without parameters too. Copies of both run in float64, scales near zero
-    (an identity start, a last norm, a layer scale) raised, which would hide what they multiply.
+    Copies of both run in float64, with scales raised that would hide what they multiply.
     """
     shape = next((c.input_shape for part, c in remembered(model) if not part), None)
     if shape is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,8 +44,9 @@ def run(
     from spem.training.step import keep_freed_memory
 
     if not folder.exists():  # what cannot be built, or run here, leaves none behind
-        resolved(config.runtime, 1)
         build_network(config, classes=2)
+        if "RANK" not in os.environ:  # under torchrun each process has a device of its own
+            resolved(config.runtime, 1)
     keep_freed_memory()
     with process_group(config.runtime.device) as first:
         try:
