@@ -196,8 +196,7 @@ def _inner(attention: ChannelAttention) -> ChannelAttention:
 
 def _expanded(value: Tensor, images: int, channels: int) -> Tensor:
     """[N, C], or [N, C, H, W] where positions differ."""
-    value = value.detach()
-    value = value.expand(images, channels, *value.shape[2:])
+    value = value.detach().expand(images, channels, *value.shape[2:])
     flat = value.dim() > 2 and all(size == 1 for size in value.shape[2:])
     return value.flatten(1) if flat else value
 

@@ -378,13 +378,11 @@ class ChannelAttention(nn.Module):
                 f"{label}: needs maps of at least {needs.pixels} "
                 f"position{'s' * (needs.pixels > 1)}, got {list(x.shape)}."
             )
-        if not self.training or not needs.batch_statistics or count == 0:
-            return
-        if count < needs.batch or count * pixels < needs.values:
-            images = f"{needs.batch} images" if needs.batch > 1 else ""
+        normalises = self.training and needs.batch_statistics and count > 0
+        if normalises and (count < needs.batch or count * pixels < needs.values):
+            least = f"{needs.batch} images" if needs.batch > 1 else f"{needs.values} values (N H W)"
             raise ValueError(
-                f"{label}: training needs a batch of at least "
-                f"{images or f'{needs.values} values (N H W)'}, since it normalises over "
+                f"{label}: training needs a batch of at least {least}, since it normalises over "
                 f"the batch; got {list(x.shape)}. Use a larger batch, or eval()."
             )
 

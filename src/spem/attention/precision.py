@@ -30,20 +30,15 @@ def without_autocast(
 
     @functools.wraps(method)
     def wrapped(self: _M, x: _X, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        # PlaneStats is passed here too: its first statistic that is there has the device.
-        device = _device_type(x)
-        if device is None or not torch.is_autocast_enabled(device):
+        # Of PlaneStats the first statistic that is there has the device.
+        parts = x if isinstance(x, tuple) else (x,)
+        device = next((part.device.type for part in parts if isinstance(part, Tensor)), "meta")
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return method(self, x, *args, **kwargs)
         with torch.autocast(device, enabled=False):
             return method(self, x, *args, **kwargs)
 
     return wrapped
-
-
-def _device_type(value: object) -> str | None:
-    parts = value if isinstance(value, tuple) else (value,)
-    found = next((part.device.type for part in parts if isinstance(part, Tensor)), None)
-    return None if found == "meta" else found
 
 
 def cast(parameter: Tensor, like: Tensor) -> Tensor:
