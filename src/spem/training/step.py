@@ -241,10 +241,15 @@ def execution(
 def full_float32() -> Generator[None]:
     """Round no inputs of float32 convolutions and products to TF32 or bfloat16, as torch may do."""
     cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
-    parts: Any = cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul
-    before: list[str] = [part.fp32_precision for part in parts]
-    words = {"bf16": "medium", "tf32": "high"}
-    products = words.get(before[4]) or words.get(before[2]) or "highest"
+    parts: Any = ()
+    before: list[str] = []
+    if hasattr(cudnn, "conv"):  # from torch 2.9 on; reading the older settings may then fail
+        parts = cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul
+        before = [part.fp32_precision for part in parts]
+        tf32, words = "tf32" in before[:2], {"bf16": "medium", "tf32": "high"}
+        products = words.get(before[4]) or words.get(before[2]) or "highest"
+    else:
+        tf32, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
 
     def settle(tf32: bool, products: str, precisions: list[str]) -> None:
         # The older settings come first: they change the newer ones, and may not contradict them.
@@ -257,7 +262,7 @@ def full_float32() -> Generator[None]:
     try:
         yield
     finally:
-        settle("tf32" in before[:2], products, before)
+        settle(tf32, products, before)
 
 
 def map_dtype(runtime: RuntimeConfig) -> torch.dtype:
