@@ -28,7 +28,7 @@ class Tail(NamedTuple):
     """Names of a block's attributes."""
 
     # Layers before the last norm; a norm, what is between, and its activation are one group.
-    branch: tuple[str | tuple[str, ...], ...]
+    branch: tuple[str, ...]
     norm: str  # the last one
     slot: str  # the attention; "" where `AfterNorm` around the norm holds it
     act: str  # after the addition
@@ -47,12 +47,12 @@ class FusedTail(nn.Module):
         norm, attention = parts
         z = x
         for step in self._tail.branch:
-            layers = [getattr(self, name) for name in ((step,) if isinstance(step, str) else step)]
-            if len(layers) > 1 and _is_relu_after_norm(layers[1:]):
-                z = norm_relu(z, layers[0])
-                continue
-            for layer in layers:
-                z = layer(z)
+            layer, *after = (getattr(self, name) for name in step.split())
+            if after and _is_relu_after_norm(after):
+                z = norm_relu(z, layer)
+            else:
+                for part in (layer, *after):
+                    z = part(z)
         downsample = cast("nn.Module | None", self.downsample)
         residual = x if downsample is None else downsample(x)
         return attention.tail(z, residual, norm)
