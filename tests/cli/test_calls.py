@@ -104,9 +104,9 @@ def test_messages_of_the_library_get_the_flags_that_were_typed() -> None:
     o = options()
     o.read(["--try.count", "3"])
     said = "rate=-1 is too small; try.count=3 too. Leave rate= out, and accurate=1 in."
-    said += " Use a lower try.count (try.count 3 -> 4), try.counter 5."
+    said += " Use a lower try.count (try.count 3 -> 4), try.counter 5, a/try.count."
     want = "--rate -1 is too small; --try.count 3 too. Leave --rate out, and accurate=1 in."
-    want += " Use a lower --try.count (--try.count 3 -> 4), try.counter 5."
+    want += " Use a lower --try.count (--try.count 3 -> 4), try.counter 5, a/try.count."
     assert o.in_flags(said) == want
     said = "count=3 fits se(count=4). With runtime.rate=2, flip=True turns it."
     want = "--try.count 3 fits se(count=4). With --rate 2, --try.flip turns it."

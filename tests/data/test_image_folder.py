@@ -275,8 +275,9 @@ def broken(root: Path) -> list[Path]:
         (cat / name).write_bytes((cat / name).read_bytes()[:kept])
     save(dog / "eps.png", CATS[0], format="EPS")  # Pillow would start a program
     save(dog / "gif.png", CATS[0], format="GIF")
+    (dog / "link.png").symlink_to("gone.png")
     names = [cat / n for n in ("a.png", "b.jpg", "c.tif", "d.webp")]
-    return [*names, dog / "eps.png", dog / "gif.png"]
+    return [*names, dog / "eps.png", dog / "gif.png", dog / "link.png"]
 
 
 def test_broken_images_are_told_together_or_left_out(tmp_path: Path) -> None:

@@ -98,11 +98,10 @@ def _calls(
     attached = attention not in ("none", TRAINED)
     kind: Any = {"attention": attention, "start": "module"} if attached else {}
     known = load_network(network, size=size, **kind)
-    layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
-    model = known.model.to(runtime.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+    layout = {"memory_format": torch.channels_last}
+    model = known.model.to(runtime.device, **layout)
     trained, optim = deepcopy(model).train(), OptimConfig()
-    images = torch.randn(known.shape(batch), device=runtime.device)
-    images = images.contiguous(memory_format=layout)
+    images = torch.randn(known.shape(batch), device=runtime.device).contiguous(**layout)
     with torch.no_grad():
         outputs = model(images[:1])
     if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2:

@@ -162,7 +162,8 @@ class Options:
                 keyword += r"(?=([\w'\"(\[-]?))" if option.metavar else "True()"
                 text = re.sub(keyword, lambda at, flag=flag: flag + " " * bool(at[1]), text)
                 if section:
-                    text = re.sub(rf"(?<![\w.-]){re.escape(option.name)}(?![\w=]|\.\w)", flag, text)
+                    field = rf"(?<![\w./-]){re.escape(option.name)}(?![\w=]|\.\w)"
+                    text = re.sub(field, flag, text)
         return text
 
 

@@ -131,7 +131,8 @@ def _files(folder: Path, seen: set[Path]) -> Generator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    """Also a link that leads nowhere, which is reported as broken; no pipe."""
+    return path.suffix.lower() in SUFFIXES and (path.is_file() or not path.exists())
 
 
 def _few(names: Sequence[str]) -> str:
