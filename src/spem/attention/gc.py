@@ -80,13 +80,10 @@ class GC(ChannelAttention):
         zero = [name for name, _ in self.named_parameters() if ".fc2." in name]
         self._draw_start(dict.fromkeys(["mask.bias", *zero], 0.0))
 
+    @without_autocast
     def forward(self, x: Tensor) -> Tensor:
         """y = x * gate(x) + shift(x), the context computed once."""
         self._check(x)
-        return self._fuse(x)
-
-    @without_autocast
-    def _fuse(self, x: Tensor) -> Tensor:
         context = self._context(x)
         # In the precision of the gate, rounded once: a sum that cancels shows every rounding.
         y = x if self.fusion == "add" else x * torch.sigmoid(self.mul(context))
