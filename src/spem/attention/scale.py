@@ -8,7 +8,7 @@ from spem.attention.options import Device, Dtype, number
 from spem.ops import PlaneStats
 from spem.ops.stats import compute_dtype
 
-SPEM_START = 0.03205860328008499
+START = 0.03205860328008499
 """s(-1) s(-2): the gate every SPEM of form text or code starts from."""
 
 
@@ -28,12 +28,7 @@ class Scale(ChannelAttention):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        start: float = SPEM_START,
-        device: Device = None,
-        dtype: Dtype = None,
+        self, channels: int, *, start: float = START, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__(channels)
         number("Scale", start=start)
