@@ -97,8 +97,6 @@ def test_bfloat16_is_rounded_as_torch_rounds():
 def test_refusals():
     z = torch.zeros(2, 3, 4, 4)
     mu, p = torch.zeros(3), torch.zeros(2, 3)
-    with pytest.raises(TypeError, match="float16"):
-        cpu.plane_stats(z.half(), True, True)
     with pytest.raises(ValueError, match="contiguous or channels_last"):
         cpu.plane_stats(z.transpose(2, 3), True, True)
     with pytest.raises(ValueError, match="maps must agree"):
@@ -109,5 +107,3 @@ def test_refusals():
         cpu.affine_tail_backward(z, z, z.double(), mu)
     with pytest.raises(ValueError, match=r"\[3\] expected, not \[2\]"):
         cpu.affine_tail(z, z, mu[:2], p, mu, mu)
-    with pytest.raises(ValueError, match="no empty axis"):
-        cpu.plane_stats(z[:0], True, True)

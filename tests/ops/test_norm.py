@@ -236,16 +236,18 @@ def test_shapes_are_checked() -> None:
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     from spem.ops import dispatch
 
-    dispatch._logged.clear()
+    dispatch.log_once.cache_clear()
     z = torch.randn(2, 3, 4, 4)
     with caplog.at_level(logging.INFO, logger="spem.ops"):
         for _ in range(3):
             gate_tail(z, z, impl="formula")
             gate_tail(z.half(), z.half())
+            gate_tail(z[..., ::2], z[..., ::2])
     lines = [record.message for record in caplog.records if "gate_tail" in record.message]
     assert lines == [
         "gate_tail on cpu, float32, contiguous: formula (asked for)",
         "gate_tail on cpu, float16, contiguous: reference (a map of fewer than 262,144 values)",
+        "gate_tail on cpu, float32, strided: reference (a map of fewer than 262,144 values)",
     ]
 
 

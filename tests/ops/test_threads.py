@@ -75,7 +75,7 @@ def test_returns_when_all_are_done():
 def test_one_thread_of_torch_is_one_thread(monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(threads, "_parallel", None)
-    monkeypatch.setattr(threads._pool, "run", None)
+    monkeypatch.setattr(threads, "_on_pool", None)
     seen = []
     code, address = callback(lambda data: seen.append(threading.get_ident()))
     threads.launch(address, 0, 100)
@@ -96,22 +96,22 @@ def test_failure_of_the_caller_waits_for_the_others():
         ended.set()
 
     with pytest.raises(ValueError, match="mine"):
-        threads._Pool().run(work, 0, 1)
+        threads._on_pool(work, 0, 1)
     assert ended.is_set()
 
 
 def test_a_busy_pool_blocks_nobody():
-    pool, hold, inside = threads._Pool(), threading.Event(), threading.Event()
+    hold, inside = threading.Event(), threading.Event()
 
     def long_work(data):
         inside.set()
         assert hold.wait(20)
 
-    slow = threading.Thread(target=pool.run, args=(long_work, 0, 1))
+    slow = threading.Thread(target=threads._on_pool, args=(long_work, 0, 1))
     slow.start()
     assert inside.wait(20)
     done = []
-    pool.run(done.append, 5, 1)
+    threads._on_pool(done.append, 5, 1)
     assert done
     hold.set()
     slow.join(20)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from spem.ops import formula, synchronised
 from spem.ops.formula import Incoming, Norm, NormalStats, RawStats, Scalars, affine, constants
 from spem.ops.library import kernels_of, laid_out_as, passes, stages
 from spem.ops.stats import compute_dtype
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def tail(
@@ -45,8 +42,7 @@ def tail(
         all processes; the variance has shape [0] where it was not taken, the number has it without
         a process group.
     """
-    flat = [None] * len(Norm._fields) if norm is None else norm
-    found = _Stats.apply(z, *flat, moments, extrema, impl)
+    found = _Stats.apply(z, moments, extrema, impl, *(norm or ()))
     tokens, stats, (mu, a, beta, channel_var, values) = found[:4], found[4:8], found[8:]
     v = None if gate is None else gate(*stats)
     return _Tail.apply(*tokens, v, residual, mu, a, beta, impl), (mu, channel_var, values)
@@ -87,57 +83,40 @@ class _Stats(torch.autograd.Function):
     """Pass F1 and its scalars; backward is the sums, the coefficients and pass B2."""
 
     @staticmethod
-    def forward(  # a flat list of arguments is what compilers trace
-        ctx: Any,
-        z: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor | None,
-        var: Tensor | None,
-        eps: float | None,
-        group: ProcessGroup | None,
-        running: tuple[Tensor, Tensor, float] | None,
-        moments: bool,
-        extrema: bool,
-        impl: str,
+    def forward(
+        ctx: Any, z: Tensor, moments: bool, extrema: bool, impl: str, *fields: Any
     ) -> tuple[Tensor, ...]:
-        norm = None if eps is None else Norm(weight, bias, mean, var, eps, group, running)
-        batch_stats = eps is not None and mean is None
+        norm = Norm(*fields) if fields else None  # flat, as compilers trace arguments
+        group, batch_stats = norm and norm.group, norm is not None and norm.mean is None
         wide, size = compute_dtype(z.dtype), math.prod(z.shape[2:])
         # An output must not come twice, so each is a tensor of its own.
-        nothing, channel_var, values = (z.new_empty(0, dtype=wide) for _ in range(3))
-        nowhere = z.new_empty(0, dtype=torch.int32)
-        raw = RawStats(nothing, nothing, nothing, nothing, nothing, nowhere, nowhere)
+        channel_var, values = (z.new_empty(0, dtype=wide) for _ in range(2))
+        raw = formula.empty_stats(z, False, False)
         if moments or extrema or batch_stats:
             work, options = passes(impl), {}
             if impl == "numba" and work is stages(impl):
                 # Where memory goes channel by channel, the last pass finds extrema by their values.
                 options = {"positions": z.is_contiguous()}
             raw = RawStats(*work.plane_stats(z, moments or batch_stats, extrema, **options))
-        if norm is None:
+        if norm is None or norm.mean is not None:
             mu, a, beta, rstd = constants(norm, z)
-            normal = NormalStats(*raw[:4], raw.high, raw.low, raw.at_high, raw.at_low)
-        elif batch_stats and group is None and z.shape[0]:
+            normal = NormalStats(*raw[:4], *raw[2:4], *raw[5:])
+            if norm is not None:
+                normal = stages(impl).normalised(raw, a, mu, beta)
+        elif norm.group is None:
             found = stages(impl).normalise_batch(raw, norm, size, moments)
             mu, channel_var, rstd, a, beta, normal = found
         else:
-            if not batch_stats:
-                mu, a, beta, rstd = constants(norm, z)
-            else:
-                if group is None:  # an empty batch
-                    mu, channel_var = (z.new_full(z.shape[1:2], n, dtype=wide) for n in (0, 1))
-                else:
-                    mu, channel_var = formula.channel_moments(raw.mean, raw.var)
-                    numbers = z.numel() // z.shape[1]
-                    mu, channel_var, values = synchronised.moments(mu, channel_var, numbers, group)
-                rstd = torch.rsqrt(channel_var + norm.eps)
-                a, beta = affine(norm, rstd)
+            mu, channel_var = formula.channel_moments(raw.mean, raw.var)
+            numbers = z.numel() // z.shape[1]
+            mu, channel_var, values = synchronised.moments(mu, channel_var, numbers, norm.group)
+            rstd = torch.rsqrt(channel_var + norm.eps)
+            a, beta = affine(norm, rstd)
             normal = stages(impl).normalised(raw, a, mu, beta)
         ctx.save_for_backward(z, a, mu, rstd, values, *raw[:2], *normal[4:])
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.group, ctx.batch_stats = impl, group, batch_stats
         ctx.moments, ctx.extrema = moments, extrema
-        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         a = a.clone() if a is rstd else a
         ctx.mark_non_differentiable(mu, a, beta, channel_var, values)
         tokens = [mu.new_empty(z.shape[:2]) for _ in range(3)]  # nobody reads them
@@ -156,7 +135,8 @@ class _Stats(torch.autograd.Function):
             grads[6:8] if ctx.extrema else (None, None)
         )
         into = Incoming(*(None if g is None else g.contiguous() for g in moved))
-        needs_z, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_z, *_ = needs = ctx.needs_input_grad
+        needs_weight, needs_bias = needs[4:6] or (False, False)
         of_z, size = (raw_mean, raw_var, z_i, z_j), math.prod(z.shape[2:])
         scalars = Scalars(v, total, moment, into, of_z, a, mu, rstd, size)
         if ctx.group is None:
@@ -178,9 +158,9 @@ class _Stats(torch.autograd.Function):
                 spikes = (i, j) if i.dim() == 2 else (z_i, z_j)
             work = passes(ctx.impl)
             dz = work.stats_backward(d, z, mu, c.p, c.q, c.t, *spikes, c.s_i, c.s_j)
-        weight = weight.to(ctx.dtypes[0]) if needs_weight else None
-        bias = bias.to(ctx.dtypes[1]) if needs_bias else None
-        return (dz, weight, bias, *[None] * (len(ctx.needs_input_grad) - 3))
+        # Autograd casts what is not in the dtype of its parameter.
+        of_norm = weight if needs_weight else None, bias if needs_bias else None
+        return (dz, None, None, None, *of_norm, *[None] * 5)[: len(needs)]
 
 
 class _Tail(torch.autograd.Function):
@@ -225,14 +205,12 @@ class _SpemGate(torch.autograd.Function):
     def forward(
         ctx: Any, form: str, lam: float, slopes: tuple[float, ...], *tensors: Tensor | None
     ) -> Tensor:
-        parameter, high, low, *weights = tensors  # behind lambda; w_e, b_e, w_r, b_r
+        _, high, *_ = tensors  # behind lambda's parameter; high, low, w_e, b_e, w_r, b_r
         assert high is not None
-        given = [t.to(high.dtype).contiguous() for t in (high, low, *weights) if t is not None]
+        given = [t.to(high.dtype).contiguous() for t in tensors[1:] if t is not None]
         ctx.save_for_backward(*given)
         ctx.form, ctx.lam, ctx.slopes = form, lam, slopes
-        ctx.like = [
-            None if t is None else (t.dtype, t.shape) for t in (parameter, high, low, *weights)
-        ]
+        ctx.shapes = [None if t is None else t.shape for t in tensors]
         return kernels_of("numba").spem_gate(form, lam, None, *given)[0]
 
     @staticmethod
@@ -241,11 +219,8 @@ class _SpemGate(torch.autograd.Function):
         numba = kernels_of("numba")
         *found, of_lam = numba.spem_gate(ctx.form, ctx.lam, grad.contiguous(), *ctx.saved_tensors)
         of_parameter = of_lam.sum() * of_lam.new_tensor(ctx.slopes)
-        pairs = zip((of_parameter, *found), ctx.like, ctx.needs_input_grad[3:], strict=True)
-        gradients = (
-            t.to(like[0]).reshape(like[1]) if needed else None for t, like, needed in pairs
-        )
-        return (None, None, None, *gradients)
+        pairs = zip((of_parameter, *found), ctx.shapes, ctx.needs_input_grad[3:], strict=True)
+        return (None, None, None, *(t.reshape(s) if needed else None for t, s, needed in pairs))
 
 
 def spem_gate(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spem.extras import first_line
-from spem.ops.library import is_exporting, kernels_of
+from spem.ops.library import is_dense, is_exporting, kernels_of
 
 Impl = Literal["reference", "formula", "numba", "triton"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
@@ -55,7 +55,6 @@ class Choice(NamedTuple):
 
 
 _default: ContextVar[str | None] = ContextVar("spem.ops.impl", default=None)
-_logged: set[tuple[str, str, torch.dtype, str]] = set()
 
 
 @contextmanager
@@ -183,14 +182,16 @@ def log_choice(op: str, z: Tensor, choice: Choice) -> None:
     """Logs a choice once per operation, device, dtype and layout."""
     if torch.compiler.is_compiling() or not isinstance(z, Tensor):
         return
-    layout = "contiguous" if z.is_contiguous() else "channels_last"
-    key = (op, z.device.type, z.dtype, f"{layout} {choice.impl} {choice.reason}")
-    if key in _logged:
-        return
-    _logged.add(key)
+    layout = "contiguous" if z.is_contiguous() else "channels_last" if is_dense(z) else "strided"
+    log_once(op, z.device.type, z.dtype, layout, choice)
+
+
+@cache
+def log_once(op: str, device: str, dtype: torch.dtype, layout: str, choice: Choice) -> None:
+    """What `log_choice` logs."""
     reason = f" ({choice.reason})" if choice.reason else ""
-    dtype = str(z.dtype).removeprefix("torch.")
-    _LOG.info("%s on %s, %s, %s: %s%s", op, z.device.type, dtype, layout, choice.impl, reason)
+    kind = str(dtype).removeprefix("torch.")
+    _LOG.info("%s on %s, %s, %s: %s%s", op, device, kind, layout, choice.impl, reason)
 
 
 def _objection(device: str | torch.device) -> str | None:
@@ -198,7 +199,7 @@ def _objection(device: str | torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "kernels have no CUDA device here to prove themselves on"
     place = torch.device(device)
-    if str(place) == "cuda":
+    if place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
     return import_module("spem.ops.cuda.proof").objection(place)
 

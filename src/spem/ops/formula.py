@@ -144,6 +144,14 @@ class Coefficients(NamedTuple):
     s_j: Tensor | None
 
 
+def empty_stats(z: Tensor, moments: bool, extrema: bool, *parts: int) -> RawStats:
+    """Memory for what the first pass gathers of z, [*parts, B, C] each; [0] of all else."""
+    wide = compute_dtype(z.dtype)
+    kinds = [(moments, wide)] * 2 + [(extrema, wide)] * 3 + [(extrema, torch.int32)] * 2
+    some, none = (*parts, *z.shape[:2]), (0,)
+    return RawStats(*(z.new_empty(some if wanted else none, dtype=d) for wanted, d in kinds))
+
+
 def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     """Pass F1: mean, biased variance, extrema and their first positions of every plane.
 
@@ -153,10 +161,7 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
     """
     wide = compute_dtype(z.dtype)
     planes = z.flatten(2).to(wide)
-    none = planes.new_empty(0)
-    nowhere = torch.empty(0, dtype=torch.int32, device=z.device)
-    mean = var = high = low = first = none
-    at_high = at_low = nowhere
+    mean, var, high, low, first, at_high, at_low = empty_stats(z, False, False)
     if moments:
         origin = planes[:, :, :1]
         shifted = planes - torch.where(origin.isfinite(), origin, 0.0)
@@ -179,7 +184,7 @@ def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Te
         z, r, y: [B, C, ...]; v: [B, C]; mu, a, beta: [C].
     """
     wide, al, be = v.dtype, v * a, v * beta
-    t = _plane(al, z) * (z.to(wide) - per_channel(mu, z)) + _plane(be, z) + r.to(wide)
+    t = spatial(al, z) * (z.to(wide) - spatial(mu, z)) + spatial(be, z) + r.to(wide)
     return torch.where(t < 0, 0.0, t).to(z.dtype)
 
 
@@ -211,25 +216,20 @@ def stats_backward(
     Without q and t the map z is not read; i = j adds both spikes.
     """
     wide = p.dtype
-    dz = _plane(p, d) * d.to(wide)
+    dz = spatial(p, d) * d.to(wide)
     if q is not None and t is not None:
-        dz = dz + _plane(q, d) + _plane(t, d) * (z.to(wide) - per_channel(mu, z))
+        dz = dz + spatial(q, d) + spatial(t, d) * (z.to(wide) - spatial(mu, z))
     if i is not None and j is not None and s_i is not None and s_j is not None:
         # A comparison with every position, not a scatter: it fuses with the rest.
         k = torch.arange(math.prod(d.shape[2:]), device=d.device, dtype=i.dtype).view(d.shape[2:])
-        dz = dz + torch.where(k == _plane(i, d), _plane(s_i, d), 0.0)
-        dz = dz + torch.where(k == _plane(j, d), _plane(s_j, d), 0.0)
+        dz = dz + torch.where(k == spatial(i, d), spatial(s_i, d), 0.0)
+        dz = dz + torch.where(k == spatial(j, d), spatial(s_j, d), 0.0)
     return dz.to(d.dtype)
 
 
-def _plane(value: Tensor, like: Tensor) -> Tensor:
-    """[B, C] as [B, C, 1, ...]."""
+def spatial(value: Tensor, like: Tensor) -> Tensor:
+    """[B, C] or [C] with an axis of length 1 for each spatial one of a map."""
     return value.reshape(*value.shape, *[1] * (like.dim() - 2))
-
-
-def per_channel(value: Tensor, like: Tensor) -> Tensor:
-    """[C] as [C, 1, ...]."""
-    return value.reshape(-1, *[1] * (like.dim() - 2))
 
 
 def channel_moments(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,10 +254,8 @@ def normalised(raw: RawStats, a: Tensor, mu: Tensor, beta: Tensor) -> NormalStat
     Shape:
         a, mu, beta: [C].
     """
-    empty = mu.new_empty(0)
-    nowhere = torch.empty(0, dtype=torch.int32, device=mu.device)
-    mean = var = high = low = z_i = z_j = empty
-    i = j = nowhere
+    mean = var = high = low = z_i = z_j = mu.new_empty(0)
+    i = j = raw.at_high
     if raw.mean.dim() == 2:
         mean, var = a * (raw.mean - mu) + beta, a.square() * raw.var
     if raw.high.dim() == 2:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from spem.ops.dispatch import Choice, log_choice, requested, unsupported
+from spem.ops.dispatch import Choice, log_once, requested, unsupported
 from spem.ops.formula import Norm
 from spem.ops.library import (
     agree,
@@ -90,8 +90,8 @@ def infer(
     impl: str | None,
 ) -> Tensor | None:
     """The tail's output; None where it is not for this path."""
-    asked = serves(op, z, residual, SMALL if gate is None else 0, impl)
-    if asked is None:
+    choice = serves(op, z, residual, SMALL if gate is None else 0, impl)
+    if choice is None:
         return None
     shape = z.shape
     constants = None
@@ -99,10 +99,8 @@ def infer(
         constants = _constant(norm, shape)
         if constants is None:
             return None
-    key = (op, z.dtype, z.is_contiguous(), asked)
-    if key not in _logged:
-        _logged.add(key)
-        log_choice(op, z, Choice("numba", "" if asked == "auto" else "asked for"))
+    layout = "contiguous" if z.is_contiguous() else "channels_last"
+    log_once(op, "cpu", z.dtype, layout, choice)
     if not agree(residual, z):
         residual = laid_out_as(residual, z)
     kernels = kernels_of("numba")
@@ -123,8 +121,8 @@ def infer(
     return kernels.fused_tail(z, residual, constants, None, v.contiguous())
 
 
-def serves(op: str, z: Tensor, residual: Tensor, least: int, impl: str | None) -> str | None:
-    """What was asked for, ``"numba"`` or ``"auto"``; None where this path takes no such maps.
+def serves(op: str, z: Tensor, residual: Tensor, least: int, impl: str | None) -> Choice | None:
+    """Numba, unasked or asked for; None where this path takes no such maps.
 
     Maps of fewer values than ``least`` have to be asked for.
     """
@@ -135,12 +133,12 @@ def serves(op: str, z: Tensor, residual: Tensor, least: int, impl: str | None) -
     shape = z.shape
     if len(shape) < 3 or shape != residual.shape or 0 in shape or not is_dense(z):
         return None
-    asked = requested(impl, op) or "auto"
-    if asked not in ("auto", "numba") or not _usable():
+    asked = requested(impl, op)
+    if asked not in (None, "numba") or not _usable():
         return None
-    if asked == "auto" and z.numel() < least:
+    if asked is None and z.numel() < least:
         return None
-    return asked
+    return _UNASKED if asked is None else _ASKED
 
 
 def gate_values(gate: Callable[[PlaneStats], Tensor], stats: PlaneStats, z: Tensor) -> Tensor:
@@ -152,7 +150,7 @@ def gate_values(gate: Callable[[PlaneStats], Tensor], stats: PlaneStats, z: Tens
     return v if v.shape == z.shape[:2] else v.expand(z.shape[:2])
 
 
-_logged: set[tuple[object, ...]] = set()
+_UNASKED, _ASKED = Choice("numba", ""), Choice("numba", "asked for")
 
 
 @cache

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from spem.ops import formula
-from spem.ops.stats import compute_dtype
 
 _M = TypeVar("_M", bound=nn.Module)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -97,6 +96,21 @@ def agree(a: Tensor, b: Tensor) -> bool:
     return all(size == 1 or mine == other for size, mine, other in pairs)
 
 
+def check_maps(first: Tensor, *others: Tensor) -> None:
+    """Refuses maps of one pass that differ: kernels take addresses as they are."""
+    for t in others:
+        same = t.shape == first.shape and t.dtype == first.dtype and t.device == first.device
+        if not same or not agree(t, first):
+            a, b = (
+                f"{list(t.shape)} with strides {t.stride()} of {t.dtype} on {t.device}"
+                for t in (first, t)
+            )
+            raise ValueError(
+                f"maps must agree: {a} is not {b}. "
+                "Bring them to one shape, dtype, device and memory layout."
+            )
+
+
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """x in the layout of a dense map of its shape; a copy if it has another one."""
     return x if agree(x, like) else torch.empty_like(like).copy_(x)
@@ -155,17 +169,11 @@ def any_global_hook() -> bool:
     return bool(getattr(nn.modules.module, "_has_any_global_hook", bool)())
 
 
-def _fake_plane_stats(z: Tensor, moments: bool, extrema: bool) -> tuple[Tensor, ...]:
-    wide = compute_dtype(z.dtype)
-    kinds = [(moments, wide)] * 2 + [(extrema, wide)] * 3 + [(extrema, torch.int32)] * 2
-    return tuple(z.new_empty(z.shape[:2] if some else (0,), dtype=kind) for some, kind in kinds)
-
-
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
     "plane_stats": (
         "(Tensor z, bool moments, bool extrema) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_plane_stats,
+        lambda *given: tuple(formula.empty_stats(*given)),
     ),
     "affine_tail": (
         "(Tensor z, Tensor r, Tensor mu, Tensor v, Tensor a, Tensor beta) -> Tensor",

@@ -82,7 +82,6 @@ class _NormReLU(torch.autograd.Function):
         mu, a, beta, rstd = _affine_map(z, norm)
         ctx.save_for_backward(z, mu, a, beta, rstd)
         ctx.batch_stats = norm.mean is None
-        ctx.dtypes = [None if t is None else t.dtype for t in (norm.weight, norm.bias)]
         return kernels_of("numba").norm_relu(z, mu, a, beta)
 
     @staticmethod
@@ -96,6 +95,5 @@ class _NormReLU(torch.autograd.Function):
             of_norm=needs_weight or needs_bias,
             of_map=needs_z,
         )
-        weight = weight.to(ctx.dtypes[0]) if needs_weight else None
-        bias = bias.to(ctx.dtypes[1]) if needs_bias else None
-        return (dz, weight, bias, *[None] * (len(ctx.needs_input_grad) - 3))
+        of_norm = weight if needs_weight else None, bias if needs_bias else None
+        return (dz, *of_norm, *[None] * 5)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from spem.ops.formula import spatial
 from spem.ops.library import BATCH_NORMS, has_hooks
 from spem.ops.stats import PlaneStats, plane_stats
 
@@ -22,7 +23,7 @@ def tail(
     x = z if norm is None else norm(z)
     if gate is not None:
         v = gate(plane_stats(x, statistics))
-        x = x * v.reshape(*v.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+        x = x * spatial(v, x).to(x.dtype)
     # What the gate scaled is a new map; what a norm returned may be held by its hooks.
     fresh = gate is not None or (
         type(norm) in BATCH_NORMS and norm is not None and not has_hooks(norm)

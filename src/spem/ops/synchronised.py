@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed as dist, nn
 
-from spem.ops.formula import Norm, affine, move_running, per_channel
+from spem.ops.formula import Norm, affine, move_running, spatial
 from spem.ops.stats import compute_dtype
 
 if TYPE_CHECKING:
@@ -136,10 +136,9 @@ class _Normalise(torch.autograd.Function):
         mu, var, n = moments(mu, var, z.numel() // channels, group)
         rstd = torch.rsqrt(var + eps)
         a, beta = affine(Norm(weight, bias, None, None, eps), rstd)
-        y = (x - per_channel(mu, z)) * per_channel(a, z) + per_channel(beta, z)
+        y = (x - spatial(mu, z)) * spatial(a, z) + spatial(beta, z)
         ctx.save_for_backward(z, mu, rstd, a, n)
         ctx.group = group
-        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         ctx.mark_non_differentiable(mu, var, n)
         return y.to(z.dtype), mu, var, n
 
@@ -147,16 +146,15 @@ class _Normalise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, mu, rstd, a, n = ctx.saved_tensors
-        x, g = z.to(mu.dtype) - per_channel(mu, z), grad.to(mu.dtype)
+        x, g = z.to(mu.dtype) - spatial(mu, z), grad.to(mu.dtype)
         s0, s1 = g.sum(_others(z)), (g * x).sum(_others(z))
-        for_weight, for_bias = ctx.dtypes
-        weight = None if for_weight is None else (rstd * s1).to(for_weight)
-        bias = None if for_bias is None else s0.to(for_bias)
+        weight = rstd * s1 if ctx.needs_input_grad[1] else None
+        bias = s0 if ctx.needs_input_grad[2] else None
         dz = None
         if ctx.needs_input_grad[0]:
             s0, s1 = sums(s0, s1, ctx.group)
-            dz = g - per_channel(s0 / n, z) - x * per_channel(rstd.square() * s1 / n, z)
-            dz = (dz * per_channel(a, z)).to(z.dtype)
+            dz = g - spatial(s0 / n, z) - x * spatial(rstd.square() * s1 / n, z)
+            dz = (dz * spatial(a, z)).to(z.dtype)
         return dz, weight, bias, None, None
 
 

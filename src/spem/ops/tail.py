@@ -121,7 +121,8 @@ def _tail(
         plain = without_hooks(norm)
     if plain is None or serves(op, z, residual, 0 if gate is not None else SMALL, impl) is None:
         chosen = _choose(op, z, residual, plain or norm, impl)
-    if chosen == "reference":
+    # Of an empty batch there is nothing to fuse, and one that others share may be empty here alone.
+    if chosen == "reference" or not (z.numel() or (norm is not None and group_of(norm))):
         return reference.tail(z, residual, norm, gate, statistics)
     if norm is not None and plain is not None:
         x, plain = called(norm, z)
@@ -175,7 +176,7 @@ def _fused(
     if norm is not None:
         view = batch_norm_of(norm, z)
         running = running_of(norm) if view.mean is None else None
-        if view.group is None and is_direct(impl) and z.numel():
+        if view.group is None and is_direct(impl):
             view, running = view._replace(running=running), None  # the kernel moves them
 
     def gate_of(*found: Tensor) -> Tensor:
@@ -190,32 +191,31 @@ def _fused(
         impl if z.numel() else "formula",  # there is nothing for a kernel to do
     )
     if running is not None:
-        shared = values.dim() == 0
-        if z.numel() or shared:  # an empty batch leaves them
-            move_running(running, mu, var, values if shared else z.numel() // z.shape[1])
+        move_running(running, mu, var, z.numel() // z.shape[1] if values.dim() else values)
     return y
 
 
 def batch_norm_of(norm: nn.Module, z: Tensor) -> Norm:
     """A norm as tensors; refuses what the module itself would refuse."""
     assert isinstance(norm, _NORMS)
+    kind = type(norm).__name__
     getattr(norm, "_check_input_dim")(z)  # noqa: B009  # protected, and a subclass may have its own
     if z.shape[1] != norm.num_features:
         raise ValueError(
-            f"bn_gate_tail: the norm has {norm.num_features} channels, the map {z.shape[1]}."
+            f"{kind}: the norm has {norm.num_features} channels, the map {z.shape[1]}."
         )
     weight: Tensor | None = norm.weight
     bias: Tensor | None = norm.bias
     mean, var = norm.running_mean, norm.running_var
     for t in (weight, bias, mean, var):
         if t is not None and t.device != z.device:
-            raise ValueError(f"bn_gate_tail: the map is on {z.device}, the norm on {t.device}.")
+            raise ValueError(f"{kind}: the map is on {z.device}, the norm on {t.device}.")
     if not norm.training and mean is not None and var is not None:
         return Norm(weight, bias, mean, var, norm.eps)
     group = group_of(norm)
     if z.shape[0] and z.numel() == z.shape[1] and group is None:
         raise ValueError(
-            f"bn_gate_tail: training needs more than one value per channel, got {list(z.shape)}. "
+            f"{kind}: training needs more than one value per channel, got {list(z.shape)}. "
             "Use a larger batch, or eval()."
         )
     return Norm(weight, bias, None, None, norm.eps, group)

@@ -38,37 +38,29 @@ def launch(address: int, data: int, pieces: int) -> None:
     elif _parallel is not None and os.getpid() == _PROCESS:
         _parallel(address, data, threads, 0)
     else:
-        _pool.run(_function(address), data, threads - 1)
+        _on_pool(_function(address), data, threads - 1)
 
 
-class _Pool:
-    """Threads that wait for work, started when first needed; nobody waits for a busy one."""
-
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(1 << 10, "spem")  # of which it starts what is needed
-
-    def run(self, function: Callable[[int], None], data: int, helpers: int) -> None:
-        """Runs the function on this thread and on up to this many others."""
-        parts: Collection[Future[None]] = [
-            self._threads.submit(function, data) for _ in range(helpers)
-        ]
-        interrupt = None
-        try:
-            function(data)
-        finally:
-            # Whoever has not begun stays out, and whoever is inside ends: only then may data go.
-            while parts:
-                try:
-                    parts = wait([part for part in parts if not part.cancel()]).not_done
-                except KeyboardInterrupt as pressed:
-                    interrupt = pressed
-            if interrupt is not None:
-                raise interrupt
+def _on_pool(function: Callable[[int], None], data: int, helpers: int) -> None:
+    """Runs the function on this thread and on up to this many of the pool, if they are free."""
+    parts: Collection[Future[None]] = [_pool.submit(function, data) for _ in range(helpers)]
+    interrupt = None
+    try:
+        function(data)
+    finally:
+        # Whoever has not begun stays out, and whoever is inside ends: only then may data go.
+        while parts:
+            try:
+                parts = wait([part for part in parts if not part.cancel()]).not_done
+            except KeyboardInterrupt as pressed:
+                interrupt = pressed
+        if interrupt is not None:
+            raise interrupt
 
 
 def _renew_pool() -> None:
     global _pool  # noqa: PLW0603  a forked process has none of its parent's threads
-    _pool = _Pool()
+    _pool = ThreadPoolExecutor(1 << 10, "spem")  # of which it starts what is needed
 
 
 def _find_parallel() -> Callable[[int, int, int, int], None] | None:

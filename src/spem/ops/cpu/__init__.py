@@ -2,7 +2,8 @@
 
 Every function does what the one of the same name does in ``spem.ops.formula``: it checks shapes,
 allocates the outputs, writes addresses and sizes into a table and has the kernel run on it. A
-kernel is compiled when first used, for one dtype, and kept on disk where numba can write.
+kernel is compiled when first used, for one dtype, and kept on disk where numba can write. Whether
+a map's device and dtype have kernels, `spem.ops.dispatch` has asked.
 """
 
 import struct
@@ -14,18 +15,19 @@ from torch import Tensor
 
 from spem.ops.cpu import channels as by_channel, language as kl, planes as by_plane, scalars
 from spem.ops.cpu.inference import fused_tail as fused_tail
-from spem.ops.cpu.launch import SUPPORTED, run
+from spem.ops.cpu.launch import run
 from spem.ops.formula import (
     BatchStats,
     Coefficients,
-    Incoming,
     Norm,
     NormalStats,
     RawStats,
+    Scalars,
     constants,
+    empty_stats,
     move_running,
 )
-from spem.ops.library import agree
+from spem.ops.library import check_maps
 from spem.ops.stats import compute_dtype
 
 _CHUNK = 128 << 10  # bytes of one map that a thread takes at a time
@@ -37,64 +39,32 @@ def _pass(name: str, z: Tensor, flags: int, *args: Tensor | None) -> None:
     """Runs a pass over maps like z, in whole planes or, channels_last, in ranges of channels."""
     batch, channels = z.shape[:2]
     size = z.numel() // (batch * channels)
-    plane_bytes = size * z.element_size()
-    lines = 2
+    plane_bytes, lines = size * z.element_size(), 2
     if z.is_contiguous():
         kernel = getattr(by_plane, name)
-        step = max(1, _CHUNK // plane_bytes)
-        chunks = -(-batch * channels // step)
+        step, extent, images = max(1, _CHUNK // plane_bytes), batch * channels, 1
     elif z.movedim(1, -1).is_contiguous():
         kernel = getattr(by_channel, name)
         step = max(1, _CHUNK // plane_bytes // _LANES) * _LANES
         if step >= channels or batch >= 4 * torch.get_num_threads():
             step = channels  # memory in its own order, where there are images enough to share
         lines = 1 if step % (2 * _LANES) else 2
-        chunks = batch * -(-channels // step)
+        extent, images = channels, batch
     else:
         raise ValueError(
             f"a map must be contiguous or channels_last, not have strides {z.stride()}. "
             f"Call contiguous() first."
         )
-    run(kernel, z.dtype, (chunks, step, batch, channels, size, flags), *args, lines=lines)
-
-
-def _maps(first: Tensor, *others: Tensor) -> torch.dtype:
-    """Checks that maps agree, since kernels take addresses as they are; the compute dtype."""
-    if first.dtype not in SUPPORTED:
-        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in SUPPORTED))
-        raise TypeError(f"maps of {first.dtype} have no numba kernel. Use {names}.")
-    if first.dim() < 3 or not first.numel():
-        raise ValueError(
-            f"a map must have planes and no empty axis, not shape {list(first.shape)}. "
-            f"Give [N, C, ...] with at least one value."
-        )
-    _on_cpu(first)
-    for t in others:
-        _on_cpu(t)
-        if t.shape != first.shape or not agree(t, first) or t.dtype != first.dtype:
-            a, b = (f"{list(t.shape)} with strides {t.stride()} of {t.dtype}" for t in (first, t))
-            raise ValueError(
-                f"maps must agree: {a} is not {b}. "
-                f"Convert one to the dtype and layout of the other."
-            )
-    return compute_dtype(first.dtype)
-
-
-def _on_cpu(t: Tensor) -> None:
-    if not t.is_cpu:
-        raise ValueError(f"impl='numba' needs CPU tensors, got one on {t.device}. Use impl=None.")
+    head = (images * -(-extent // step), step, extent, batch, channels, size, flags)
+    run(kernel, z.dtype, head, *args, lines=lines)
 
 
 def _scalars(shape: Sequence[int], dtype: torch.dtype, *given: Tensor) -> list[Tensor]:
     """Plane or channel scalars as kernels read them: of this shape and dtype, and dense."""
     found: list[Tensor] = []
     for t in given:
-        _on_cpu(t)
         if t.shape != shape:
-            raise ValueError(
-                f"scalars of shape {list(shape)} expected, not {list(t.shape)}. Give one for each "
-                f"{'channel' if len(shape) == 1 else 'plane'}."
-            )
+            raise ValueError(f"scalars of shape {list(shape)} expected, not {list(t.shape)}.")
         dense = t.dtype == dtype and t.is_contiguous()  # asked first: two calls of torch less
         found.append(t if dense else t.to(dtype).contiguous())
     return found
@@ -105,18 +75,13 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool, positions: bool = True)
 
     Positions cost much where a map is channels_last, and `stats_backward` can do without them.
     """
-    wide = _maps(z)
-    nothing = z.new_empty(0, dtype=wide)
     # The moments' memory is used in any case: channels_last gathers the sums in it.
-    mean, var = (z.new_empty(z.shape[:2], dtype=wide) for _ in range(2))
-    high, low, first = (torch.empty_like(mean if extrema else nothing) for _ in range(3))
-    found = z.shape[:2] if extrema and positions else (0,)
-    at_high, at_low = (z.new_empty(found, dtype=torch.int32) for _ in range(2))
+    raw, none = empty_stats(z, True, extrema), empty_stats(z, False, False)
+    if not positions:
+        raw = raw._replace(at_high=none.at_high, at_low=none.at_low)
     flags = kl.MOMENTS * moments | (kl.EXTREMA | kl.POSITIONS * positions) * extrema
-    _pass("plane_stats", z, flags, z, mean, var, high, low, first, at_high, at_low)
-    if not moments:
-        mean, var = nothing, torch.empty_like(nothing)
-    return RawStats(mean, var, high, low, first, at_high, at_low)
+    _pass("plane_stats", z, flags, z, *raw)
+    return raw if moments else raw._replace(mean=none.mean, var=none.var)
 
 
 def norm_stats(z: Tensor, norm: Norm | None, read: Collection[str]) -> tuple[Tensor, ...]:
@@ -131,7 +96,8 @@ def norm_stats(z: Tensor, norm: Norm | None, read: Collection[str]) -> tuple[Ten
 
 def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:
     """Pass F2: y = relu(v (a (z - mu) + beta) + r); see ``formula.affine_tail``."""
-    wide = _maps(z, r)
+    check_maps(z, r)
+    wide = compute_dtype(z.dtype)
     (v,) = _scalars(z.shape[:2], wide, v)
     mu, a, beta = _scalars(z.shape[1:2], wide, mu, a, beta)
     y = torch.empty_like(z)
@@ -143,7 +109,8 @@ def affine_tail_backward(
     g: Tensor, y: Tensor, z: Tensor, mu: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pass B1: d, its sums, and those of d (z - mu); see ``formula.affine_tail_backward``."""
-    wide = _maps(z, g, y)
+    check_maps(z, g, y)
+    wide = compute_dtype(z.dtype)
     (mu,) = _scalars(z.shape[1:2], wide, mu)
     sums, moments = (z.new_empty(z.shape[:2], dtype=wide) for _ in range(2))
     d = torch.empty_like(z)
@@ -151,25 +118,15 @@ def affine_tail_backward(
     return d, sums, moments
 
 
-def stats_backward(
-    d: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    p: Tensor,
-    q: Tensor | None,
-    t: Tensor | None,
-    i: Tensor | None,
-    j: Tensor | None,
-    s_i: Tensor | None,
-    s_j: Tensor | None,
-) -> Tensor:
+def stats_backward(d: Tensor, z: Tensor, mu: Tensor, p: Tensor, *terms: Tensor | None) -> Tensor:
     """Pass B2: the gradient of z; see ``formula.stats_backward``.
 
     Of a channels_last map i and j may be the extrema themselves instead of their positions: a spike
     then falls on the first value that equals it, and s_i and s_j are used up.
     """
-    wide = _maps(d, z)
-    shape = d.shape[:2]
+    q, t, i, j, s_i, s_j = terms
+    check_maps(d, z)
+    shape, wide = d.shape[:2], compute_dtype(d.dtype)
     (p,), (mu,) = _scalars(shape, wide, p), _scalars(shape[1:], wide, mu)
     flags = 0
     if q is not None and t is not None:
@@ -187,7 +144,7 @@ def stats_backward(
 
 def norm_relu(z: Tensor, mu: Tensor, a: Tensor, beta: Tensor) -> Tensor:
     """relu(a (z - mu) + beta), as pass F2 without gate and residual."""
-    mu, a, beta = _scalars(z.shape[1:2], _maps(z), mu, a, beta)
+    mu, a, beta = _scalars(z.shape[1:2], compute_dtype(z.dtype), mu, a, beta)
     y = torch.empty_like(z)
     _pass("affine_tail", z, 0, z, None, mu, None, a, beta, y)
     return y
@@ -206,7 +163,7 @@ def norm_relu_backward(
     of_map: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of z, gamma and beta, as passes B1 and B2; the mask follows from z."""
-    mu, a, beta, rstd = _scalars(z.shape[1:2], _maps(g, z), mu, a, beta, rstd)
+    check_maps(g, z)
     weight = bias = q = t = dz = None
     if of_norm or batch_stats:
         sums, moments = mu.new_empty(z.shape[:2]), mu.new_empty(z.shape[:2])
@@ -227,7 +184,7 @@ def _stage(kernel: Any, like: Tensor, flags: int, size: int, *args: Tensor | int
     """Runs a scalar stage, which takes a vector of channels of all images at a time."""
     batch, channels = like.shape
     lanes = kl.BYTES // like.element_size()
-    head = (-(-channels // lanes), lanes, batch, channels, size, flags)
+    head = (-(-channels // lanes), lanes, channels, batch, channels, size, flags)
     run(kernel, like.dtype, head, *args, alone=like.numel() <= _ALONE)
 
 
@@ -236,27 +193,25 @@ def normalise_batch(raw: RawStats, norm: Norm, size: int, moments: bool) -> Batc
 
     The running statistics move along, if the norm has some.
     """
-    wide = raw.mean.dtype
-    flags = kl.SHARED | kl.MOMENTS * moments
-    affine: list[Tensor | None] = [norm.weight, norm.bias]
-    for k, flag in enumerate((kl.WEIGHT, kl.BIAS)):
-        t = affine[k]
-        if t is not None:
-            flags |= flag
-            (affine[k],) = _scalars(raw.mean.shape[1:], wide, t.detach())
-    running: Sequence[Tensor | None] = (None, None)
-    factor = 0.0
-    own = norm.running is not None and all(
-        t.dtype == wide and t.is_contiguous() and type(t) is Tensor and not t.is_inference()
-        for t in norm.running[:2]
+    shape, wide = raw.mean.shape[1:], raw.mean.dtype
+    weight, bias = (
+        None if t is None else _scalars(shape, wide, t.detach())[0]
+        for t in (norm.weight, norm.bias)
     )
-    if norm.running is not None and own:
-        flags |= kl.RUNNING
-        *running, factor = norm.running
-    found = [raw.mean.new_empty(raw.mean.shape[1:]) for _ in range(5)]
-    outs = _normalised(raw, flags, (*affine, *running, *found), (norm.eps, factor), size)
-    if norm.running is not None and own:
-        torch.autograd.graph.increment_version(norm.running[:2])
+    flags = kl.SHARED | kl.MOMENTS * moments
+    flags |= kl.WEIGHT * (weight is not None) | kl.BIAS * (bias is not None)
+    own = norm.running
+    if own is not None and not all(
+        t.dtype == wide and t.is_contiguous() and type(t) is Tensor and not t.is_inference()
+        for t in own[:2]
+    ):
+        own = None  # torch moves them
+    *running, factor = own or (None, None, 0.0)
+    flags |= kl.RUNNING * (own is not None)
+    found = [raw.mean.new_empty(shape) for _ in range(5)]
+    outs = _normalised(raw, flags, (weight, bias, *running, *found), (norm.eps, factor), size)
+    if own is not None:
+        torch.autograd.graph.increment_version(own[:2])
     elif norm.running is not None:
         move_running(norm.running, found[0], found[1], raw.mean.shape[0] * size)
     mu, var, rstd, a, beta = found
@@ -290,49 +245,31 @@ def _normalised(
 
 def gate_gradient(total: Tensor, moment: Tensor, a: Tensor, beta: Tensor) -> Tensor:
     """dv = a moment + beta total; see ``formula.gate_gradient``."""
-    total, moment = _scalars(total.shape, total.dtype, total, moment)
-    a, beta = _scalars(total.shape[1:], total.dtype, a, beta)
     out = torch.empty_like(total)
     _stage(scalars.gate_gradient, total, 0, 0, total, moment, a, beta, out)
     return out
 
 
 def gradients(
-    v: Tensor,
-    total: Tensor,
-    moment: Tensor,
-    into: Incoming,
-    of_z: Sequence[Tensor],
-    a: Tensor,
-    mu: Tensor,
-    rstd: Tensor,
-    size: int,
-    *,
-    batch_stats: bool,
-    of_norm: bool,
-    of_map: bool,
+    *given: Any, batch_stats: bool, of_norm: bool, of_map: bool
 ) -> tuple[Tensor | None, Tensor | None, Coefficients | None]:
     """Gradients of gamma and beta, and the coefficients of dz; see ``formula.gradients``."""
-    shape, wide = total.shape, total.dtype
-    v, total, moment = _scalars(shape, wide, v, total, moment)
-    a, mu, rstd = _scalars(shape[1:], wide, a, mu, rstd)
+    s = Scalars(*given)
     summed = batch_stats or of_norm
     flags = kl.SHARED * batch_stats | kl.SUMS * summed | kl.COEFFICIENTS * of_map
-    incoming: list[Tensor | None] = []
-    for kind, t in zip((kl.MEAN, kl.VAR, kl.HIGH, kl.LOW), into, strict=True):
+    for kind, t in zip((kl.MEAN, kl.VAR, kl.HIGH, kl.LOW), s.into, strict=True):
         flags |= 0 if t is None else kind
-        incoming += [None] if t is None else _scalars(shape, wide, t)
 
     def outputs(count: int, like: Tensor, *, wanted: int) -> list[Tensor | None]:
         return [torch.empty_like(like) if wanted else None for _ in range(count)]
 
-    bias, weight = outputs(2, mu, wanted=summed)
-    (p,) = outputs(1, v, wanted=of_map)
-    q, t = outputs(2, v, wanted=of_map and flags & (kl.MEAN | kl.VAR | kl.SHARED))
-    s_i, s_j = outputs(2, v, wanted=of_map and flags & (kl.HIGH | kl.LOW))
+    bias, weight = outputs(2, s.mu, wanted=summed)
+    (p,) = outputs(1, s.v, wanted=of_map)
+    q, t = outputs(2, s.v, wanted=of_map and flags & (kl.MEAN | kl.VAR | kl.SHARED))
+    s_i, s_j = outputs(2, s.v, wanted=of_map and flags & (kl.HIGH | kl.LOW))
     outs = (bias, weight, p, q, t, s_i, s_j)
-    args = (v, total, moment, *incoming, *of_z, a, mu, rstd, *outs)
-    _stage(scalars.backward, total, flags, size, *args)
+    args = (s.v, s.total, s.moment, *s.into, *s.of_z, s.a, s.mu, s.rstd, *outs)
+    _stage(scalars.backward, s.total, flags, s.size, *args)
     return weight, bias, None if p is None else Coefficients(p, q, t, s_i, s_j)
 
 

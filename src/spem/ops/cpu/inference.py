@@ -22,14 +22,13 @@ from torch import Tensor
 from spem.ops import threads as on_threads
 from spem.ops.cpu import channels as by_channel, language as kl, planes as by_plane
 from spem.ops.cpu.launch import address_of
-from spem.ops.cpu.scalars import at_maximum, spem_parts
-from spem.ops.cpu.sigmoid import sigmoid
+from spem.ops.cpu.scalars import extrema_of, spem_parts
 from spem.ops.formula import Norm
 from spem.ops.inference import CompiledGate
 from spem.ops.stats import compute_dtype
 
 # Flags: the steps of a run, the gate that is computed.
-COLLECT, GATE, WRITE, ECA, SE, NARROW = (1 << k for k in range(23, 29))
+COLLECT, GATE, WRITE, ECA, SE, NARROW, GIVEN = (1 << k for k in range(23, 30))
 SPEM, MIXING = kl.TEXT | kl.CODE | kl.FIGURE, ECA | SE
 KINDS = {
     "spem_text": kl.TEXT | kl.EXTREMA,
@@ -50,12 +49,12 @@ LINES = 4  # of 64 bytes in a vector: 64 channels, or 32 in double precision
 @kl.helper
 def _parameters(block: Any, place: int, c: int, n: int) -> Any:
     """Parameters c to c + n of a tensor; zeros where there is none."""
-    table, zero = kl.table_of(block), kl.number(block, 0)
+    table = kl.table_of(block)
     if table[place] == 0:
-        return kl.every(block, zero)
+        return kl.every(block, 0)
     if table[kl.FLAGS] & NARROW:
-        return kl.read(kl.map_at(block, table[place]), c, n, zero)
-    return kl.read(kl.numbers_at(block, table[place]), c, n, zero)
+        return kl.read(kl.map_at(block, table[place]), c, n)
+    return kl.read(kl.numbers_at(block, table[place]), c, n)
 
 
 @kl.helper
@@ -72,7 +71,7 @@ def _parameter(block: Any, place: int, k: int) -> Any:
 @kl.helper
 def _slope(block: Any, c: int, n: int) -> Any:
     """a = gamma / sqrt(var + eps) of the channels from c on; 1 without a norm."""
-    table, ones = kl.table_of(block), kl.every(block, kl.number(block, 1))
+    table, ones = kl.table_of(block), kl.every(block, 1)
     if table[SIGMA] == 0:
         return ones
     eps, _ = _NUMBERS(block)
@@ -83,21 +82,19 @@ def _slope(block: Any, c: int, n: int) -> Any:
 @kl.helper
 def _normalise(block: Any, base: int, begin: int, end: int) -> None:
     """Statistics of x = a (z - mu) + beta in the place of those of z."""
-    table, zero = kl.table_of(block), kl.number(block, 0)
-    zeros = kl.every(block, zero)
+    table = kl.table_of(block)
     _, mean, _, high, low, first = _STATS(block)
     for c in range(begin, end if table[SIGMA] != 0 else begin, kl.lanes_of(block)):
         n, p = end - c, base + c
         a, mu = _slope(block, c, n), _parameters(block, MU, c, n)
         beta = _parameters(block, BIAS, c, n)
         if table[kl.FLAGS] & kl.MEAN:
-            kl.write(mean, p, n, a * (kl.read(mean, p, n, zero) - mu) + beta)
+            kl.write(mean, p, n, a * (kl.read(mean, p, n) - mu) + beta)
         if table[kl.FLAGS] & kl.EXTREMA:
-            h, w = kl.read(high, p, n, zero), kl.read(low, p, n, zero)
-            # A NaN if anything in the plane is not finite, also where a is 0.
-            origin = kl.read(first, p, n, zero) + (zeros * h + zeros * w)
-            kl.write(high, p, n, a * (at_maximum(a, zeros, h, w, origin) - mu) + beta)
-            kl.write(low, p, n, a * (at_maximum(a, zeros, w, h, origin) - mu) + beta)
+            h, w, z_0 = kl.read(high, p, n), kl.read(low, p, n), kl.read(first, p, n)
+            z_i, z_j = extrema_of(a, kl.every(block, 0), h, w, z_0)
+            kl.write(high, p, n, a * (z_i - mu) + beta)
+            kl.write(low, p, n, a * (z_j - mu) + beta)
 
 
 @kl.helper
@@ -117,23 +114,21 @@ def _lambda(block: Any) -> Any:
 @kl.helper
 def _spem(block: Any, p: int, c: int, n: int) -> Any:
     """SPEM's gate of n channels, in its three forms; the reweighting is that of the sum."""
-    flags, zero = kl.table_of(block)[kl.FLAGS], kl.number(block, 0)
+    flags, lam = kl.table_of(block)[kl.FLAGS], _lambda(block)
     _, _, _, high_at, low_at, _ = _STATS(block)
-    lam = _lambda(block)
-    high, low = kl.read(high_at, p, n, zero), kl.read(low_at, p, n, zero)
+    high, low = kl.read(high_at, p, n), kl.read(low_at, p, n)
     w_e, b_e = _parameters(block, W0, c, n), _parameters(block, W1, c, n)
     w_r, b_r = _parameters(block, W2, c, n), _parameters(block, W3, c, n)
     mixed = kl.every(block, lam) * high + kl.every(block, kl.number(block, 1) - lam) * low
     _, e, factor = spem_parts(flags, mixed, high + low, w_e, b_e, w_r, b_r)
-    return sigmoid(e * factor) if flags & kl.FIGURE else sigmoid(e) * factor
+    return kl.sigmoid(e * factor) if flags & kl.FIGURE else kl.sigmoid(e) * factor
 
 
 @kl.helper
 def _dot(row: Any, x: Any, size: int) -> Any:
-    zero = kl.number(x, 0)
-    s = kl.every(x, zero)
+    s = kl.every(x, 0)
     for k in range(0, size, kl.lanes_of(x)):
-        s = s + kl.read(row, k, size - k, zero) * kl.read(x, k, size - k, zero)
+        s = s + kl.read(row, k, size - k) * kl.read(x, k, size - k)
     return kl.total(s)
 
 
@@ -162,7 +157,7 @@ def _hidden(block: Any, image: int, begin: int, end: int) -> None:
 @kl.helper
 def _mixed(block: Any, image: int, begin: int, end: int) -> None:
     """The gates of channels begin to end of an image whose means are all there; ECA's or SE's."""
-    table, zero = kl.table_of(block), kl.number(block, 0)
+    table = kl.table_of(block)
     channels, width = table[kl.CHANNELS], table[WIDTH]
     _, means, _, _, _, _ = _STATS(block)
     v, _, _, _, hidden = _ROWS(block)
@@ -175,34 +170,33 @@ def _mixed(block: Any, image: int, begin: int, end: int) -> None:
         reach, lanes, c = width // 2, kl.lanes_of(block), begin
         while c < end:  # one at a time where some taps or lanes are outside
             n = lanes if c >= reach and c + lanes <= min(end, channels - reach) else 1
-            s = kl.every(block, zero)
+            s = kl.every(block, 0)
             for k in range(max(0, reach - c), min(width, channels + reach - c)):
                 tap = kl.every(block, _parameter(block, W2, k))
-                s = s + tap * kl.read(means, base + c + k - reach, n, zero)
+                s = s + tap * kl.read(means, base + c + k - reach, n)
             kl.write(v, base + c, n, s)
             c += n
     for c in range(begin, end, kl.lanes_of(block)):
-        kl.write(v, base + c, end - c, sigmoid(kl.read(v, base + c, end - c, zero)))
+        kl.write(v, base + c, end - c, kl.sigmoid(kl.read(v, base + c, end - c)))
 
 
 @kl.helper
 def _gates(block: Any, image: int, begin: int, end: int) -> None:
     """The gates v of some channels, and what the last pass makes of them: v a, v beta, mu."""
-    table, one = kl.table_of(block), kl.number(block, 1)
+    table, ones = kl.table_of(block), kl.every(block, 1)
     flags, base = table[kl.FLAGS], image * table[kl.CHANNELS]
     if flags & MIXING and flags & GATE:
         if flags & SE and flags & COLLECT:
             _hidden(block, image, 0, table[WIDTH])
         _mixed(block, image, begin, end)
     gates, slopes, starts, centres, _ = _ROWS(block)
-    ones = kl.every(block, one)
     for c in range(begin, end, kl.lanes_of(block)):
         n, p = end - c, base + c
         v = ones
         if flags & SPEM:
             v = _spem(block, p, c, n)
-        elif flags & kl.GATED:
-            v = kl.read(gates, p, n, one)
+        elif flags & GIVEN:
+            v = kl.read(gates, p, n)
         if table[ALPHA] != 0:
             v = ones + kl.every(block, _parameter(block, ALPHA, 0)) * (v - ones)
         kl.write(slopes, p, n, v * _slope(block, c, n))
@@ -210,64 +204,50 @@ def _gates(block: Any, image: int, begin: int, end: int) -> None:
         kl.write(centres, p, n, _parameters(block, MU, c, n))
 
 
-def tail_of_channels(block: Any) -> None:
+@kl.helper
+def tail_of_channels(block: Any, image: int, begin: int, end: int) -> None:
     """Channels_last; a chunk is a range of channels of an image."""
     table = kl.table_of(block)
     z, _, _, _, _, _ = _STATS(block)
     r, y = _MAPS(block)
     gates, slopes, starts, centres, _ = _ROWS(block)
-    region = kl.region_of(table)
-    while True:
-        image, begin, end = kl.next_image(table, region)
-        if image < 0:
-            return
-        base = image * table[kl.CHANNELS]
-        if table[kl.FLAGS] & COLLECT:
-            by_channel.gather(block, 1, image, begin, end)
-            _normalise(block, base, begin, end)
-        if table[kl.FLAGS] & WRITE:
-            _gates(block, image, begin, end)
-            mu, a, beta = kl.offset(centres, base), kl.offset(slopes, base), kl.offset(starts, base)
-            by_channel.write_rows(table, 0, 0, image, begin, end, z, r, y, mu, gates, a, beta)
+    base = image * table[kl.CHANNELS]
+    if table[kl.FLAGS] & COLLECT:
+        by_channel.gather(block, 1, image, begin, end)
+        _normalise(block, base, begin, end)
+    if table[kl.FLAGS] & WRITE:
+        _gates(block, image, begin, end)
+        mu, a, beta = kl.offset(centres, base), kl.offset(slopes, base), kl.offset(starts, base)
+        by_channel.write_rows(table, 0, image, begin, end, (z, r, y), (mu, gates, a, beta))
 
 
-def tail_of_planes(block: Any) -> None:
+@kl.helper
+def tail_of_planes(block: Any, image: int, begin: int, end: int) -> None:
     """Contiguous maps; a chunk is a range of channels of an image."""
     table = kl.table_of(block)
-    size = table[kl.SIZE]
     z, _, _, _, _, _ = _STATS(block)
     r, y = _MAPS(block)
     _, slopes, starts, centres, _ = _ROWS(block)
-    region = kl.region_of(table)
-    while True:
-        image, begin, end = kl.next_image(table, region)
-        if image < 0:
-            return
-        base = image * table[kl.CHANNELS]
-        if table[kl.FLAGS] & COLLECT:
-            by_plane.gather(block, base + begin, base + end)
-            _normalise(block, base, begin, end)
-        if table[kl.FLAGS] & WRITE:
-            _gates(block, image, begin, end)
-            for p in range(base + begin, base + end):
-                x = p * size
-                by_plane.write_plane(table, z, r, y, x, centres[p], slopes[p], starts[p])
+    base = image * table[kl.CHANNELS]
+    if table[kl.FLAGS] & COLLECT:
+        by_plane.plane_stats(block, image, begin, end)
+        _normalise(block, base, begin, end)
+    if table[kl.FLAGS] & WRITE:
+        _gates(block, image, begin, end)
+        for p in range(base + begin, base + end):
+            at = p * table[kl.SIZE]
+            by_plane.write_plane(table, z, r, y, at, centres[p], slopes[p], starts[p])
 
 
-def matrix_rows(block: Any) -> None:
+@kl.helper
+def matrix_rows(block: Any, _image: int, begin: int, end: int) -> None:
     """SE's hidden layer of all images, or with GATE its gates; a chunk is a range of rows."""
     table = kl.table_of(block)
-    gates = table[kl.FLAGS] & GATE != 0
-    region = kl.region_of(table)
-    while True:
-        begin, end = kl.next_range(table, region, table[kl.CHANNELS] if gates else table[WIDTH])
-        if begin < 0:
-            return
-        for image in range(table[kl.BATCH]):
-            if gates:
-                _mixed(block, image, begin, end)
-            else:
-                _hidden(block, image, begin, end)
+    for image in range(table[kl.BATCH]):
+        if table[kl.FLAGS] & GATE:
+            _mixed(block, image, begin, end)
+        else:
+            _hidden(block, image, begin, end)
 
 
 class _Memory:
@@ -286,7 +266,7 @@ class _Memory:
 # A call takes one and gives it back: no two that run at once share any, whatever their threads.
 _free: list[_Memory] = []
 _KEPT = 1 << 22  # bytes of scratch up to which it is kept
-_TABLE = struct.Struct("22q2d11q")  # from CHUNKS on: head, maps and rows; eps, lambda; parameters
+_TABLE = struct.Struct("23q2d11q")  # from CHUNKS on: head, maps and rows; eps, lambda; parameters
 _CACHED = 1 << 18  # bytes of a chunk that are still in a core's second cache when it writes
 _LARGE = 8 << 20  # bytes of a map that no cache keeps for whoever reads it next
 _SMALL_WEIGHTS = 1 << 18  # bytes of SE's matrices up to which each image may read them again
@@ -316,24 +296,27 @@ def _plan(
     # Streams are written in whole cache lines.
     if (size if contiguous else channels) * dtype.itemsize % kl.BYTES:
         flags &= ~kl.STREAM
-    kernel = tail_of_planes if contiguous else tail_of_channels
-    chunks = -(-channels // step) * batch
 
-    def launch(kernel: Any, flags: int, chunks: int, step: int) -> Any:
+    def launch(kernel: Any, flags: int, step: int, extent: int, images: int = 1) -> Any:
+        chunks = -(-extent // step) * images
         regions = min(threads, chunks)
-        head = (chunks, step, batch, channels, size, flags, regions)
+        head = (chunks, step, extent, batch, channels, size, flags, regions)
         return address_of(kernel, dtype, LINES), regions, head
 
+    def tail(flags: int) -> Any:
+        return launch(
+            tail_of_planes if contiguous else tail_of_channels, flags, step, channels, batch
+        )
+
     if not mixing or (step >= channels and not apart):
-        return [launch(kernel, flags, chunks, step)]
-    found = [launch(kernel, flags & ~(GATE | WRITE), chunks, step)]
+        return [tail(flags)]
+    found = [tail(flags & ~(GATE | WRITE))]
     if mixing & SE:
-        units = max(1, -(-width // (4 * threads)))
-        found.append(launch(matrix_rows, flags & ~GATE, -(-width // units), units))
+        found.append(launch(matrix_rows, flags & ~GATE, max(1, -(-width // (4 * threads))), width))
     if apart:
-        units = max(16, -(-channels // (4 * threads)))
-        found.append(launch(matrix_rows, flags, -(-channels // units), units))
-    return [*found, launch(kernel, flags & ~COLLECT & ~(GATE if apart else 0), chunks, step)]
+        step_of_rows = max(16, -(-channels // (4 * threads)))
+        found.append(launch(matrix_rows, flags, step_of_rows, channels))
+    return [*found, tail(flags & ~COLLECT & ~(GATE if apart else 0))]
 
 
 def fused_tail(
@@ -350,10 +333,10 @@ def fused_tail(
         parameters[:4] = norm.weight, norm.bias, norm.mean, norm.var
     if gate is not None:
         parameters[4:] = *gate.tensors, gate.alpha
-        flags |= COLLECT | GATE | kl.GATED | KINDS[gate.kind]
+        flags |= COLLECT | GATE | GIVEN | KINDS[gate.kind]
         width, lam = gate.width, gate.number
     elif v is not None:
-        flags |= kl.GATED
+        flags |= GIVEN
         v = v.to(wide).contiguous()
     # Those of a network that was converted as a whole are read as they are.
     kind = wide

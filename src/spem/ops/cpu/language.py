@@ -11,8 +11,10 @@ a vector has. Numbers are float32 for maps of float32 and bfloat16, float64 for 
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, TypeVar, cast
 
 from llvmlite import ir
@@ -27,8 +29,10 @@ LINE = 8  # int64 in one
 
 # Places of the table.
 COUNTER = 0  # of the threads that came; alone in its cache line, since every thread writes it
-CHUNKS, STEP, BATCH, CHANNELS, SIZE, FLAGS, REGIONS = range(8, 15)  # a region for each thread
-ARGS = 15  # from here on: addresses
+# Chunks are of STEP things; EXTENT says how many the planes, channels or rows to be cut are.
+CHUNKS, STEP, EXTENT, BATCH, CHANNELS, SIZE, FLAGS = range(8, 15)
+REGIONS = 15  # one for each thread
+ARGS = 16  # from here on: addresses
 COUNTERS = 48  # from here on: how many chunks of each region are taken
 
 # Flags. What the first pass gathers; what the last one reads, and whether spikes fall on the first
@@ -46,7 +50,6 @@ TEXT, CODE, FIGURE = (1 << k for k in range(20, 23))
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 _TABLE = types.CPointer(types.int64)
-_PLACES = types.CPointer(types.int32)
 
 
 class Vector(types.Type):
@@ -87,28 +90,17 @@ def _llvm(element: Any) -> Any:
 
 
 def _number(pointer: Any, *_: Any) -> Any:
-    """The type one computes with for maps behind this pointer."""
-    return types.float64 if pointer.dtype == types.float64 else types.float32
+    """The type one computes with for what is behind this pointer."""
+    known = pointer.dtype in (types.float64, types.int32)
+    return pointer.dtype if known else types.float32
 
 
 def _vector(pointer: Any, *_: Any) -> Vector:
     return Vector(_number(pointer), pointer.lanes)
 
 
-def _positions(block: Any, *_: Any) -> Vector:
-    return Vector(types.int32, block.lanes)
-
-
 def _numbers(block: Any, *_: Any) -> Lanes:
     return Lanes(_number(block), block.lanes)
-
-
-def _integer(*_: Any) -> Any:
-    return types.int64
-
-
-def _nothing(*_: Any) -> Any:
-    return types.void
 
 
 def same(kind: Any, *_: Any) -> Any:
@@ -117,11 +109,11 @@ def same(kind: Any, *_: Any) -> Any:
 
 
 # numba has no annotations: what its decorators return is said here, once.
-def inline(result: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def inline(result: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function of LLVM instructions one that kernels call.
 
-    It gets the builder, numba's types of the arguments and their values; ``result`` says from the
-    types what numba's type of its value is.
+    It gets the builder, numba's types of the arguments and their values; ``result`` is numba's type
+    of its value, or says it from those types.
     """
 
     def decorate(emit: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +125,8 @@ def inline(result: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callabl
                 value = emit(builder, kinds, *args)
                 return context.get_dummy_value() if value is None else value
 
-            return result(*kinds)(*kinds), generate
+            kind = result if isinstance(result, types.Type) else result(*kinds)
+            return kind(*kinds), generate
 
         _, *parameters = inspect.signature(emit).parameters.values()
         cast("Any", define).__signature__ = inspect.Signature(parameters)
@@ -156,7 +149,8 @@ def arguments(kinds: str, start: int = 0) -> Callable[..., Any]:
 
     @intrinsic
     def unpack(_context: Any, block: Any) -> Any:
-        known = {"m": block, "n": _numbers(block), "p": _PLACES, "b": _number(block)}
+        places = Lanes(types.int32, block.lanes)
+        known = {"m": block, "n": _numbers(block), "p": places, "b": _number(block)}
         found = types.Tuple([known[kind] for kind in kinds])
 
         def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -223,9 +217,15 @@ def _narrow(builder: Any, value: Any, kind: Any) -> Any:
     return builder.trunc(builder.lshr(bits, all_of(16)), ir.VectorType(ir.IntType(16), lanes))
 
 
-def _masked(builder: Any, vector: Any, count: Any) -> tuple[str, Any]:
+def _lanes_at(builder: Any, kind: Any, pointer: Any, index: Any) -> tuple[Any, Any]:
+    """The type of the lanes in memory that begin at ``index``, and a pointer to them."""
+    raw = ir.VectorType(_llvm(kind.dtype), kind.lanes)
+    return raw, builder.bitcast(_place(builder, kind, pointer, index), raw.as_pointer())
+
+
+def _first_lanes(builder: Any, raw: Any, count: Any) -> tuple[str, Any]:
     """The end of the name of LLVM's masked functions, and the mask of the first lanes."""
-    lanes, element = vector.count, vector.element
+    lanes, element = raw.count, raw.element
     letter = f"i{element.width}" if isinstance(element, ir.IntType) else "f32"
     letter = "f64" if isinstance(element, ir.DoubleType) else letter
     numbers = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
@@ -260,19 +260,19 @@ def offset(builder: Any, kinds: Any, pointer: Any, count: Any) -> Any:
     return _place(builder, kinds[0], pointer, count)
 
 
-@inline(_integer)
+@inline(types.int64)
 def lanes_of(builder: Any, kinds: Any, block: Any) -> Any:
     """The number of lanes of a vector, as a constant."""
     return ir.Constant(I64, kinds[0].lanes)
 
 
-@inline(_integer)
+@inline(types.int64)
 def bytes_of(builder: Any, kinds: Any, block: Any) -> Any:
     """The number of bytes of a map's element, as a constant."""
     return ir.Constant(I64, kinds[0].dtype.bitwidth // 8)
 
 
-@inline(_integer)
+@inline(types.int64)
 def take(builder: Any, kinds: Any, table: Any, place: Any) -> Any:
     """Adds one to a counter of the table and returns what it was before, to one thread only."""
     at = _place(builder, kinds[0], table, place)
@@ -282,61 +282,44 @@ def take(builder: Any, kinds: Any, table: Any, place: Any) -> Any:
 @inline(_vector)
 def load(builder: Any, kinds: Any, pointer: Any, index: Any) -> Any:
     """The lanes that begin at ``index``."""
-    kind = kinds[0]
-    raw = ir.VectorType(_llvm(kind.dtype), kind.lanes)
-    place = builder.bitcast(_place(builder, kind, pointer, index), raw.as_pointer())
-    return _widen(builder, builder.load(place, align=kind.dtype.bitwidth // 8, typ=raw))
-
-
-def _load_part(builder: Any, kinds: Any, pointer: Any, index: Any, count: Any, lanes: int) -> Any:
-    """The first lanes from memory, zeros in the others; and the mask of the first lanes."""
-    raw = ir.VectorType(_llvm(kinds.dtype), lanes)
-    place = builder.bitcast(_place(builder, kinds, pointer, index), raw.as_pointer())
-    name, mask = _masked(builder, raw, count)
-    rest = ir.Constant(I32, 1), mask, ir.Constant(raw, None)
-    return call(builder, f"llvm.masked.load.{name}", raw, place, *rest), mask
+    raw, place = _lanes_at(builder, kinds[0], pointer, index)
+    return _widen(builder, builder.load(place, align=kinds[0].dtype.bitwidth // 8, typ=raw))
 
 
 @inline(_vector)
 def load_part(builder: Any, kinds: Any, pointer: Any, index: Any, count: Any, fill: Any) -> Any:
-    """The first ``count`` lanes from memory (no more is read), ``fill`` in the others."""
-    got, mask = _load_part(builder, kinds[0], pointer, index, count, kinds[0].lanes)
-    return builder.select(mask, _widen(builder, got), spread(builder, fill, kinds[0].lanes))
+    """The first ``count`` lanes from memory (no more is read), those of ``fill`` in the others."""
+    raw, place = _lanes_at(builder, kinds[0], pointer, index)
+    name, mask = _first_lanes(builder, raw, count)
+    rest = ir.Constant(I32, 1), mask, ir.Constant(raw, None)
+    got = call(builder, f"llvm.masked.load.{name}", raw, place, *rest)
+    return builder.select(mask, _widen(builder, got), fill)
 
 
-@inline(_positions)
-def load_positions(
-    builder: Any, kinds: Any, block: Any, pointer: Any, index: Any, count: Any
-) -> Any:
-    """The first ``count`` positions from memory, as many lanes as a vector of numbers has."""
-    return _load_part(builder, kinds[1], pointer, index, count, kinds[0].lanes)[0]
-
-
-@inline(_nothing)
+@inline(types.void)
 def store(builder: Any, kinds: Any, pointer: Any, index: Any, value: Any) -> None:
     """Stores all lanes from ``index`` on."""
-    raw = _narrow(builder, value, kinds[0])
-    place = builder.bitcast(_place(builder, kinds[0], pointer, index), raw.type.as_pointer())
-    builder.store(raw, place, align=kinds[0].dtype.bitwidth // 8)
+    _, place = _lanes_at(builder, kinds[0], pointer, index)
+    align = kinds[0].dtype.bitwidth // 8
+    builder.store(_narrow(builder, value, kinds[0]), place, align=align)
 
 
-@inline(_nothing)
+@inline(types.void)
 def stream(builder: Any, kinds: Any, pointer: Any, index: Any, value: Any) -> None:
     """Stores all lanes past the caches; their address is a multiple of 64."""
-    raw = _narrow(builder, value, kinds[0])
-    place = builder.bitcast(_place(builder, kinds[0], pointer, index), raw.type.as_pointer())
+    _, place = _lanes_at(builder, kinds[0], pointer, index)
     past = builder.module.add_metadata([ir.Constant(I32, 1)])
-    builder.store(raw, place, align=64).set_metadata("nontemporal", past)
+    stored = builder.store(_narrow(builder, value, kinds[0]), place, align=64)
+    stored.set_metadata("nontemporal", past)
 
 
-@inline(_nothing)
+@inline(types.void)
 def store_part(builder: Any, kinds: Any, pointer: Any, index: Any, count: Any, value: Any) -> None:
     """Stores the first ``count`` lanes; nothing behind them is touched."""
-    raw = _narrow(builder, value, kinds[0])
-    place = builder.bitcast(_place(builder, kinds[0], pointer, index), raw.type.as_pointer())
-    name, mask = _masked(builder, raw.type, count)
-    rest = ir.Constant(I32, 1), mask
-    call(builder, f"llvm.masked.store.{name}", ir.VoidType(), raw, place, *rest)
+    raw, place = _lanes_at(builder, kinds[0], pointer, index)
+    name, mask = _first_lanes(builder, raw, count)
+    given = _narrow(builder, value, kinds[0]), place, ir.Constant(I32, 1), mask
+    call(builder, f"llvm.masked.store.{name}", ir.VoidType(), *given)
 
 
 @inline(_number)
@@ -347,7 +330,7 @@ def element(builder: Any, kinds: Any, pointer: Any, index: Any) -> Any:
     return builder.extract_element(_widen(builder, raw), ir.Constant(I32, 0))
 
 
-@inline(_nothing)
+@inline(types.void)
 def set_element(builder: Any, kinds: Any, pointer: Any, index: Any, value: Any) -> None:
     """Stores a number as one element of a map."""
     raw = _narrow(builder, spread(builder, value, 2), kinds[0])
@@ -358,7 +341,7 @@ def set_element(builder: Any, kinds: Any, pointer: Any, index: Any, value: Any) 
 def _prefetch(to_write: int) -> Callable[..., Any]:
     """f(pointer, index): asks for the lines of the lanes at ``index``, which need not exist."""
 
-    @inline(_nothing)
+    @inline(types.void)
     def ask(builder: Any, kinds: Any, pointer: Any, index: Any) -> None:
         byte = ir.IntType(8)
         place = builder.bitcast(_place(builder, kinds[0], pointer, index), byte.as_pointer())
@@ -383,15 +366,14 @@ def number(builder: Any, kinds: Any, block: Any, value: Any) -> Any:
 
 
 @inline(_vector)
-def every(builder: Any, kinds: Any, block: Any, value: Any) -> Any:
-    """A vector with the number in every lane."""
-    return spread(builder, value, kinds[0].lanes)
-
-
-@inline(_positions)
-def every_position(builder: Any, kinds: Any, block: Any, value: Any) -> Any:
-    """A vector of int32, as wide as one of numbers, with the integer in every lane."""
-    return spread(builder, builder.trunc(value, I32), kinds[0].lanes)
+def every(builder: Any, kinds: Any, pointer: Any, value: Any) -> Any:
+    """A vector with the number, or an integer as one, in every lane."""
+    kind, lanes = _llvm(_number(kinds[0])), kinds[0].lanes
+    if isinstance(kind, ir.IntType):
+        value = builder.trunc(value, kind)
+    elif isinstance(kinds[1], types.Integer):
+        value = builder.sitofp(value, kind)
+    return spread(builder, value, lanes)
 
 
 @inline(same)
@@ -402,22 +384,14 @@ def root(builder: Any, kinds: Any, x: Any) -> Any:
     return call(builder, name, x.type, x)
 
 
-@inline(_integer)
+@inline(types.int64)
 def where_equal_bits(builder: Any, kinds: Any, a: Any, b: Any) -> Any:
     """The lanes in which a = b as the bits of an integer, the first lane's lowest."""
     equal = builder.fcmp_ordered("==", a, b)
     return builder.zext(builder.bitcast(equal, ir.IntType(kinds[0].lanes)), I64)
 
 
-@inline(lambda *_: types.boolean)
-def all_equal(builder: Any, kinds: Any, a: Any, b: Any) -> Any:
-    """Whether a = b in every lane."""
-    bits = ir.IntType(kinds[0].lanes)
-    equal = builder.bitcast(builder.fcmp_ordered("==", a, b), bits)
-    return builder.icmp_unsigned("==", equal, ir.Constant(bits, -1))
-
-
-@inline(_integer)
+@inline(types.int64)
 def lowest_bit(builder: Any, kinds: Any, bits: Any) -> Any:
     """The number of the lowest bit that is set; 64 if none is."""
     return builder.cttz(bits, ir.Constant(ir.IntType(1), 0))
@@ -493,15 +467,68 @@ _operator(operator.mul, "fmul")
 _operator(operator.truediv, "fdiv")
 
 
+# The logistic sigmoid, to a few units in the last place of normal numbers
+
+_LN2 = Decimal("0.693147180559945309417232121458176568")
+# Of a number's format: bits of ln 2 in its larger part (times any exponent still exact), terms of
+# the series (the rest is below half a unit for |s| <= ln(2)/2), exponents without subnormals, and
+# where e^t overflows.
+_FLOAT = (9, 7, 126, 127, 23, 88.72283905)
+_DOUBLE = (32, 13, 1022, 1023, 52, 709.78271289338397)
+
+
+@inline(same)
+def sigmoid(builder: Any, kinds: Any, x: Any) -> Any:
+    """1 / (1 + e^t) with t = -x: e^t = 2^q e^s, q = round(t / ln 2), e^s by its series.
+
+    A NaN stays one; where e^t overflows the result is 0, and a little before that, where the result
+    is not a normal number, it is 0 or one of the last that are.
+    """
+    lanes, double = kinds[0].lanes, kinds[0].element.bitwidth == 64
+    bits, terms, lowest, highest, mantissa, overflow = _DOUBLE if double else _FLOAT
+    whole = ir.VectorType(I64 if double else I32, lanes)
+
+    def every(value: float, kind: Any = x.type) -> Any:
+        return ir.Constant(kind, [value] * lanes)
+
+    def product_and_sum(a: Any, b: Any, c: Any) -> Any:
+        return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+    t = builder.fneg(x)
+    least, most = (every(k * float(_LN2)) for k in (0.5 - lowest, highest + 0.5))
+    inside = builder.select(builder.fcmp_ordered("<", t, least), least, t)
+    inside = builder.select(builder.fcmp_ordered(">", inside, most), most, inside)
+    units = builder.fmul(inside, every(1.0 / float(_LN2)))
+    q = call(builder, f"llvm.rint.v{lanes}f{64 if double else 32}", x.type, units)
+    larger = round(_LN2 * 2**bits) / 2**bits
+    s = product_and_sum(q, every(-larger), inside)
+    s = product_and_sum(q, every(-float(_LN2 - Decimal(larger))), s)
+    power = every(1.0 / math.factorial(terms))
+    for n in range(terms - 1, -1, -1):
+        power = product_and_sum(power, s, every(1.0 / math.factorial(n)))
+    # Of a NaN there is no integer.
+    safe = builder.select(builder.fcmp_ordered("==", q, q), q, every(0.0))
+    exponent = builder.add(builder.fptosi(safe, whole), every(highest, whole))
+    scale = builder.bitcast(builder.shl(exponent, every(mantissa, whole)), x.type)
+    result = builder.fdiv(every(1.0), builder.fadd(every(1.0), builder.fmul(power, scale)))
+    return builder.select(builder.fcmp_ordered(">", t, every(overflow)), every(0.0), result)
+
+
 # What all kernels do
 
 
 @helper
-def read(pointer: Any, index: Any, count: Any, fill: Any) -> Any:
-    """The lanes from ``index`` on; if less than all are there, ``fill`` in the others."""
+def read_or(pointer: Any, index: Any, count: Any, fill: Any) -> Any:
+    """The lanes from ``index`` on; if less than all are there, those of ``fill`` in the others."""
     if count >= lanes_of(pointer):
         return load(pointer, index)
     return load_part(pointer, index, count, fill)
+
+
+@helper
+def read(pointer: Any, index: Any, count: Any) -> Any:
+    """The lanes from ``index`` on; if less than all are there, 0 in the others."""
+    return read_or(pointer, index, count, every(pointer, 0))
 
 
 @helper
@@ -554,34 +581,38 @@ def region_of(table: Any) -> int:
 
 
 @helper
-def next_chunk(table: Any, region: int) -> int:
-    """A chunk that no other thread has, from the thread's own region while there is one; else -1.
+def next_chunk(table: Any, region: int) -> Any:
+    """A chunk that no other thread has: its image, and where in it the chunk begins and ends.
 
-    A region is a range of neighbouring chunks, so that threads write apart from one another: two
-    that met in one fresh page of memory would each wait for it, and with large pages that is dear.
+    An image below 0 says that there is none. A thread takes those of its own region while there
+    are some. A region is a range of neighbouring chunks, so that threads write apart from one
+    another: two that met in one fresh page of memory would each wait for it, and with large pages
+    that is dear.
     """
-    regions, count = table[REGIONS], table[CHUNKS]
+    regions, count, step = table[REGIONS], table[CHUNKS], table[STEP]
+    parts = (table[EXTENT] + step - 1) // step
     share = (count + regions - 1) // regions
     for k in range(regions):
         other = (region + k) % regions
-        chunk = take(table, COUNTERS + LINE * other)
-        if chunk < share and other * share + chunk < count:
-            return other * share + chunk
-    return -1
+        taken = take(table, COUNTERS + LINE * other)
+        chunk = other * share + taken
+        if taken < share and chunk < count:
+            begin = chunk % parts * step
+            return chunk // parts, begin, min(begin + step, table[EXTENT])
+    return -1, 0, 0
 
 
-@helper
-def next_range(table: Any, region: int, count: int) -> Any:
-    """Where the next chunk of ``count`` things begins and ends; below 0 if there is none."""
-    begin = next_chunk(table, region) * table[STEP]
-    return begin, min(begin + table[STEP], count)
+def kernel_of(work: Callable[..., None]) -> Callable[[Any], None]:
+    """What a thread runs on the table: work(block, image, begin, end), chunk by chunk."""
 
+    def kernel(block: Any) -> None:
+        table = table_of(block)
+        region = region_of(table)
+        while True:
+            image, begin, end = next_chunk(table, region)
+            if image < 0:
+                return
+            work(block, image, begin, end)
 
-@helper
-def next_image(table: Any, region: int) -> Any:
-    """The next chunk as an image, below 0 if there is none, and a range of its channels."""
-    channels, step = table[CHANNELS], table[STEP]
-    parts = (channels + step - 1) // step
-    chunk = next_chunk(table, region)
-    begin = chunk % parts * step
-    return chunk // parts, begin, min(begin + step, channels)
+    kernel.__qualname__ = f"{work.__module__.rpartition('.')[2]}.{work.__name__}"
+    return kernel

@@ -17,7 +17,7 @@ from numba.core.ccallback import CFunc
 from torch import Tensor
 
 from spem.ops import threads
-from spem.ops.cpu.language import BYTES, CHUNKS, COUNTERS, LINE, Lanes
+from spem.ops.cpu.language import BYTES, CHUNKS, COUNTERS, LINE, Lanes, kernel_of
 
 # The dtypes of maps, and what their elements are to a kernel.
 _ELEMENTS: dict[torch.dtype, Any] = {
@@ -25,7 +25,6 @@ _ELEMENTS: dict[torch.dtype, Any] = {
     torch.float64: types.float64,
     torch.bfloat16: types.uint16,
 }
-SUPPORTED = frozenset(_ELEMENTS)
 
 _log = logging.getLogger("spem.ops")
 _compiling = threading.RLock()
@@ -48,18 +47,18 @@ def _sources() -> str:
 class _Cache(FunctionCache):
     """Kernels on disk, in files of their own for each state of the sources.
 
-    numba alone would look at a kernel's own file only for changes, and stumble over types in older
-    files that are called otherwise now.
+    numba alone would look at one function's file and bytes only for changes, and stumble over types
+    in older files that are called otherwise now.
     """
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(kernel)
         impl = cast("Any", self)._impl
-        self._cache_file = IndexDataCacheFile(
-            cast("Any", self)._cache_path,
-            f"{impl.filename_base}-{_sources()[:16]}",
-            impl.locator.get_source_stamp(),
-        )
+        name, stamp = f"{impl.filename_base}-{_sources()[:16]}", impl.locator.get_source_stamp()
+        self._cache_file = IndexDataCacheFile(cast("Any", self)._cache_path, name, stamp)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple()
 
 
 _kernels: dict[tuple[Any, torch.dtype, int], Any] = {}
@@ -75,9 +74,10 @@ def address_of(kernel: Any, dtype: torch.dtype, lines: int) -> int:
     return _kernels[key].address
 
 
-def _compile(kernel: Any, dtype: torch.dtype, lines: int) -> Any:
+def _compile(work: Any, dtype: torch.dtype, lines: int) -> Any:
     start = time.perf_counter()
     block = Lanes(_ELEMENTS[dtype], lines * (8 if dtype == torch.float64 else 16))
+    kernel = kernel_of(work)
 
     def build(cached: bool) -> Any:
         callback = cast("Any", CFunc)(kernel, ((block,), types.void), {}, {"error_model": "numpy"})
@@ -94,8 +94,7 @@ def _compile(kernel: Any, dtype: torch.dtype, lines: int) -> Any:
         callback = build(cached=False)
     if not callback.cache_hits:
         seconds = time.perf_counter() - start
-        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
-        _log.info("%s for %s compiled in %.1f s", name, dtype, seconds)
+        _log.info("%s for %s compiled in %.1f s", kernel.__qualname__, dtype, seconds)
     return callback
 
 

@@ -8,7 +8,6 @@ operations in their place make a training step of a ResNet-29 4 to 5 % longer.
 from typing import Any
 
 from spem.ops.cpu import language as kl
-from spem.ops.cpu.sigmoid import sigmoid
 
 _NORM, _RAW = kl.arguments("nnnnnnnnn"), kl.arguments("nnnnnpp", start=9)
 _NORMAL, _NUMBERS = kl.arguments("nnnnnnpp", start=16), kl.arguments("bb", start=24)
@@ -20,183 +19,165 @@ _SPEM_OUT = kl.arguments("nnnnnnn", start=8)
 
 
 @kl.helper
-def at_maximum(a: Any, zeros: Any, high: Any, low: Any, first: Any) -> Any:
+def _at_maximum(a: Any, zeros: Any, high: Any, low: Any, first: Any) -> Any:
     """What belongs to the maximum of a z: position 0 where a = 0, the minimum's where a < 0."""
     return kl.where_equal(a, zeros, first, kl.where_above(zeros, a, low, high))
 
 
-def forward(block: Any) -> None:
+@kl.helper
+def extrema_of(a: Any, zeros: Any, high: Any, low: Any, first: Any) -> tuple[Any, Any]:
+    """Where a z has its maximum and its minimum: z_i and z_j, from the extrema of z."""
+    # A NaN if anything in the plane is not finite, also where a is 0.
+    origin = first + (zeros * high + zeros * low)
+    return _at_maximum(a, zeros, high, low, origin), _at_maximum(a, zeros, low, high, origin)
+
+
+@kl.helper
+def forward(block: Any, _image: int, c: int, end: int) -> None:
     """The norm of a batch, if its statistics are not given; then statistics of x.
 
     mu = mean_b mean_b and var = mean_b (var_b + (mean_b - mu)^2), x = a (z - mu) + beta.
     """
-    table = kl.table_of(block)
+    table, n = kl.table_of(block), end - c
     batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
     weight, bias, running_mean, running_var, mu_at, var_at, rstd_at, a_at, beta_at = _NORM(block)
     mean, var, high, low, first, at_high, at_low = _RAW(block)
     mean_out, var_out, high_out, low_out, z_i_out, z_j_out, i_out, j_out = _NORMAL(block)
     eps, factor = _NUMBERS(block)
-    zero, one = kl.number(block, 0), kl.number(block, 1)
-    zeros, start = kl.every(block, zero), kl.every_position(block, 0)
-    share = kl.every(block, one / kl.number(block, batch))
-    values = kl.number(block, batch * table[kl.SIZE])
-    unbiased, factors = kl.every(block, values / (values - one)), kl.every(block, factor)
-    region = kl.region_of(table)
-    while True:
-        c, end = kl.next_range(table, region, channels)
-        if c < 0:
-            return
-        n = end - c
-        if flags & kl.SHARED:
-            s = zeros
-            for p in range(c, batch * channels, channels):
-                s = s + kl.read(mean, p, n, zero)
-            mu = s * share
-            s = zeros
-            for p in range(c, batch * channels, channels):
-                off = kl.read(mean, p, n, zero) - mu
-                s = s + (kl.read(var, p, n, zero) + off * off)
-            spread = s * share
-            rstd = kl.every(block, one) / kl.root(spread + kl.every(block, eps))
-            a, beta = rstd, zeros
-            if flags & kl.WEIGHT:
-                a = kl.read(weight, c, n, zero) * rstd
-            if flags & kl.BIAS:
-                beta = kl.read(bias, c, n, zero)
-            if flags & kl.RUNNING:
-                old = kl.read(running_mean, c, n, zero)
-                kl.write(running_mean, c, n, factors * (mu - old) + old)
-                old = kl.read(running_var, c, n, zero)
-                kl.write(running_var, c, n, factors * (spread * unbiased - old) + old)
-            kl.write(mu_at, c, n, mu)
-            kl.write(var_at, c, n, spread)
-            kl.write(rstd_at, c, n, rstd)
-            kl.write(a_at, c, n, a)
-            kl.write(beta_at, c, n, beta)
-        else:
-            mu, a = kl.read(mu_at, c, n, zero), kl.read(a_at, c, n, zero)
-            beta = kl.read(beta_at, c, n, zero)
-        if not flags & (kl.MOMENTS | kl.EXTREMA):
-            continue
+    zeros, ones = kl.every(block, 0), kl.every(block, 1)
+    if flags & kl.SHARED:
+        s = zeros
+        share = ones / kl.every(block, batch)
         for p in range(c, batch * channels, channels):
-            if flags & kl.MOMENTS:
-                kl.write(mean_out, p, n, a * (kl.read(mean, p, n, zero) - mu) + beta)
-                kl.write(var_out, p, n, a * a * kl.read(var, p, n, zero))
-            if flags & kl.EXTREMA:
-                top, bottom = kl.read(high, p, n, zero), kl.read(low, p, n, zero)
-                # A NaN if anything in the plane is not finite, also where a is 0.
-                origin = kl.read(first, p, n, zero) + (zeros * top + zeros * bottom)
-                z_i = at_maximum(a, zeros, top, bottom, origin)
-                z_j = at_maximum(a, zeros, bottom, top, origin)
-                kl.write(high_out, p, n, a * (z_i - mu) + beta)
-                kl.write(low_out, p, n, a * (z_j - mu) + beta)
-                kl.write(z_i_out, p, n, z_i)
-                kl.write(z_j_out, p, n, z_j)
-            if flags & kl.POSITIONS:
-                i = kl.load_positions(block, at_high, p, n)
-                j = kl.load_positions(block, at_low, p, n)
-                kl.store_part(i_out, p, n, at_maximum(a, zeros, i, j, start))
-                kl.store_part(j_out, p, n, at_maximum(a, zeros, j, i, start))
+            s = s + kl.read(mean, p, n)
+        mu = s * share
+        s = zeros
+        for p in range(c, batch * channels, channels):
+            off = kl.read(mean, p, n) - mu
+            s = s + (kl.read(var, p, n) + off * off)
+        spread = s * share
+        rstd = ones / kl.root(spread + kl.every(block, eps))
+        a, beta = rstd, zeros
+        if flags & kl.WEIGHT:
+            a = kl.read(weight, c, n) * rstd
+        if flags & kl.BIAS:
+            beta = kl.read(bias, c, n)
+        if flags & kl.RUNNING:
+            values, factors = kl.every(block, batch * table[kl.SIZE]), kl.every(block, factor)
+            old = kl.read(running_mean, c, n)
+            kl.write(running_mean, c, n, factors * (mu - old) + old)
+            old = kl.read(running_var, c, n)
+            unbiased = values / (values - ones)
+            kl.write(running_var, c, n, factors * (spread * unbiased - old) + old)
+        kl.write(mu_at, c, n, mu)
+        kl.write(var_at, c, n, spread)
+        kl.write(rstd_at, c, n, rstd)
+        kl.write(a_at, c, n, a)
+        kl.write(beta_at, c, n, beta)
+    else:
+        mu, a, beta = kl.read(mu_at, c, n), kl.read(a_at, c, n), kl.read(beta_at, c, n)
+    if not flags & (kl.MOMENTS | kl.EXTREMA):
+        return
+    for p in range(c, batch * channels, channels):
+        if flags & kl.MOMENTS:
+            kl.write(mean_out, p, n, a * (kl.read(mean, p, n) - mu) + beta)
+            kl.write(var_out, p, n, a * a * kl.read(var, p, n))
+        if flags & kl.EXTREMA:
+            top, bottom = kl.read(high, p, n), kl.read(low, p, n)
+            z_i, z_j = extrema_of(a, zeros, top, bottom, kl.read(first, p, n))
+            kl.write(high_out, p, n, a * (z_i - mu) + beta)
+            kl.write(low_out, p, n, a * (z_j - mu) + beta)
+            kl.write(z_i_out, p, n, z_i)
+            kl.write(z_j_out, p, n, z_j)
+        if flags & kl.POSITIONS:
+            i, j, start = kl.read(at_high, p, n), kl.read(at_low, p, n), kl.every(at_high, 0)
+            kl.write(i_out, p, n, _at_maximum(a, zeros, i, j, start))
+            kl.write(j_out, p, n, _at_maximum(a, zeros, j, i, start))
 
 
-def gate_gradient(block: Any) -> None:
+@kl.helper
+def gate_gradient(block: Any, _image: int, c: int, end: int) -> None:
     """dv = a moment + beta total."""
-    table = kl.table_of(block)
-    channels = table[kl.CHANNELS]
+    table, n = kl.table_of(block), end - c
     total, moment, a_at, beta_at, out = _GATE(block)
-    zero = kl.number(block, 0)
-    region = kl.region_of(table)
-    while True:
-        c, end = kl.next_range(table, region, channels)
-        if c < 0:
-            return
-        n = end - c
-        a, beta = kl.read(a_at, c, n, zero), kl.read(beta_at, c, n, zero)
-        for p in range(c, table[kl.BATCH] * channels, channels):
-            dv = a * kl.read(moment, p, n, zero)
-            kl.write(out, p, n, dv + beta * kl.read(total, p, n, zero))
+    a, beta = kl.read(a_at, c, n), kl.read(beta_at, c, n)
+    for p in range(c, table[kl.BATCH] * table[kl.CHANNELS], table[kl.CHANNELS]):
+        kl.write(out, p, n, a * kl.read(moment, p, n) + beta * kl.read(total, p, n))
 
 
-def backward(block: Any) -> None:
+@kl.helper
+def _with(dx: Any, dxz: Any, gradient: Any, place: Any, mu: Any, p: int, n: int) -> tuple[Any, Any]:
+    """dx and dx (z - mu) with a gradient that falls on one place of each plane."""
+    d = kl.read(gradient, p, n)
+    return dx + d, dxz + d * (kl.read(place, p, n) - mu)
+
+
+@kl.helper
+def backward(block: Any, _image: int, c: int, end: int) -> None:
     """S0 = sum of dx over a channel, S1 = sum of dx (z - mu); then the coefficients of dz.
 
     q and t are written if anything but the extrema enters them. What is divided by the number of
     values is the sums, where the statistics are those of the batch. A tail without a gate
     (RECTIFIED) has q and t of channels.
     """
-    table = kl.table_of(block)
+    table, n = kl.table_of(block), end - c
     batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
     v_at, total, moment = _SUMS(block)
     d_mean, d_var, d_high, d_low = _INTO(block)
     mean, var, z_i, z_j = _OF_Z(block)
     a_at, mu_at, rstd_at = _CONSTANTS(block)
     bias_out, weight_out, p_out, q_out, t_out, si_out, sj_out = _OUT(block)
-    zero, one = kl.number(block, 0), kl.number(block, 1)
-    zeros = kl.every(block, zero)
-    share = kl.every(block, one / kl.number(block, table[kl.SIZE]))
-    each = kl.every(block, one / kl.number(block, batch * table[kl.SIZE]))
-    region = kl.region_of(table)
-    while True:
-        c, end = kl.next_range(table, region, channels)
-        if c < 0:
-            return
-        n = end - c
-        mu, a = kl.read(mu_at, c, n, zero), kl.read(a_at, c, n, zero)
-        rstd = kl.read(rstd_at, c, n, zero)
-        s0 = s1 = zeros
-        if flags & kl.SUMS:
-            for p in range(c, batch * channels, channels):
-                dx, dxz = kl.read(total, p, n, zero), kl.read(moment, p, n, zero)
-                if not flags & kl.RECTIFIED:
-                    v = kl.read(v_at, p, n, zero)
-                    dx, dxz = v * dx, v * dxz
-                if flags & kl.MEAN:
-                    d = kl.read(d_mean, p, n, zero)
-                    dx = dx + d
-                    dxz = dxz + d * (kl.read(mean, p, n, zero) - mu)
-                if flags & kl.VAR:
-                    d = a * kl.read(d_var, p, n, zero)
-                    dxz = dxz + (d + d) * kl.read(var, p, n, zero)
-                if flags & kl.HIGH:
-                    d = kl.read(d_high, p, n, zero)
-                    dx = dx + d
-                    dxz = dxz + d * (kl.read(z_i, p, n, zero) - mu)
-                if flags & kl.LOW:
-                    d = kl.read(d_low, p, n, zero)
-                    dx = dx + d
-                    dxz = dxz + d * (kl.read(z_j, p, n, zero) - mu)
-                s0 = s0 + dx
-                s1 = s1 + dxz
-            kl.write(bias_out, c, n, s0)
-            kl.write(weight_out, c, n, rstd * s1)
-            s0, s1 = s0 * each, rstd * rstd * s1 * each
-            if flags & kl.RECTIFIED:
-                kl.write(q_out, c, n, zeros - a * s0)
-                kl.write(t_out, c, n, zeros - a * s1)
-        if not flags & kl.COEFFICIENTS:
-            continue
+    zeros, ones = kl.every(block, 0), kl.every(block, 1)
+    share = ones / kl.every(block, table[kl.SIZE])
+    mu, a, rstd = kl.read(mu_at, c, n), kl.read(a_at, c, n), kl.read(rstd_at, c, n)
+    s0 = s1 = zeros
+    if flags & kl.SUMS:
         for p in range(c, batch * channels, channels):
-            kl.write(p_out, p, n, a * kl.read(v_at, p, n, zero))
-            q = t = zeros
+            dx, dxz = kl.read(total, p, n), kl.read(moment, p, n)
+            if not flags & kl.RECTIFIED:
+                v = kl.read(v_at, p, n)
+                dx, dxz = v * dx, v * dxz
             if flags & kl.MEAN:
-                q = kl.read(d_mean, p, n, zero) * share
+                dx, dxz = _with(dx, dxz, d_mean, mean, mu, p, n)
             if flags & kl.VAR:
-                t = a * kl.read(d_var, p, n, zero) * share
-                t = t + t
-                q = q - t * (kl.read(mean, p, n, zero) - mu)
-            if flags & kl.SHARED:
-                q, t = q - s0, t - s1
-            if flags & (kl.MEAN | kl.VAR | kl.SHARED):
-                kl.write(q_out, p, n, a * q)
-                kl.write(t_out, p, n, a * t)
-            if flags & (kl.HIGH | kl.LOW):
-                si = sj = zeros
-                if flags & kl.HIGH:
-                    si = a * kl.read(d_high, p, n, zero)
-                if flags & kl.LOW:
-                    sj = a * kl.read(d_low, p, n, zero)
-                kl.write(si_out, p, n, si)
-                kl.write(sj_out, p, n, sj)
+                d = a * kl.read(d_var, p, n)
+                dxz = dxz + (d + d) * kl.read(var, p, n)
+            if flags & kl.HIGH:
+                dx, dxz = _with(dx, dxz, d_high, z_i, mu, p, n)
+            if flags & kl.LOW:
+                dx, dxz = _with(dx, dxz, d_low, z_j, mu, p, n)
+            s0, s1 = s0 + dx, s1 + dxz
+        kl.write(bias_out, c, n, s0)
+        kl.write(weight_out, c, n, rstd * s1)
+        each = ones / kl.every(block, batch * table[kl.SIZE])
+        s0, s1 = s0 * each, rstd * rstd * s1 * each
+        if flags & kl.RECTIFIED:
+            kl.write(q_out, c, n, zeros - a * s0)
+            kl.write(t_out, c, n, zeros - a * s1)
+    if not flags & kl.COEFFICIENTS:
+        return
+    for p in range(c, batch * channels, channels):
+        kl.write(p_out, p, n, a * kl.read(v_at, p, n))
+        q = t = zeros
+        if flags & kl.MEAN:
+            q = kl.read(d_mean, p, n) * share
+        if flags & kl.VAR:
+            t = a * kl.read(d_var, p, n) * share
+            t = t + t
+            q = q - t * (kl.read(mean, p, n) - mu)
+        if flags & kl.SHARED:
+            q, t = q - s0, t - s1
+        if flags & (kl.MEAN | kl.VAR | kl.SHARED):
+            kl.write(q_out, p, n, a * q)
+            kl.write(t_out, p, n, a * t)
+        if flags & (kl.HIGH | kl.LOW):
+            si = sj = zeros
+            if flags & kl.HIGH:
+                si = a * kl.read(d_high, p, n)
+            if flags & kl.LOW:
+                sj = a * kl.read(d_low, p, n)
+            kl.write(si_out, p, n, si)
+            kl.write(sj_out, p, n, sj)
 
 
 @kl.helper
@@ -207,58 +188,52 @@ def spem_parts(
     u = mixed
     if flags & kl.CODE:
         u = w_r * mixed + b_r
-    return u, w_e * u + b_e, sigmoid(w_r * both + (b_r + b_r))
+    return u, w_e * u + b_e, kl.sigmoid(w_r * both + (b_r + b_r))
 
 
-def spem_gate(block: Any) -> None:
+@kl.helper
+def spem_gate(block: Any, _image: int, c: int, end: int) -> None:
     """SPEM's gate v in its three forms; with SUMS the gradients that follow from dv instead.
 
     These are of maxima and minima, of the parameters, and of lambda for each channel.
     """
-    table = kl.table_of(block)
+    table, n = kl.table_of(block), end - c
     batch, channels, flags = table[kl.BATCH], table[kl.CHANNELS], table[kl.FLAGS]
     high_at, low_at, w_e_at, b_e_at, w_r_at, b_r_at, v_at = _SPEM(block)
     d_high, d_low, d_w_e, d_b_e, d_w_r, d_b_r, d_lam = _SPEM_OUT(block)
     (lam,) = _LAMBDA(block)
-    zero, one = kl.number(block, 0), kl.number(block, 1)
-    zeros, ones = kl.every(block, zero), kl.every(block, one)
-    of_high, of_low = kl.every(block, lam), kl.every(block, one - lam)
-    region = kl.region_of(table)
-    while True:
-        c, end = kl.next_range(table, region, channels)
-        if c < 0:
-            return
-        n = end - c
-        w_e, b_e = kl.read(w_e_at, c, n, zero), kl.read(b_e_at, c, n, zero)
-        w_r, b_r = kl.read(w_r_at, c, n, zero), kl.read(b_r_at, c, n, zero)
-        of_w_e = of_b_e = of_w_r = of_b_r = of_lam = zeros
-        for p in range(c, batch * channels, channels):
-            high, low = kl.read(high_at, p, n, zero), kl.read(low_at, p, n, zero)
-            both, mixed = high + low, of_high * high + of_low * low
-            u, e, factor = spem_parts(flags, mixed, both, w_e, b_e, w_r, b_r)
-            s = sigmoid(e * factor if flags & kl.FIGURE else e)
-            if not flags & kl.SUMS:
-                kl.write(v_at, p, n, s if flags & kl.FIGURE else s * factor)
-                continue
-            dv = kl.read(v_at, p, n, zero)
-            if flags & kl.FIGURE:
-                inner = dv * s * (ones - s)
-                de, df = inner * factor, inner * e
-            else:
-                de, df = dv * factor * s * (ones - s), dv * s
-            dt = df * factor * (ones - factor)  # of w_r (M + m) + 2 b_r
-            du = de * w_e
-            of_w_e, of_b_e = of_w_e + de * u, of_b_e + de
-            of_w_r, of_b_r = of_w_r + dt * both, of_b_r + (dt + dt)
-            if flags & kl.CODE:
-                of_w_r, of_b_r = of_w_r + du * mixed, of_b_r + du
-                du = du * w_r
-            of_lam = of_lam + du * (high - low)
-            kl.write(d_high, p, n, of_high * du + dt * w_r)
-            kl.write(d_low, p, n, of_low * du + dt * w_r)
-        if flags & kl.SUMS:
-            kl.write(d_w_e, c, n, of_w_e)
-            kl.write(d_b_e, c, n, of_b_e)
-            kl.write(d_w_r, c, n, of_w_r)
-            kl.write(d_b_r, c, n, of_b_r)
-            kl.write(d_lam, c, n, of_lam)
+    zeros, ones = kl.every(block, 0), kl.every(block, 1)
+    of_high, of_low = kl.every(block, lam), kl.every(block, kl.number(block, 1) - lam)
+    w_e, b_e = kl.read(w_e_at, c, n), kl.read(b_e_at, c, n)
+    w_r, b_r = kl.read(w_r_at, c, n), kl.read(b_r_at, c, n)
+    of_w_e = of_b_e = of_w_r = of_b_r = of_lam = zeros
+    for p in range(c, batch * channels, channels):
+        high, low = kl.read(high_at, p, n), kl.read(low_at, p, n)
+        both, mixed = high + low, of_high * high + of_low * low
+        u, e, factor = spem_parts(flags, mixed, both, w_e, b_e, w_r, b_r)
+        s = kl.sigmoid(e * factor if flags & kl.FIGURE else e)
+        if not flags & kl.SUMS:
+            kl.write(v_at, p, n, s if flags & kl.FIGURE else s * factor)
+            continue
+        dv = kl.read(v_at, p, n)
+        if flags & kl.FIGURE:
+            inner = dv * s * (ones - s)
+            de, df = inner * factor, inner * e
+        else:
+            de, df = dv * factor * s * (ones - s), dv * s
+        dt = df * factor * (ones - factor)  # of w_r (M + m) + 2 b_r
+        du = de * w_e
+        of_w_e, of_b_e = of_w_e + de * u, of_b_e + de
+        of_w_r, of_b_r = of_w_r + dt * both, of_b_r + (dt + dt)
+        if flags & kl.CODE:
+            of_w_r, of_b_r = of_w_r + du * mixed, of_b_r + du
+            du = du * w_r
+        of_lam = of_lam + du * (high - low)
+        kl.write(d_high, p, n, of_high * du + dt * w_r)
+        kl.write(d_low, p, n, of_low * du + dt * w_r)
+    if flags & kl.SUMS:
+        kl.write(d_w_e, c, n, of_w_e)
+        kl.write(d_b_e, c, n, of_b_e)
+        kl.write(d_w_r, c, n, of_w_r)
+        kl.write(d_b_r, c, n, of_b_r)
+        kl.write(d_lam, c, n, of_lam)

@@ -17,18 +17,10 @@ from torch import Tensor
 
 from spem.ops.cuda import kernels
 from spem.ops.cuda.kernels import INTERPRETED
-from spem.ops.cuda.tiles import Plan, plan_for
-from spem.ops.formula import RawStats
+from spem.ops.cuda.tiles import plan_for
+from spem.ops.formula import RawStats, empty_stats
+from spem.ops.library import check_maps
 
-__all__ = [
-    "INTERPRETED",
-    "affine_tail",
-    "affine_tail_backward",
-    "plane_stats",
-    "stats_backward",
-]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MERGED = 128  # planes of a merging program
 
 
@@ -39,25 +31,15 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
         shift = z_0 if finite, else 0;  s1 = sum_k (z_k - shift);  s2 = sum_k (z_k - shift)^2
         mean = shift + s1/K;  var = max(0, (s2 - s1^2/K)/K); a NaN in a plane makes all four NaN.
     """
-    plan = _plan("plane_stats", z, statistics=True)
-    wanted = (moments, moments, extrema, extrema, extrema, extrema, extrema)
-    kinds = [torch.float32] * 5 + [torch.int32] * 2
-
-    def scalars(*parts: int) -> list[Tensor]:
-        return [
-            z.new_empty((*parts, plan.B, plan.C) if some else (0,), dtype=kind)
-            for some, kind in zip(wanted, kinds, strict=True)
-        ]
-
-    out = RawStats(*scalars())
-    if not (moments or extrema) or plan.groups == 0:
+    plan = plan_for(z, statistics=True)
+    out = gathered = empty_stats(z, moments, extrema)
+    if not (moments or extrema):
         return out
     split = plan.parts > 1
-    gathered = out
     if split:
         # Every statistic as [parts, B, C]; the first value, which all parts need, once.
         first = out.first if extrema else z.new_empty((plan.B, plan.C), dtype=torch.float32)
-        gathered = RawStats(*scalars(plan.parts))._replace(first=first)
+        gathered = empty_stats(z, moments, extrema, plan.parts)._replace(first=first)
     flags = {"MOMENTS": moments, "EXTREMA": extrema}
     _launch(
         kernels.plane_stats_kernel,
@@ -79,16 +61,16 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:
 
 def affine_tail(z: Tensor, r: Tensor, mu: Tensor, v: Tensor, a: Tensor, beta: Tensor) -> Tensor:
     """Pass F2, see ``formula.affine_tail``; reads 2N bytes, writes N."""
-    plan = _plan("affine_tail", z, r)
+    check_maps(z, r)
+    plan = plan_for(z)
     y = torch.empty_like(z)
-    if plan.groups:
-        scalars = (mu.contiguous(), v.contiguous(), a.contiguous(), beta.contiguous())
-        _launch(
-            kernels.affine_tail_kernel,
-            plan.groups * plan.blocks,
-            *(z, r, *scalars, y, *plan.sizes, plan.blocks),
-            **plan.constants,
-        )
+    _launch(
+        kernels.affine_tail_kernel,
+        plan.groups * plan.blocks,
+        *(z, r, mu.contiguous(), v.contiguous(), a.contiguous(), beta.contiguous(), y),
+        *(*plan.sizes, plan.blocks),
+        **plan.constants,
+    )
     return y
 
 
@@ -96,89 +78,49 @@ def affine_tail_backward(
     g: Tensor, y: Tensor, z: Tensor, mu: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pass B1, see ``formula.affine_tail_backward``; reads 3N bytes, writes N."""
-    plan = _plan("affine_tail_backward", z, y, g)
+    check_maps(z, y, g)
+    plan = plan_for(z)
     d = torch.empty_like(y)
     # The sums of every part; two tensors, since results of an operator must not share memory.
     total, moment = (
         z.new_empty((plan.parts, plan.B, plan.C), dtype=torch.float32) for _ in range(2)
     )
-    if plan.groups:
-        _launch(
-            kernels.affine_tail_backward_kernel,
-            plan.groups * plan.parts,
-            *(g, y, z, mu.contiguous(), d, total, moment),
-            *(*plan.sizes, plan.parts, plan.tiles),
-            **plan.constants,
-            LOOP=plan.tiles > 1,
-        )
+    _launch(
+        kernels.affine_tail_backward_kernel,
+        plan.groups * plan.parts,
+        *(g, y, z, mu.contiguous(), d, total, moment),
+        *(*plan.sizes, plan.parts, plan.tiles),
+        **plan.constants,
+        LOOP=plan.tiles > 1,
+    )
     if plan.parts > 1:
         return d, total.sum(0), moment.sum(0)
     return d, total[0], moment[0]
 
 
-def stats_backward(
-    d: Tensor,
-    z: Tensor,
-    mu: Tensor,
-    p: Tensor,
-    q: Tensor | None,
-    t: Tensor | None,
-    i: Tensor | None,
-    j: Tensor | None,
-    s_i: Tensor | None,
-    s_j: Tensor | None,
-) -> Tensor:
+def stats_backward(d: Tensor, z: Tensor, mu: Tensor, p: Tensor, *terms: Tensor | None) -> Tensor:
     """Pass B2, see ``formula.stats_backward``; reads 2N bytes (N without q and t), writes N."""
-    affine = q is not None and t is not None
-    spikes = i is not None and j is not None and s_i is not None and s_j is not None
-    plan = _plan("stats_backward", d, z) if affine else _plan("stats_backward", d)
-    dz = torch.empty_like(d)
-    if not plan.groups:
-        return dz
-    shared = False
+    q, t, i, j, s_i, s_j = terms
+    plan, dz = plan_for(d), torch.empty_like(d)
+    flags = {"AFFINE": False, "SHARED": False, "SPIKES": False}
     # What is absent is never read; any pointer does in its place.
-    terms, peaks = (p, p), (p, p, p, p)
+    affine, peaks = (p, p), (p, p, p, p)
     if q is not None and t is not None:
+        check_maps(d, z)
         # Coefficients of the channel alone come expanded over the images.
         shared = q.stride() == t.stride() == (0, 1)
-        terms = (q, t) if shared else (q.contiguous(), t.contiguous())
+        affine = (q, t) if shared else (q.contiguous(), t.contiguous())
+        flags |= {"AFFINE": True, "SHARED": shared}
     if i is not None and j is not None and s_i is not None and s_j is not None:
         peaks = (i.contiguous(), j.contiguous(), s_i.contiguous(), s_j.contiguous())
+        flags |= {"SPIKES": True}
     _launch(
         kernels.stats_backward_kernel,
         plan.groups * plan.blocks,
-        *(d, z, mu.contiguous(), p.contiguous(), *terms, *peaks, dz, *plan.sizes, plan.blocks),
-        **{**plan.constants, "AFFINE": affine, "SHARED": shared, "SPIKES": spikes},
+        *(d, z, mu.contiguous(), p.contiguous(), *affine, *peaks, dz, *plan.sizes, plan.blocks),
+        **{**plan.constants, **flags},
     )
     return dz
-
-
-def _plan(name: str, x: Tensor, *others: Tensor, statistics: bool = False) -> Plan:
-    """Checks the maps of a pass and plans its launch."""
-    if not (x.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"{name}: impl='triton' needs a CUDA tensor, got device '{x.device}'. "
-            "Use impl=None or 'reference'."
-        )
-    if x.dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: impl='triton' takes float32, float16 and bfloat16 maps, got {x.dtype}. "
-            "Use impl=None or 'reference'."
-        )
-    plan = plan_for(x, statistics)
-    for other in others:
-        same = other.shape == x.shape and other.dtype == x.dtype and other.device == x.device
-        # Equal strides are the rule; an axis of one may carry any.
-        if not same or (other.stride() != x.stride() and plan_for(other) != plan):
-            raise ValueError(
-                f"{name}: the maps differ: {_described(x)} and {_described(other)}. "
-                "Bring them to one shape, dtype, device and memory layout."
-            )
-    return plan
-
-
-def _described(x: Tensor) -> str:
-    return f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}"
 
 
 def _launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **constants: Any) -> None:

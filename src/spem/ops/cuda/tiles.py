@@ -27,14 +27,6 @@ INT32_MAX = 2**31 - 1
 SLACK = 2**16
 
 
-class Tile(NamedTuple):
-    """What one program handles at a time: ``planes`` planes by ``positions`` positions."""
-
-    planes: int
-    positions: int
-    warps: int
-
-
 class Plan(NamedTuple):
     """Sizes of a map [B, C, ...] of ``K`` positions, its tile and the programs of the passes.
 
@@ -51,7 +43,7 @@ class Plan(NamedTuple):
     K: int
     K_unit: int
     C_unit: int
-    tile: Tile
+    tile: tuple[int, int, int]
     groups: int
     blocks: int
     parts: int
@@ -75,10 +67,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def tile_of(last: bool, K: int, C: int, statistics: bool = False) -> Tile:
-    """The tile of a layout for planes of K positions and C channels.
+def tile_of(last: bool, K: int, C: int, statistics: bool = False) -> tuple[int, int, int]:
+    """How many planes and positions one program handles at a time, and with how many warps.
 
-    Table (planes x positions, 4 warps):
+    Table for planes of K positions and C channels (planes x positions, 4 warps):
         contiguous     32x32, 28x28, 56x56: 1 x 1024;  16x16, 14x14: 4 x 256;  8x8, 7x7: 16 x 64
         channels_last  4x4: 128 x 16;  7x7 and larger: 32 x 64, but 32 x 32 for the statistics of
                        planes larger than 8x8
@@ -92,9 +84,9 @@ def tile_of(last: bool, K: int, C: int, statistics: bool = False) -> Tile:
         planes = min(power_of_two(C), CHANNELS_LAST_TILE // positions, 128)
         if statistics and positions < K:
             positions //= 2
-        return Tile(planes, positions, WARPS)
+        return planes, positions, WARPS
     positions = min(power_of_two(K), CONTIGUOUS_TILE)
-    return Tile(CONTIGUOUS_TILE // positions, positions, WARPS)
+    return CONTIGUOUS_TILE // positions, positions, WARPS
 
 
 @lru_cache(maxsize=1024)
@@ -106,8 +98,9 @@ def plan_of(last: bool, B: int, C: int, K: int, statistics: bool = False) -> Pla
             "Use impl=None or 'reference'."
         )
     tile = tile_of(last, K, C, statistics)
-    groups = B * -(-C // tile.planes) if last else -(-B * C // tile.planes)
-    blocks = -(-K // tile.positions)
+    planes, positions, _ = tile
+    groups = B * -(-C // planes) if last else -(-B * C // planes)
+    blocks = -(-K // positions)
     parts = max(1, min(MOST_PARTS, -(-ENOUGH_PROGRAMS // max(groups, 1)), blocks // 2))
     tiles = -(-blocks // parts)
     return Plan(
@@ -139,10 +132,7 @@ def is_channels_last(x: Tensor) -> bool | None:
 
 def plan_for(x: Tensor, statistics: bool = False) -> Plan:
     """The plan of a map from its shape and strides, for the pass of the statistics or others."""
-    shape = x.shape
-    if len(shape) < 3 or 0 in shape[1:]:
-        raise ValueError(f"impl='triton' needs a map [B, C, ...], got shape {tuple(shape)}.")
-    last = is_channels_last(x)
+    shape, last = x.shape, is_channels_last(x)
     if last is None:
         raise ValueError(
             "impl='triton' needs a contiguous or channels_last map, got strides "
