@@ -132,7 +132,8 @@ def to_onnx(
     x = _example(model, input_shape if example is None else example)
     with rephrased(f"to_onnx: {name} cannot be copied to the CPU"):
         network, given = _without_idle(model).cpu().float(), x
-    with rephrased(f"to_onnx: {name} does not run on an input {list(x.shape)}"), torch.no_grad():
+    runs = rephrased(f"to_onnx: {name} does not run on an input {list(x.shape)}")
+    with runs, torch.no_grad(), use_impl("reference"):
         network(x)
     if precision == "fp16":
         network, given = network.half(), x.half()
@@ -256,10 +257,8 @@ def _compared(
         with runs, torch.no_grad(), use_impl("reference"):
             expected = tensors(network(x))
         if not all(tensor.isfinite().all() for tensor in expected):
-            raise ValueError(
-                f"{refused} outputs of {name} on {list(x.shape)} are not finite, and cannot be "
-                f"compared. Check its weights, or pass check=False."
-            )
+            said = f"outputs of {name} on {list(x.shape)} are not finite, and cannot be compared"
+            raise ValueError(f"{refused} {said}. Check its weights, or pass check=False.")
         with rephrased(graph, _REMEDY):
             found = difference(x.shape, expected, session(x))
         if not found.relative <= limit:  # a NaN too

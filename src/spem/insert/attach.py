@@ -266,16 +266,12 @@ def _spots(
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: needs a torch.nn.Module, got {type(model).__name__}.")
     if where is not None and not callable(where):
-        raise TypeError(
-            f"attach: where={where!r} is not a function that is given every module and returns the "
-            f"norm to follow, or None. Names are chosen with include='{where}*'."
-        )
+        said = f"where={where!r} is not a function of a module"
+        raise TypeError(f"attach: {said}. Names are chosen with include='{where}*'.")
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     for wrapper in kinds & _SHARED_BY_PROCESSES:
-        raise ValueError(
-            f"attach: the network is in a {wrapper}, which would not share the new parameters "
-            f"between its processes. Attach first, then wrap it."
-        )
+        said = f"the network is in a {wrapper}, which would not share the new parameters"
+        raise ValueError(f"attach: {said}. Attach first, then wrap it.")
     spots = sites.find_spots(model, where, replacing=call.replace, input_shape=call.input_shape)
     failed, maps = None, sites.Maps()
     try:
@@ -301,16 +297,14 @@ def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
             raise ValueError(f"attach: {spot.fault}. {remedy}")
         ours = isinstance(spot.parent, Around) or isinstance(spot.layer, Around)
         if ours or hasattr(spot.layer, DISPLACED):
-            raise ValueError(
-                f"attach: there is attention at {spot.name} already. Call spem.detach(model) first."
-            )
+            said = f"there is attention at {spot.name} already"
+            raise ValueError(f"attach: {said}. Call spem.detach(model) first.")
         why = fused.why_not_fused(spot.block, spot.parent, spot.key) if fuse else None
         if fuse and why is None and spot.how == "slot" and not spot.free:
             why = f"keeps its {type(spot.layer).__name__} before attention; pass replace=True"
         if why is not None:
-            raise ValueError(
-                f"attach: fuse=True: {spot.name} of {type(model).__name__} {why}. Leave fuse out."
-            )
+            said = f"{spot.name} of {type(model).__name__} {why}"
+            raise ValueError(f"attach: fuse=True: {said}. Leave fuse out.")
 
 
 def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:

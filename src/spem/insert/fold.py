@@ -79,10 +79,8 @@ class FoldReport:
         if self.agreement is not None:
             lines.append(f"Top-1 agreement: {self.agreement:.2%}.")
         if self.accuracy_before is not None:
-            accuracy = (
-                f"{self.accuracy_before:.2%} with attention, {self.accuracy_after:.2%} folded"
-            )
-            lines.append(f"Accuracy: {accuracy}.")
+            after = f"{self.accuracy_after:.2%} folded"
+            lines.append(f"Accuracy: {self.accuracy_before:.2%} with attention, {after}.")
         return "\n".join(lines)
 
 
@@ -91,16 +89,14 @@ class _Gate:
 
     def __init__(self, name: str, attention: ChannelAttention, tensors: list[Tensor]) -> None:
         self.name, self.attention, self.tensors = name, attention, tensors
+        # Number of gates, their sum and the sum of their squares.
         self.sums = torch.zeros(3, attention.channels, dtype=torch.float64)
-        """Number of gates, their sum and the sum of their squares."""
 
     def see(self, v: Tensor, images: int) -> None:
         """Observer of the attention's gates."""
         if any(extent > 1 for extent in v.shape[2:]):
-            raise ValueError(
-                f"fold: {self.name} ({self.attention.name}) has another gate at each position; "
-                f"only a factor per channel becomes a constant."
-            )
+            said = f"{self.name} ({self.attention.name}) has another gate at each position"
+            raise ValueError(f"fold: {said}; only a factor per channel becomes a constant.")
         v = v.flatten(1).expand(images, self.attention.channels).double().cpu()
         self.sums += torch.stack([torch.ones_like(v), v, v.square()]).sum(1)
 
@@ -153,10 +149,8 @@ def fold(
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold: needs a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"fold: batches is a {type(batches).__name__}. Pass a list of batches or a data "
-            f"loader, such as [images]."
-        )
+        said = f"batches is a {type(batches).__name__}"
+        raise TypeError(f"fold: {said}. Pass a data loader, or a list of batches such as [images].")
     gates = _gates(model)
     batches = list(batches) if isinstance(batches, Iterator) else batches
     with torch.no_grad(), evaluating(model):
@@ -269,10 +263,8 @@ def _check_same(model: nn.Module, folded: nn.Module, gates: list[_Gate], x: Tens
         held = _outputs(model, x)
     limit = _ROUNDING.get(held[0].dtype, 0.1) * (_largest(held) or 1.0)
     if not math.isfinite(limit):
-        raise ValueError(
-            "fold: gates or outputs are not finite on these batches. Pass batches on which the "
-            "network works, or fold it in float32."
-        )
+        remedy = "Pass batches on which the network works, or fold it in float32."
+        raise ValueError(f"fold: gates or outputs are not finite on these batches. {remedy}")
     if not _largest(held, after) <= limit:
         raise ValueError(
             "fold: the network with folded gates is not the one with its gates held constant: "
@@ -337,10 +329,8 @@ def _inputs(
     for batch in batches:
         x, y, *_ = (*batch, None) if isinstance(batch, (tuple, list)) else (batch, None)
         if not isinstance(x, Tensor):
-            raise TypeError(
-                f"fold: a batch is a {type(batch).__name__} without a tensor in the first place. "
-                f"Pass tensors [N, C, ...], or pairs (inputs, labels)."
-            )
+            said = f"a batch is a {type(batch).__name__} without a tensor in the first place"
+            raise TypeError(f"fold: {said}. Pass tensors [N, C, ...], or pairs (inputs, labels).")
         if left is not None:
             y, left = left[: len(x)], left[len(x) :]
             if y.shape != x.shape[:1]:

@@ -173,9 +173,7 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
     model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
     shape, like = input_shape or default_input(model), float_like(model)
     said = f"attach: {type(model).__name__} does not run on an input of {list(shape)}"
-    remedy = (
-        "Pass input_shape= one that it takes, or where= a rule that names the layers to follow."
-    )
+    remedy = "Pass input_shape= one that it takes, or where= a rule that names the layers."
     with ExitStack() as stack, rephrased(said, remedy, kind=InputError):
         stack.enter_context(evaluating(model))
         for module in model.modules():
@@ -341,10 +339,9 @@ def _asked(model: nn.Module, where: Where, how: How) -> Iterator[Spot]:
             inside = (join(name, n) for n in _names(module, layer) if n)
             site = next(inside, next(_names(model, layer), ""))
             if not site:
-                raise TypeError(
-                    f"attach: where= gave a {type(layer).__name__} for {name or 'the network'}, "
-                    f"which is no module of the network. Give the norm to follow, or None."
-                )
+                said = f"a {type(layer).__name__}, which is no module of the network"
+                here = name or "the network"
+                raise TypeError(f"attach: where= gave {said}, for {here}. Give a norm, or None.")
             yield Spot(model, site, module, "where=", how)
 
 
