@@ -13,6 +13,7 @@ from reproduce.made_up import compared, reproduced, steady
 
 from spem.reproduce import load_runs
 from spem.reproduce.experiments import comparison, experiment, run_configs
+from spem.reproduce.report import build_report
 from spem.reproduce.tables import COMPARE, FILES, build_tables, record
 from spem.training import RunConfig, Silent, smoke, train
 
@@ -170,6 +171,18 @@ def test_a_comparison_keeps_its_arms_and_reference(tmp_path: Path):
     (table,) = build_tables(load_runs(out))
     assert (table.name, table.reference) == ("compare-digits", "se")
     assert list(table.frame["row"]) == ["se", "none", "control"]
+
+
+@pytest.mark.parametrize("arm", ["none", "spem"])
+def test_a_comparison_of_which_one_arm_has_run_is_a_table(arm: str, tmp_path: Path):
+    """As after Ctrl-C in the second run."""
+    out = compared(tmp_path, "none", "spem", seeds=1)
+    rows = pd.read_csv(out / "runs.csv")
+    rows[rows["module"] == arm].to_csv(out / "runs.csv", index=False)
+    (table,) = build_tables(load_runs(out))
+    assert table.question == f"Do the others differ from {arm}?"
+    assert table.answer == "There is nothing to compare yet."
+    assert build_report(out).tables[0].reference == arm
 
 
 @pytest.mark.slow

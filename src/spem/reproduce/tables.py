@@ -337,7 +337,7 @@ def _typed_in(runs: pd.DataFrame) -> list[Table]:
         reference, dataset = given if given in names else names[0], str(own["dataset"].iloc[0])
         frame = _compared(own, [Cell(name, name, dataset, name == reference) for name in names])
         others = [name for name in names if name != reference]
-        named = stats.listed(others, len(others))
+        named = stats.listed(others, len(others)) if others else "the others"  # none has run yet
         question = f"{'Does' if len(others) == 1 else 'Do'} {named} differ from {reference}?"
         name = f"{COMPARE}-{dataset}" + (f"-{len(tables) + 1}" if tables else "")
         texts = (name, COMPARE, f"{named} against {reference}", question, _where(own))

@@ -430,9 +430,10 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
         raise ValueError(
             f"The config asks for depth {config.model.depth}, and there are {len(tensors)} tensors."
         )
-    for option in _numbers(config.model.spec and config.model.spec.options):
-        if not abs(option) <= _LARGEST_OPTION:
-            raise ValueError(f"The option {option:g} of {config.model.attention} is absurd.")
+    options = config.model.attention.partition("(")[2]
+    for option in re.findall(r"\d[\d.]*(?:e\+?\d+)?", options):
+        if float(option) > _LARGEST_OPTION:
+            raise ValueError(f"The option {option} of {config.model.attention} is absurd.")
     if data is not None and len(data.classes) != head.shape[0]:
         raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
     network = build_network(config, classes=head.shape[0])
@@ -440,15 +441,6 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
     return network
-
-
-def _numbers(value: Any) -> Generator[float]:
-    """The numbers of an option, however nested."""
-    if isinstance(value, tuple):
-        for item in cast("tuple[Any, ...]", value):
-            yield from _numbers(item)
-    elif isinstance(value, (int, float)):
-        yield value
 
 
 def _weights_sum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:

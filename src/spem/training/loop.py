@@ -122,10 +122,8 @@ def _plan(config: RunConfig, folder: Path, sets: Sets, progress: Progress, proce
         require_same_run(stored.config, config, folder)
         if replace(stored.data, name=data.name) != data:
             raise ValueError(
-                f"train: the images differ from those that the run in {folder} started with "
-                f"({stored.data.train_sha256[:10]} -> {data.train_sha256[:10]}, "
-                f"{stored.data.test_sha256[:10]} -> {data.test_sha256[:10]}, or the names of the "
-                "classes). Use another folder."
+                f"train: the images, or the names of their classes, differ from those that the run "
+                f"in {folder} started with. Use another folder."
             )
     if not (folder / store.CHECKPOINT).exists():
         stored = None  # nothing has been trained yet: plan it again

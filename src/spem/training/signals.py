@@ -12,9 +12,7 @@ from types import FrameType
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal; its checkpoint is written.
 
-    Args:
-        message: what was stopped where, and how to resume.
-        code: exit status for the process: 130 for Ctrl-C, 143 for SIGTERM.
+    `code` is the exit status for the process: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, code: int) -> None:
