@@ -185,7 +185,7 @@ READABLE = {
     "capitals": "Model,Seed,Top1\n{0}",
     "semicolons and decimal commas": "Model;Seed;Accuracy\n{1}",
     "per cent signs": "model,seed,acc\n{2}",
-    "thousands": "model,seed,acc\n{3}",
+    "three digits behind decimal commas": "model;seed;acc\n{3}",
     "a column a seed": "model,seed0,seed1,seed2\nnone,90.0,91.5,90.7\nse,91.0,92.0,91.9\n",
     "a column a module": "seed,none,se\n0,90.0,91.0\n1,91.5,92.0\n2,90.7,91.9\n",
     "numbers as columns": "Method,0,1,2\nnone,90.0%,91.5%,90.7%\nse,91.0%,92.0%,91.9%\n",
@@ -202,13 +202,13 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
         "".join(f"{n},{s},{v}\n" for n, s, v in cells),
         "".join(f"{n};{s};{v}\n".replace(".", ",") for n, s, v in cells),
         "".join(f"{n},{s},{v} %\n" for n, s, v in cells),
-        "".join(f'{n},{s},"{1000 * v:,.0f}"\n' for n, s, v in cells),
+        "".join(f"{n};{s};{v:.3f} %\n".replace(".", ",") for n, s, v in cells),
     )
     path = tmp_path / "runs.csv"
     path.write_text(READABLE[kind].format(*texts), encoding="utf-8-sig")
     rows, chosen = choose_columns(read_table(path))
     one = line(compare(rows, **chosen), "se")
-    assert one["difference"] == pytest.approx(900 if kind == "thousands" else 0.9)
+    assert one["difference"] == pytest.approx(0.9)
     assert one["pairs"] == 3
 
 
@@ -223,6 +223,7 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
         ("seed,none\n0,90.0\n", "there is no column 'module'"),
         ("model,seed,acc\nnone,0,high\n", "'high' in column 'acc' is not a number"),
         ('model,seed,acc\n"none,0,1\n', "not a CSV file"),
+        ('model,seed,acc\nnone,0,"12,345"\n', "'12,345' in column 'acc' may be a decimal or a"),
         ("model,seed,acc\nnone,0,90,5\nse,0,91,5\n", "more cells than the heading; quote"),
     ],
 )

@@ -144,13 +144,9 @@ def read_table(path: Path) -> pd.DataFrame:
     if table.empty:
         raise ValueError(f"{path} has a heading and no rows. Pass a file with one run a row.")
     table = table.rename(columns=str.strip).apply(lambda column: column.fillna("").str.strip())
-    return table.apply(_ungrouped) if separator == "," else table
-
-
-def _ungrouped(column: pd.Series) -> pd.Series:
-    """A column without the commas of thousands, if it has no others."""
-    grouped = column[column.str.contains(",")].str.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")
-    return column.str.replace(",", "") if grouped.all() else column
+    if separator != ",":  # where a comma is a decimal one, also before three digits
+        table = table.replace(r"^([+-]?\d+),(?=\d+\D*$)", r"\1.", regex=True)
+    return table
 
 
 def choose_columns(
@@ -217,6 +213,9 @@ def _number(cell: str, column: str) -> float:
     text = cell.removesuffix("%").strip()
     if text.lower() in ("", "-", "na", "n/a", "none"):
         return float("nan")
+    if re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text):
+        said = f"{cell!r} in column {column!r} may be a decimal or a number of thousands"
+        raise ValueError(f"{said}. Write it without a comma.")
     try:
         return float(text if "." in text else text.replace(",", "."))
     except ValueError:
