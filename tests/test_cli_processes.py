@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import spem
 from spem import cli
@@ -71,6 +72,22 @@ def test_an_output_that_is_full_or_closed(tmp_path: Path) -> None:
             f"{command} >{where}", shell=True, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stderr) == (status, says)
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "\u5929" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (80 * number, 9, 9)).save(
+                tmp_path / "\u5929" / name / f"{number}.png"
+            )
+    args = ["train", "smoke", "--data", "\u5929", "--epochs", "1", "--attention", "none"]
+    env = {**ONE_THREAD, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*PROGRAM, *args], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "data           \\u5929, seed 0" in done.stdout
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:

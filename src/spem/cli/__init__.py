@@ -7,6 +7,7 @@ stopped by Ctrl-C or SIGTERM, after writing what is needed to resume.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["help"]:
         args = [*args[1:], "--help"]
     name, options, status = "", None, 0
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:  # around the imports too: Ctrl-C in the first seconds is not a fault
         if not args or args[0] in ("-h", "--help", "--help-all"):

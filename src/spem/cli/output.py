@@ -25,10 +25,8 @@ def say(*sentences: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Text from a file without what would steer a terminal, or what it cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    """Text from a file without what would steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(cell: object) -> str:
