@@ -173,6 +173,23 @@ def test_a_comparison_keeps_its_arms_and_reference(tmp_path: Path):
     assert list(table.frame["row"]) == ["se", "none", "control"]
 
 
+def test_arms_of_an_earlier_comparison_are_compared_with_the_reference_asked_last(tmp_path: Path):
+    out = compared(tmp_path, "none", "spem", seeds=3)
+    before = load_runs(out).drop(columns="baseline")
+    configs, baseline = comparison(smoke(), ["spem", "se"], range(3))
+    failed = {config: "why" for config in configs if config.model.attention == "se"}
+    record_all(configs, tmp_path / "runs", out, failed=failed, baseline=baseline)
+    (table,) = build_tables(load_runs(out))
+    assert table.reference == "spem"
+    assert table.question == "Do none and se differ from spem?"
+    rows = load_runs(out).drop(columns="baseline")
+    pd.testing.assert_frame_equal(
+        rows[rows["module"] != "se"][before.columns], before, check_dtype=False
+    )
+    record({config: ["table1"] for config in failed}, tmp_path / "runs", out, failed=failed)
+    assert set(load_runs(out)["baseline"]) == {"spem"}  # no other was asked for
+
+
 @pytest.mark.parametrize("arm", ["none", "spem"])
 def test_a_comparison_of_which_one_arm_has_run_is_a_table(arm: str, tmp_path: Path):
     """As after Ctrl-C in the second run."""

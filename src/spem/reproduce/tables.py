@@ -158,7 +158,8 @@ def record(
         for config, names in planned.items():
             before = there.get((config.id, str(config.seed)), {})
             names = dict.fromkeys([*before.get("experiment", "").split(), *names])
-            row: Row = {"experiment": " ".join(names), "baseline": baseline}
+            row: Row = {"experiment": " ".join(names)}
+            row["baseline"] = baseline or before.get("baseline")
             folder, error, run = config.folder(runs), (failed or {}).get(config), None
             try:
                 if error is None and (folder / "result.json").exists():
@@ -177,6 +178,14 @@ def record(
                 tables["runs.csv"].append(row | ended)
             if error is not None:
                 problems.append(f"{run_name(config)}: {error}")
+        if baseline is not None:  # also of earlier arms: they are compared with what was asked last
+            written = {_key(row) for row in tables["runs.csv"]}
+            settings = {row["setting"] for row in map(config_row, planned)}
+            tables["runs.csv"] += [
+                row | {"baseline": baseline}
+                for key, row in there.items()
+                if key not in written and row.get("setting") in settings
+            ]
         for name, rows in tables.items():
             _merge(out / name, rows)
     return problems
