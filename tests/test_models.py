@@ -295,6 +295,7 @@ def test_blocks_may_be_wrapped(attention: str) -> None:
     wrapped = copy.deepcopy(model)
     for stage in (wrapped.layer1, wrapped.layer3):
         stage.add_module("1", Checkpointed(stage[1]))
+    assert [tail.attention for tail in spem.cost.block_tails(wrapped)] == [attention] * 9
     outs = []
     for net in (model, wrapped):
         outs.append(net(feature_map(2, 3, 16, 16)))

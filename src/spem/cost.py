@@ -154,7 +154,7 @@ def block_tails(
         id(block): stage.shared
         for stage in model.modules()
         if isinstance(getattr(stage, "shared", None), ChannelAttention)
-        for block in stage.children()
+        for block in stage.modules()  # which may be wrapped
     }
     found: list[TailCost] = []
     counted: set[nn.Module] = set()
