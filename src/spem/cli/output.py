@@ -51,7 +51,7 @@ def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = ""
 ) -> None:
     """Print cells, for `shown`: drawn by rich on a terminal, aligned plain text elsewhere."""
-    cells = [[shown(cell) for cell in row] for row in (columns, *rows)]
+    title, cells = plain(title), [[shown(cell) for cell in row] for row in (columns, *rows)]
     right = [bool(_NUMBERS.fullmatch("".join(rest))) for _, *rest in zip(*cells, strict=True)]
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich.box import SIMPLE_HEAD

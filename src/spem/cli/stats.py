@@ -63,11 +63,9 @@ def run(
         decimals = _decimals(part)
         percent = "acc" in chosen["value"].lower() and part["mean"].abs().max() > 1.5
         words: Any = {"unit": "points" if percent else "", "pair": chosen["pair"]}
-        reading = [
-            sentence(line, decimals=decimals, **words)
-            for line in lines
-            if line["verdict"] != REFERENCE
-        ] or ["There is one group only: nothing is compared."]
+        others = [line for line in lines if line["verdict"] != REFERENCE]
+        reading = [sentence(line, decimals=decimals, **words) for line in others]
+        reading = reading or ["There is one group only: nothing is compared."]
         if json:
             groups = records(part.drop(columns=split_by))
             told.append({"within": where, "groups": groups, "reading": reading})
@@ -75,7 +73,7 @@ def run(
         print()
         columns = [chosen["by"][0], "n", "mean", "sd", "pairs", f"to {lines[0]['baseline']}"]
         columns += [f"{100 * level:g} % interval", "p", "sign-flip p", "Holm p", "verdict"]
-        title = plain(", ".join(f"{name}={cell}" for name, cell in where.items()))
+        title = ", ".join(f"{name}={cell}" for name, cell in where.items())
         print_table(columns, [_cells(line, decimals) for line in lines], title=title)
         print(*map(plain, reading), sep="\n")
     if json:
