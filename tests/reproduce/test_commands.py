@@ -276,8 +276,20 @@ def test_two_comparisons_that_differ_in_one_option_are_two_tables(
 ) -> None:
     """The rate is not a column of runs.csv; before, the second one failed after its training."""
     args = ["compare", "none", "se", *TINY, "--seeds", "1", "--out", "out", "--runs", "runs"]
-    assert len(answer(capsys, args)["tables"]) == 1
-    assert len(answer(capsys, [*args, "--lr", "0.05"])["tables"]) == 2
+    (first,) = answer(capsys, args)["tables"]
+    newest, former = answer(capsys, [*args, "--lr", "0.05"])["tables"]
+    assert former["rows"] == first["rows"] != newest["rows"]
+    (newest, former) = answer(capsys, ["report", "out"])["tables"]
+    assert former["rows"] == first["rows"] != newest["rows"]
+
+
+def test_a_command_shows_the_table_that_it_was_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = reproduced(tmp_path / "out", "table1", "table3", seeds=3)
+    monkeypatch.setattr(run, "missing", lambda *_: [])
+    told = answer(capsys, ["reproduce", "table3", "--recipe", "smoke", "--results", str(out)])
+    assert [table["name"] for table in told["tables"]] == ["table3-digits", "table1-digits"]
 
 
 def test_weights_that_are_not_here_are_missed_before_the_first_run(

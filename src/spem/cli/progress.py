@@ -120,6 +120,9 @@ def carry_out(
         problems = record(planned, runs, out, failed=failed, baseline=baseline)
         report = build_report(out) if (out / "runs.csv").exists() else None
     left = sum(one.status == run.STOPPED for one in ended)
+    if report is not None:  # what was asked for comes first, whatever else the folder holds
+        ids = [config.id for config in planned]
+        report.tables.sort(key=lambda table: -table.runs["config"].isin(ids).mean())
     show(report, left=left, json=json)
     if problems:
         sys.stdout.flush()

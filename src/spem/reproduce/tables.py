@@ -187,24 +187,28 @@ def record(
                 if key not in written and row.get("setting") in settings
             ]
         for name, rows in tables.items():
-            _merge(out / name, rows)
+            _merge(out / name, rows, first=baseline is not None)
     return problems
 
 
-def _merge(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file; rows of the same runs are replaced in place."""
+def _merge(path: Path, rows: Sequence[Row], *, first: bool) -> None:
+    """Add rows to a CSV file; those of the same runs are replaced: in place, or by `first` there.
+
+    The first comparison of a folder is the one that its report begins with.
+    """
     import pandas as pd
 
     if not rows:
         return
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in _read_texts(path):
+    before = _read_texts(path)
+    groups: dict[tuple[str, str], list[Row]] = {_key(row): [] for row in rows if first}
+    for row in before:
         groups.setdefault(_key(row), []).append(row)
     groups |= {_key(row): [] for row in rows}
     for row in rows:
         groups[_key(row)].append({name: _text(value) for name, value in row.items()})
-    table = pd.DataFrame([row for lines in groups.values() for row in lines])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in (*before, *rows) for name in row))
+    table = pd.DataFrame([row for lines in groups.values() for row in lines], columns=columns)
     write_atomic(path, table.to_csv(index=False, lineterminator="\n").encode())
 
 
