@@ -91,13 +91,14 @@ class _Stats(torch.autograd.Function):
         wide, size = compute_dtype(z.dtype), math.prod(z.shape[2:])
         # An output must not come twice, so each is a tensor of its own.
         channel_var, values = (z.new_empty(0, dtype=wide) for _ in range(2))
-        raw = formula.empty_stats(z, False, False)
         if moments or extrema or batch_stats:
             work, options = passes(impl), {}
             if impl == "numba" and work is stages(impl):
                 # Where memory goes channel by channel, the last pass finds extrema by their values.
                 options = {"positions": z.is_contiguous()}
             raw = RawStats(*work.plane_stats(z, moments or batch_stats, extrema, **options))
+        else:
+            raw = formula.empty_stats(z, False, False)
         if norm is None or norm.mean is not None:
             mu, a, beta, rstd = constants(norm, z)
             normal = NormalStats(*raw[:4], *raw[2:4], *raw[5:])

@@ -144,12 +144,15 @@ class Coefficients(NamedTuple):
     s_j: Tensor | None
 
 
-def empty_stats(z: Tensor, moments: bool, extrema: bool, *parts: int) -> RawStats:
+def empty_stats(
+    z: Tensor, moments: bool, extrema: bool, *parts: int, positions: bool = True
+) -> RawStats:
     """Memory for what the first pass gathers of z, [*parts, B, C] each; [0] of all else."""
-    wide = compute_dtype(z.dtype)
-    kinds = [(moments, wide)] * 2 + [(extrema, wide)] * 3 + [(extrema, torch.int32)] * 2
-    some, none = (*parts, *z.shape[:2]), (0,)
-    return RawStats(*(z.new_empty(some if wanted else none, dtype=d) for wanted, d in kinds))
+    wide, some, none = compute_dtype(z.dtype), (*parts, *z.shape[:2]), (0,)
+    sizes = [some if moments else none] * 2 + [some if extrema else none] * 3
+    at = some if extrema and positions else none
+    places = (z.new_empty(at, dtype=torch.int32) for _ in range(2))
+    return RawStats(*(z.new_empty(size, dtype=wide) for size in sizes), *places)
 
 
 def plane_stats(z: Tensor, moments: bool, extrema: bool) -> RawStats:

@@ -76,12 +76,12 @@ def plane_stats(z: Tensor, moments: bool, extrema: bool, positions: bool = True)
     Positions cost much where a map is channels_last, and `stats_backward` can do without them.
     """
     # The moments' memory is used in any case: channels_last gathers the sums in it.
-    raw, none = empty_stats(z, True, extrema), empty_stats(z, False, False)
-    if not positions:
-        raw = raw._replace(at_high=none.at_high, at_low=none.at_low)
+    raw = empty_stats(z, True, extrema, positions=positions)
     flags = kl.MOMENTS * moments | (kl.EXTREMA | kl.POSITIONS * positions) * extrema
     _pass("plane_stats", z, flags, z, *raw)
-    return raw if moments else raw._replace(mean=none.mean, var=none.var)
+    if moments:
+        return raw
+    return raw._replace(mean=raw.mean.new_empty(0), var=raw.var.new_empty(0))
 
 
 def norm_stats(z: Tensor, norm: Norm | None, read: Collection[str]) -> tuple[Tensor, ...]:
