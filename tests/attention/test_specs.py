@@ -361,6 +361,9 @@ def test_registering() -> None:
     assert again.needs.statistics == ()  # those of the class, where nothing else is said
     own = type("Own", (Half,), {"needs": spem.Needs(pixels=3)})
     assert spem.register_attention("own", paper=paper)(own).needs.pixels == 3
+    for wrong in (("mean", "median"), "mean"):  # the second lacks its comma
+        with pytest.raises(ValueError, match=r"Needs: statistics='m.*one of mean, var, max"):
+            spem.Needs(statistics=wrong)
     for name in ("none", "", "two words", "UPPER", "a(b)", "lambda"):
         with pytest.raises(ValueError, match=rf"{re.escape(repr(name))}.*identifier"):
             spem.register_attention(name, paper="")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
-from spem.attention.options import Device, Dtype, positive_int
+from spem.attention.options import Device, Dtype, one_of, positive_int
 from spem.attention.pooling import LearnedMix, Pool, PoolSpec, learned_mixes, make_pool
 from spem.attention.precision import without_autocast
 from spem.ops import Choice, PlaneStats, bn_gate_tail, gate_tail, plane_stats
@@ -82,6 +82,10 @@ class Needs:
     place: Place = "tail"
     shared: bool = False
     replaces: Literal["norm", "conv"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.statistics:
+            one_of("Needs", STATISTICS, statistics=name)
 
 
 class ChannelAttention(nn.Module):
