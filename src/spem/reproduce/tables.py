@@ -1,8 +1,8 @@
 """Runs as DataFrames: reading run folders, the CSV files of a results folder, the tables.
 
 A results folder holds `runs.csv`, `epochs.csv`, `mixes.csv` and `gates.csv`. Rows are added or
-replaced by (config, seed); nothing else in these files is touched, and no row is removed. Epochs
-and blocks count from 0; columns that depend on the clock begin with `time_`.
+replaced by (config, seed), and no row is removed; of a comparison's earlier arms only the baseline
+changes. Epochs and blocks count from 0; columns that depend on the clock begin with `time_`.
 """
 
 from __future__ import annotations
