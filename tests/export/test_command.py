@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def test_an_architecture(
         save_file(part, weights)
         assert call([*args, *extra]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_packages_log_nothing_beside_the_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert call([str(WEIGHTS), "--opset", "9", "--out", str(tmp_path / "x.onnx")]) == 2
+    assert "cannot be written with --opset 9, only with 18." in capsys.readouterr().err
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_what_is_not_trained_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -60,6 +61,8 @@ def run(
         model = found.config.model
         about["spem_model"] = f"resnet(depth={model.depth}, block={model.block})"
         about["spem_data"] = found.config.data.name
+    for package in ("onnxscript", "torch.onnx"):  # they log what to_onnx says in a sentence
+        logging.getLogger(package).setLevel(logging.ERROR)
     how: dict[str, Any] = {"dynamic_batch": not fixed_batch, "dynamic_size": dynamic_size}
     how |= {"precision": precision, "opset": opset, "metadata": about}
     exported = to_onnx(found.model, out, found.shape(), **how)
