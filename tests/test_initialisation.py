@@ -104,6 +104,17 @@ def test_attention_owns_its_initialisation() -> None:
             )
 
 
+def test_a_compiled_network_gets_the_same_start() -> None:
+    plain, whole, parts = (spem.resnet(11, attention="spem(pool=srp)") for _ in range(3))
+    parts.layer2 = torch.compile(parts.layer2)
+    parts.layer3[0].attention = torch.compile(parts.layer3[0].attention)
+    for model in (plain, torch.compile(whole), parts):
+        spem.initialise(model, 2)
+    for other in (whole, parts):
+        states = zip(plain.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in states)
+
+
 def test_the_seed_is_the_only_input() -> None:
     torch.manual_seed(1)
     first = spem.resnet(11, attention="se")

@@ -75,7 +75,10 @@ def initialise(
     """
     if scope not in ("backbone", "all"):
         raise ValueError(f"initialise: scope={scope!r} is unknown. Use 'backbone' or 'all'.")
-    layers = list(model.named_modules())
+    layers = [
+        (".".join(part for part in name.split(".") if part != "_orig_mod"), module)
+        for name, module in model.named_modules()  # where torch.compile adds this part
+    ]
     owners: dict[str, Owner | None] = {}
     for name, module in layers:  # parents come first
         rules = getattr(module, "random_init", None)
