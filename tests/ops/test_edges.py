@@ -152,7 +152,7 @@ def test_nan_and_infinity(
 
 
 @pairwise(
-    impl=("formula", "numba"),
+    impl=KINDS,
     gate=(*SOME, "srm"),
     size=(1e18, 1e25, 1e30),
     layout=(torch.contiguous_format, torch.channels_last),
@@ -161,8 +161,8 @@ def test_large_numbers_stay_finite_in_training(
     impl: str, gate: str, size: float, layout: torch.memory_format
 ) -> None:
     """Their squares overflow: then torch's norm has a factor of 0, and so has the fused one."""
-    needs(impl, torch.float32)
-    t = tail(gate, (4, 5, 8, 8), dtype=torch.float32, memory_format=layout)
+    needs(impl, torch.float32, home(impl))
+    t = tail(gate, (4, 5, 8, 8), dtype=torch.float32, memory_format=layout, device=home(impl))
     with torch.no_grad():
         t.z.mul_(size)
     expected, found = copy.deepcopy(t).results("reference"), t.results(impl)

@@ -20,6 +20,9 @@ import triton.language as tl
 # Sizes are not compiled in: what a kernel needs to know of them is in K_UNIT and C_UNIT.
 _SIZES = ("planes", "k_units", "c_units", "blocks", "tiles", "parts")
 _NOWHERE = tl.constexpr(2**31 - 1)
+# Squares are summed of values times this, so that no sum overflows where the variance does not.
+_SCALE = tl.constexpr(2.0**-8)
+_LARGEST = tl.constexpr(float(2**128 - 2**104))
 
 
 @triton.jit
@@ -88,10 +91,16 @@ def _shift(first):
 
 @triton.jit
 def _moments(s1, s2, shift, K):
-    """Mean and biased variance from the sums of z - shift and of its square; NaN stays NaN."""
+    """Mean and biased variance from the sums of t = z - shift and of (_SCALE t)^2; NaN stays NaN.
+
+    A variance that overflows is the largest number: the norm's factor of 0 times infinity is NaN.
+    """
     size = K.to(tl.float32)
-    var = (s2 - s1 * s1 / size) / size
-    return shift + s1 / size, tl.where(var < 0, 0.0, var)
+    scaled = s1 * (_SCALE * _SCALE)
+    var = (s2 - scaled * scaled / size / (_SCALE * _SCALE)) / size
+    var = tl.where(var < 0, 0.0, var) / (_SCALE * _SCALE)
+    overflown = (s1 - s1 == 0) & ((var != var) | (var > _LARGEST))
+    return shift + s1 / size, tl.where(overflown, _LARGEST, var)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -124,6 +133,7 @@ def plane_stats_kernel(
 
     Formula:
         s1 = sum_k (z_k - z_0), s2 = sum_k (z_k - z_0)^2, mean = z_0 + s1/K, var = (s2 - s1^2/K)/K
+        (s2 is kept times _SCALE^2)
         high = max_k z_k, low = min_k z_k and the first k that has them
 
     Bytes: reads N, writes up to 28 a plane. With PARTIAL it writes s1 and s2 in place of mean and
@@ -139,7 +149,7 @@ def plane_stats_kernel(
     z_0 = tl.load(z + start, mask=inside, other=0.0).to(tl.float32)
     shift = _shift(z_0)
     t = tl.where(mask, x - shift[:, None], 0.0)
-    s1, s2 = t, t * t
+    s1, s2 = t, (t * _SCALE) * (t * _SCALE)
     # A lane that holds no cell loses ties as well: its position is beyond those of the cells.
     top = tl.where(mask, x, float("-inf"))
     bottom = tl.where(mask, x, float("inf"))
@@ -153,7 +163,7 @@ def plane_stats_kernel(
             if MOMENTS:
                 t = tl.where(mask, x - shift[:, None], 0.0)
                 s1 += t
-                s2 += t * t
+                s2 += (t * _SCALE) * (t * _SCALE)
             if EXTREMA:
                 # Strictly better only: the first of equals stays; a NaN is taken and kept.
                 better = mask & ((x > top) | (x != x))
