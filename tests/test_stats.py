@@ -212,6 +212,14 @@ def test_tables_that_people_have(kind: str, tmp_path: Path):
     assert one["pairs"] == 3
 
 
+def test_names_of_groups_are_not_read_as_numbers(tmp_path: Path):
+    path = tmp_path / "runs.csv"
+    path.write_text("lambda;seed;acc\n0,5;0;90,125\n0,5;1;90,250\n1;0;91,125\n1;1;91,250\n")
+    rows, chosen = choose_columns(read_table(path), by=["lambda"])
+    assert list(rows["lambda"]) == ["0,5", "0,5", "1", "1"]
+    assert line(compare(rows, **chosen, baseline="0,5"), "1")["difference"] == 1
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -142,8 +142,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if table.empty:
         raise ValueError(f"{path} has a heading and no rows. Pass a file with one run a row.")
     table = table.rename(columns=str.strip).apply(lambda column: column.fillna("").str.strip())
-    if separator != ",":  # where a comma is a decimal one, also before three digits
-        table = table.replace(r"^([+-]?\d+),(?=\d+\D*$)", r"\1.", regex=True)
+    table.attrs["comma"] = "decimal" if separator != "," else "unclear"
     return table
 
 
@@ -160,13 +159,14 @@ def choose_columns(
     Columns that are not named are the usual ones, in capitals or not. A table with a column a seed,
     or a column a group and a row a seed, is turned into one with a row a run.
     """
+    decimal = table.attrs.get("comma") == "decimal"  # also before three digits
     row = _find(table, USUAL["pair"] if pair is None else [pair])
     if row and not by and value is None and not _find(table, (*USUAL["by"], *USUAL["value"])):
         kept = [row, *(name for each in within or WITHIN if (name := _find(table, [each])))]
         groups = [name for name in table if name not in kept]
         for name in groups:  # a column of texts is called by its own name
             for cell in table[name]:
-                _number(cell, name)
+                _number(cell, name, decimal=decimal)
         if len(groups) > 1:
             table = table.melt(kept, groups, var_name="module", value_name="value")
     by = [_column(table, "by", name) for name in by or (None,)]
@@ -184,7 +184,8 @@ def choose_columns(
     taken = [*by, value, pair, *asked]
     if len(set(taken)) < len(taken):
         raise ValueError(f"each column has one meaning, but {chosen} name one of them twice.")
-    return table.assign(**{value: [_number(cell, value) for cell in table[value]]}), chosen
+    numbers = [_number(cell, value, decimal=decimal) for cell in table[value]]
+    return table.assign(**{value: numbers}), chosen
 
 
 def _column(table: pd.DataFrame, option: str, asked: str | None) -> str:
@@ -206,12 +207,12 @@ def _find(table: pd.DataFrame, names: Sequence[str]) -> str | None:
     return next((known[n] for n in (*names, *map(str.lower, names)) if n in known), None)
 
 
-def _number(cell: str, column: str) -> float:
+def _number(cell: str, column: str, *, decimal: bool) -> float:
     """The number in a cell: 70.5, 70.5 %, 70,5; an empty one is not a number."""
     text = cell.removesuffix("%").strip()
     if text.lower() in ("", "-", "na", "n/a", "none"):
         return float("nan")
-    if re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text):
+    if not decimal and re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text):
         said = f"{cell!r} in column {column!r} may be a decimal or a number of thousands"
         raise ValueError(f"{said}. Write it without a comma.")
     try:
