@@ -317,3 +317,13 @@ def test_absurd_sizes_are_refused_before_they_fill_memory(tmp_path: Path, side: 
     (tmp_path / "train" / "cat" / "000.png").write_bytes(bomb)
     with pytest.raises(ValueError, match=r"cat/000\.png: not a readable image"):
         load_images(str(tmp_path), "train")
+
+
+def test_a_strip_that_would_be_enormous_is_not_scaled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    save(tmp_path / "train" / "a" / "0.png", random_images(1, 2, 200)[0])
+    with_another(tmp_path)
+    with pytest.raises(ValueError, match=r"0.png: .*200x2 is too narrow to be brought to 64x64"):
+        load_images(str(tmp_path), "train", size=64)

@@ -229,6 +229,9 @@ def fit(pixels: NDArray[np.uint8], size: int | None) -> NDArray[np.uint8]:
         return pixels
     pillow = require("PIL.Image", **_TRAIN)
     transforms = require("torchvision.transforms.functional", **_TRAIN)
+    most = pillow.MAX_IMAGE_PIXELS  # which Pillow holds only files to; the strip may be far larger
+    if most and max(height, width) / min(height, width) * size**2 > 2 * most:
+        raise ValueError(f"{width}x{height} is too narrow to be brought to {size}x{size}")
     scaled = transforms.resize(pillow.fromarray(pixels), size)
     return np.asarray(transforms.center_crop(scaled, [size]))
 
