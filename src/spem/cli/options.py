@@ -162,7 +162,7 @@ class Options:
                 keyword += r"(?=([\w'\"(\[-]?))" if option.metavar else "True()"
                 text = re.sub(keyword, lambda at, flag=flag: flag + " " * bool(at[1]), text)
                 if section:
-                    field = rf"(?<![\w./-]){re.escape(option.name)}(?![\w=]|\.\w)"
+                    field = rf"(?<![\w./-]){re.escape(option.name)}(?![\w=:]|\.\w)"
                     text = re.sub(field, flag, text)
         return text
 
