@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ SCHEMA = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (CARD, CONFIG, WEIGHTS)
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
 _LARGEST_INPUT = 2**26
 """Largest number of values in an input that attention was traced with."""
 
@@ -121,12 +122,14 @@ class _Config:
     version: str
     network: dict[str, Any]
     attach: tuple[_Call, ...]
-    dtype: Literal["float32", "float64", "bfloat16", "float16"]
+    dtype: str
     images: Images | None
     classes: tuple[str, ...] | None
     weights_sha256: str
 
     def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown. Known: {', '.join(_DTYPES)}.")
         host = self.host
         count = host.classes if isinstance(host, _Ours) else host.options.get("num_classes")
         if self.classes is not None and count is not None and len(self.classes) != count:
@@ -222,7 +225,7 @@ def save_pretrained(
             version=__version__,
             network=_described(model, arch or said.get("architecture"), options),
             attach=tuple(_Call(**vars(call), part=part) for part, call in remembered(model)),
-            dtype=cast("Any", dtypes[0].removeprefix("torch.") if dtypes else "float32"),
+            dtype=dtypes[0].removeprefix("torch.") if dtypes else "float32",
             images=None if images is None else _read(Images, dict(images), "images"),
             classes=None if classes is None else tuple(classes),
             weights_sha256=hashlib.sha256(content).hexdigest(),
@@ -541,7 +544,7 @@ class _Measured:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.value):
+        if isinstance(self.value, bool) or not math.isfinite(self.value):
             raise ValueError(f"a result's value={self.value!r} is not a number.")
 
 

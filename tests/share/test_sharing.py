@@ -208,6 +208,7 @@ def test_every_module_has_its_formula_on_the_card():
         ({"dataset": "a", "metric": "b"}, "missing value for field .value."),
         ({"dataset": "a", "metric": "b", "value": "93"}, "wrong value type for field .value."),
         ({"dataset": "a", "metric": "b", "value": float("nan")}, "value=nan is not a number"),
+        ({"dataset": "a", "metric": "b", "value": True}, "value=True is not a number"),
         ([{"dataset": "a", "metric": "b", "value": 1, "best": 2}], "can not match .best. to any"),
         ("nowhere", "nowhere holds no result.json, so its run has not finished"),
     ],

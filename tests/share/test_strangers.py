@@ -48,7 +48,7 @@ def timm(arch: str, **options: Any) -> dict[str, Any]:
         ({"schema": 2}, "is of layout 2, this version of spem reads 1"),
         ({"auto_map": {"AutoModel": "code.py"}}, "can not match .auto_map. to any"),
         ({"dtype": ...}, 'missing value for field "dtype"'),
-        ({"dtype": "int8"}, 'field "dtype" - should be "Literal'),
+        ({"dtype": "int8"}, "dtype='int8' is unknown. Known: float32,"),
         ({"attach": 3}, "config.json: .* It takes schema"),
         ({"network__kind": "pickle"}, "unknown kind 'pickle'. Known: spem.resnet, timm"),
         ({"network__kind": []}, r"unknown kind \[\]"),
