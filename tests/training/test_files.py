@@ -119,6 +119,9 @@ def test_files_that_look_whole_are_told_by_the_sums_of_the_result(finished: Path
     save_weights(read_run(folder).network(), tiny(), folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors is damaged: it is not the file that"):
         read_run(folder).network()
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl is missing. Delete the folder"):
+        read_run(folder)
 
 
 def test_a_pipe_in_a_run_folder_does_not_hang(finished: Path, tmp_path: Path):

@@ -467,6 +467,8 @@ def write_result(result: dict[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _require_sum(path: Path, sums: dict[str, str]) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing. {_AGAIN}")
     if sums.get(path.name) != hashlib.sha256(read_regular(path)).hexdigest():
         raise damaged(path, "it is not the file that result.json was written for", _AGAIN)
 
