@@ -18,7 +18,7 @@ from spem.reproduce import load_runs, run
 from spem.reproduce.experiments import comparison
 from spem.reproduce.run import estimate_seconds, forget_diverged, missing, run_missing
 from spem.training import HeldError, Interrupted, RunConfig, Silent, smoke
-from spem.training.folder import held
+from spem.training.folder import build_network, held
 
 
 class Told(Silent):
@@ -111,6 +111,21 @@ def test_an_estimate_grows_with_what_there_is_to_do():
     assert larger is not None
     assert larger > small * 5 > 0
     assert estimate_seconds([replace(one, data=replace(one.data, name="some/folder"))]) is None
+
+
+def test_an_estimate_measures_blocks_of_the_kind_that_is_trained(monkeypatch: pytest.MonkeyPatch):
+    built: list[str] = []
+
+    def build(config: RunConfig, classes: int) -> Any:
+        built.append(config.model.block)
+        return build_network(config, classes)
+
+    monkeypatch.setattr("spem.training.folder.build_network", build)
+    run._seconds_an_image.cache_clear()
+    one = tiny("none")[0]
+    basic = replace(one, model=replace(one.model, depth=20, block="basic"))
+    estimate_seconds([one, basic])
+    assert built == ["bottleneck", "basic"]
 
 
 def test_a_task_that_does_not_see_the_folder_says_so(tmp_path: Path):

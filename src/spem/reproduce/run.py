@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from spem.extras import first_line, require
 from spem.reproduce.tables import DIVERGED, FAILED, FINISHED
@@ -291,6 +291,7 @@ _CIFAR = (50_000, 10_000, 32)  # training images, test images and their side
 SIZES = {"digits": (1437, 360, 16), "cifar10": _CIFAR, "cifar100": _CIFAR}
 MEASURED_IMAGES = 32
 ATTENTION_SHARE = 1.2  # about how much longer a step takes with attention
+SMALL = {"bottleneck": 11, "basic": 8}  # depth of the network that is measured
 
 
 def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
@@ -302,8 +303,8 @@ def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
             return None
         train, test, side = SIZES[data.name]
         train, test = min(train - data.val, data.limit or train), min(test, data.test_limit or test)
-        seconds = _seconds_an_image(config.runtime, data.size or side)
-        seconds *= (model.depth - 2) / (9 if model.block == "bottleneck" else 6)
+        seconds = _seconds_an_image(model.block, config.runtime, data.size or side)
+        seconds *= (model.depth - 2) / (SMALL[model.block] - 2)
         seconds *= 1 if model.attention == "none" else ATTENTION_SHARE
         # An evaluated image is a forward pass, about a third of a step.
         total += config.optim.epochs * (train + (test + data.val) / 3) * seconds
@@ -311,15 +312,17 @@ def estimate_seconds(configs: Iterable[RunConfig]) -> float | None:
 
 
 @cache
-def _seconds_an_image(runtime: RuntimeConfig, side: int) -> float:
-    """Seconds of ResNet-11's step per image: the fastest of a few, as others use the machine."""
+def _seconds_an_image(
+    block: Literal["bottleneck", "basic"], runtime: RuntimeConfig, side: int
+) -> float:
+    """Seconds of a step per image: the fastest of a few, since others may use the machine."""
     import torch
 
     from spem.training.folder import build_network
     from spem.training.loop import resolved
     from spem.training.step import execution, make_optimizer, make_step, map_dtype
 
-    small = RunConfig(ModelConfig(depth=11, attention="none"))
+    small = RunConfig(ModelConfig(depth=SMALL[block], attention="none", block=block))
     runtime = resolved(replace(runtime, step="eager"), 1, attention=False)
     form = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with execution(runtime) as place:
