@@ -10,8 +10,8 @@ import pytest
 import torch
 from training.tiny import begun, shortened, tiny
 
-from spem.data import load_images
-from spem.training import ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
+from spem.data import ImageSet, load_images
+from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
 from spem.training.sets import load_sets
 from spem.training.step import make_optimizer, set_rate
 
@@ -94,6 +94,15 @@ def test_the_limited_images_can_be_drawn_again_for_every_seed():
     sums = [load_sets(data, seed).train.sha256 for seed in (0, 1, 1)]
     assert sums[0] != sums[1] == sums[2]
     assert sums[0] == load_sets(replace(data, limit_seed=False), 5).train.sha256
+
+
+def test_splits_of_different_classes_are_told_as_such(monkeypatch: pytest.MonkeyPatch):
+    def other(data: DataConfig) -> ImageSet:
+        return replace(load_images(data.name, "test", size=8), classes=tuple("abcdefghij"))
+
+    monkeypatch.setattr("spem.training.sets.load_test", other)
+    with pytest.raises(ValueError, match=r"digits: the training images have other classes"):
+        load_sets(tiny().data)
 
 
 def test_the_cosine_starts_at_the_rate_and_falls_to_nothing():

@@ -37,7 +37,11 @@ def load_sets(data: DataConfig, seed: int = 0) -> Sets:
         train, validation = hold_out(train, data.val)
     train = _limited(train, data.limit, "limit", seed if data.limit_seed else 0)
     test = load_test(data)
-    test.require_classes(train.classes)
+    if test.classes != train.classes:
+        raise ValueError(
+            f"{data.name}: the training images have other classes than the test images "
+            f"({len(train.classes)} and {len(test.classes)}). Their labels would differ in meaning."
+        )
     return Sets(train, test, validation)
 
 
