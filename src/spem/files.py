@@ -15,8 +15,8 @@ from typing import Any, cast
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that readers find the old content or the new, never a part.
 
-    The content reaches the disk before the name does. Links and devices are not replaced
-    (ValueError).
+    The content reaches the disk before the name does; the folder's entry is synced last, where the
+    file system can. Links and devices are not replaced (ValueError).
     """
     require_regular(path, missing_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -32,6 +32,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk does not say which file it was
         raise
+    with contextlib.suppress(OSError):  # Windows opens no folder, some mounts sync none
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_regular(path: Path) -> bytes:

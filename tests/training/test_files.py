@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,6 +203,25 @@ def test_failed_write_leaves_the_old_file_and_no_other(
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError, match=r"No space left on device: '.*config\.json'"):
         trained(tiny(epochs=1), tmp_path / "run")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_name_is_synced_last_where_the_file_system_can(
+    refuses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, sync, synced = tmp_path / "file", os.fsync, list[bool]()
+
+    def watched(descriptor: int) -> None:
+        synced.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        assert path.exists() == synced[-1]
+        if refuses and synced[-1]:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr("spem.files.os.fsync", watched)
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert synced == [False, True]
 
 
 def test_the_mode_of_a_new_file_is_the_users(tmp_path: Path):
