@@ -164,9 +164,11 @@ def test_torchscript() -> None:
     for fixed in (
         torch.jit.script(nn.Conv2d(3, 3, 1)),
         torch.jit.trace(nn.Conv2d(3, 3, 1), torch.rand(1, 3, 8, 8)),
+        torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))),
     ):
-        with pytest.raises(ValueError, match="it is TorchScript, which cannot be followed"):
-            spem.attach(fixed, "spem")
+        for where in (None, lambda m: m if m is not fixed else None):  # noqa: B023
+            with pytest.raises(ValueError, match="TorchScript takes no new module"):
+                spem.attach(fixed, "spem", where=where)
 
 
 @pytest.mark.parametrize(("make", "attention", "options", "message"), REFUSED)

@@ -268,6 +268,9 @@ def _spots(
     if where is not None and not callable(where):
         said = f"where={where!r} is not a function of a module"
         raise TypeError(f"attach: {said}. Names are chosen with include='{where}*'.")
+    if isinstance(model, torch.jit.ScriptModule):
+        said = "TorchScript takes no new module"
+        raise ValueError(f"attach: {said}. Attach to the network that it was made from.")
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     for wrapper in kinds & _SHARED_BY_PROCESSES:
         said = f"the network is in a {wrapper}, which would not share the new parameters"
