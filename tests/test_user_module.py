@@ -6,14 +6,12 @@ import csv
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import spem
-from spem.attention.spec import _REGISTRY
 from spem.cli import main
 from spem.cli.network import register_from_file
 from spem.models import resnet
@@ -57,12 +55,7 @@ class Half(ChannelAttention):
 """
 
 
-@pytest.fixture(autouse=True)
-def _registry() -> Iterator[None]:
-    before = dict(_REGISTRY)
-    yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
+pytestmark = pytest.mark.usefixtures("clean_registry")
 
 
 def write(folder: Path, text: str = PLAIN) -> Path:

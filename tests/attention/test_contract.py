@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -211,16 +210,6 @@ def test_a_convolution_in_half_precision(training: bool) -> None:
     expected = copy.deepcopy(full)(x)
     for actual in (out, half(x.bfloat16())):
         assert (actual.float() - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Deterministic algorithms on; uninitialised memory is then filled with NaN as well."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

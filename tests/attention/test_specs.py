@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from hypothesis import given, settings, strategies as st
 from tolerance import TOLERANCE
 
 import spem
-from spem.attention.base import _REGISTRY
 from spem.attention.spec import attention_class, bibtex
 
 
@@ -321,15 +319,6 @@ def test_patterns() -> None:
     assert set(spem.list_attention("s*")) >= {"spem", "se", "srm", "sge", "scale"}
     assert "eca" not in spem.list_attention("s*")
     assert spem.list_attention("nothing*") == []
-
-
-@pytest.fixture
-def clean_registry() -> Iterator[None]:
-    """What a test registers is forgotten after it."""
-    before = dict(_REGISTRY)
-    yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
 
 
 @pytest.mark.usefixtures("clean_registry")

@@ -40,9 +40,7 @@ def refused(
     assert says in told.err
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path:

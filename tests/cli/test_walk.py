@@ -17,9 +17,7 @@ from spem import cli
 COLOURS = {"apples $_{": (200, 40, 30), "leaves": (40, 170, 60), "\x1b[31m\u5929": (60, 90, 220)}
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def photos(folder: Path, each: int) -> None:

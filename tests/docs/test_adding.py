@@ -6,12 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from spem.attention.spec import _REGISTRY
 from spem.cli.network import register_from_file
 from spem.models import resnet
 
@@ -106,15 +104,7 @@ def test_the_contract_finds_it(copy: Path) -> None:
     assert passed >= 8
 
 
-@pytest.fixture
-def _registry() -> Iterator[None]:
-    before = dict(_REGISTRY)
-    yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
-
-
-@pytest.mark.usefixtures("_registry")
+@pytest.mark.usefixtures("clean_registry")
 def test_the_same_file_is_compared_from_where_it_lies() -> None:
     """What `spem compare --module` does before it trains; test_user_module.py trains."""
     assert "--module examples/my_attention.py:Span" in PAGE

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from spem.attention.spec import _REGISTRY
-
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
@@ -29,13 +27,11 @@ NEEDS = {"share": "huggingface_hub", "to_onnx": "onnxruntime", "int8": "onnxrunt
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _as_it_was(clean_registry: None) -> Iterator[None]:
     """Examples seed the global generators and may register modules."""
-    state, registry = torch.get_rng_state(), dict(_REGISTRY)
+    state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)
-    _REGISTRY.clear()
-    _REGISTRY.update(registry)
 
 
 def test_every_example_is_run_by_a_test() -> None:

@@ -18,13 +18,7 @@ SHAPES = (
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 BOTH = (False, True)
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 
 def arranged(t, last):

@@ -21,14 +21,7 @@ if not (kernels.INTERPRETED or torch.cuda.is_available()):
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 both_layouts = pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory():
-    """Fills what torch.empty returns with NaN: a cell that no program writes shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 
 def laid_out(x: torch.Tensor, last: bool) -> torch.Tensor:

@@ -30,14 +30,7 @@ passes_of = pairwise(
     last=BOTH,
 )
 INF, NAN = float("inf"), float("nan")
-
-
-@pytest.fixture(autouse=True)
-def nan_in_new_memory():
-    """Fills what torch.empty returns with NaN: a cell that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("deterministic")
 
 
 def kernels(impl: str, dtype: torch.dtype) -> ModuleType:

@@ -30,9 +30,7 @@ def answer(capsys: pytest.CaptureFixture[str], args: list[str]) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.mark.parametrize(
