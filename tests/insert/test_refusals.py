@@ -64,6 +64,12 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, dict[str, Any], str]] = [
         {},
         "3 of 3 sites do not run in a forward pass of ResNet, layer1.0.attention first",
     ),
+    (
+        small,
+        "srm",
+        {"input_shape": (1, 3, 32, 32)},  # its last maps have one position
+        "ResNet no longer runs with srm in it: SRM: needs maps of at least 2 positions",
+    ),
     (small, "spem", {"start": "zero"}, "start='zero' is unknown. Use 'identity' or 'module'"),
     (small, "spem", {"stages": (3, 5)}, r"stages=\[3, 5\], but this network has stages 1 to 4"),
     (

@@ -84,6 +84,9 @@ class IdentityStart(ChannelAttention):
             return super().forward(x)
         return x + self.alpha.to(x.dtype) * (self.inner(x) - x)
 
+    def _check(self, x: Tensor) -> None:
+        self.inner._check(x)  # whose name says more
+
     def _from_one(self, v: Tensor) -> Tensor:
         return 1.0 + self.alpha.to(v.dtype) * (v - 1.0)
 
