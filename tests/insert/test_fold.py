@@ -97,6 +97,15 @@ def test_the_folded_network_is_the_plain_one_with_constant_gates(host: str, atte
     assert spem.detach(network) == []
 
 
+def test_a_layer_of_several_ends_in_the_one_that_takes_the_factor() -> None:
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.ReLU()).eval()
+    layer = network[0]
+    spem.attach(network, "scale", where=lambda module: module if module is layer else None)
+    set_alpha(network, 0.6)
+    assert fold(network, [images(2, 16)]).difference < 1e-6
+    assert network[0] is layer
+
+
 def test_the_report_tells_spread_agreement_and_accuracy() -> None:
     network, _ = attached("torchvision, norms wrapped", "se(reduction=4)")
     x = [images(4, 64, torch.float64), -images(4, 64, torch.float64)]

@@ -175,7 +175,7 @@ def fold(
 
 def _gates(model: nn.Module) -> list[_Gate]:
     """Every attention of a network, once."""
-    found: dict[int, _Gate] = {}
+    found: list[_Gate] = []
     for name, module in attentions_of(model).items():
         if not name:
             raise ValueError("fold: the model is one attention. Pass the network that holds it.")
@@ -186,16 +186,14 @@ def _gates(model: nn.Module) -> list[_Gate]:
         elif not inner.computes_gate_in_forward():
             why += "does more than multiply its map by a factor per channel"
         elif tensors := _factors(_before(model, name)):
-            gate = _Gate(name, module, tensors)
-            if found.setdefault(id(tensors[0]), gate) is gate:
-                continue
-            why = f"and {found[id(tensors[0])].name} follow one layer; each needs its own"
+            found.append(_Gate(name, module, tensors))
+            continue
         else:
             why = "follows no norm, convolution or layer scale that could take its factor"
         raise ValueError(f"fold: {name} {why}.")
     if not found:
         raise ValueError(f"fold: there is no attention in {type(model).__name__}.")
-    return list(found.values())
+    return found
 
 
 def _before(model: nn.Module, name: str) -> object:
