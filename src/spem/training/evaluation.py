@@ -16,6 +16,7 @@ from spem.attention import ChannelAttention
 from spem.data import NORMALISATION, ImageSet, normalise
 from spem.data.names import known_name
 from spem.gates import inspect
+from spem.insert.sites import evaluating
 from spem.models import blocks
 from spem.ops.library import BATCH_NORMS
 from spem.training.config import RunConfig, require_one_of
@@ -90,18 +91,13 @@ def _answers(
         require_one_of("normalisation", normalisation, NORMALISATION)
         normalisation = NORMALISATION[normalisation]
     mean, std = normalisation
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(data), batch):
             images = normalise(data.images[start : start + batch], mean, std)
             labels = data.labels[start : start + batch]
             with full_float32():
                 logits = model(images.contiguous(memory_format=torch.channels_last))
             yield logits, labels
-    finally:
-        for module, mode in modes:  # a norm may be frozen in a network that is in training
-            module.training = mode
 
 
 def load_test_images(
