@@ -1,24 +1,15 @@
-"""`spem list`: what it says of every module, and the README's table made from it."""
+"""`spem list`: what it says of every module."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
 
 import pytest
 
 import spem
 from spem.cli import main
 from spem.cli.listing import markdown_table
-
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_table_of_the_readme_is_the_generated_one() -> None:
-    """Between two markers; `spem list --markdown` prints it."""
-    start, end = "<!-- generated: modules -->\n", "\n<!-- end -->"
-    assert start in README
-    assert README.partition(start)[2].partition(end)[0].strip() == markdown_table()
 
 
 def test_every_module_has_a_row_with_its_paper() -> None:
@@ -67,3 +58,5 @@ def test_the_table_of_some(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(markdown_table("e?a").splitlines()) == 2 + len(spem.list_attention("e?a"))
     with pytest.raises(ValueError, match="zz"):
         markdown_table("zz")
+    assert main(["list", "e?a", "--bibtex"]) == 0
+    assert re.findall(r"^@\w+{(\w+),", capsys.readouterr().out, re.M) == ["eca", "ela"]

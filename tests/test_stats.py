@@ -51,13 +51,17 @@ def test_numbers_are_those_of_scipy():
         assert one["p"] == pytest.approx(test.pvalue, rel=1e-9)
         assert (one["n"], one["pairs"]) == (6, 6)
         numbers = [np.mean(values) - np.mean(NONE), np.mean(values), np.std(values, ddof=1)]
-        assert one[["difference", "mean", "sd"]].tolist() == pytest.approx(numbers)
+        numbers.append(np.std(np.subtract(values, NONE), ddof=1))
+        names = ["difference", "mean", "sd", "difference_sd"]
+        assert one[names].tolist() == pytest.approx(numbers)
         p.append(test.pvalue)
     small, large = sorted(p)
     assert sorted(found["p_holm"].dropna()) == pytest.approx([2 * small, max(2 * small, large)])
     wide = compare(table(none=NONE, se=SE), level=0.99)
     low, high = scipy_stats.ttest_rel(SE, NONE).confidence_interval(0.99)
     assert line(wide, "se")[["low", "high"]].tolist() == pytest.approx([low, high])
+    for others, first in (({"se": SE, "none": NONE}, "none"), ({"se": SE, "spem": SPEM}, "se")):
+        assert set(compare(table(**others))["baseline"]) == {first}
 
 
 def test_sign_flips_are_counted():
