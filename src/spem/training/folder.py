@@ -44,8 +44,6 @@ _LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, FILES))})\.[0-9a-f]{{8}}\.
 
 _MAGIC = b"SPEM-SHA256:"
 _FOOTER = len(_MAGIC) + 32
-_LARGEST_OPTION = 4_096
-"""Of an attention in a file: no module of a CIFAR network takes a larger number."""
 _AGAIN = "Delete the folder to train the run again."
 _OTHER = "{} does not fit this version of spem"  # a whole file, written by another one
 
@@ -426,18 +424,11 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
     head = tensors.get("fc.weight")
     if head is None or head.dim() != 2 or not 0 < head.shape[0] <= head.numel():
         raise ValueError("The weights have no classifier fc.weight.")
-    if config.model.depth > len(tensors):
-        raise ValueError(
-            f"The config asks for depth {config.model.depth}, and there are {len(tensors)} tensors."
-        )
-    options = config.model.attention.partition("(")[2]
-    for option in re.findall(r"\d[\d.]*(?:e\+?\d+)?", options):
-        if float(option) > _LARGEST_OPTION:
-            raise ValueError(f"The option {option} of {config.model.attention} is absurd.")
     if data is not None and len(data.classes) != head.shape[0]:
         raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
-    network = build_network(config, classes=head.shape[0])
-    network.load_state_dict(tensors)
+    with torch.device("meta"):  # where a network of any size takes no memory
+        network = build_network(config, classes=head.shape[0])
+    network.load_state_dict(tensors, assign=True)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
     return network
