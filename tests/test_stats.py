@@ -70,6 +70,7 @@ def test_sign_flips_are_counted():
     means = np.abs((signs * d).mean(1))
     assert sign_flip(d) == pytest.approx((means >= abs(d.mean()) - 1e-12).mean())
     assert sign_flip(np.zeros(7)) == 1
+    assert sign_flip(np.arange(40) + 1.0) == 2 / 10_000  # of 9999 random patterns and this one
 
 
 @pytest.mark.parametrize("n", [3, 5, 8])
@@ -153,6 +154,8 @@ def test_mistakes_are_one_sentence():
     rows = table(none=NONE, se=SE)
     with pytest.raises(ValueError, match=r"none has seed 0 2 times.*differ in lr"):
         compare(pd.concat([rows.assign(lr=1), rows.assign(lr=2)]))
+    with pytest.raises(ValueError, match=r"none has seed 0 2 times. Remove one, or name"):
+        compare(pd.concat([rows, rows]))
     with pytest.raises(ValueError, match="no group 'spme'"):
         compare(rows, baseline="spme")
     with pytest.raises(KeyError, match=r"no column 'modul'. Nearest: module"):
