@@ -280,6 +280,9 @@ def test_find_sites_takes_what_attach_takes() -> None:
     assert spem.attach(model, "se", fuse=True) == [site.name for site in sites]
     with pytest.raises(ValueError, match=r"does not run on an input of \[1, 3, 32, 32\]"):
         find_sites(Picky(), "se", input_shape=(1, 3, 32, 32))
+    assert find_sites(Picky(), "fca(size=12)", stages=1)  # else its size has to be found
+    with pytest.raises(ValueError, match="does not run on an input of"):
+        find_sites(Picky(), "fca", stages=1)
 
 
 def test_new_modules_take_the_mode_of_their_place_and_old_ones_that_of_the_network() -> None:

@@ -6,8 +6,8 @@ import copy
 import io
 import os
 import pickle
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -169,11 +169,8 @@ def in_two_threads(case: Case) -> Tensor:
                 if not torch.allclose(y, expected[number], rtol=1e-4, atol=1e-5):
                     wrong.append(float((y - expected[number]).abs().max()))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
     assert not wrong
     return case.network(case.x)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -150,11 +150,8 @@ def test_callers_at_once_do_not_meet(layout: torch.memory_format) -> None:
             results = [tails[k].forward("numba") for _ in range(100)]
             wrong.extend(k for y in results if not torch.equal(y, expected[k]))
 
-    threads = [threading.Thread(target=call, args=(k,)) for k in range(len(tails))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(tails)) as pool:
+        list(pool.map(call, range(len(tails))))
     assert not wrong
 
 
