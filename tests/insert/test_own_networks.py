@@ -206,21 +206,22 @@ def test_without_branches_a_layer_that_gives_itself_folded_is_followed_whole() -
 class Gated(nn.Module):
     """A branch that ends in a gate of linear layers, made as large as the map, and in one of 2D."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, viewed: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv, self.viewed = nn.Conv2d(8, 8, 3, padding=1), viewed
         self.fc = nn.Linear(8, 8)
         self.spatial = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(torch.relu(x))
-        gate = torch.sigmoid(self.fc(y.mean((2, 3)))).unsqueeze(2).unsqueeze(3)
+        gate = torch.sigmoid(self.fc(y.mean((2, 3))))
+        gate = gate.view(*y.shape[:2], 1, 1) if self.viewed else gate.unsqueeze(2).unsqueeze(3)
         y = gate.expand_as(y) * y
         return x + y * torch.sigmoid(self.spatial(y.mean(1, keepdim=True)))
 
 
 def test_a_gate_made_as_large_as_its_map_hides_no_branch() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), Gated(), Gated()).eval()
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), Gated(), Gated(viewed=True)).eval()
     sites = find_sites(network, input_shape=(1, 3, 12, 12))
     assert [(site.name, site.channels) for site in sites] == [("1.conv", 8), ("2.conv", 8)]
 
