@@ -147,61 +147,9 @@ def isnumber(text: str) -> bool:
     return text[:1].isdigit()
 
 
-def thousands(text: str) -> str:
-    return f"{int(text):,}" if text.isdigit() else text
-
-
-def origin(rows: Sequence[Row]) -> str:
-    """Of which commits and versions the rows are, for the end of a table."""
-    parts: list[str] = []
-    for name in ("torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime", "commit"):
-        values = sorted({row[name] for row in rows if row.get(name)})
-        if values:
-            parts.append(f"{name} {' and '.join(values)}")
-    return f"Measured with {', '.join(parts)}."
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """One line an architecture; what the attentions have in common once."""
-    lines = [
-        "| architecture | input | sites | parameters | added: "
-        + " / ".join(f"`{name}`" for name in ATTENTIONS)
-        + " | outputs moved by the identity start | ONNX and PyTorch, `spem` |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    notes: list[str] = []
-
-    def cell(text: str) -> str:
-        if not text or isnumber(text):
-            return text or "-"
-        if text not in notes:
-            notes.append(text)
-        return f"note {notes.index(text) + 1}"
-
-    for arch in ARCHITECTURES:
-        found = {row["attention"]: row for row in rows if row["architecture"] == arch}
-        if set(found) != set(ATTENTIONS):
-            continue
-        of = [found[name] for name in ATTENTIONS]
-        moved = {
-            cell(row["identity_difference"])
-            for row in of
-            if isnumber(row["identity_difference"]) or row["identity_difference"] != row["sites"]
-        }
-        added = [cell(row["added_parameters"]) for row in of]
-        lines.append(
-            f"| `{arch}` | {of[0]['size']} | {cell(of[0]['sites'])} "
-            f"| {thousands(cell(of[0]['plain_parameters']))} "
-            f"| {' / '.join(map(thousands, added))} "
-            f"| {', '.join(sorted(moved)) or '-'} | {cell(of[0]['onnx_difference'])} |"
-        )
-    lines += ["", *(f"Note {number}: {text}\n" for number, text in enumerate(notes, 1))]
-    return "\n".join([*lines, origin(rows)]) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Plain)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of attach.csv and .md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of attach.csv")
     parser.add_argument("--retry", action="store_true", help="run rows with an error again")
     parser.add_argument("--only", nargs="*", help="these architectures alone")
     given = parser.parse_args(arguments)
@@ -247,7 +195,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             write(rows, path)
             print(arch, attention, *cells.values(), flush=True)
-    (given.out / "attach.md").write_text(markdown(rows), encoding="utf-8")
     return 0
 
 

@@ -22,12 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from attach_table import Plain, error_text, origin, scattered
+from attach_table import Plain, error_text, scattered
 from record import Row, read, write
 from torch import nn
 
 import spem
-from spem.attention import PLACES, as_spec
 from spem.export import Session, to_onnx
 from spem.training.environment import commit, hardware
 
@@ -45,7 +44,6 @@ FORMS = (
 CHANNELS, SIDE, IMAGE = 64, 8, 32
 TIMES = ("latency_over_plain", "latency_q20", "latency_q80", "latency_rounds", "latency_on")
 FIXED = "is built for maps of one size"
-UNTESTED = "TensorRT, Core ML, OpenVINO, TFLite, ncnn and other targets are untested."
 
 
 def specs() -> list[str]:
@@ -136,37 +134,9 @@ def seconds(session: Session, x: torch.Tensor) -> float:
     return min(times)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    lines = [
-        "| module | where | ONNX operators of the module | opset | other heights and widths "
-        "| fp32 | fp16 | latency over plain |",
-        "|---|---|---|---:|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        spec = as_spec(row["spec"])
-        place = "-" if spec is None else PLACES[spec.place]
-        cells = [row[name] or "-" for name in ("operators", "opset", "dynamic_size")]
-        if FIXED in row["dynamic_size"]:
-            cells[2] = "no"
-        cells += [row[name] or "-" for name in ("fp32", "fp16", TIMES[0])]
-        lines.append(" | ".join([f"| `{row['spec']}`", place, *cells]) + " |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Errors: a whole ResNet-11, the largest difference to PyTorch in float32 over the "
-            "largest output; parameters and running statistics drawn at random.",
-            UNTESTED,
-            "",
-            origin(rows),
-            "",
-        ]
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Plain)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of export.csv and .md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of export.csv")
     parser.add_argument("--retry", action="store_true", help="run rows with an error again")
     parser.add_argument("--latency", action="store_true", help="measure times; rows must be there")
     parser.add_argument("--only", nargs="*", help="these specs alone, beside none")
@@ -202,7 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.latency:
         latencies(rows, given.rounds)
         write(rows, path)
-    (given.out / "export.md").write_text(markdown(rows), encoding="utf-8")
     return 0
 
 

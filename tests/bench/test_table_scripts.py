@@ -69,7 +69,6 @@ def test_attach_goes_on_and_repeats_errors(
     done = rows(tmp_path, "attach.csv")
     wanted = [*((TINY[0], name) for name in attach_table.ATTENTIONS), (TINY[1], "spem")]
     assert [(row["architecture"], row["attention"]) for row in done] == wanted
-    assert not (tmp_path / "attach.md").exists()
 
     def no_attach(model: torch.nn.Module, attention: str, **options: object) -> None:
         raise RuntimeError(f"{attention}\nbroke")
@@ -81,10 +80,7 @@ def test_attach_goes_on_and_repeats_errors(
     assert found[:4] == done
     errors = [(f"RuntimeError: {name} broke", "failed") for name in ("se", "eca")]
     assert [(row["sites"], row["note"]) for row in found[4:]] == errors
-    text = (tmp_path / "attach.md").read_text()
-    assert "Note 1: RuntimeError: se broke\n" in text
-    assert "note 1 / note 2" in text
-    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert found[4]["torch"] == torch.__version__.partition("+")[0]
 
     assert attach_table.main(args) == 0  # errors stay
     assert rows(tmp_path, "attach.csv") == found
@@ -155,9 +151,6 @@ def test_export_goes_on_and_repeats_errors(tmp_path: Path, monkeypatch: pytest.M
         assert row["note"] == ""
         assert float(row["latency_over_plain"]) > 0
         assert row["latency_rounds"] == "2"
-    text = (tmp_path / "export.md").read_text()
-    assert "| `eca` | " in text
-    assert "commit " in text
 
 
 def test_the_network_of_a_row_is_the_same_every_time() -> None:
