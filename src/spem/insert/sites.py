@@ -405,6 +405,6 @@ def _width(reads: object) -> int:
         if isinstance(value, int):
             return value
     weight = getattr(reads, "weight", None)
-    if isinstance(reads, nn.Module) and is_norm(reads) and isinstance(weight, Tensor):
+    if is_norm(reads) and isinstance(weight, Tensor):
         return weight.shape[-1]  # LayerNorm, and torchvision's frozen norm
     return 0
