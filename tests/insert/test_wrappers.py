@@ -243,9 +243,9 @@ def test_plain_weights_load_where_the_layer_has_the_wrappers_names() -> None:
     assert torch.equal(plain[1].norm.attention.weight, state["1.attention.weight"])
     written = plain.state_dict()
     assert sorted(true_keys(plain, written)) == sorted(written)
+    plain.load_state_dict(written)
     layer, plain[1].attention = plain[1].norm, spem.ECA(4)  # what is written is the wrapper's
     assert isinstance(layer.attention, nn.Conv2d)
-    plain.load_state_dict(written)
 
 
 # network, and the names of wrappers in its keys
