@@ -29,6 +29,7 @@ from torchvision.ops import StochasticDepth
 
 import spem
 from spem.insert import find_sites
+from spem.insert.families import is_norm
 
 SHORTCUTS = re.compile(r"downsample|shortcut|skip|proj\b|\.identity|branch1")
 
@@ -50,6 +51,7 @@ def test_number_of_sites(host: str) -> None:
     network = meta(host)
     shape = (1, 3, 224, 224) if "maxvit" in host else (1, 3, 96, 96)
     names = sites_are_right(host, network, shape)
+    assert not host.endswith("_bn") or all(is_norm(network.get_submodule(name)) for name in names)
     assert spem.attach(network, "eca", input_shape=shape) == names
     assert spem.detach(network) == names
 

@@ -170,7 +170,8 @@ def test_a_network_that_folds_its_norms_keeps_its_attention(branch: bool, act: b
     x = torch.randn(2, 3, 12, 12)
     warned = nullcontext() if branch else pytest.warns(UserWarning, match="no residual branches")
     with warned:
-        spem.attach(network, "se(reduction=4)", input_shape=(1, 3, 12, 12))
+        names = spem.attach(network, "se(reduction=4)", input_shape=(1, 3, 12, 12))
+    assert names == ["cv2.act"]
     set_alpha(network, 0.5)
     expected = network(x)
     network.fuse()

@@ -148,6 +148,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_not_taken_for_its_base() -> Non
 
     network = small_timm()
     network.layer1[0].se, network.layer2[0].se = timm.layers.SEModule(64), Residual(128)
-    with pytest.warns(UserWarning, match=r"weights of 1 replaced layers \(layer2.0.se"):
+    network.layer3[0].se = timm.layers.SEModule(256, add_maxpool=True)
+    with pytest.warns(UserWarning, match=r"weights of 2 replaced layers \(layer2.0.se"):
         spem.attach(network, "se", replace=True)
-    assert [isinstance(module, CarriedSE) for module in attentions(network)] == [True, False]
+    assert [isinstance(module, CarriedSE) for module in attentions(network)] == [True, False, False]

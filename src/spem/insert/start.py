@@ -51,7 +51,6 @@ class IdentityStart(ChannelAttention):
     def reset_parameters(self) -> None:
         """alpha = 0; the attention resets itself."""
         nn.init.zeros_(self.alpha)
-        self.inner.reset_parameters()
 
     def takes_any_rank(self) -> bool:
         """Whether the attention does."""
