@@ -231,7 +231,11 @@ def test_a_run_is_shared_with_its_result(run: Path, tmp_path: Path):
     assert all(torch.equal(weights[k], v) for k, v in shared.model.state_dict().items())
     (told,) = parsed(out).data.eval_results
     assert (told.metric_value, told.dataset_name) == (result.accuracy, "digits")
-    assert f"run {result.id}" in parsed(out).text
+    for words in (
+        f"run {result.id}",
+        "Images of 8x8 pixels, red, green and blue, as (pixels / 255",
+    ):
+        assert words in parsed(out).text
     assert shared.classes == tuple("0123456789")
     assert shared.images is not None
     assert shared.images.size == 8
