@@ -61,7 +61,7 @@ def build(
     """
     library, name = library_of(arch, asker)
     given = dict(options or {})
-    check_options(library, given, asker)
+    _check_options(library, given, asker)
     how = f"with {given}" if given else "at all"
     with rephrased(f"{asker}: {arch} cannot be built {how}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -74,7 +74,7 @@ def build(
         return models.get_model(name, **fetching, **given).eval()
 
 
-def check_options(library: str, options: Mapping[str, object], asker: str) -> None:
+def _check_options(library: str, options: Mapping[str, object], asker: str) -> None:
     """Raises ValueError unless all options are of `OPTIONS`, each of its type."""
     allowed = OPTIONS[library]
     for option, value in options.items():

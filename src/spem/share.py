@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spem.architectures import OPTIONS, build, check_options, library_of
+from spem.architectures import OPTIONS, build, library_of
 from spem.attention import ChannelAttention, attention_class, attention_parameters, spec_text
 from spem.attention.spec import bibtex
 from spem.data.names import HUB_IDS, known_name
@@ -92,9 +92,6 @@ class _Theirs:
     kind: str
     arch: str
     options: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        check_options(self.kind, self.options, "network")
 
 
 @dataclass(frozen=True)
