@@ -155,8 +155,8 @@ def test_names_that_are_none() -> None:
     for wrong in (64, None, spem.SE, spem.SE(64), ["se"]):
         with pytest.raises(TypeError, match=r"the spec, a text.*comes first.*'se', 64"):
             spem.create_attention(wrong, 64)
-    for wrong in (spem.SE, spem.SE(64), 3):
-        with pytest.raises(TypeError, match=r"attention is a text like.*Write 'se'"):
+    for wrong, name in ((spem.SPEM, "spem"), (spem.SPEM(64), "spem"), (3, "se")):
+        with pytest.raises(TypeError, match=f"attention is a text like.*Write '{name}'"):
             spem.resnet(11, attention=wrong)
 
 

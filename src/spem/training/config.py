@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from spem.data.names import HUB_IDS, NORMALISATION
+from spem.data.names import NORMALISATION, known_name
 from spem.depths import blocks_per_stage
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         # A set's hub id and its short name must give the same run.
-        short = {hub_id: name for name, hub_id in HUB_IDS.items()}
-        object.__setattr__(self, "name", short.get(self.name, self.name))
+        object.__setattr__(self, "name", known_name(self.name) or self.name)
         _check(self, "data.")
         require_one_of("data.normalisation", self.normalisation, NORMALISATION)
         if self.test is not None and not 0 < self.test < 1:
