@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from training.processes import start
 from training.tiny import Stop, differences, folder_set, outcome, shortened, tiny, trained
 
@@ -107,6 +108,8 @@ def test_a_training_that_was_suspended_wakes_and_ends_in_the_same_bits(tmp_path:
 def test_a_folder_with_files_of_another_origin_is_refused(name: str, tmp_path: Path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{"model_type": "resnet"}')
+    if name == "checkpoint.pt":  # as many programs call what torch saves
+        torch.save({"model": {}}, tmp_path / name)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"{name[0]}.*left as they are; name a new folder"):
         train(SMALL, tmp_path, progress=Silent())

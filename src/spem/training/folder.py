@@ -234,7 +234,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a file looks like one that a run writes, even if damaged."""
     content = path.read_bytes()
     if path.name == CHECKPOINT:
-        return _MAGIC in content[-2 * _FOOTER :] or content[:2] == b"PK"
+        return _MAGIC in content[-2 * _FOOTER :]
     return b'"sha256"' in content or (path.name == CONFIG and b'"runtime"' in content)
 
 
