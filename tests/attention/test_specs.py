@@ -179,6 +179,7 @@ UNREADABLE = [
     "se; eca",
     "se(reduction=8",
     "se(reduction=8, reduction=4)",
+    "se(8)",
     "se(pool=mix(0.3, 0.4))",
     "se(pool=mix(0.3, lam=0.4))",
     "se(pool=mix(lambda=0.4))",

@@ -93,6 +93,10 @@ def test_a_torchvision_network_whose_layers_were_replaced_comes_back(tmp_path: P
     arguments["options"] = {"num_classes": 3}
     again = spem.from_pretrained(spem.save_pretrained(model, tmp_path, **arguments))
     assert same(model, again)
+    other = models.mobilenet_v3_small(num_classes=3).eval()
+    with pytest.warns(UserWarning, match="do not go over"):
+        spem.attach(other, "eca", replace=True)
+    spem.from_pretrained(spem.save_pretrained(other, tmp_path, **arguments))  # without a warning
 
 
 def test_attention_attached_to_a_part(tmp_path: Path):
