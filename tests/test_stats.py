@@ -64,13 +64,21 @@ def test_numbers_are_those_of_scipy():
         assert set(compare(table(**others))["baseline"]) == {first}
 
 
+def signs_of(n: int) -> np.ndarray:
+    return np.array(list(itertools.product((-1, 1), repeat=n)))
+
+
 def test_sign_flips_are_counted():
     d = np.random.default_rng(7).normal(0.5, 1, 7)
-    signs = np.array(list(itertools.product((-1, 1), repeat=7)))
-    means = np.abs((signs * d).mean(1))
+    means = np.abs((signs_of(7) * d).mean(1))
     assert sign_flip(d) == pytest.approx((means >= abs(d.mean()) - 1e-12).mean())
     assert sign_flip(np.zeros(7)) == 1
-    assert sign_flip(np.arange(40) + 1.0) == 2 / 10_000  # of 9999 random patterns and this one
+    assert sign_flip(np.arange(40) + 1.0) == 1 / 10_000  # of 9999 random patterns and this one
+    for right in np.random.default_rng(1).integers(7000, 7010, (20, 2, 8)):  # answers of 9,000
+        d = right[1] - right[0]
+        exact = (np.abs(signs_of(8) @ d) >= abs(d.sum())).mean()
+        none, se = (100 * right / 9000).tolist()
+        assert line(compare(table(none=none, se=se)), "se")["p_flip"] == exact
 
 
 @pytest.mark.parametrize("n", [3, 5, 8])
@@ -170,9 +178,22 @@ def test_mistakes_are_one_sentence():
     assert len(compare(rows.assign(classes="ten"))) == 2  # somebody else's column
 
 
+def test_columns_of_any_type_are_compared():
+    rows = table(none=NONE, se=SE)
+    usual = compare(rows)
+    for kind in ("Float64", "string[pyarrow]", object):
+        pd.testing.assert_frame_equal(compare(rows.astype({"accuracy": kind})), usual)
+    assert line(compare(rows.assign(accuracy=rows["accuracy"] > 91.5)), "se")["difference"] > 0
+    numbered = rows.assign(module=rows["module"] == "se").astype({"module": int})
+    assert line(compare(numbered, baseline=1), "0")["difference"] < 0
+    with pytest.raises(KeyError):
+        compare(rows.assign(part="a"), within="part", baseline={("b",): "se"})
+
+
 def test_runs_without_a_number_or_a_partner_are_left_out():
     rows = table(none=NONE[:4], se=[*SE[:3], float("inf")], spem=[float("nan")] * 4)
-    other = pd.DataFrame([{"module": "eca", "seed": 9, "accuracy": 90.0}])
+    others = [("eca", 9), ("none", None), ("se", None)]
+    other = pd.DataFrame([{"module": m, "seed": s, "accuracy": 90.0} for m, s in others])
     found = compare(pd.concat([rows, other]))
     assert list(found["group"]) == ["none", "se", "eca"]
     assert line(found, "se")["pairs"] == 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from spem.extras import require
@@ -49,7 +50,7 @@ def compare(
             there are, groups that are hardly better than guessing are not judged.
         by: Columns that name a group.
         value: Column to compare; rows without a finite number are left out.
-        pair: Column whose equal values make two runs a pair.
+        pair: Column whose equal values make two runs a pair; rows without one are left out.
         baseline: Group that the others are compared with, or one for each table of `within`, by
             its cells; None takes "none" where there is such a group, else the first.
         within: Columns that split the table into separate tables.
@@ -64,7 +65,7 @@ def compare(
         "hardly trained", "all differences equal" (no interval), "no difference shown", "reference".
 
     Raises:
-        KeyError: The table has no such column.
+        KeyError: The table has no such column, or the baseline of a part is not given.
         ValueError: Two runs have the same group and pair, no group has the baseline's name, the
             largest value is outside 1e-100 to 1e100, or the level is none.
     """
@@ -81,9 +82,9 @@ def compare(
     own = {"baseline", "n", "mean", "sd", *_DIFFERENCE, "p_holm", "verdict"}
     if clash := own.intersection(within) | ({"group"} & {value, pair, *within}):
         raise ValueError(f"compare: the result has a column {min(clash)!r} too. Rename yours.")
-    numbers = pd.to_numeric(table[value], errors="coerce")
+    numbers = pd.to_numeric(table[value], errors="coerce").astype(float)
     rows = table.assign(**{value: numbers}, group=_group_names(table, by))
-    rows = rows[numbers.abs() < float("inf")]
+    rows = rows[(numbers.abs() < float("inf")) & table[pair].notna()]
     if rows.empty:
         raise ValueError(f"compare: no row holds a finite number in {value!r}.")
     largest = rows[value].abs().max()
@@ -91,11 +92,11 @@ def compare(
         raise ValueError(
             f"compare: {largest:.3g} in {value!r} is out of range. Rescale the column."
         )
-    if isinstance(baseline, str):
-        baseline = _baseline(list(rows["group"].unique()), baseline)
+    if baseline is not None and not isinstance(baseline, Mapping):
+        baseline = _baseline(list(rows["group"].unique()), str(baseline))
     found: list[pd.DataFrame] = []
     for key, part in rows.groupby(within, sort=False, dropna=False) if within else [((), rows)]:
-        chosen = baseline.get(key) if isinstance(baseline, Mapping) else baseline
+        chosen = baseline[key] if isinstance(baseline, Mapping) else baseline
         own = _part(part, value, pair, chosen, level)
         own["p_holm"] = own["p"] if together else holm(own["p"])
         for name, cell in zip(reversed(within), reversed(key), strict=True):
@@ -160,25 +161,32 @@ def _difference(pairs: Any, level: float) -> dict[str, float]:
         return {"pairs": 0}
     line = {"pairs": n, "difference": d.mean(), "difference_sd": d.std(ddof=1) if n > 1 else np.nan}
     # Rounding alone can make equal differences look unequal: that is not a spread.
-    equal = np.ptp(d) <= 4 * np.finfo(float).eps * np.abs(pairs).max()
+    rounding = 4 * np.finfo(float).eps * np.abs(pairs).max()
+    equal = np.ptp(d) <= rounding
     if n > 1 and equal:
         line["difference_sd"] = 0.0
     if n >= FEW and not equal:
         test: Any = ttest_1samp(d, 0)
         line["low"], line["high"] = test.confidence_interval(level)
         line["p"] = test.pvalue
-    return line | ({"p_flip": sign_flip(d)} if n >= FLIP else {})
+    return line | ({"p_flip": sign_flip(d, rounding)} if n >= FLIP else {})
 
 
-def sign_flip(differences: Any) -> float:
-    """Two-sided p of a mean of 0: patterns of signs whose mean is at least as far from it."""
+def sign_flip(differences: Any, rounding: float = 0.0) -> float:
+    """Two-sided p of a mean of 0: patterns of signs whose mean is at least as far from it.
+
+    Accuracies are counts, so sums are often equal but for the rounding of each difference, which
+    scipy's `permutation_test` takes for smaller ones: its p is too low.
+    """
     import numpy as np
-    from scipy.stats import permutation_test
 
-    resamples: Any = np.inf if len(differences) <= EXACT else 9999
-    kind: dict[str, Any] = {"permutation_type": "samples", "rng": np.random.default_rng(0)}
-    test = permutation_test((differences,), np.mean, n_resamples=resamples, **kind)
-    return float(test.pvalue)
+    n, drawn = len(differences), len(differences) > EXACT
+    if drawn:
+        signs = np.random.default_rng(0).choice((-1, 1), (9999, n))
+    else:
+        signs = np.array(list(product((-1, 1), repeat=n)))
+    far = np.abs(signs @ differences) >= abs(np.sum(differences)) - n * rounding
+    return float((far.sum() + drawn) / (len(far) + drawn))
 
 
 def holm(p: Any) -> Any:
