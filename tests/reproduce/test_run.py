@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_on_ray_the_rows_are_the_same(tmp_path: Path, kill: bool):
     assert bool(killed) == kill
     assert any(len(shares) == 2 for shares in told.shares)
     pd.testing.assert_frame_equal(same(tmp_path / "a"), same(tmp_path / "b"))
+
+
+@pytest.mark.slow
+def test_a_budget_that_ends_while_workers_start_fails_no_run(tmp_path: Path):
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    waiting = partial(exec, "import time\nwhile True: time.sleep(0.1)")
+    how: dict[str, Any] = {"workers": 2, "budget": 20, "prepare": waiting}
+    ended = run_missing(tiny("none", "se", "eca"), tmp_path, Told(), **how)
+    assert [one.status for one in ended] == ["stopped"] * 3, ended
 
 
 def _kill_one(runs: Path, killed: list[int], over: threading.Event) -> None:

@@ -244,14 +244,13 @@ def _task(
 def _result(ray: Any, reference: Any, config: RunConfig, *, stopping: bool) -> Ended:
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        return Ended(config, FAILED, str(error.cause))
     except ray.exceptions.RayError as error:
-        if stopping or isinstance(error, ray.exceptions.TaskCancelledError):
+        cause = getattr(error, "cause", error)  # what a task raised; else its process died
+        if stopping or isinstance(cause, ray.exceptions.TaskCancelledError):
             return Ended(config, STOPPED)
-        return Ended(
-            config, FAILED, f"Ray gave it up after {RETRIES + 1} tries ({first_line(error)})"
-        )
+        if cause is error:
+            cause = f"Ray gave it up after {RETRIES + 1} tries ({first_line(error)})"
+        return Ended(config, FAILED, str(cause))
 
 
 def _share_done(config: RunConfig, runs: Path) -> float:
