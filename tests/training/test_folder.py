@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from spem.training import (
     read_run,
     train,
 )
+from spem.training.folder import held
 
 SMALL = shortened(tiny(epochs=1), 40)
 
@@ -56,6 +58,23 @@ def test_the_second_process_is_told_who_holds_the_folder(tmp_path: Path):
         holder.communicate()
     # A killed one keeps nothing.
     train(SMALL, tmp_path, progress=Silent())
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_flock_is_missing_a_killed_process_holds_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """filelock then looks at the process that its file names, so nothing else may stand there."""
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    who = f"in use by {os.getpid()} on {socket.gethostname()}. Wait"
+    with held(tmp_path):
+        assert (tmp_path / ".lock").read_text().split()[0] == str(os.getpid())
+        with pytest.raises(HeldError, match=who), held(tmp_path):
+            pass
 
 
 def test_where_a_locked_file_takes_no_note_the_run_is_trained(

@@ -190,26 +190,30 @@ def held(folder: Path) -> Generator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / LOCK
     lock = filelock.FileLock(note)
+
+    def say(text: str) -> None:
+        if not isinstance(lock, filelock.SoftFileLock):  # there filelock itself says who holds it
+            with contextlib.suppress(OSError):  # on Windows nobody may write into a locked file
+                note.write_text(text)
+
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         who = ""
         with contextlib.suppress(OSError, ValueError):
-            who = note.read_text().strip()
+            who = note.read_text().strip().replace("\n", " on ", 1).partition("\n")[0]
         raise HeldError(
             f"train: {folder} is in use by {who or 'another process'}. Wait for it to end, stop "
             "it, or train into another folder."
         ) from None
     try:
-        with contextlib.suppress(OSError):  # on Windows nobody may write into a locked file
-            note.write_text(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
+        say(f"process {os.getpid()} on {socket.gethostname()} since {now()}")
         for path in folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 path.unlink()
         yield
     finally:
-        with contextlib.suppress(OSError):
-            note.write_text("")
+        say("")
         lock.release()
 
 
