@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,8 +106,10 @@ def test_id_names_what_can_change_the_result_and_nothing_else():
 def test_equal_configs_give_one_run():
     paths = DataConfig(name=Path("pets"), root=Path("there"))  # pyright: ignore[reportArgumentType]
     assert RunConfig(data=paths) == RunConfig(data=DataConfig(name="pets", root="there"))
-    milestones = OptimConfig(milestones=[81, 122])  # pyright: ignore[reportArgumentType]
-    assert hash(RunConfig(optim=milestones)) == hash(RunConfig())
+    milestones = OptimConfig(milestones=np.array([122, 81]))  # pyright: ignore[reportArgumentType]
+    again = RunConfig(optim=milestones, seed=np.int64(0))  # pyright: ignore[reportArgumentType]
+    assert hash(again) == hash(RunConfig())
+    assert again.to_dict() == RunConfig().to_dict()
     a = ModelConfig(attention="se(reduction=8, pool=mix(0.3))")
     assert a == ModelConfig(attention="se( pool = mix(0.3), reduction = 8 )")
     assert RunConfig(optim=OptimConfig(lr=1)).id == RunConfig(optim=OptimConfig(lr=1.0)).id

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training.tiny import begun, shortened, tiny
 
+from spem.cli import main
 from spem.data import ImageSet, load_images
 from spem.training import DataConfig, ModelConfig, OptimConfig, RunConfig, Silent, read_run, train
 from spem.training.sets import load_sets
@@ -80,6 +81,14 @@ def test_a_run_starts_from_the_weights_of_another_backbone(
     deeper = replace(still, model=replace(model, depth=20))
     with pytest.raises(ValueError, match=r"model.safetensors does not fit the network: it lacks"):
         train(deeper, tmp_path / "fourth", progress=Silent())
+
+
+def test_weights_that_are_not_those_meant_leave_no_folder(tmp_path: Path):
+    """In which the right sum would then be another run's."""
+    (tmp_path / "w").write_bytes(b"other")
+    weights = [f"--model.weights={tmp_path / 'w'}", "--model.weights-sha256=0"]
+    assert main(["train", "smoke", *weights, "--folder", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_are_known_by_their_sum():

@@ -165,7 +165,8 @@ def show(report: Report | None, *, left: int = 0, json: bool = False) -> None:
     if report is not None:
         print(f"report: {report.page}")
     if left:
-        print(f"{left} runs are left; the same command resumes from their checkpoints.")
+        several = f"{left} runs are" if left > 1 else "1 run is"
+        print(f"{several} left; the same command resumes from the checkpoints.")
 
 
 def _print(table: Table) -> None:

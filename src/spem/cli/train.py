@@ -39,12 +39,11 @@ def run(
         check_data(config.data)
     from spem.training import Interrupted, process_group, train
     from spem.training.distributed import FollowerError
-    from spem.training.folder import build_network
-    from spem.training.loop import resolved
+    from spem.training.loop import resolved, starting_network
     from spem.training.step import keep_freed_memory
 
     if not folder.exists():  # what cannot be built, or run here, leaves none behind
-        build_network(config, classes=2)
+        starting_network(config, classes=2)
         if "RANK" not in os.environ:  # under torchrun each process has a device of its own
             resolved(config.runtime, 1)
     keep_freed_memory()
@@ -60,10 +59,11 @@ def run(
         print_json({"folder": str(folder), **dataclasses.asdict(result)})
     elif first:
         step = f"{1000 * result.step_seconds:.1f} ms a step ({result.step}, tails by {result.impl})"
+        length = f"{result.epochs} epoch" + "s" * (result.epochs > 1)
         best = f"{result.best_accuracy:.2f} % in epoch {result.best_epoch + 1}"
         print(f"""\
 network        ResNet-{result.depth}, attention {result.attention}, {result.parameters:,} parameters
-data           {result.dataset}, seed {result.seed}, {result.epochs} epochs
+data           {result.dataset}, seed {result.seed}, {length}
 test accuracy  {result.accuracy:.2f} % after the last epoch
 best epoch     {best}, selected on {result.best_selected_on}
 time           {result.train_seconds:.1f} s training, {step}, on {result.hardware}

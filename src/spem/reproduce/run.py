@@ -41,6 +41,7 @@ from spem.training.folder import held
 from spem.training.signals import stop_signals
 
 HELD, STOPPED = "held", "stopped"
+AGAIN = "Run the command again to resume."
 RETRIES = 2  # how often Ray restarts a run whose process died; it resumes from its checkpoint
 LOOK_SECONDS = 0.5  # between looks at tasks
 HELD_SECONDS = 2.0  # until a run that another process trains is checked again
@@ -161,7 +162,7 @@ def run_missing(
                     observer.finish(one)
         if stop.received:
             left = len(todo) + sum(one.status == STOPPED for one in ended)
-            raise stop.interruption(f"with {left} runs left", "Their checkpoints are written.")
+            raise stop.interruption(f"with {left} run{'s' * (left != 1)} left", AGAIN)
     return [*ended, *(Ended(config, STOPPED) for config in todo)]
 
 
@@ -204,8 +205,8 @@ def _here(configs: Sequence[RunConfig], runs: Path, observer: Observer, end: flo
                 ended.append(one)
                 observer.finish(one)
         if stop.received and time.monotonic() < end:
-            then = "Run the command again to resume."
-            raise stop.interruption(f"with {len(todo)} runs left", then)
+            left = len(todo)
+            raise stop.interruption(f"with {left} run{'s' * (left != 1)} left", AGAIN)
     return [*ended, *(Ended(config, STOPPED) for config in todo)]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral
 from os import PathLike, fspath
 from pathlib import Path
 from types import NoneType
@@ -340,15 +341,16 @@ def _check(part: Any, section: str = "") -> None:
             object.__setattr__(part, field_name, text)
         elif kind is int or get_origin(kind) is tuple:
             numbers = (value,) if kind is int else tuple(value)
-            object.__setattr__(part, field_name, value if kind is int else numbers)
             lowest, highest = _RANGES.get(name, (0, None))
             for number in numbers:
-                if not isinstance(number, int) or isinstance(number, bool):
+                if not isinstance(number, Integral) or isinstance(number, bool):
                     raise ValueError(f"{name}={number!r} must be a whole number.")
                 if number < lowest:
                     raise ValueError(f"{name}={number} is too small. Use at least {lowest}.")
-                if highest is not None and number > highest:
+                if highest is not None and not number <= highest:
                     raise ValueError(f"{name}={number} is too large. Use at most {highest}.")
+            whole = sorted(map(int, numbers))  # numpy's, and another order, give one id too
+            object.__setattr__(part, field_name, whole[0] if kind is int else tuple(whole))
 
 
 def require_one_of(name: str, value: object, allowed: Collection[str]) -> None:

@@ -183,7 +183,7 @@ def resolved(runtime: RuntimeConfig, processes: int, *, attention: bool = True) 
     return replace(settled, impl=choose_impl(settled, kind, attention=attention))
 
 
-def _starting_network(config: RunConfig, classes: int) -> ResNet:
+def starting_network(config: RunConfig, classes: int) -> ResNet:
     """The network before the first step, on the CPU."""
     model, start = store.build_network(config, classes), config.model
     initialise(model, config.seed, scope=start.init_scope)
@@ -222,7 +222,7 @@ class _Training:
         self.plan, self.config, self.runtime, self.folder = run, run.config, run.runtime, run.folder
         self.device, self.stop, self.team, self.progress = device, stop, team, progress
         self.sets, optim, runtime = sets.to(device), run.config.optim, run.runtime
-        model = _starting_network(self.config, classes=len(sets.train.classes))
+        model = starting_network(self.config, classes=len(sets.train.classes))
         self.format = torch.channels_last if runtime.channels_last else torch.contiguous_format
         self.model = model.to(device, memory_format=self.format).train()  # pyright: ignore[reportCallIssue]
         require_batches(self.model, len(sets.train), optim.batch)
