@@ -63,8 +63,7 @@ class GatedConv(nn.Conv2d):
     """A convolution of attention(x); weight and bias keep the names they have without attention."""
 
     def __init__(self, conv: nn.Conv2d, attention: ChannelAttention) -> None:
-        nn.Module.__init__(self)
-        vars(self).update(vars(conv))
+        vars(self).update(vars(conv))  # all of it
         self.attention = attention
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name
