@@ -106,8 +106,11 @@ def test_messages_of_the_library_get_the_flags_that_were_typed() -> None:
     want = "--rate -1 is too small; --try.count 3 too. Leave --rate out, and accurate=1 in."
     want += " Use a lower --try.count (--try.count 3 -> 4), try.counter 5, a/try.count."
     assert o.in_flags(said) == want
-    said = "try.count: neither a known set nor a folder."  # begins with what was typed
-    assert o.in_flags(said) == said
+    for said in (
+        "try.count: neither a known set nor a folder.",  # begins with what was typed
+        "The rate of this mode, and its names.",  # words that are names of options too
+    ):
+        assert o.in_flags(said) == said
     said = "count=3 fits se(count=4). With runtime.rate=2, flip=True turns it."
     want = "--try.count 3 fits se(count=4). With --rate 2, --try.flip turns it."
     assert o.in_flags(said) == want

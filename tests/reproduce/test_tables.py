@@ -44,7 +44,8 @@ def test_a_run_is_a_row(trained: tuple[list[RunConfig], Path]):
     assert spem["config"] == configs[1].id
     assert spem["parameters"] == 127_642 + 1_798
     assert 0 <= spem["accuracy"] <= spem["best_accuracy"] <= 100
-    assert {"impl", "step", "hardware", "seed", "experiment", "error"} <= set(rows.columns)
+    named = {"impl", "step", "hardware", "seed", "experiment", "error", "torch", "time_step_ms"}
+    assert named | {"time_train_seconds", "time_date"} <= set(rows.columns)
 
 
 def test_unfinished_diverged_and_damaged_runs_are_rows(
