@@ -95,6 +95,12 @@ def called_functionally(case: Case) -> Tensor:
     return torch.func.functional_call(shell, dict(state), (case.x,))
 
 
+def in_an_ensemble(case: Case) -> Tensor:
+    state = torch.func.stack_module_state([case.network, case.network])
+    run = lambda *state: torch.func.functional_call(case.network, state, (case.x,))  # noqa: E731
+    return torch.vmap(run)(*state)[1]
+
+
 def synchronised(case: Case) -> Tensor:
     kinds = [type(m) for m in case.network.modules()]
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(case.network))
@@ -207,6 +213,7 @@ TOOLS: dict[str, Callable[[Case], Tensor]] = {
     "AveragedModel": averaged,
     "update_bn": averaged_norms,
     "functional_call": called_functionally,
+    "vmap": in_an_ensemble,
     "convert_sync_batchnorm": synchronised,
     "fx.symbolic_trace": lambda case: torch.fx.symbolic_trace(case.network)(case.x),
     "create_feature_extractor": features,
