@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import spem
 from spem.insert import AfterNorm, IdentityStart, find_sites
+from spem.insert.attach import remembered
 from spem.insert.sites import default_input
 
 NAMES = [f"layer{k}.0.bn2" for k in range(1, 5)]
@@ -60,6 +62,15 @@ def test_choice_by_name_and_stage(choice: dict[str, object], expected: list[str]
     rest = [name for name in NAMES if name not in expected]
     assert spem.attach(network, "se", include=rest) == rest
     assert spem.detach(network) == NAMES
+
+
+def test_a_compiled_network_has_the_names_of_the_one_that_it_was_compiled_from() -> None:
+    network = small()
+    compiled = cast("nn.Module", torch.compile(network, backend="eager"))
+    assert [site.name for site in spem.find_sites(compiled)] == NAMES
+    assert spem.attach(compiled, "spem", include="layer4*") == ["layer4.0.bn2"]
+    assert [part for part, _ in remembered(network)] == [""]
+    assert spem.detach(compiled) == ["layer4.0.bn2"]
 
 
 def test_stages_are_those_of_the_network_inside_others() -> None:

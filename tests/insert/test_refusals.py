@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from insert.hosts import models, small, timm
+from insert.hosts import attentions, models, small, timm
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import spem
 from spem.insert import find_sites
@@ -248,6 +250,14 @@ def test_a_network_that_processes_share_is_refused() -> None:
         wrapped = nn.Sequential(nn.parallel.DistributedDataParallel(small()))
         with pytest.raises(ValueError, match=r"is in a DistributedDataParallel.* Attach first"):
             spem.attach(wrapped, "spem")
+        sharded = small()
+        spem.attach(sharded, "spem")
+        for attention in attentions(sharded):
+            attention.alpha = nn.Parameter(attention.alpha.detach().reshape(1))
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        sharded(torch.zeros(1, 3, 64, 64))
+        with pytest.raises(ValueError, match=r"is in a FSDPModule.* an alpha only in the shape"):
+            spem.attach(sharded, "spem")
     finally:
         torch.distributed.destroy_process_group()
 

@@ -103,6 +103,7 @@ def attach(
     chosen = _chosen(include=include, stages=stages, input_shape=input_shape)
     how: dict[str, Any] = {"replace": replace, "start": start, "fuse": fuse}
     call = Attached(str(spec), **chosen, **how, where=where is not None)
+    model = _uncompiled(model)
     spots, runs = _spots(model, spec, where, call)
     if dry_run:
         return [spot.name for spot in spots]
@@ -137,7 +138,8 @@ def find_sites(
     spec = None if attention is None else _tail_spec(attention, "find_sites")
     chosen = _chosen(include=include, stages=stages, input_shape=input_shape)
     call = Attached("", **chosen, replace=replace, start=start, fuse=fuse, where=False)
-    return [sites.described(spot, spec) for spot in _spots(model, spec, where, call)[0]]
+    spots, _ = _spots(_uncompiled(model), spec, where, call)
+    return [sites.described(spot, spec) for spot in spots]
 
 
 def detach(model: nn.Module) -> list[str]:
@@ -150,8 +152,13 @@ def detach(model: nn.Module) -> list[str]:
         The names of the sites, as `attach` returned them; empty if there was no attention.
     """
     names: dict[nn.Module, str] = {}
-    _take_out(model, "", names, set())
+    _take_out(_uncompiled(model), "", names, set())
     return list(names.values())
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The network that torch.compile was given: its names are those that everything else knows."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _take_out(
@@ -274,7 +281,9 @@ def _spots(
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
     for wrapper in kinds & _SHARED_BY_PROCESSES:
         said = f"the network is in a {wrapper}, which would not share the new parameters"
-        raise ValueError(f"attach: {said}. Attach first, then wrap it.")
+        remedy = "Attach first, then wrap it"
+        remedy += "" if wrapper.startswith("D") else "; FSDP takes an alpha only in the shape [1]"
+        raise ValueError(f"attach: {said}. {remedy}.")
     spots = sites.find_spots(model, where, replacing=call.replace, input_shape=call.input_shape)
     failed, maps = None, sites.Maps()
     try:
@@ -395,7 +404,7 @@ def _standing(spot: Spot) -> nn.Module:
 def _check_that_all_run(
     model: nn.Module, spots: list[Spot], input_shape: tuple[int, ...] | None
 ) -> None:
-    kind = type(getattr(model, "_orig_mod", model)).__name__
+    kind = type(model).__name__
     try:
         ran = sites.run_once(model, input_shape)
     except sites.InputError as error:

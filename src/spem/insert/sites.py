@@ -170,7 +170,6 @@ def run_once(model: nn.Module, input_shape: Shape) -> Maps:
         if running and holds(running[-1], module):
             maps[running[-1], module] = maps[module]
 
-    model = getattr(model, "_orig_mod", model)  # of what torch.compile gave
     shape, like = input_shape or default_input(model), float_like(model)
     said = f"attach: {type(model).__name__} does not run on an input of {list(shape)}"
     remedy = "Pass input_shape= one that it takes, or where= a rule that names the layers."
