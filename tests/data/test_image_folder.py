@@ -266,6 +266,13 @@ def test_splits_that_lack_are_told(tmp_path: Path) -> None:
         load_images(str(tmp_path / "empty"), "train")
 
 
+def test_a_folder_of_images_that_are_not_read_is_told_so(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save(tmp_path / name / "photo.gif", CATS[0])
+    with pytest.raises(ValueError, match=r"cat holds images of a kind that is not read \(photo"):
+        check_images(str(tmp_path))
+
+
 def broken(root: Path) -> list[Path]:
     cat, dog = root / "train" / "cat", root / "train" / "dog"
     (cat / "a.png").write_bytes(b"")

@@ -54,6 +54,9 @@ def test_other_places_and_columns_do_as_well(tmp_path: Path) -> None:
     table = table.append_column("label", pa.array([0] * 10, pa.int64()))  # the fine one counts
     write_parquet(tmp_path / "other" / "test.parquet", table)
     assert load_images(str(tmp_path / "other"), "test").labels.tolist() == LABELS
+    for split in ("train", "validation"):  # as good as test
+        write_parquet(tmp_path / "third" / f"{split}-00000-of-00001.parquet", table)
+    assert load_images(str(tmp_path / "third"), "test").labels.tolist() == LABELS
 
 
 def test_jpeg_and_grey_images_become_three_channels(tmp_path: Path) -> None:

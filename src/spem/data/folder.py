@@ -30,7 +30,7 @@ _UNREAD = (
     *(".apng", ".arw", ".cr3", ".dcm", ".exr", ".psd", ".raf", ".tga"),
 )
 """Images that are not read: reported, or they would be missing unnoticed."""
-_SPLITS = {
+SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing", "val", "valid", "validation"),
 }
@@ -54,12 +54,14 @@ class Listing(NamedTuple):
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds splits, or classes that contain images."""
     paths = _folders(folder).values()
-    return bool(_splits(folder)) or any(any(map(_is_image, _files(p, set()))) for p in paths)
+    kinds = (*SUFFIXES, *_UNREAD)  # what is not read is reported by name, not as another layout
+    inside = (file for path in paths for file in _files(path, set()))
+    return bool(_splits(folder)) or any(file.suffix.lower() in kinds for file in inside)
 
 
 def _splits(folder: Path) -> dict[str, Path]:
     inside = {name.lower(): path for name, path in _folders(folder).items()}
-    found = {k: [inside[name] for name in names if name in inside] for k, names in _SPLITS.items()}
+    found = {k: [inside[name] for name in names if name in inside] for k, names in SPLITS.items()}
     return {split: paths[0] for split, paths in found.items() if paths}
 
 

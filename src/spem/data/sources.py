@@ -234,9 +234,11 @@ def _shard(path: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
 
 def _shards(folder: Path, split: str) -> list[Path]:
     """The parquet files of one split, in order, from the folder itself or one folder below it."""
-    named = f"{split}[-.]*parquet"
-    shards = sorted(folder.glob(named)) or sorted(folder.glob(f"*/{named}"))
-    if not shards:
+    for name in image_folder.SPLITS[split]:
+        named = f"{name}[-.]*parquet"
+        if shards := sorted(folder.glob(named)) or sorted(folder.glob(f"*/{named}")):
+            break
+    else:
         wanted = f"no parquet file of the split {split!r} ({split}-*.parquet), here or one below"
         raise FileNotFoundError(f"{folder}: {wanted}. Fetch the whole set.")
     where, names = shards[0].parent, {path.name for path in shards}
@@ -244,7 +246,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{folder}: several folders hold the split {split!r}. Name one of them.")
     if numbered := re.search(r"-of-(\d+)\.parquet$", shards[0].name):
         total = int(numbered[1])
-        wanted = {f"{split}-{i:05}-of-{total:05}.parquet" for i in range(total)}
+        wanted = {f"{name}-{i:05}-of-{total:05}.parquet" for i in range(total)}
         if lacking := wanted - names:
             raise FileNotFoundError(f"{where}: {min(lacking)} is missing. Fetch the whole set.")
         if names != wanted:
