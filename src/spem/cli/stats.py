@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.options import RARE, Json, number
 from spem.cli.output import plain, print_json, print_table
-from spem.extras import rephrased
+from spem.extras import rephrased, require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,10 +120,9 @@ _SEED = re.compile(rf"({'|'.join(USUAL['pair'])})?[ _-]*\d+", re.IGNORECASE)
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV file with a heading, separated by commas, semicolons or tabs; cells stay texts."""
-    import pandas as pd
-
     from spem.files import read_regular
 
+    pd: Any = require("pandas", extra="train", purpose="spem stats")
     content = read_regular(path)
     with rephrased(f"{path} is not a CSV file that can be read"), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
