@@ -174,6 +174,9 @@ def test_dry_run_is_quick_and_writes_nothing(
     out = capsys.readouterr().out
     assert "222 runs, each once even where tables share it; 222 are to be trained: about" in out
     assert ":" not in out.split("trained: ")[1]  # no 40667:34:38
+    assert call(["reproduce", "table1", "--recipe", "smoke", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["missing"], told["experiments"][0]["missing"]) == (21, 21)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,6 +22,8 @@ def run(
     json: Json = False,
 ) -> None:
     """The attention modules: parameters, gate at start, statistics, paper."""
+    if markdown + bibtex + json > 1:
+        raise ValueError("--markdown, --bibtex and --json exclude each other. Give one of them.")
     if bibtex:
         from spem.attention.spec import bibtex as cite
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from spem.cli.options import RARE, Json, one_of
-from spem.cli.output import print_table, say
+from spem.cli.output import print_json, print_table, say
 from spem.cli.progress import carry_out, parse_duration, parse_seeds, roughly
 
 if TYPE_CHECKING:
@@ -56,19 +56,24 @@ def run(
         data = config.data if root is None else replace(config.data, root=str(root))
         planned[replace(config, data=data)] = owners
     if dry_run:
-        _show_plan(planned, names, results / "runs", how["workers"])
+        _show_plan(planned, names, results / "runs", how["workers"], json=json)
         return 0
     return carry_out(planned, results / "runs", results, budget=budget, json=json, **how)
 
 
 def _show_plan(
-    planned: Mapping[RunConfig, Sequence[str]], names: Sequence[str], runs: Path, workers: int
+    planned: Mapping[RunConfig, Sequence[str]],
+    names: Sequence[str],
+    runs: Path,
+    workers: int,
+    *,
+    json: bool,
 ) -> None:
     """The runs of each experiment, and a rough time."""
     from spem.reproduce.run import estimate_seconds, missing
 
     todo = set(missing(planned, runs))
-    rows: list[list[str]] = []
+    rows: list[list[object]] = []
     for name in names:
         own = [config for config, owners in planned.items() if name in owners]
         left = [config for config in own if config in todo]
@@ -76,10 +81,14 @@ def _show_plan(
         depths = ", ".join(map(str, sorted({config.model.depth for config in own})))
         networks, seeds = {(c.id, c.experiment) for c in own}, {c.seed for c in own}
         time = roughly(estimate_seconds(left) or 0) if left else "-"
-        rows.append([name, data, depths, *map(str, map(len, (networks, seeds, own, left))), time])
+        rows.append([name, data, depths, *map(len, (networks, seeds, own, left)), time])
     columns = ["experiment", "trained on", "depth", "networks", "seeds", "runs", "missing", "time"]
-    print_table(columns, rows)
     seconds = (estimate_seconds(todo) or 0) / min(workers, max(1, len(todo)))
+    if json:
+        told = {"runs": len(planned), "missing": len(todo), "seconds": seconds}
+        print_json(told | {"experiments": [dict(zip(columns, row, strict=True)) for row in rows]})
+        return
+    print_table(columns, rows)
     print()
     say(
         f"{len(planned)} runs, each once even where tables share it; {len(todo)} are to be",
