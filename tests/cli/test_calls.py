@@ -84,6 +84,9 @@ def test_values(args: list[str], values: dict[str, Any]) -> None:
         (["--rate", "--json"], "--rate needs a value, RATE. See spem try --help."),
         (["a", "b"], "'b' is one argument too many: spem try [FIRST]. See spem try --help."),
         (["--json=1"], "--json takes no value. See spem try --help."),
+        (["--rate="], "--rate needs a value, RATE. See spem try --help."),
+        (["--names", "a", ""], "--names needs a value, NAME. See spem try --help."),
+        ([""], "an argument is empty. See spem try --help."),
     ],
 )
 def test_mistakes_name_what_was_typed_and_what_to_do(args: list[str], says: str) -> None:

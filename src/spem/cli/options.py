@@ -86,6 +86,8 @@ class Options:
         found, free, rest = dict[str, Any](), list[str](), list(words)
         while rest:
             word = rest.pop(0)
+            if not word:
+                raise self._wrong("an argument is empty")
             if word == "--":
                 free += rest
                 break
@@ -99,7 +101,7 @@ class Options:
                 most = len(rest) if option.many else 1
                 given = list(takewhile(lambda word: not _FLAG.match(word), rest[:most]))
                 rest = rest[len(given) :]
-            if bool(given) != bool(option.metavar):
+            if bool(given) != bool(option.metavar) or "" in given:
                 takes = f"needs a value, {option.metavar}" if option.metavar else "takes no value"
                 raise self._wrong(f"{flag} {takes}")
             made = option.value(given or [""], f"{flag}: ")
@@ -152,6 +154,7 @@ class Options:
         `--lr`, and `skip_broken=True` is `--data.skip-broken`.
         """
         text = text.replace("impl=None", "no impl=")
+        text = text.replace("dynamic_batch=False", "fixed_batch=True")
         if os.environ.get("SPEM_IMPL") and not {"impl", "runtime.impl"} & self._typed.keys():
             text = re.sub(r"\b(runtime\.)?impl=", "SPEM_IMPL=", text).replace("= or", " or")
         for option in self.options:
