@@ -128,7 +128,7 @@ def to_onnx(
         if isinstance(module, ChannelAttention) and (module.needs.size or module.needs.fixed_size):
             place = f"{key} ({module.name})" if key else module.name
             said = f"dynamic_size=True: {place} is built for maps of one size"
-            raise ValueError(f"to_onnx: {said}. Leave dynamic_size out.")
+            raise ValueError(f"to_onnx: {said}. Leave dynamic_size=True out.")
     x = _example(model, input_shape if example is None else example)
     with rephrased(f"to_onnx: {name} cannot be copied to the CPU"):
         network, given = _without_idle(model).cpu().float(), x
@@ -193,7 +193,7 @@ def _converted(
     dynamic = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),) if axes else None
     why, remedy = f"with an input {list(example.shape)}", ""
     if size:
-        why, remedy = "with a dynamic height and width", "Leave dynamic_size out."
+        why, remedy = "with a dynamic height and width", "Leave dynamic_size=True out."
     elif batch:
         why, remedy = "with a dynamic batch", "Pass dynamic_batch=False."
     # Without gradients the extrema are plain reductions; with them they would carry indices.
@@ -215,7 +215,7 @@ def _converted(
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
     if opset not in (None, written):
         said = f"the graph of {name} cannot be written with opset={opset}, only with {written}"
-        raise ValueError(f"to_onnx: {said}. Leave opset out.")
+        raise ValueError(f"to_onnx: {said}. Leave opset= out.")
     return proto, written
 
 
@@ -249,7 +249,7 @@ def _compared(
     """Compare the graph with the network as it was given, attention that is left out included."""
     network, session = copy.deepcopy(model).eval().cpu().float(), Session(content)
     refused, name = "to_onnx: nothing was written:", type(model).__name__
-    remedy = "Leave dynamic_size out, or pass dynamic_batch=False."
+    remedy = "Leave dynamic_size=True out, or pass dynamic_batch=False."
     differences: list[Difference] = []
     for x in inputs:
         graph = f"{refused} the graph of {name} on {list(x.shape)}"

@@ -67,7 +67,7 @@ class Inspection:
         if not self._found:
             raise ValueError(
                 f"inspect: {type(model).__name__} has no attention of this library. "
-                f"Put it in with spem.attach, or --attention."
+                "Put it in with spem.attach."
             )
         self.names = list(self._found)
         self.records: list[GateRecord] = []

@@ -48,7 +48,7 @@ def test_outputs_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
         (["qqqq"], "timm.list_models() lists them"),
         (["vit_tiny_patch16_224"], "none joins a branch of convolutions"),
         (["resnet18", "speem"], "unknown attention 'speem'"),
-        (["mobilenetv2_050", "spem", "--fuse", "--dry-run", "--size", "32"], "Leave fuse out"),
+        (["mobilenetv2_050", "spem", "--fuse", "--dry-run", "--size", "32"], "Leave --fuse out"),
     ],
 )
 def test_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

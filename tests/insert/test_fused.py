@@ -137,7 +137,7 @@ def test_what_cannot_be_fused(make: Callable[[], nn.Module], reason: str) -> Non
         network = make()
     modules = dict(network.named_modules())
     for dry_run in (True, False):
-        with pytest.raises(ValueError, match=f"fuse=True: .*{reason}.*Leave fuse out"):
+        with pytest.raises(ValueError, match=f"fuse=True: .*{reason}.*Leave fuse=True out"):
             spem.attach(network, "spem", fuse=True, dry_run=dry_run)
     assert dict(network.named_modules()) == modules
 

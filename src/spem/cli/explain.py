@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from spem.cli.network import Named, Network, load_network
+from spem.cli.network import Named, Network, is_trained, load_network
 from spem.cli.options import Json, unknown
 from spem.cli.output import new_file, print_json, print_table, say
 
@@ -39,10 +39,14 @@ def run(
         raise ValueError(f"{said}. Name a file that ends in .png, .svg or .pdf.")
     from spem import explain as looking
     from spem.data import normalise
+    from spem.insert.sites import attentions_of
 
     if named["attention"] and not named["weights"]:
         named["start"] = named["start"] or "module"  # an identity start would show nothing
     found = load_network(network, **named)
+    if not attentions_of(found.model):
+        remedy = "It was trained without." if is_trained(network) else "Give --attention."
+        raise ValueError(f"{network} has no attention to explain. {remedy}")
     shown, said = pixels(image, found, root)
     seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))
     answered = [] if seen.probabilities is None else seen.probabilities.tolist()

@@ -316,7 +316,7 @@ def _refuse(model: nn.Module, spots: list[Spot], *, fuse: bool) -> None:
             why = f"keeps its {type(spot.layer).__name__} before attention; pass replace=True"
         if why is not None:
             said = f"{spot.name} of {type(model).__name__} {why}"
-            raise ValueError(f"attach: fuse=True: {said}. Leave fuse out.")
+            raise ValueError(f"attach: fuse=True: {said}. Leave fuse=True out.")
 
 
 def _built(spot: Spot, spec: AttentionSpec, start: str) -> ChannelAttention:
