@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import spem
 from spem import cli
+from spem.cli.network import load_network
 from spem.training import read_weights, save_weights, smoke
 
 # digits at their own size, few of them: a run takes about a second
@@ -52,6 +53,7 @@ def weights(folder: Path, *, attention: str = "spem", classes: int = 10) -> Path
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (["list", "--json", "--bibtex"], "exclude each other. Give one of them."),
         (["list", "zpem"], "spem list: unknown attention module 'zpem'. Did you mean spem?"),
         (["cost", "vgg166"], "spem cost: unknown architecture 'vgg166'. Did you mean vgg16"),
         (["cost", "resnet164"], "Ours of CIFAR are written cifar:164."),
@@ -368,6 +370,42 @@ def test_images_of_other_classes_are_refused(
     ):
         refused(capsys, args, says)
     assert not Path("x.onnx").exists()
+
+
+def test_broken_images_are_left_out_by_the_flag_that_the_message_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"pets/{name}/{i}.png")
+    (tmp_path / "pets" / "dog" / "x.png").write_bytes(b"x")
+    data = ["--data", "pets", "--data.skip-broken", "--size", "16", "--epochs", "1"]
+    assert cli.main(["train", "smoke", *data, "--folder", "run"]) == 0
+    for args in (["eval", "run", "--data"], ["export", "run", "--out", "x.onnx", "--fold"]):
+        assert cli.main([*args, "pets"]) == 2
+        assert "or leave them out with --skip-broken:" in capsys.readouterr().err
+        assert cli.main([*args, "pets", "--skip-broken"]) == 0
+    capsys.readouterr()
+    refused(
+        capsys, ["export", "run", "--out", "y", "--fold", "cifar10", "--root", "gone"], "--root"
+    )
+
+
+@pytest.mark.parametrize("network", ["cifar:11", "resnet10t"])
+def test_attention_in_a_network_with_plain_weights_changes_no_answer(
+    network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    model = load_network(network, classes=10, size=16).model
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    args = [*f"eval {network} --classes 10 --size 16 --data digits".split()]
+    args += ["--weights", "plain.safetensors"]
+    plain = answer(capsys, args)
+    assert answer(capsys, [*args, "--attention", "spem"]) == plain | {"attention": "spem"}
+    assert cli.main([*args, "--attention", "spem", "--start", "module"]) == 0
+    assert "attention spem, without weights of" in capsys.readouterr().out
 
 
 def test_a_folded_export_has_no_attention_and_says_what_it_lost(

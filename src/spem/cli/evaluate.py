@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import Named, Network, load_network
+from spem.cli.network import Named, Network, SkipBroken, load_network
 from spem.cli.options import Json
 from spem.cli.output import new_file, print_json, say
 from spem.extras import rephrased
@@ -25,6 +25,7 @@ def run(
     root: Annotated[Path | None, "DIR", "folder that holds the named data sets"] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], "where"] = "auto",
     predictions: Annotated[Path | None, "CSV", _PREDICTIONS, new_file] = None,
+    skip_broken: SkipBroken = False,
     json: Json = False,
     **named: Annotated[Any, load_network],
 ) -> None:
@@ -34,7 +35,8 @@ def run(
     if data is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(data, root=root, size=named["size"] or 16)  # or the network's own size
+        size = named["size"] or 16  # or the network's own
+        check_images(data, root=root, size=size, skip_broken=skip_broken)
     from spem.ops import use_impl
     from spem.training import RuntimeConfig, evaluate
     from spem.training.evaluation import predict
@@ -43,7 +45,7 @@ def run(
 
     place = resolved(RuntimeConfig(device=device), 1).device
     found = load_network(network, **named)
-    images = _images(found, network, data, root)
+    images = _images(found, network, data, root=root, skip_broken=skip_broken)
     model, how, config = found.model.to(place), (found.mean, found.std), found.config
     impl = stored_impl(found.impl, place, lambda text: print(text, file=sys.stderr))
     with use_impl(impl):
@@ -77,7 +79,7 @@ def run(
         print(f"predictions: {predictions}")
 
 
-def _images(found: Network, network: str, data: str | None, root: Path | None) -> ImageSet:
+def _images(found: Network, network: str, data: str | None, **how: Any) -> ImageSet:
     """The test images, which must have the classes that the network answers with."""
     import torch
 
@@ -85,11 +87,11 @@ def _images(found: Network, network: str, data: str | None, root: Path | None) -
 
     config = found.config
     if config is not None:
-        images = found.test_images(data, root)
+        images = found.test_images(data, **how)
     elif data is None:
         raise ValueError(f"{network} does not say which images it was trained on. Give --data.")
     else:
-        images = load_images(data, "test", root=root, size=found.size)
+        images = load_images(data, "test", size=found.size, **how)
     found.require_classes(images)
     with torch.no_grad(), rephrased(f"{network} does not run on {images.name} in float32"):
         output = found.model(images.images[:1] / 255.0)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from spem.cli.network import Named, Network, load_network
+from spem.cli.network import Named, Network, SkipBroken, load_network
 from spem.cli.options import RARE, Json
 from spem.cli.output import new_file, print_json, shown
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FOLDED_OVER = 512
 _FOLD = "make gates constants: their mean over these images"
+_ROOT = "folder that holds the named sets, for --fold"
 
 
 def run(
@@ -28,16 +29,19 @@ def run(
     fixed_batch: Annotated[bool, "keep the batch at one"] = False,
     precision: Annotated[Literal["fp32", "fp16"], "fp16 with gates in float32"] = "fp32",
     opset: Annotated[int | None, "N", "version of ONNX's operators", RARE] = None,
+    root: Annotated[Path | None, "DIR", _ROOT, RARE] = None,
+    skip_broken: SkipBroken = False,
     json: Json = False,
     **named: Annotated[Any, load_network],
 ) -> None:
     """Write a network as ONNX, checked by running it in onnxruntime and PyTorch."""
     if out is None:
         raise ValueError("nowhere to write. Give --out FILE, such as --out network.onnx.")
+    images: dict[str, Any] = {"root": root, "skip_broken": skip_broken}
     if fold is not None:  # before torch is loaded
         from spem.data import check_images
 
-        check_images(fold, size=named["size"] or 16)  # or the network's own size
+        check_images(fold, size=named["size"] or 16, **images)  # or the network's own size
     from spem.export import to_onnx
     from spem.insert import IdentityStart
 
@@ -45,7 +49,7 @@ def run(
     weights = named["weights"]
     starts = [part for part in found.model.modules() if isinstance(part, IdentityStart)]
     closed = bool(starts) and not any(part.alpha.any() for part in starts)
-    if closed or (found.lacking and named["start"] is None):
+    if closed:
         what = f"has no weights in {weights}" if found.lacking else "starts as the identity"
         raise ValueError(
             f"the attention {what}, so the file would hold no attention. Give --weights with "
@@ -55,7 +59,7 @@ def run(
         print(f"note: attention has no weights in {weights}, it is random", file=sys.stderr)
     if found.random:
         print(f"note: {network} has random weights", file=sys.stderr)
-    report = None if fold is None else _folded(found, fold)
+    report = None if fold is None else _folded(found, fold, **images)
     about = {"spem_mean": str(found.mean), "spem_std": str(found.std)}
     if found.config is not None:
         model = found.config.model
@@ -80,7 +84,7 @@ def run(
         print(f"onnxruntime and PyTorch on {shown(each.shape)}: largest difference {share}")
 
 
-def _folded(found: Network, name: str) -> FoldReport:
+def _folded(found: Network, name: str, **how: Any) -> FoldReport:
     """Makes the gates of a network constants, by a few hundred training images."""
     import torch
 
@@ -88,7 +92,7 @@ def _folded(found: Network, name: str) -> FoldReport:
     from spem.insert import fold
     from spem.seeding import keyed_generator
 
-    images = load_images(name, "train", size=found.size)
+    images = load_images(name, "train", size=found.size, **how)
     found.require_classes(images)
     order = torch.randperm(len(images), generator=keyed_generator(0, "fold"))[:_FOLDED_OVER]
     few = images.take(order)

@@ -31,6 +31,7 @@ NETWORK_HELP = (
 Named = Annotated[str, "NETWORK", NETWORK_HELP]
 Start = Literal["identity", "module"]
 _START = "how attention without weights starts: as if it were not there, or as the module does"
+SkipBroken = Annotated[bool, "leave out images that cannot be read", RARE]
 Size = Annotated[int | None, "PIXELS", "side of its images; else what it is made for"]
 _ATTENTION = 'put into it: spem, "se(reduction=8)" ...'
 _WEIGHTS = "weights (.safetensors) of a named network"
@@ -71,15 +72,20 @@ class Network:
     def titled(self, name: str) -> str:
         """What it is, after the name it was asked for by, which may say so already."""
         head = "" if name in self.text else f"{name}: "
-        return f"{head}{self.text}{', random weights' * self.random}"
+        lacking = ", without weights of its attention" * self.lacking
+        return f"{head}{self.text}{', random weights' * self.random}{lacking}"
 
-    def test_images(self, name: str | None, root: Path | None) -> ImageSet:
+    def test_images(
+        self, name: str | None, root: Path | None, *, skip_broken: bool = False
+    ) -> ImageSet:
         """Of the run that trained it, or others, as large as it takes them now."""
         from spem.data.names import native_size
         from spem.training import load_test_images
 
         assert self.config is not None
-        config, trained = self.config, self.config.data
+        trained = self.config.data
+        trained = replace(trained, skip_broken=skip_broken or trained.skip_broken)
+        config = replace(self.config, data=trained)
         if name is not None or self.size != (trained.size or native_size(trained.name)):
             config = replace(config, data=replace(trained, size=self.size))
             name = name or trained.name
@@ -145,7 +151,7 @@ def load_network(
             found = replace(found, size=size)
             found.require_input()
         return found
-    own, ours = re.search(r"\.py(:|$)", text), re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
+    own, cifar = re.search(r"\.py(:|$)", text), re.fullmatch(r"(?:cifar:)?(basic-)?(\d+)", text)
     attention = None if attention == "none" else attention
     state = None if weights is None else _read(weights)
     if own and classes is not None:
@@ -153,30 +159,36 @@ def load_network(
     if (fuse or start) and attention is None:
         option = "--fuse" if fuse else "--start"
         raise ValueError(f"{option} is for attention that --attention names.")
-    if start is None:  # as the weights were trained
-        closed = any(key.endswith(".alpha") for key in state or ())
-        start = "identity" if closed or (state is None and not ours) else "module"
-    if ours:
+    ours: Callable[..., nn.Module] | None = None
+    if cifar:
         from spem.models import resnet
 
-        depth, block = int(ours[2]), "basic" if ours[1] else "bottleneck"
-        inside = attention if start == "module" else None
-        model = resnet(depth, classes or 10, attention=inside, block=block).eval()
-        found = Network(model, f"CIFAR ResNet-{depth}, {block} blocks", size=32)
+        depth, block = int(cifar[2]), "basic" if cifar[1] else "bottleneck"
+        ours = partial(resnet, depth, classes or 10, block=block)
+        found = Network(ours().eval(), f"CIFAR ResNet-{depth}, {block} blocks", size=32)
     else:
         found = _own(text) if own else _architecture(text, classes)
     found = replace(found, size=size or found.size)
     found.require_input()
     plain = set(found.model.state_dict())
+    asked = start
+    if start is None:  # as the weights were trained
+        closed = any(key.endswith(".alpha") for key in state or ())
+        start = "identity" if closed or (state is None and ours is None) else "module"
     if attention is not None:
         found = replace(found, text=f"{found.text}, attention {attention}")
-        if not ours or start == "identity":
+        if ours is not None and start == "module":
+            found = replace(found, model=ours(attention=attention).eval())
+        else:
             from spem.insert import attach
 
             attach(found.model, attention, start=start, fuse=fuse, input_shape=found.shape())
     if state is None:
         return found
     lacking = _load(found.model, state, f"--weights {weights}", plain)
+    if lacking and asked is None:  # of a plain network, which computes what it did
+        how: Any = {"attention": attention, "weights": weights, "classes": classes, "size": size}
+        return load_network(text, **how, start="identity", fuse=fuse)
     return replace(found, random=False, lacking=lacking)
 
 
