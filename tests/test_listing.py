@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
 import spem
 from spem.cli import main
 from spem.cli.listing import markdown_table
+from spem.cli.output import print_table
 
 
 def test_every_module_has_a_row_with_its_paper() -> None:
@@ -60,3 +62,19 @@ def test_the_table_of_some(capsys: pytest.CaptureFixture[str]) -> None:
         markdown_table("zz")
     assert main(["list", "e?a", "--bibtex"]) == 0
     assert re.findall(r"^@\w+{(\w+),", capsys.readouterr().out, re.M) == ["eca", "ela"]
+
+
+@pytest.mark.parametrize("columns", [40, 72, 73, 120])
+def test_no_cell_of_a_table_is_cut_on_a_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    names = ["module", "mean", "95 % interval", "verdict"]
+    cells = [["spem, start=identity", "78.53", "[-0.42, +0.55]", "no difference shown"]]
+    print_table(names, cells, title="a title")
+    told = capsys.readouterr().out
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", told).splitlines()]
+    assert max(map(len, lines)) <= columns
+    words = " ".join(" ".join(lines).split())
+    assert all(cell in words for cell in ["a title", *names[1:], *cells[0]])

@@ -50,25 +50,35 @@ def new_file(text: str) -> Path:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = ""
 ) -> None:
-    """Print cells, for `shown`: drawn by rich on a terminal, aligned plain text elsewhere."""
+    """Print cells, for `shown`: drawn by rich on a terminal, aligned plain text elsewhere.
+
+    On a terminal that is too narrow each row is a paragraph, so that no cell is cut.
+    """
     title, cells = plain(title), [[shown(cell) for cell in row] for row in (columns, *rows)]
     right = [bool(_NUMBERS.fullmatch("".join(rest))) for _, *rest in zip(*cells, strict=True)]
-    if sys.stdout.isatty() and find_spec("rich") is not None:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    terminal, wide = sys.stdout.isatty(), sum(widths) + 3 * len(widths)
+    if terminal and wide > shutil.get_terminal_size().columns:
+        if title:
+            say(title)
+        for name, *row in cells[1:]:
+            named = [f"{c}: {cell}" for c, cell in zip(columns[1:], row, strict=True) if cell]
+            say(f"{name or '-'}:", "; ".join(named))
+        return
+    if terminal and find_spec("rich") is not None:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
 
         table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for column, number in zip(cells[0], right, strict=True):  # a number is never broken
-            justify = "right" if number else "left"
-            table.add_column(column, justify=justify, no_wrap=number, overflow="fold")
+        for column, number in zip(cells[0], right, strict=True):
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in cells[1:]:
             table.add_row(*row)
         Console(highlight=False, markup=False).print(table)
         return
     if title:
         print(title)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         padded = zip(row, widths, right, strict=True)
         print("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in padded).rstrip())

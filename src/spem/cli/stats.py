@@ -122,7 +122,7 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV file with a heading, separated by commas, semicolons or tabs; cells stay texts."""
     from spem.files import read_regular
 
-    pd: Any = require("pandas", extra="train", purpose="spem stats")
+    pd: Any = require("pandas", extra="train", purpose="reading a table")
     content = read_regular(path)
     with rephrased(f"{path} is not a CSV file that can be read"), warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
