@@ -21,7 +21,7 @@ from spem.attention.options import number
 from spem.extras import first_line, rephrased, require
 from spem.files import require_regular, write_atomic
 from spem.insert import IdentityStart
-from spem.insert.sites import default_input, tensors
+from spem.insert.sites import default_input, tensors, unwrapped
 from spem.models import ResNet
 from spem.ops import use_impl
 from spem.version import __version__
@@ -113,7 +113,7 @@ def to_onnx(
     """
     for package in ("onnxscript", "onnxruntime", "onnx"):
         onnx: Any = require(package, extra="export", purpose="to_onnx")
-    model = getattr(model, "_orig_mod", model)  # a compiled network is the one it was compiled from
+    model = unwrapped(model)
     name, target = type(model).__name__, Path(path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_onnx: needs a torch.nn.Module, got {name}.")

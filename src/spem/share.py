@@ -34,7 +34,7 @@ from spem.extras import rephrased, require
 from spem.files import load_json, read_regular, write_atomic
 from spem.insert import IdentityStart, attach, true_keys
 from spem.insert.attach import Attached, remembered
-from spem.insert.sites import default_input
+from spem.insert.sites import default_input, unwrapped
 from spem.models import ResNet, resnet
 from spem.ops import use_impl
 from spem.version import __version__
@@ -200,7 +200,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     safetensors = require("safetensors.torch", extra="hub", purpose="save_pretrained")
-    model = getattr(model, "_orig_mod", model)  # a compiled network is the one it was compiled from
+    model = unwrapped(model)
     state = {
         name: value.detach().cpu().contiguous().clone()
         for name, value in model.state_dict().items()

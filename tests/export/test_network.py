@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,9 +77,10 @@ def test_fused_blocks_and_our_own(tmp_path: Path) -> None:
         assert any(isinstance(part, IdentityStart) for part in model.modules())
 
 
-def test_a_compiled_network_is_the_one_it_was_compiled_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_a_wrapped_network_is_the_one_inside(wrap: Any, tmp_path: Path) -> None:
     model, x = network(started("se", 0.4)).eval(), maps(3, 3, 8, 8)
-    exported = to_onnx(torch.compile(model), tmp_path / "net.onnx", (1, 3, 8, 8))
+    exported = to_onnx(wrap(model), tmp_path / "net.onnx", (1, 3, 8, 8))
     assert [d.shape for d in exported.differences] == [(1, 3, 8, 8), (3, 3, 8, 8)]
     np.testing.assert_allclose(ran(tmp_path / "net.onnx", x), expected(model, x), **CLOSE)
 

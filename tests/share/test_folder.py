@@ -46,9 +46,10 @@ def test_our_networks_come_back(spec: str, dtype: torch.dtype, tmp_path: Path):
     assert same(model, again)
 
 
-def test_a_compiled_network_is_the_one_it_was_compiled_from(tmp_path: Path):
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_network_is_the_one_inside(wrap: Any, tmp_path: Path):
     model = spem.resnet(11, 7, attention="se").eval()
-    spem.save_pretrained(torch.compile(model), tmp_path)  # pyright: ignore[reportArgumentType]
+    spem.save_pretrained(wrap(model), tmp_path)
     assert same(model, spem.from_pretrained(str(tmp_path)))
 
 

@@ -189,6 +189,14 @@ def _shape(value: object) -> Shape:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of what torch.compile and data parallelism give."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while hasattr(model, "_orig_mod") or isinstance(model, parallel):
+        model = model.module if isinstance(model, parallel) else cast("Any", model)._orig_mod
+    return model
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Puts a network in evaluation mode for a while; every module gets its own mode back."""
