@@ -97,6 +97,7 @@ def test_rows_are_added_and_replaced_and_others_kept(
         ("name,value\na,1\n", "is not a table that spem wrote"),
         ('config,seed,module\n"a,1,none\n', "cannot be read"),
         ("config,seed,module\na,x,none\n", "a seed is not a number"),
+        ("config,seed,module,accuracy\na,1,none,7", "its last line is cut off"),
         ("", "cannot be read"),
     ],
 )

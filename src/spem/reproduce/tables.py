@@ -229,6 +229,8 @@ def _read_texts(path: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
+        if not path.read_bytes().endswith(b"\n"):  # as a copy that was broken off
+            raise ValueError("its last line is cut off")
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, pd.errors.ParserWarning) as error:
         raise ValueError(f"{path} cannot be read ({error}). Move it away, or repair it.") from error
