@@ -60,3 +60,13 @@ def test_a_change_of_any_source_compiles_again(tmp_path):
     with (tmp_path / "src/spem/ops/cpu/language.py").open("a") as file:
         file.write("# changed\n")
     assert "compiled" in run_script(tmp_path / "src", NUMBA_CACHE_DIR=place)
+
+
+def test_files_cut_short_are_written_again(tmp_path):
+    place = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run_script(SOURCE, **place)
+    for kind in ("nbi", "nbc"):
+        [file] = tmp_path.rglob(f"*.{kind}")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        assert run_script(SOURCE, **place).count("compiled in") == 1
+    assert run_script(SOURCE, **place) == ""

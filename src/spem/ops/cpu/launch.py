@@ -60,6 +60,14 @@ class _Cache(FunctionCache):
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple()
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The kernel on disk; None where it is not, or a power cut left parts of its files."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # noqa: BLE001  # whatever reading half a pickle raises
+            self.flush()
+            return None
+
 
 _kernels: dict[tuple[Any, torch.dtype, int], Any] = {}
 
