@@ -116,6 +116,8 @@ def test_a_training_step_moves_every_parameter(spec: str) -> None:
 )
 def test_compiles_without_a_graph_break(spec: str, training: bool) -> None:
     """A stage of two blocks whole: what is shared, handed on and stands after it."""
+    if spec in ("dia", "se(pool=srp)") and torch.__version__ < "2.7":
+        pytest.skip("the compiler of torch 2.6 breaks the graph")
     model = randomise(spem.resnet(20, attention=spec), "compile", spec).layer2.train(training)
     other = copy.deepcopy(model)
     x = feature_map(4, 64, 8, 8, dtype=torch.float32)

@@ -43,6 +43,7 @@ def test_networks(name: str, tracer: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 exports not strictly")
 @pytest.mark.parametrize("name", ["spem", "cbam", "dia", "iebn", "sk"])
 def test_strict_export(name: str) -> None:
     model = randomise(spem.resnet(11, attention=name), "traced", name).eval()

@@ -32,7 +32,8 @@ def without_autocast(
     def wrapped(self: _M, x: _X, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         # Of PlaneStats the first statistic that is there has the device.
         parts = x if isinstance(x, tuple) else (x,)
-        device = next((part.device.type for part in parts if isinstance(part, Tensor)), "meta")
+        devices = [part.device.type for part in parts if isinstance(part, Tensor)]
+        device = devices[0] if devices else "meta"
         if device == "meta" or not torch.is_autocast_enabled(device):
             return method(self, x, *args, **kwargs)
         with torch.autocast(device, enabled=False):
@@ -56,7 +57,8 @@ def call(layer: nn.Module, z: Tensor) -> Tensor:
     if z.shape[0] == 0 and isinstance(layer, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
         mean, var, weight, bias = layer.running_mean, layer.running_var, layer.weight, layer.bias
         return batch_norm(z, mean, var, weight, bias, training=False, momentum=0.0, eps=layer.eps)
-    dtype = next((p.dtype for p in _parameters(layer) if p.is_floating_point()), z.dtype)
+    dtypes = [p.dtype for p in _parameters(layer) if p.is_floating_point()]
+    dtype = dtypes[0] if dtypes else z.dtype
     if dtype == z.dtype:
         return layer(z)
     if type(layer) not in _OWN and not is_parametrized(layer):

@@ -57,6 +57,15 @@ class Choice(NamedTuple):
 _default: ContextVar[str | None] = ContextVar("spem.ops.impl", default=None)
 
 
+def _of_block() -> str | None:
+    """What a ``with`` block says."""
+    return _default.get()
+
+
+if _TORCH < (2, 15):  # whose compiler cannot ask a ContextVar: compiled code keeps the answer
+    _of_block = torch.compiler.assume_constant_result(_of_block)
+
+
 @contextmanager
 def use_impl(impl: str | None) -> Generator[None]:
     """Sets the implementation for all tails in a ``with`` block.
@@ -81,7 +90,7 @@ def use_impl(impl: str | None) -> Generator[None]:
 def requested(impl: str | None, op: str) -> str | None:
     """What was asked for: the argument, else the block, else the environment; None is automatic."""
     if impl is None:
-        impl = _default.get() or os.environ.get("SPEM_IMPL") or None
+        impl = _of_block() or os.environ.get("SPEM_IMPL") or None
     if impl == "auto":
         return None
     _check_name(impl, op)
