@@ -179,6 +179,15 @@ def test_the_automatic_choice() -> None:
         assert "no CUDA device here" in unproven.reason
 
 
+def test_a_compiler_that_loses_gradients_gets_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for version, impl in (((2, 12), "reference"), ((2, 13), "formula")):
+        monkeypatch.setattr("spem.ops.dispatch._TORCH", version)
+        assert choose("t", "cuda", torch.float32).impl == impl
+
+
 def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("t", "cpu", torch.float32, impl="formula").impl == "formula"
     with use_impl("reference"):

@@ -107,6 +107,9 @@ def _check_name(impl: str | None, op: str) -> None:
 def unsupported(impl: str, device: str, dtype: torch.dtype, *, dense: bool = True) -> str | None:
     """Why an implementation cannot take maps of this kind; None if it can."""
     if impl in ("reference", "formula"):
+        zeros = impl == "formula" and torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if zeros and _TORCH < (2, 13):  # whose compiler makes all gradients zero, without a word
+            return f"needs torch 2.13 or newer in compiled training, this is {torch.__version__}"
         return None
     home, dtypes = ("cpu", _NUMBA_DTYPES) if impl == "numba" else ("cuda", _TRITON_DTYPES)
     if device != home and not (impl == "triton" and device == "cpu" and _interpreted()):
@@ -179,7 +182,8 @@ def choose(
         return Choice("numba", "") if reason is None else Choice("reference", f"numba {reason}")
     if device == "cuda":
         if torch.compiler.is_compiling():
-            return Choice("formula", "compiled")
+            reason = unsupported("formula", device, dtype)
+            return Choice("reference", reason) if reason else Choice("formula", "compiled")
         if not graph:
             return Choice("reference", "Triton kernels are faster only in CUDA graphs, with a gate")
         reason = unsupported("triton", device, dtype, dense=dense) or _objection(where)
