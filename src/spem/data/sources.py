@@ -67,7 +67,8 @@ def load_images(
     - ``digits``: scikit-learn's bundled digits, no network.
     - ``cifar10``, ``cifar100`` or their hub ids: ``root/<name>`` if a root is given, else
       ``$SPEM_DATA/<name>`` if it exists, else the hub.
-    - A folder with ``train-*.parquet`` and ``test-*.parquet``, in it or one level down (the hub's).
+    - A folder with ``train-*.parquet`` and ``test-*.parquet`` (or ``validation-*``), in it or one
+      level down (the hub's).
     - ``cifar-10-batches-py``, ``cifar-100-python``: read by torchvision, which checks MD5 sums.
     - A folder with ``train/<class>/`` and ``test/<class>/`` (or ``val/``), or ``<class>/`` alone,
       of which a fixed share is held out for testing (`spem.data.folder.look`).
