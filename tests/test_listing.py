@@ -64,14 +64,15 @@ def test_the_table_of_some(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.findall(r"^@\w+{(\w+),", capsys.readouterr().out, re.M) == ["eca", "ela"]
 
 
-@pytest.mark.parametrize("columns", [40, 72, 73, 120])
+@pytest.mark.parametrize("name", ["spem, start=identity", "\u732b\u72d7" * 10])
+@pytest.mark.parametrize("columns", [40, 72, 73, 80, 120])
 def test_no_cell_of_a_table_is_cut_on_a_terminal(
-    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     names = ["module", "mean", "95 % interval", "verdict"]
-    cells = [["spem, start=identity", "78.53", "[-0.42, +0.55]", "no difference shown"]]
+    cells = [[name, "78.53", "[-0.42, +0.55]", "no difference shown"]]
     print_table(names, cells, title="a title")
     told = capsys.readouterr().out
     lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", told).splitlines()]

@@ -172,6 +172,8 @@ def test_mistakes_are_one_sentence():
         compare(rows, level=1)
     with pytest.raises(ValueError, match="no row holds a finite number"):
         compare(rows.assign(accuracy=float("nan")))
+    with pytest.raises(ValueError, match="and anything in 'seed'"):
+        compare(rows.assign(seed=None))
     for name, role in (("group", "pair"), ("group", "within"), ("n", "within")):
         with pytest.raises(ValueError, match=f"the result has a column '{name}' too"):
             compare(rows.assign(**{name: rows["seed"]}), **{role: name})
@@ -186,7 +188,7 @@ def test_columns_of_any_type_are_compared():
     assert line(compare(rows.assign(accuracy=rows["accuracy"] > 91.5)), "se")["difference"] > 0
     numbered = rows.assign(module=rows["module"] == "se").astype({"module": int})
     assert line(compare(numbered, baseline=1), "0")["difference"] < 0
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"names no group for the table \('a',\)"):
         compare(rows.assign(part="a"), within="part", baseline={("b",): "se"})
 
 

@@ -86,7 +86,8 @@ def compare(
     rows = table.assign(**{value: numbers}, group=_group_names(table, by))
     rows = rows[(numbers.abs() < float("inf")) & table[pair].notna()]
     if rows.empty:
-        raise ValueError(f"compare: no row holds a finite number in {value!r}.")
+        said = f"no row holds a finite number in {value!r} and anything in {pair!r}"
+        raise ValueError(f"compare: {said}.")
     largest = rows[value].abs().max()
     if largest and not 1e-100 < largest < 1e100:
         raise ValueError(
@@ -96,6 +97,8 @@ def compare(
         baseline = _baseline(list(rows["group"].unique()), str(baseline))
     found: list[pd.DataFrame] = []
     for key, part in rows.groupby(within, sort=False, dropna=False) if within else [((), rows)]:
+        if isinstance(baseline, Mapping) and key not in baseline:
+            raise KeyError(f"compare: baseline= names no group for the table {key}. Name one.")
         chosen = baseline[key] if isinstance(baseline, Mapping) else baseline
         own = _part(part, value, pair, chosen, level)
         own["p_holm"] = own["p"] if together else holm(own["p"])

@@ -408,6 +408,16 @@ def test_attention_in_a_network_with_plain_weights_changes_no_answer(
     assert "attention spem, without weights of" in capsys.readouterr().out
 
 
+def test_plain_weights_in_attention_that_cannot_start_as_the_identity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(spem.resnet(11).state_dict(), tmp_path / "plain.safetensors")
+    args = ["eval", "cifar:11", "--data", "digits", "--weights", "plain.safetensors"]
+    args += ["--attention", "dia"]
+    refused(capsys, args, "plain.safetensors lack dia, which cannot start as the identity")
+    assert cli.main([*args, "--start", "module"]) == 0
+
+
 def test_a_folded_export_has_no_attention_and_says_what_it_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -229,7 +229,7 @@ def test_a_test_image_by_its_number(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("weights", "arguments", "message"),
     [
-        ("none-seed0.safetensors", [], "has no attention to explain. It was trained without."),
+        ("none-seed0.safetensors", [], "has no attention to explain. It was trained without any."),
         ("se-seed0.safetensors", ["--class", "catt"], "unknown class 'catt'. Did you mean cat?"),
         ("gone.safetensors", [], "there is no file"),
     ],

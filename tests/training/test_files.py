@@ -270,6 +270,8 @@ def test_weights_keep_every_bit_and_do_not_tell_where_the_data_lay(tmp_path: Pat
     assert b"somebody" not in path.read_bytes()
     save_weights(model, config, path)  # without what is known of the data
     assert read_weights(path).data is None
+    save_weights(model.half(), config, path)
+    assert read_weights(path).network.fc.weight.dtype == torch.float32
 
 
 def test_equal_weights_give_equal_files(tmp_path: Path):

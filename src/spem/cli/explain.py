@@ -45,7 +45,7 @@ def run(
         named["start"] = named["start"] or "module"  # an identity start would show nothing
     found = load_network(network, **named)
     if not attentions_of(found.model):
-        remedy = "It was trained without." if is_trained(network) else "Give --attention."
+        remedy = "It was trained without any." if is_trained(network) else "Give --attention."
         raise ValueError(f"{network} has no attention to explain. {remedy}")
     shown, said = pixels(image, found, root)
     seen = looking.explain(found.model, normalise(shown[None], found.mean, found.std))

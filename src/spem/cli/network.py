@@ -188,7 +188,9 @@ def load_network(
     lacking = _load(found.model, state, f"--weights {weights}", plain)
     if lacking and asked is None:  # of a plain network, which computes what it did
         how: Any = {"attention": attention, "weights": weights, "classes": classes, "size": size}
-        return load_network(text, **how, start="identity", fuse=fuse)
+        said = f"--weights {weights} lack {attention}, which cannot start as the identity"
+        with rephrased(said, "Give weights that were trained with it, or --start module."):
+            return load_network(text, **how, start="identity", fuse=fuse)
     return replace(found, random=False, lacking=lacking)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 _NUMBERS = re.compile(r"[-+±.,e%<\[\] ]*\d[-+±.,e%<\[\] \d]*")
 
@@ -36,6 +37,11 @@ def shown(cell: object) -> str:
     return "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else plain(str(cell))
 
 
+def _drawn(text: str) -> int:
+    """How many places of a terminal it takes: a Chinese character takes two."""
+    return len(text) + sum(east_asian_width(character) in "FW" for character in text)
+
+
 def new_file(text: str) -> Path:
     """A file to write, for options; ValueError if its folder is missing, or it is no file."""
     from spem.files import require_regular
@@ -57,8 +63,9 @@ def print_table(
     title, cells = plain(title), [[shown(cell) for cell in row] for row in (columns, *rows)]
     right = [bool(_NUMBERS.fullmatch("".join(rest))) for _, *rest in zip(*cells, strict=True)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    terminal, wide = sys.stdout.isatty(), sum(widths) + 3 * len(widths)
-    if terminal and wide > shutil.get_terminal_size().columns:
+    drawn = sum(max(map(_drawn, column)) + 3 for column in zip(*cells, strict=True))
+    terminal = sys.stdout.isatty()
+    if terminal and drawn > shutil.get_terminal_size().columns:
         if title:
             say(title)
         for name, *row in cells[1:]:

@@ -347,7 +347,7 @@ def _check(part: Any, section: str = "") -> None:
                     raise ValueError(f"{name}={number!r} must be a whole number.")
                 if number < lowest:
                     raise ValueError(f"{name}={number} is too small. Use at least {lowest}.")
-                if highest is not None and not number <= highest:
+                if highest is not None and int(number) > highest:
                     raise ValueError(f"{name}={number} is too large. Use at most {highest}.")
             whole = sorted(map(int, numbers))  # numpy's, and another order, give one id too
             object.__setattr__(part, field_name, whole[0] if kind is int else tuple(whole))

@@ -400,7 +400,7 @@ def _header(content: bytes) -> tuple[int, dict[str, Any]]:
 def read_weights(path: Path) -> Weights:
     """Read a file of `save_weights`; ValueError if it is damaged, or not one.
 
-    Sizes are checked before anything is built.
+    The network gets its memory from the file, so that a crafted one takes no more.
     """
     safetensors = require("safetensors.torch", extra="train", purpose="reading weights")
     path = Path(path)
@@ -433,6 +433,7 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
     with torch.device("meta"):  # where a network of any size takes no memory
         network = build_network(config, classes=head.shape[0])
     network.load_state_dict(tensors, assign=True)
+    network.float()  # assigned in the file's dtype
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("Some weights are infinite or NaN, so the network computes nothing.")
     return network
