@@ -109,7 +109,7 @@ def test_a_run_goes_on_as_it_was_begun(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(Interrupted):
         train(config, tmp_path / "with numba", progress=Stop(3))
     monkeypatch.setitem(dispatch._INSTALLED, "numba", False)
-    with pytest.raises(ValueError, match=r"impl='numba' needs numba.* was started this way"):
+    with pytest.raises(ValueError, match=r"impl='numba' is not installed.* was started this way"):
         train(config, tmp_path / "with numba", progress=Silent())
 
 

@@ -94,7 +94,7 @@ def carry_out(
     with the baseline. FloatingPointError, once all is written, if runs failed or diverged.
     """
     for module in ("scipy.stats", "statsmodels", "matplotlib", "jinja2"):  # missed now, not later
-        require(module, extra="train", purpose="tables and report")
+        require(module, extra="train", purpose="writing tables and report")
     from spem.reproduce import run
     from spem.reproduce.report import build_report
     from spem.reproduce.tables import read_results, record

@@ -278,7 +278,7 @@ def _digits(split: Split, size: int) -> _Read:
     """The 1797 handwritten 8x8 digits of scikit-learn, as colour images, each pixel a square."""
     import numpy as np
 
-    bunch = require("sklearn.datasets", extra="train", purpose="the digits").load_digits()
+    bunch = require("sklearn.datasets", extra="train", purpose="reading the digits").load_digits()
     # Not shuffled: images come writer by writer, so other people wrote the last 360.
     chosen = slice(None, 1437) if split == "train" else slice(1437, None)
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)  # from 0 .. 16

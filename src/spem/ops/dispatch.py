@@ -118,7 +118,7 @@ def unsupported(impl: str, device: str, dtype: torch.dtype, *, dense: bool = Tru
     if not _INSTALLED[impl]:
         known = {"numba": "install it: in a checkout pip install '.[cpu]'"}
         extra = known.get(impl, "it comes with torch")
-        return f"needs {impl}, which is not installed ({extra})"
+        return f"is not installed ({extra})"
     if _TORCH < (2, 11):
         return f"needs torch 2.11 or newer, this is {torch.__version__}"
     if impl == "numba" and not torch.compiler.is_compiling() and _load_error():

@@ -326,7 +326,7 @@ def gradients(table: Table, epochs: pd.DataFrame) -> Drawing | None:
 
 def _canvas(height: float, rows: int = 1) -> tuple[Figure, Any]:
     """A figure of standard width, and its axes."""
-    mpl = require("matplotlib", extra="train", purpose="figures")
+    mpl = require("matplotlib", extra="train", purpose="drawing figures")
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):

@@ -273,7 +273,7 @@ def _connected(address: str | None, cpus: int) -> Generator[Any]:
         # that no cluster can be built; then all its servers listen on loopback.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         options |= {"num_cpus": cpus, "include_dashboard": False}
-    ray = require("ray", extra="cluster", purpose="--workers and --address")
+    ray = require("ray", extra="cluster", purpose="training on Ray (--workers, --address)")
     ray.init(address=address or "local", **options)
     try:
         found = str(ray.get_runtime_context().gcs_address)
