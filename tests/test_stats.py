@@ -172,7 +172,7 @@ def test_mistakes_are_one_sentence():
         compare(rows, level=1)
     with pytest.raises(ValueError, match="no row holds a finite number"):
         compare(rows.assign(accuracy=float("nan")))
-    with pytest.raises(ValueError, match="and anything in 'seed'"):
+    with pytest.raises(ValueError, match="and a value in 'seed'"):
         compare(rows.assign(seed=None))
     for name, role in (("group", "pair"), ("group", "within"), ("n", "within")):
         with pytest.raises(ValueError, match=f"the result has a column '{name}' too"):

@@ -86,7 +86,7 @@ def compare(
     rows = table.assign(**{value: numbers}, group=_group_names(table, by))
     rows = rows[(numbers.abs() < float("inf")) & table[pair].notna()]
     if rows.empty:
-        said = f"no row holds a finite number in {value!r} and anything in {pair!r}"
+        said = f"no row holds a finite number in {value!r} and a value in {pair!r}"
         raise ValueError(f"compare: {said}.")
     largest = rows[value].abs().max()
     if largest and not 1e-100 < largest < 1e100:

@@ -414,7 +414,7 @@ def test_plain_weights_in_attention_that_cannot_start_as_the_identity(
     save_file(spem.resnet(11).state_dict(), tmp_path / "plain.safetensors")
     args = ["eval", "cifar:11", "--data", "digits", "--weights", "plain.safetensors"]
     args += ["--attention", "dia"]
-    refused(capsys, args, "plain.safetensors lack dia, which cannot start as the identity")
+    refused(capsys, args, "lack dia, which cannot start as the identity. Give weights with it")
     assert cli.main([*args, "--start", "module"]) == 0
 
 

@@ -188,9 +188,11 @@ def load_network(
     lacking = _load(found.model, state, f"--weights {weights}", plain)
     if lacking and asked is None:  # of a plain network, which computes what it did
         how: Any = {"attention": attention, "weights": weights, "classes": classes, "size": size}
-        said = f"--weights {weights} lack {attention}, which cannot start as the identity"
-        with rephrased(said, "Give weights that were trained with it, or --start module."):
+        try:
             return load_network(text, **how, start="identity", fuse=fuse)
+        except ValueError as error:  # has no place in a network of ours but from the start
+            said = f"--weights {weights} lack {attention}, which cannot start as the identity"
+            raise ValueError(f"{said}. Give weights with it, or --start module.") from error
     return replace(found, random=False, lacking=lacking)
 
 
