@@ -12,6 +12,7 @@ import pytest
 
 import spem
 from spem import cli
+from spem.cli import export
 from spem.cli.options import RARE, Json, Option, Options, number
 
 
@@ -114,6 +115,8 @@ def test_messages_of_the_library_get_the_flags_that_were_typed() -> None:
         "The rate of this mode, and its names.",  # words that are names of options too
     ):
         assert o.in_flags(said) == said
+    said = "Pass dynamic_batch=False."  # of to_onnx
+    assert Options("export", export.run).in_flags(said) == "Pass --fixed-batch."
     said = "count=3 fits se(count=4). With runtime.rate=2, flip=True turns it."
     want = "--try.count 3 fits se(count=4). With --rate 2, --try.flip turns it."
     assert o.in_flags(said) == want

@@ -380,13 +380,15 @@ def test_broken_images_are_left_out_by_the_flag_that_the_message_names(
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(4):
             Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / f"pets/{name}/{i}.png")
-    (tmp_path / "pets" / "dog" / "x.png").write_bytes(b"x")
+    for name in "stuvwxyz":  # of the held-out images too
+        (tmp_path / "pets" / "dog" / f"{name}.png").write_bytes(name.encode())
     data = ["--data", "pets", "--data.skip-broken", "--size", "16", "--epochs", "1"]
     assert cli.main(["train", "smoke", *data, "--folder", "run"]) == 0
     for args in (["eval", "run", "--data"], ["export", "run", "--out", "x.onnx", "--fold"]):
         assert cli.main([*args, "pets"]) == 2
         assert "or leave them out with --skip-broken:" in capsys.readouterr().err
         assert cli.main([*args, "pets", "--skip-broken"]) == 0
+    assert cli.main(["eval", "run"]) == 0  # as it was trained
     capsys.readouterr()
     refused(
         capsys, ["export", "run", "--out", "y", "--fold", "cifar10", "--root", "gone"], "--root"
