@@ -316,7 +316,7 @@ def put(section: str, name: str, value: object) -> Change:
     ("change", "message"),
     [
         (put("model", "depth", 900_002), "depth=900002 is too large"),
-        (put("model", "depth", 4997), "does not fit"),
+        (put("model", "depth", 4997), "tensors for a depth of 4997"),
         (put("model", "depth", 20), "Missing key|does not fit"),
         (put("model", "attention", "sk(branches=100000)"), "does not fit"),
         (put("model", "attention", "eca(kernel=999999999)"), "does not fit"),

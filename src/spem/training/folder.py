@@ -430,6 +430,8 @@ def _fitting(config: RunConfig, tensors: dict[str, Tensor], data: DataIdentity |
         raise ValueError("The weights have no classifier fc.weight.")
     if data is not None and len(data.classes) != head.shape[0]:
         raise ValueError(f"{len(data.classes)} class names for {head.shape[0]} outputs.")
+    if config.model.depth > len(tensors):  # a layer has one at least; building many takes minutes
+        raise ValueError(f"There are {len(tensors)} tensors for a depth of {config.model.depth}.")
     with torch.device("meta"):  # where a network of any size takes no memory
         network = build_network(config, classes=head.shape[0])
     network.load_state_dict(tensors, assign=True)
